@@ -1,0 +1,52 @@
+# make demo        the main job, with no card and no network
+# make test        every test
+# make check       style, types, import contracts, documentation
+# make bench       the figures of docs/benchmarks.md
+# make setup       only the environment (.venv); the others imply it, and a second run starts at once
+# make lock        pin the newest releases that pyproject.toml allows (needs uv)
+#
+# CUDA=1 builds llama.cpp for NVIDIA cards, CUDA=0 for the CPU again; without it the build stays as it is.
+# PYTHON=python3.12 names the interpreter that .venv is made with.
+
+PYTHON ?= python3
+CUDA ?=
+BIN := .venv/bin
+
+installed := $(shell cat .venv/ready 2>/dev/null)
+variant := $(if $(CUDA),$(if $(filter 0,$(CUDA)),cpu,cuda),$(installed))
+
+.PHONY: setup demo test check bench lock clean FORCE
+.DELETE_ON_ERROR:
+
+setup: .venv/ready
+
+ifneq ($(variant),$(installed))
+.venv/ready: FORCE
+endif
+.venv/ready: requirements/lock.txt requirements/llama.txt pyproject.toml setup/environment.py setup/llama_build.py setup/progress.py
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) setup/environment.py $(if $(variant),--variant $(variant))
+
+demo: .venv/ready
+	@$(BIN)/python -m arriero demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/docs tests/repository
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
+
+lock:
+	UV_PYTHON_DOWNLOADS=never uv pip compile pyproject.toml --group development --group build --universal --python-version 3.10 \
+	  --generate-hashes --upgrade --no-emit-package llama-cpp-python --no-emit-index-url --no-annotate --no-header --quiet \
+	  --output-file requirements/lock.txt
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

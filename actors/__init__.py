@@ -1,0 +1,1 @@
+"""Acts. Ray actors that measure, load, serve and carry out what the scheduler decides."""

@@ -1,0 +1,83 @@
+"""One actor per GPU: it watches the card and tells the scheduler what changed.
+
+Samples every 0.25 s (NVML, or the count of a virtual GPU) in a thread of its own; reports when free memory moved by a
+MiB or more, when health changed, and at least every second. What it holds of the card for Ray (`num_gpus`) is set by
+whoever creates it. A scheduler that hears nothing for seconds must take the card for lost: a driver can hang.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from actors.devices.nvml import read_gpu
+from actors.devices.reporting import Reporter, every
+from actors.devices.virtual import read_virtual_gpu
+from scheduler.cluster.facts import DeviceFacts, DeviceReading
+from scheduler.units import MIB
+
+SAMPLE_S = 0.25
+REPORT_S = 1.0
+
+
+def read_device(facts: DeviceFacts) -> DeviceReading:
+    """What the device shows now, real or virtual; never raises for a device that is lost."""
+    return read_virtual_gpu(facts) if facts.kind == "rpc" else read_gpu(facts.device_id)
+
+
+class GpuMonitor:
+    """Samples one device and decides what is news. Safe to call from several threads.
+
+    `report` takes a reading and says whether it was sent; what was not is offered again as a newer sample.
+    """
+
+    def __init__(
+        self,
+        facts: DeviceFacts,
+        report: Callable[[DeviceReading], bool],
+        *,
+        read: Callable[[DeviceFacts], DeviceReading] = read_device,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.facts = facts
+        self._report, self._read, self._clock = report, read, clock
+        self._reported: DeviceReading | None = None
+        self._reported_at_s = 0.0
+        self._lock = threading.Lock()
+
+    def sample(self) -> DeviceReading:
+        """Read the device now, and report the reading if it is news."""
+        with self._lock:
+            reading = self._read(self.facts)
+            if self._is_news(reading) and self._report(reading):
+                self._reported, self._reported_at_s = reading, self._clock()
+            return reading
+
+    def _is_news(self, reading: DeviceReading) -> bool:
+        last = self._reported
+        return (
+            last is None
+            or self._clock() - self._reported_at_s >= REPORT_S
+            or last.lost_reason != reading.lost_reason
+            or abs(last.free_bytes - reading.free_bytes) >= MIB
+        )
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)
+class GpuActor:
+    """`scheduler` is an actor handle with `report_device(DeviceReading)`. Create it on the device's own node."""
+
+    def __init__(self, facts: DeviceFacts, scheduler: Any) -> None:
+        self._monitor = GpuMonitor(facts, Reporter(scheduler.report_device))
+        every(SAMPLE_S, self._monitor.sample, f"watch {facts.label}")
+
+    def facts(self) -> DeviceFacts:
+        return self._monitor.facts
+
+    def sample_now(self) -> DeviceReading:
+        """A reading taken after this call began: what confirms that memory is really back."""
+        return self._monitor.sample()

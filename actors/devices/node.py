@@ -1,0 +1,164 @@
+"""One actor per node: what the machine has, what it holds now, and what happens to its processes.
+
+Tells its facts once, then reports available memory and model files every second. The disks are searched in a thread of
+their own, every ten seconds or less often where that takes long, so that a slow disk delays nothing else. Reads GGUF
+headers for the scheduler, and is its hand on the node: sees processes end, and kills a runner that Ray could not.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.devices import host, processes
+from actors.devices.files import find_models, parts_of
+from actors.devices.nvml import list_gpus, unavailable_reason
+from actors.devices.reporting import Reporter, every
+from actors.devices.virtual import create_virtual_gpus, virtual_gpu_holders
+from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeFacts, NodeReading
+from scheduler.costs.shape import ModelShape, read_shape
+from scheduler.errors import ArrieroError, InvalidGGUF, Rejected
+from scheduler.units import NodeId
+
+REPORT_S = 1.0
+SEARCH_S = 10.0
+_FIRST_SEARCH_S = 5.0
+_RUNNER_TITLE = "ray::RunnerActor"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """What a node is told: where models lie (folders, files, globs) and what to use instead of real GPUs.
+
+    `virtual_gpus`: capacities in bytes; none means the machine's own cards. `state_directory`: a folder on the node
+    for the counts of virtual GPUs.
+    """
+
+    model_paths: tuple[str, ...] = ()
+    virtual_gpus: tuple[int, ...] = ()
+    state_directory: str = ""
+
+
+class NodeMonitor:
+    """The node, free of Ray. `report` takes a reading and says whether it was sent."""
+
+    def __init__(
+        self, node_id: NodeId, settings: NodeSettings, report: Callable[[NodeReading], bool], *, address: str
+    ) -> None:
+        self._settings, self._report = settings, report
+        self._files: tuple[ModelFile, ...] = ()
+        self._searched = threading.Event()
+        self._shapes: dict[str, tuple[object, ModelShape | ArrieroError]] = {}
+        self.facts = NodeFacts(
+            node_id=node_id,
+            hostname=socket.gethostname(),
+            address=address,
+            physical_cores=host.physical_cores(),
+            memory_total_bytes=host.memory_total_bytes(),
+            devices=self._devices(node_id),
+        )
+
+    def search(self) -> None:
+        """Look for model files; the next reading has them."""
+        self._files = find_models(self._settings.model_paths)
+        self._searched.set()
+
+    def sample(self) -> NodeReading:
+        """Read the node and report it. The first time, `search` is given some seconds to find the models."""
+        self._searched.wait(_FIRST_SEARCH_S)
+        reading = NodeReading(self.facts.node_id, host.memory_available_bytes(), time.time(), self._files)
+        self._report(reading)
+        return reading
+
+    def read_shape(self, path: str) -> ModelShape | ArrieroError:
+        """The model's shape, or why it has none (InvalidGGUF: never usable; Rejected: not readable here).
+
+        Remembered until a part's size or time of change is another.
+        """
+        try:
+            stamp = [(part.stat().st_size, part.stat().st_mtime_ns) for part in parts_of(Path(path))]
+            known = self._shapes.get(path)
+            if known is None or known[0] != stamp:
+                known = self._shapes[path] = (stamp, _shape_or_fault(path))
+            return known[1]
+        except OSError as error:
+            return Rejected(f"{path} cannot be read on {self.facts.hostname}: {error.strerror}", path=path)
+
+    def wait_gone(self, runners: Sequence[tuple[int, float]], timeout_s: float) -> tuple[int, ...]:
+        """Block until every runner (pid, started_at_s) has ended, `timeout_s` seconds at most; the pids still there.
+
+        A runner's device processes on virtual GPUs end a moment after it and are waited for too, so that a reading
+        taken afterwards shows the memory back.
+        """
+        deadline = time.monotonic() + timeout_s
+        left = processes.wait_gone(runners, timeout_s)
+        if left:
+            return left
+        owners = {pid for pid, _ in runners}
+        orphans = [
+            (holder.pid, holder.started_at_s)
+            for device in self.facts.devices
+            for holder in virtual_gpu_holders(device)
+            if holder.owner_pid in owners
+        ]
+        return processes.wait_gone(orphans, max(0.0, deadline - time.monotonic()))
+
+    def _devices(self, node_id: NodeId) -> tuple[DeviceFacts, ...]:
+        if self._settings.virtual_gpus:
+            return create_virtual_gpus(node_id, self._settings.virtual_gpus, self._settings.state_directory)
+        return list_gpus(node_id)
+
+
+def _shape_or_fault(path: str) -> ModelShape | ArrieroError:
+    try:
+        return read_shape(path)
+    except InvalidGGUF as fault:
+        return fault
+
+
+# Three pools of threads: waiting for processes must not keep anybody from a header, nor headers from the rest.
+@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4, concurrency_groups={"headers": 2, "waiting": 16})
+class NodeActor:
+    """`scheduler` is an actor handle with `report_node(NodeReading)`. Create it with hard affinity to its node."""
+
+    def __init__(self, node_id: NodeId, settings: NodeSettings, scheduler: Any) -> None:
+        address = ray.util.get_node_ip_address()
+        self._monitor = NodeMonitor(node_id, settings, Reporter(scheduler.report_node), address=address)
+        every(SEARCH_S, self._monitor.search, "search for models", rest=19.0)
+        every(REPORT_S, self._monitor.sample, "report the node")
+
+    def facts(self) -> NodeFacts:
+        return self._monitor.facts
+
+    def sample_now(self) -> NodeReading:
+        """A reading taken after this call began."""
+        return self._monitor.sample()
+
+    def no_gpus_reason(self) -> str:
+        """Why this node has no NVIDIA cards to offer ("" when its driver answers)."""
+        return unavailable_reason()
+
+    @ray.method(concurrency_group="headers")
+    def read_shape(self, path: str) -> ModelShape | ArrieroError:
+        """See `NodeMonitor.read_shape`; faults are values."""
+        return self._monitor.read_shape(path)
+
+    def process_alive(self, pid: int, started_at_s: float) -> bool:
+        """Whether that process runs; `started_at_s` as `actors.devices.processes.started_at_s` gives it."""
+        return processes.process_alive(pid, started_at_s)
+
+    @ray.method(concurrency_group="waiting")
+    def wait_gone(self, runners: Sequence[tuple[int, float]], timeout_s: float) -> tuple[int, ...]:
+        """See `NodeMonitor.wait_gone`."""
+        return self._monitor.wait_gone(runners, timeout_s)
+
+    def kill_process(self, pid: int, started_at_s: float) -> bool:
+        """SIGKILL a runner that Ray could not end; False when that process is gone or is no runner of this user."""
+        return processes.kill_process(pid, started_at_s, titled=_RUNNER_TITLE)

@@ -1,0 +1,158 @@
+"""NVIDIA cards as their driver tells it, through NVML.
+
+Identity is the UUID: it is what `CUDA_VISIBLE_DEVICES` takes, and unlike an index it survives a reboot. Bytes exclude
+what the driver reserves for itself (NVML's second memory structure tells; a driver older than 510 counts that as used).
+A call that a driver does not know makes its field None, never a guess. A card that does not answer gives a reading with
+`lost_reason` and zeros. One reading costs under a millisecond on a healthy card; NVML itself may block for seconds on a
+dying one, so call this off any event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import pynvml
+
+from actors.devices.processes import sees_host_pids
+from scheduler.cluster.facts import DeviceFacts, DeviceReading
+from scheduler.units import DeviceId, NodeId
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class DriverUnavailable(Exception):
+    """No NVIDIA driver to ask; the text says why."""
+
+
+def list_gpus(node_id: NodeId) -> tuple[DeviceFacts, ...]:
+    """All cards that models can be put on, in PCI order; empty where there is no driver (`unavailable_reason`).
+
+    Left out, with a warning: cards split by MIG (CUDA cannot join their parts) and those without memory of their own.
+    """
+    found = []
+    try:
+        _start()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(_Unsuitable):
+                found.append(_facts(node_id, index))
+    except DriverUnavailable:
+        return ()
+    except pynvml.NVMLError as error:
+        _log.warning("NVML stopped answering while GPUs were listed: %s", error)
+    return tuple(found)
+
+
+def unavailable_reason() -> str:
+    """Why no card can be listed on this machine ("" when the driver answers)."""
+    try:
+        _start()
+    except DriverUnavailable as error:
+        return str(error)
+    return ""
+
+
+def read_gpu(uuid: str) -> DeviceReading:
+    """What the card shows now. `utilisation` is 0..1 over the driver's last sample period, temperature in Celsius."""
+    try:
+        _start()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        total_bytes, free_bytes, used_bytes = _memory(handle)
+        return DeviceReading(
+            device_id=DeviceId(uuid),
+            total_bytes=total_bytes,
+            free_bytes=free_bytes,
+            used_bytes=used_bytes,
+            sampled_at_s=time.time(),
+            processes=_processes(handle),
+            utilisation=_if_known(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
+            temperature_c=_if_known(
+                lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+            ),
+        )
+    except (pynvml.NVMLError, DriverUnavailable) as error:
+        return DeviceReading(DeviceId(uuid), 0, 0, 0, time.time(), lost_reason=f"the driver does not answer: {error}")
+
+
+class _Unsuitable(Exception):
+    """A card that no model can be put on."""
+
+
+def _facts(node_id: NodeId, index: int) -> DeviceFacts:
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        mig_mode = _if_known(lambda: pynvml.nvmlDeviceGetMigMode(handle)[0])
+        if mig_mode == pynvml.NVML_DEVICE_MIG_ENABLE:
+            raise _Unsuitable("it is split by MIG")
+        return DeviceFacts(
+            device_id=DeviceId(pynvml.nvmlDeviceGetUUID(handle)),
+            node_id=node_id,
+            label=f"gpu{index}",
+            product=pynvml.nvmlDeviceGetName(handle),
+            kind="cuda",
+            total_bytes=_memory(handle)[0],
+        )
+    except (_Unsuitable, pynvml.NVMLError) as error:
+        _log.warning("GPU %d is left out: %s", index, error)
+        raise _Unsuitable(str(error)) from error
+
+
+def _memory(handle: Any) -> tuple[int, int, int]:
+    """Total, free and used bytes, without what the driver keeps for itself where it says."""
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+        return memory.total - memory.reserved, memory.free, memory.used
+    except (pynvml.NVMLError_FunctionNotFound, pynvml.NVMLError_ArgumentVersionMismatch):
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return memory.total, memory.free, memory.used
+
+
+def _processes(handle: Any) -> dict[int, int] | None:
+    """Bytes per pid over compute and graphics; None where the driver gives no usable pids or sizes.
+
+    Sizes are missing under WSL and for MIG; pids are those of the host, which a container cannot match to its own.
+    """
+    if not sees_host_pids():
+        return None
+    found: dict[int, int] = {}
+    for kind in ("Compute", "Graphics"):
+        running = _if_known(partial(_running, kind, handle))
+        if running is None or any(process.usedGpuMemory is None for process in running):
+            return None
+        for process in running:
+            # A process that computes and draws is listed twice, each time with all that it holds.
+            found[process.pid] = max(found.get(process.pid, 0), process.usedGpuMemory)
+    return found
+
+
+def _running(kind: str, handle: Any) -> list[Any]:
+    try:
+        answer: list[Any] = getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses_v3")(handle)
+    except pynvml.NVMLError_FunctionNotFound:
+        answer = getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses_v2")(handle)
+    return answer
+
+
+def _if_known(ask: Callable[[], _T]) -> _T | None:
+    """The driver's answer, or None when this driver or card does not offer it. A lost card stays an error."""
+    try:
+        return ask()
+    except (pynvml.NVMLError_GpuIsLost, pynvml.NVMLError_ResetRequired):
+        raise
+    except pynvml.NVMLError:
+        return None
+
+
+def _start() -> None:
+    """Load and start NVML. It counts its users itself: once started, this is a matter of microseconds."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        raise DriverUnavailable("libnvidia-ml.so.1 is not installed: no NVIDIA driver on this machine") from None
+    except pynvml.NVMLError as error:
+        raise DriverUnavailable(f"the NVIDIA driver does not start: {error}") from None

@@ -1,0 +1,68 @@
+"""How a monitor's readings reach the scheduler actor: from a thread of their own, never more than one on its way.
+
+A scheduler that restarts or is busy must not find a heap of stale readings: while one report is unanswered, later ones
+are not sent (the monitor offers the next sample, which is newer). Errors of a report end with it; the handle stays
+valid over a restart of the scheduler, so the next one is simply tried.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+_log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Calls a method of the scheduler actor, one call at a time; does not wait for it. Safe from several threads."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+        self._on_its_way: Any = None
+        self._lock = threading.Lock()
+
+    def __call__(self, reading: object) -> bool:
+        """Send `reading`; False when it was not sent because the one before is still on its way."""
+        with self._lock:
+            if self._on_its_way is not None and not self._arrived():
+                return False
+            self._on_its_way = self._method.remote(reading)
+            return True
+
+    def _arrived(self) -> bool:
+        arrived, _ = ray.wait([self._on_its_way], timeout=0)
+        if not arrived:
+            return False
+        try:
+            ray.get(self._on_its_way)
+        except ray.exceptions.RayError as error:
+            _log.info("a report did not reach the scheduler, the next one may: %s", error)
+        return True
+
+
+def every(period_s: float, work: Callable[[], object], name: str, *, rest: float = 0.0) -> threading.Event:
+    """Do `work` every `period_s` seconds in a daemon thread, the first time at once; the event returned ends it.
+
+    What goes wrong is logged and tried again. After slow work the thread sleeps at least `rest` times as long as it
+    took: 19 bounds the cost to a twentieth of one core.
+    """
+
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.is_set():
+            began = time.monotonic()
+            try:
+                work()
+            except Exception:
+                _log.exception("%s failed and will be tried again", name)
+            took_s = time.monotonic() - began
+            ended.wait(max(period_s - took_s, rest * took_s))
+
+    threading.Thread(target=repeat, name=name, daemon=True).start()
+    return ended

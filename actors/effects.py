@@ -1,0 +1,330 @@
+"""Carries commands out and posts what came of them: every command ends in exactly one event, whatever goes wrong.
+
+A runner is a detached actor of its own, placed on its node by hard affinity. It ends by `ray.kill`; its memory counts
+as free only after its process is gone (SIGKILL by the node actor as a backstop) and its devices have been read again.
+An actor that does not answer is asked again for as long as its node is there: Ray restarts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Union
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.names import gpu_name, node_name, runner_name
+from actors.serving.protocol import LoadDevice, LoadFailure, LoadReport, LoadSpec, RunnerStatus
+from actors.serving.runner import RunnerActor
+from scheduler import commands as cmd
+from scheduler import events as ev
+from scheduler.cluster.inventory import Inventory
+from scheduler.config import Policy
+from scheduler.costs.shape import ModelShape
+from scheduler.errors import ArrieroError, InvalidGGUF, Unavailable
+from scheduler.units import DeviceId, NodeId, ReplicaId
+
+PROGRESS_EVERY_S = 0.25
+QUESTION_TIMEOUT_S = 10.0
+ASK_AGAIN_S = 1.0
+
+Order = Union[  # noqa: UP007
+    cmd.StartReplica, cmd.StopReplica, cmd.CheckReplica, cmd.SetThreads, cmd.CancelAnswer, cmd.ReadShape
+]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Runner:
+    """A runner, where it runs, and its process: pid and start time, None until it has said so."""
+
+    actor: Any
+    node_id: NodeId
+    device_ids: tuple[DeviceId, ...]
+    process: tuple[int, float] | None = None
+
+
+class Effects:
+    """Belongs to the scheduler actor's event loop. `post` hands an event to the core."""
+
+    def __init__(self, inventory: Inventory, policy: Policy, namespace: str, post: Callable[[ev.Event], None]) -> None:
+        self._inventory = inventory
+        self._policy = policy
+        self._namespace = namespace
+        self._post = post
+        self._runners: dict[ReplicaId, Runner] = {}
+        self._actors: dict[str, Any] = {}  # of nodes and GPUs: a handle outlives the restarts of its actor
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def carry_out(self, command: Order) -> None:
+        """Start carrying the command out; returns at once."""
+        match command:
+            case cmd.StartReplica():
+                self._spawn(self._start(command))
+            case cmd.StopReplica():
+                self._spawn(self._stop(command))
+            case cmd.SetThreads():
+                self._spawn(self._set_threads(command))
+            case cmd.CheckReplica():
+                self._spawn(self._check(command.replica_id))
+            case cmd.CancelAnswer():
+                self._cancel(command)
+            case cmd.ReadShape():
+                self._spawn(self._read_shape(command))
+
+    def adopt(self, replica_id: ReplicaId, runner: Runner) -> None:
+        """Take over a runner that outlived a restart of the scheduler."""
+        self._runners[replica_id] = runner
+        self._spawn(self._watch(replica_id, runner))
+
+    def forget_node(self, node_id: NodeId) -> None:
+        """The node is lost, and its runners with it: no StopReplica comes for them."""
+        for replica_id in [known for known, runner in self._runners.items() if runner.node_id == node_id]:
+            _kill(self._runners.pop(replica_id).actor)
+
+    def pid(self, replica_id: ReplicaId) -> int | None:
+        runner = self._runners.get(replica_id)
+        return runner.process[0] if runner and runner.process else None
+
+    def close(self) -> None:
+        """Stop all that is under way; no runner is started after this."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("an effect failed", exc_info=error)
+
+    # ------------------------------------------------------------------ loading
+
+    async def _start(self, command: cmd.StartReplica) -> None:
+        try:
+            event = await self._load(command)
+        except Exception as error:
+            event = ev.ReplicaFailed(command.replica_id, *self._failure(error))
+        runner = self._runners.get(command.replica_id)
+        if runner is not None and isinstance(event, ev.ReplicaFailed):
+            await self._read_again(runner)  # what made it fail is to be known to the next plan
+        self._post(event)
+        if runner is not None and isinstance(event, ev.ReplicaReady):
+            await self._watch(command.replica_id, runner)
+
+    def _failure(self, error: Exception) -> tuple[ev.FailureKind, str]:
+        if isinstance(error, asyncio.TimeoutError):
+            return "failed", f"the load took more than {self._policy.load_timeout_s:.0f} s"
+        if isinstance(error, RayError):
+            return "crashed", f"the runner's process ended while loading: {brief(error)}"
+        if isinstance(error, ArrieroError):
+            return "failed", error.message
+        log.error("a load failed for a reason of our own", exc_info=error)
+        return "failed", f"{type(error).__name__}: {brief(error)}"
+
+    async def _load(self, command: cmd.StartReplica) -> ev.ReplicaReady | ev.ReplicaFailed:
+        replica_id, node_id = command.replica_id, command.placement.node_id
+        actor = (
+            remote(RunnerActor)
+            .options(
+                name=runner_name(replica_id),
+                namespace=self._namespace,
+                lifetime="detached",
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+            )
+            .remote(replica_id, self._spec(command))
+        )
+        runner = self._runners[replica_id] = Runner(actor, node_id, command.placement.device_ids)
+        process: tuple[int, float] = await asyncio.wait_for(actor.process.remote(), self._policy.load_timeout_s)
+        runner.process = process
+        self._post(ev.ReplicaStarted(replica_id, process[0]))
+        reporting = asyncio.ensure_future(self._report_progress(replica_id, actor))
+        try:
+            outcome: LoadReport | LoadFailure = await asyncio.wait_for(actor.load.remote(), self._policy.load_timeout_s)
+        finally:
+            reporting.cancel()
+        if isinstance(outcome, LoadFailure):
+            return ev.ReplicaFailed(replica_id, outcome.kind, outcome.message)
+        return ready_event(replica_id, outcome)
+
+    def _spec(self, command: cmd.StartReplica) -> LoadSpec:
+        placement = command.placement
+        devices = []
+        for device_id, need in zip(placement.device_ids, placement.device_bytes, strict=True):
+            device = self._inventory.device(device_id)
+            if device is None:
+                raise Unavailable(f"device {device_id} left the cluster before {command.model} was loaded")
+            facts = device.facts
+            devices.append(LoadDevice(device_id, facts.kind, need, facts.state_path, facts.total_bytes))
+        return LoadSpec(
+            model=command.model,
+            path=command.path,
+            devices=tuple(devices),
+            n_gpu_layers=placement.layout.n_gpu_layers,
+            tensor_split=placement.layout.tensor_split,
+            experts_on_host=placement.layout.experts_on_host,
+            context=placement.context,
+            n_threads=command.n_threads,
+            host_required_bytes=placement.host_bytes,
+            use_mmap=command.use_mmap,
+            use_extra_bufts=command.use_extra_bufts,
+            placement=placement,
+        )
+
+    async def _report_progress(self, replica_id: ReplicaId, actor: Any) -> None:
+        with contextlib.suppress(RayError):
+            while True:
+                await asyncio.sleep(PROGRESS_EVERY_S)
+                self._post(ev.ReplicaProgressed(replica_id, await actor.progress.remote()))
+
+    async def _watch(self, replica_id: ReplicaId, runner: Runner) -> None:
+        """Notice the end of a ready runner within milliseconds: the call returns only when the replica is broken."""
+        try:
+            reason = await runner.actor.watch.remote()
+        except RayError as error:
+            reason = f"its process ended ({brief(error)})"
+        if self._runners.get(replica_id) is runner:
+            self._post(ev.ReplicaDied(replica_id, reason))
+
+    async def _check(self, replica_id: ReplicaId) -> None:
+        """One that does not answer is as good as dead: on a machine that was lost it dies long before Ray tells."""
+        runner = self._runners.get(replica_id)
+        if runner is None:
+            return  # it is being stopped, and its ReplicaGone on the way
+        try:
+            status: RunnerStatus = await asyncio.wait_for(runner.actor.describe.remote(), QUESTION_TIMEOUT_S)
+        except (RayError, asyncio.TimeoutError) as error:
+            trouble = f"it failed a request and does not answer ({brief(error)})"
+        else:
+            trouble = "" if status.state == "ready" else status.reason or status.state
+        self._post(ev.ReplicaDied(replica_id, trouble) if trouble else ev.ReplicaVouched(replica_id))
+
+    # ------------------------------------------------------------------ ending
+
+    async def _stop(self, command: cmd.StopReplica) -> None:
+        runner = self._runners.pop(command.replica_id, None)
+        if runner is not None:
+            _kill(runner.actor)
+            await self._await_end(command.replica_id, runner)
+            await self._read_again(runner)
+        self._post(ev.ReplicaGone(command.replica_id))
+
+    async def _await_end(self, replica_id: ReplicaId, runner: Runner) -> None:
+        """Return when the process is gone, or its node: a lost node frees its memory by itself."""
+        while runner.process is not None and runner.node_id in self._inventory.nodes:
+            try:
+                if await self._gone(runner.node_id, runner.process):
+                    return
+                log.error("process %s of %s does not end; its memory stays charged", runner.process[0], replica_id)
+            except Exception as error:  # whatever it was, the memory is not known to be free
+                log.warning("node %s does not say whether %s is gone: %s", runner.node_id, replica_id, brief(error))
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    async def _gone(self, node_id: NodeId, process: tuple[int, float]) -> bool:
+        """Wait for the process to end; kill it as a backstop when Ray's kill did not."""
+        wait_s = self._policy.release_timeout_s
+        patience_s = wait_s + QUESTION_TIMEOUT_S
+        node = node_name(node_id)
+        if not await self._ask(node, "wait_gone", (process,), wait_s, timeout_s=patience_s):
+            return True
+        await self._ask(node, "kill_process", *process)
+        return not await self._ask(node, "wait_gone", (process,), wait_s, timeout_s=patience_s)
+
+    async def _read_again(self, runner: Runner) -> None:
+        """Fresh readings, so that what was freed can be given away at once; else the next report brings them."""
+        for device_id in runner.device_ids:
+            if (reading := await self._sample(gpu_name(device_id))) is not None:
+                self._post(ev.DeviceSampled(reading))
+        if (reading := await self._sample(node_name(runner.node_id))) is not None:
+            self._post(ev.NodeSampled(reading))
+
+    async def _sample(self, name: str) -> Any:
+        try:
+            return await self._ask(name, "sample_now")
+        except Exception as error:
+            log.warning("%s could not be read: %s", name, brief(error))
+            return None
+
+    # ------------------------------------------------------------------ small things
+
+    async def _set_threads(self, command: cmd.SetThreads) -> None:
+        runner = self._runners.get(command.replica_id)
+        if runner is not None:
+            with contextlib.suppress(RayError):
+                await runner.actor.set_threads.remote(command.n_threads)
+
+    def _cancel(self, command: cmd.CancelAnswer) -> None:
+        runner = self._runners.get(command.replica_id)
+        if runner is not None:
+            runner.actor.cancel.remote(command.lease_id)  # runners know a request by its lease
+
+    async def _read_shape(self, command: cmd.ReadShape) -> None:
+        shape, invalid, trouble = None, "", "its node left the cluster"
+        while command.node_id in self._inventory.nodes:
+            try:
+                node = node_name(command.node_id)
+                answer: ModelShape | ArrieroError = await self._ask(node, "read_shape", command.path, timeout_s=None)
+            except Exception as error:  # the file is not to blame for it
+                log.warning("%s was not read, trying again: %s", command.path, brief(error))
+                await asyncio.sleep(ASK_AGAIN_S)
+                continue
+            trouble = ""
+            if isinstance(answer, InvalidGGUF):
+                invalid = answer.message
+            elif isinstance(answer, ArrieroError):  # not readable now: the core asks again
+                trouble = answer.message
+            else:
+                shape = answer
+            break
+        self._post(ev.ShapeRead(command.node_id, command.path, shape, invalid, trouble))
+
+    async def _ask(
+        self, name: str, method: str, *arguments: object, timeout_s: float | None = QUESTION_TIMEOUT_S
+    ) -> Any:
+        """The answer of a node's or a GPU's actor. One that has ended for good is looked up again the next time."""
+        if name not in self._actors:
+            # A blocking question to the head: off the event loop, where every request passes.
+            self._actors[name] = await asyncio.to_thread(ray.get_actor, name, self._namespace)
+        try:
+            return await asyncio.wait_for(getattr(self._actors[name], method).remote(*arguments), timeout_s)
+        except RayActorError:
+            self._actors.pop(name, None)
+            raise
+
+
+def ready_event(replica_id: ReplicaId, report: LoadReport) -> ev.ReplicaReady:
+    """The event for a load that succeeded, with llama.cpp's own figures."""
+    buffers = report.buffers
+    return ev.ReplicaReady(
+        replica_id=replica_id,
+        pid=report.pid,
+        device_bytes=tuple(device.total_bytes for device in buffers.devices),
+        host_bytes=buffers.host.total_bytes + buffers.output_bytes,
+        n_ctx=buffers.n_ctx_per_slot,
+        load_s=report.load_s,
+    )
+
+
+def remote(actor: Any) -> Any:
+    """The actor class as Ray has made it: type checkers see the plain one."""
+    return actor
+
+
+def brief(error: BaseException) -> str:
+    """The first line of what it says, or its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _kill(actor: Any) -> None:
+    with contextlib.suppress(RayError, ValueError):
+        ray.kill(actor, no_restart=True)

@@ -1,0 +1,53 @@
+"""The gateway actor: uvicorn on the event loop of an async Ray actor.
+
+Everything starts in the constructor, because that is all Ray runs again when it restarts the actor; a port that is
+taken or an unsafe binding therefore fails the creation. HTTP requests are tasks of uvicorn's, not calls of the actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from actors.gateway.address import DEFAULT_PORT, check_exposure
+from actors.gateway.app import make_app
+from actors.gateway.ray_backend import RayBackend
+from actors.gateway.server import listen, make_server, url_of
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """Where to listen, and the key to ask for. `port` 0 takes any free one."""
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    api_key: str | None = field(default=None, repr=False)
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=100)
+class GatewayActor:
+    """Create it detached, by name, with hard affinity to the head node, whose address people know.
+
+    Raises Rejected (inside Ray's ActorDiedError) when it cannot or must not listen there.
+    """
+
+    def __init__(self, settings: GatewaySettings, scheduler: ActorHandle[Any], namespace: str) -> None:
+        check_exposure(settings.host, settings.api_key)
+        listener = listen(settings.host, settings.port)
+        self._url = url_of(listener)
+        scheduler.forget_clients.remote()  # those of a gateway before this one
+        self._server = make_server(make_app(RayBackend(scheduler, namespace), settings.api_key))
+        self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
+
+    async def url(self) -> str:
+        """Where it listens, as seen from its own machine."""
+        return self._url
+
+    async def close(self) -> None:
+        """Stop listening; running answers get a few seconds to end."""
+        self._server.should_exit = True
+        await self._serving

@@ -1,0 +1,30 @@
+"""Where the gateway may listen. Imports nothing heavy: the command line asks here before anything is started."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from scheduler.errors import Rejected
+
+DEFAULT_PORT = 11535
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` (a name, or an address with or without brackets) stays on this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Raises Rejected where listening on `host` would open the gateway to others without a key."""
+    if api_key is not None and not api_key.strip():
+        raise Rejected("the API key is empty: set ARRIERO_API_KEY to a long random text, or unset it")
+    if api_key is None and not is_loopback(host):
+        raise Rejected(
+            f"refusing to listen on {host} without an API key: anybody who reaches this machine could use its models. "
+            "Set --api-key or ARRIERO_API_KEY, or listen on 127.0.0.1 (the default)"
+        )

@@ -1,0 +1,99 @@
+"""What the gateway needs from the rest of Arriero, as one protocol: the scheduler's answers and the runners' tokens.
+
+Every record is frozen, small and picklable: with `RayBackend` behind it each crosses a process border. Methods raise
+`ArrieroError`s and nothing else. The scheduler actor offers the same methods under the same names (all but `generate`
+and `embed`, which the runners have), but *returns* its errors, because an exception over Ray costs a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from actors.gateway.wire import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
+from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
+from scheduler.units import LeaseId, ReplicaId, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class AcquireRequest:
+    """A request for a slot. `n_ctx`: tokens that the slot must hold (None: what the catalogue says).
+
+    `deadline_s`: seconds the caller will wait for a slot from now on (None: as long as it takes).
+    """
+
+    request_id: RequestId
+    model: str
+    n_ctx: int | None = None
+    kind: Literal["generate", "embed"] = "generate"
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A time-limited right to a slot of `n_ctx` tokens, renewed within `ttl_s` seconds (the same for every lease)."""
+
+    lease_id: LeaseId
+    replica_id: ReplicaId
+    model: str
+    ttl_s: float
+    n_ctx: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """What a lease was used for; zeros where the answer broke off before its last chunk."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Backend(Protocol):
+    """Raises `ArrieroError`s only. A cancelled call leaves nothing behind."""
+
+    async def acquire(self, request: AcquireRequest) -> Lease:
+        """Wait for a slot, loading the model where needed. Asking twice with one `request_id` replaces the first."""
+        ...
+
+    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
+        """Give a slot back; one way, so it returns before the scheduler has heard. `failed`: the replica broke."""
+        ...
+
+    async def renew(self, lease_ids: Sequence[LeaseId]) -> None:
+        """Keep leases for another `ttl_s`; ids that the scheduler does not know are ignored."""
+        ...
+
+    async def cancel(self, request_id: RequestId) -> None:
+        """Take a request out of the queue, or release the lease that it was granted meanwhile; one way."""
+        ...
+
+    def generate(self, lease: Lease, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """Tokens straight from the lease's replica. `aclose()` ends generation within one token."""
+        ...
+
+    async def embed(self, lease: Lease, request: EmbedRequest) -> EmbedResult: ...
+
+    async def status(self) -> Status: ...
+
+    async def plan(self, model: str, n_ctx: int | None) -> Plan: ...
+
+    async def load(self, model: str, n_ctx: int | None) -> LoadResult:
+        """Load and wait until ready. It goes on when the caller leaves."""
+        ...
+
+    async def unload(self, model: str) -> UnloadResult: ...
+
+    async def pin(self, model: str, pinned: bool) -> PinResult: ...
+
+    async def models(self) -> list[ModelInfo]: ...
+
+    def notices(self, after_seq: int, follow: bool) -> AsyncIterator[Notice]:
+        """What happened after `after_seq` (0: all that is remembered); `follow`: and what happens from now on.
+
+        An `after_seq` beyond the newest one (the scheduler restarted meanwhile) counts as 0.
+        """
+        ...
+
+    async def health(self) -> Health: ...

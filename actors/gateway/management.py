@@ -1,0 +1,78 @@
+"""Arriero's own routes: what is where and why, what would happen, and the orders to load, unload and pin."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+from fastapi.responses import JSONResponse
+
+from actors.gateway.backend import Backend
+from actors.gateway.stream import EventStream, event
+from actors.gateway.wire import (
+    MAX_NAME_LENGTH,
+    LoadRequest,
+    LoadResult,
+    ModelInfo,
+    PinRequest,
+    PinResult,
+    Plan,
+    Status,
+    UnloadRequest,
+    UnloadResult,
+)
+
+Name = Annotated[str, Query(min_length=1, max_length=MAX_NAME_LENGTH)]
+
+
+def management_routes(backend: Backend, pulse_s: float) -> APIRouter:
+    """`/api/v1/*` and `/health`."""
+    router = APIRouter(tags=["Arriero"])
+
+    @router.get("/api/v1/status")
+    async def status() -> Status:
+        return await backend.status()
+
+    @router.get("/api/v1/plan")
+    async def plan(model: Name, n_ctx: Annotated[int | None, Query(ge=1)] = None) -> Plan:
+        return await backend.plan(model, n_ctx)
+
+    @router.get("/api/v1/models")
+    async def models() -> list[ModelInfo]:
+        return await backend.models()
+
+    @router.post("/api/v1/load")
+    async def load(body: LoadRequest) -> LoadResult:
+        return await backend.load(body.model, body.n_ctx)
+
+    @router.post("/api/v1/unload")
+    async def unload(body: UnloadRequest) -> UnloadResult:
+        return await backend.unload(body.model)
+
+    @router.post("/api/v1/pin")
+    async def pin(body: PinRequest) -> PinResult:
+        return await backend.pin(body.model, body.pinned)
+
+    @router.get("/api/v1/events")
+    async def events(
+        after: Annotated[int | None, Query(ge=0)] = None,
+        follow: bool = True,
+        last_event_id: Annotated[int | None, Header(ge=0)] = None,
+    ) -> Response:
+        # A browser that reconnects repeats its first URL, so what it has seen since (the header) counts more.
+        since = last_event_id if last_event_id is not None else after
+        return EventStream(_events(backend, since or 0, follow), pulse_s)
+
+    @router.get("/api/v1/health")
+    @router.get("/health", include_in_schema=False)
+    async def health() -> Response:
+        now = await backend.health()
+        return JSONResponse(now.model_dump(), 503 if now.status == "failing" else 200)
+
+    return router
+
+
+async def _events(backend: Backend, after: int, follow: bool) -> AsyncGenerator[bytes, None]:
+    async for notice in backend.notices(after, follow):
+        yield event(notice.model_dump_json().encode(), notice.seq)

@@ -1,0 +1,111 @@
+"""One request from slot to last token: acquire a lease, relay the replica's tokens, give the lease back.
+
+A replica that dies before its first token is nobody's fault that the client should see: the request is replayed on
+another one, at most `REPLAYS` times. After the first token the failure is passed on, since a second answer would not
+continue the first. However a relay ends (last token, error, client gone), its lease is released or its place in the
+queue given up. Leases are renewed by one task for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+
+from actors.gateway.backend import AcquireRequest, Backend, Lease, TokenCounts
+from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
+from scheduler.errors import ArrieroError, EngineFailed
+from scheduler.units import LeaseId
+
+REPLAYS = 2
+
+log = logging.getLogger(__name__)
+
+
+class Relay:
+    """Serves requests through a backend. Belongs to one event loop; `close()` ends its renewals."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._leases: dict[LeaseId, Lease] = {}
+        self._renewals: asyncio.Task[None] | None = None
+
+    async def generate(self, need: AcquireRequest, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """The answer's chunks. Closing the generator cancels the generation. Raises ArrieroError."""
+        replays_left = REPLAYS
+        while True:
+            lease = await self._acquire(need)
+            chunks = self._backend.generate(lease, request)
+            started = finished = failed = False
+            usage = TokenCounts()
+            try:
+                async for chunk in chunks:
+                    started = True
+                    if chunk.finish_reason is not None:
+                        finished = True
+                        usage = TokenCounts(chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens)
+                    yield chunk
+                if not finished:
+                    raise EngineFailed(f"replica {lease.replica_id} of {lease.model} broke its answer off")
+                return
+            except EngineFailed as error:
+                failed = True
+                if started or not replays_left:
+                    raise
+                replays_left -= 1
+                log.warning("replaying %s: %s", need.request_id, error)
+            finally:
+                await chunks.aclose()
+                await self._release(lease, failed, usage)
+
+    async def embed(self, need: AcquireRequest, request: EmbedRequest) -> EmbedResult:
+        """The vectors of `request`. Raises ArrieroError."""
+        replays_left = REPLAYS
+        while True:
+            lease = await self._acquire(need)
+            failed = False
+            usage = TokenCounts()
+            try:
+                result = await self._backend.embed(lease, request)
+                usage = TokenCounts(prompt_tokens=result.prompt_tokens)
+                return result
+            except EngineFailed as error:
+                failed = True
+                if not replays_left:
+                    raise
+                replays_left -= 1
+                log.warning("replaying %s: %s", need.request_id, error)
+            finally:
+                await self._release(lease, failed, usage)
+
+    def close(self) -> None:
+        """Stop renewing; leases that are still held expire."""
+        if self._renewals is not None:
+            self._renewals.cancel()
+
+    async def _acquire(self, need: AcquireRequest) -> Lease:
+        try:
+            lease = await self._backend.acquire(need)
+        except asyncio.CancelledError:
+            await self._backend.cancel(need.request_id)
+            raise
+        self._leases[lease.lease_id] = lease
+        if self._renewals is None or self._renewals.done():
+            self._renewals = asyncio.ensure_future(self._renew())
+        return lease
+
+    async def _release(self, lease: Lease, failed: bool, usage: TokenCounts) -> None:
+        del self._leases[lease.lease_id]
+        try:
+            await self._backend.release(lease.lease_id, failed, usage)
+        except ArrieroError as error:
+            log.warning("lease %s was not released and will expire: %s", lease.lease_id, error)
+
+    async def _renew(self) -> None:
+        while self._leases:
+            await asyncio.sleep(min(lease.ttl_s for lease in self._leases.values()) / 3)
+            if self._leases:
+                try:
+                    await self._backend.renew(tuple(self._leases))
+                except ArrieroError as error:
+                    log.warning("leases were not renewed: %s", error)

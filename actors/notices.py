@@ -1,0 +1,50 @@
+"""What people and monitors are told: the last few thousand notices, numbered, with a wake-up for those who follow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+
+from actors.gateway.wire import Notice
+from scheduler.commands import Announce
+
+REMEMBERED = 5000
+
+
+class NoticeBoard:
+    """Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._notices: deque[Notice] = deque(maxlen=REMEMBERED)
+        self._news = asyncio.Event()
+        self.last_seq = 0
+
+    def post(self, announce: Announce) -> None:
+        self.last_seq += 1
+        self._notices.append(
+            Notice(
+                seq=self.last_seq,
+                at_s=time.time(),
+                kind=announce.kind,
+                message=announce.message,
+                model=announce.model or None,
+                replica_id=announce.replica_id or None,
+                data=dict(announce.data),
+            )
+        )
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def after(self, seq: int, timeout_s: float) -> list[Notice]:
+        """Notices newer than `seq`; waits up to `timeout_s` seconds for the first. A `seq` from before a restart
+        (beyond the newest one) counts as 0."""
+        if seq > self.last_seq:
+            seq = 0
+        if seq == self.last_seq and timeout_s > 0:
+            news = self._news
+            try:
+                await asyncio.wait_for(news.wait(), timeout_s)
+            except asyncio.TimeoutError:
+                return []
+        return [notice for notice in self._notices if notice.seq > seq]

@@ -1,0 +1,260 @@
+"""Continuous batching: one thread owns the context and turns waiting jobs into batches.
+
+Each turn decodes one batch: the next token of every answer under way, plus prompt tokens of slots still reading, oldest
+job first, up to one micro-batch (`n_ubatch`) in all. So a long prompt delays the others by one micro-batch at a time,
+and a cancelled job is gone after one. Jobs that find no free slot wait in order. Embeddings take their own turns,
+because they make every token an output.
+A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
+batcher for good: everything fails from then on, with the reason.
+Cost of a turn besides the decode: some microseconds per row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from actors.serving.jobs import Embedding, Generation, Job
+from actors.serving.model import Model, Row
+from actors.serving.slots import Slot, best_slot
+from scheduler.errors import EngineFailed
+
+_NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
+
+
+class Batcher:
+    """Runs jobs on a model in a thread of its own, from construction to `close()`."""
+
+    def __init__(self, model: Model, *, last_words: Callable[[], str] = lambda: "") -> None:
+        self._model = model
+        self._last_words = last_words
+        self._slots = [Slot(sequence) for sequence in range(model.n_seq_max)]
+        self._waiting: deque[Job[Any]] = deque()
+        self._in_batch: tuple[Job[Any], ...] = ()
+        self._changed = threading.Condition()
+        self._threads_wanted: int | None = None
+        self._failed_turns = 0
+        self._ticks = 0
+        self._closing = False
+        self.broken = ""  # why nothing works any more
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # Called from any thread
+
+    def submit(self, job: Job[Any]) -> None:
+        """Queues `job`. Raises EngineFailed when the engine is broken or closed."""
+        with self._changed:
+            if self.broken or self._closing:
+                job.end()
+                raise EngineFailed(self.broken or "this replica is being stopped")
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job[Any]) -> None:
+        """Ends `job` without a result, within one token or micro-batch; nothing happens if it has ended already."""
+        with self._changed:
+            job.cancelled = True
+            if self._in_batch and all(other.cancelled for other in self._in_batch):
+                self._model.abort(True)
+            self._changed.notify()
+
+    def jobs(self) -> list[Job[Any]]:
+        """All jobs running or waiting, running ones first."""
+        with self._changed:
+            return [slot.job for slot in self._slots if slot.job is not None] + list(self._waiting)
+
+    def set_threads(self, n_threads: int) -> None:
+        """CPU threads from the next turn on."""
+        with self._changed:
+            self._threads_wanted = n_threads
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Stops the thread; jobs that have not ended fail with EngineFailed."""
+        with self._changed:
+            self._closing = True
+            self._model.abort(True)
+            self._changed.notify()
+        self._thread.join()
+
+    # The engine thread
+
+    def _run(self) -> None:
+        try:
+            while self._prepare():
+                self._generate()
+                self._embed()
+        except BaseException as error:  # a bug must not leave callers waiting for ever
+            self.broken = f"the engine thread failed: {type(error).__name__}: {error}"
+        self._end_all(EngineFailed(self.broken or "this replica is being stopped"))
+
+    def _prepare(self) -> bool:
+        """Waits for work and gives waiting jobs their slots; False when there is nothing more to do."""
+        with self._changed:
+            while True:
+                self._drop_cancelled()
+                self._assign()
+                if self._closing or self.broken:
+                    return False
+                if self._threads_wanted is not None:
+                    self._model.set_threads(self._threads_wanted)
+                    self._threads_wanted = None
+                if any(slot.job is not None for slot in self._slots):
+                    return True
+                self._changed.wait()
+
+    def _drop_cancelled(self) -> None:
+        for slot in self._slots:
+            if slot.job is not None and slot.job.cancelled:
+                self._release(slot).end()
+        for job in [job for job in self._waiting if job.cancelled]:
+            self._waiting.remove(job)
+            job.end()
+
+    def _assign(self) -> None:
+        while self._waiting and (choice := best_slot(self._slots, self._waiting[0].prompt)) is not None:
+            slot, shared = choice
+            job = self._waiting.popleft()
+            if isinstance(job, Embedding):
+                shared = 0
+            kept = self._model.keep_prefix(slot.sequence, shared, len(slot.tokens))
+            del slot.tokens[kept:]
+            slot.job = job
+            slot.last_used = self._tick()
+            if isinstance(job, Generation):
+                job.cached_tokens = kept
+
+    def _release(self, slot: Slot) -> Job[Any]:
+        job, slot.job = slot.job, None
+        assert job is not None
+        slot.last_used = self._tick()
+        return job
+
+    def _tick(self) -> int:
+        self._ticks += 1
+        return self._ticks
+
+    def _forget(self, slot: Slot) -> None:
+        self._model.keep_prefix(slot.sequence, 0, len(slot.tokens))
+        slot.tokens.clear()
+
+    def _generate(self) -> None:
+        """One turn of all generations."""
+        rows: list[Row] = []
+        parts: list[tuple[Slot, Generation, list[int], int | None]] = []  # tokens in this batch, row to sample
+        running = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
+        running.sort(key=lambda pair: (pair[1].pending is None, pair[0].last_used))  # answers first, oldest first
+        room = max(self._model.n_ubatch, self._model.n_seq_max)
+        for slot, job in running:
+            if job.pending is not None:
+                tokens = [job.pending]
+            else:
+                tokens = job.prompt[len(slot.tokens) : len(slot.tokens) + room - len(rows)]
+            if not tokens:
+                continue
+            start = len(slot.tokens)
+            samples = job.pending is not None or start + len(tokens) == len(job.prompt)
+            rows += (Row(token, start + index, slot.sequence, False) for index, token in enumerate(tokens))
+            if samples:
+                rows[-1] = rows[-1]._replace(wants_logits=True)
+            parts.append((slot, job, tokens, len(rows) - 1 if samples else None))
+        if not rows:
+            return
+        code = self._decode(rows, [job for _, job, _, _ in parts])
+        if code != 0:
+            self._decode_failed(code, [(slot, job) for slot, job, _, _ in parts])
+            return
+        self._failed_turns = 0
+        for slot, job, tokens, row in parts:
+            slot.tokens += tokens
+            if row is not None:
+                token = self._model.sample(job.sampler, row)
+                ends = self._model.ends_generation(token)
+                if job.accept(token, b"" if ends else self._model.piece(token), ends=ends):
+                    self._release_locked(slot)
+
+    def _embed(self) -> None:
+        """One micro-batch of each text that is being embedded; a pooled model takes a whole text at once."""
+        for slot in self._slots:
+            job = slot.job
+            if not isinstance(job, Embedding) or job.cancelled:
+                continue
+            start = len(slot.tokens)
+            step = len(job.prompt) if self._model.is_pooled else embed_step(self._model)
+            tokens = job.prompt[start : start + step]
+            rows = [Row(token, start + index, slot.sequence, True) for index, token in enumerate(tokens)]
+            with self._changed:
+                self._model.abort(self._closing or job.cancelled)
+                self._in_batch = (job,)
+            vectors = self._model.embed(rows)
+            with self._changed:
+                self._in_batch = ()
+            if isinstance(vectors, int):
+                self._decode_failed(vectors, [(slot, job)])
+                continue
+            self._failed_turns = 0
+            slot.tokens += tokens
+            job.add(vectors)
+            if len(slot.tokens) == len(job.prompt):
+                self._forget(slot)
+                self._release_locked(slot)
+                job.finish()
+
+    def _release_locked(self, slot: Slot) -> None:
+        with self._changed:
+            self._release(slot)
+
+    def _decode(self, rows: list[Row], jobs: list[Generation]) -> int:
+        with self._changed:
+            self._in_batch = tuple(jobs)
+            self._model.abort(self._closing or all(job.cancelled for job in jobs))
+        code = self._model.decode(rows)
+        with self._changed:
+            self._in_batch = ()
+        if code == _NO_ROOM and self._forget_idle():
+            return self._decode(rows, jobs)
+        return code
+
+    def _forget_idle(self) -> bool:
+        """Gives back the cache cells of idle slots (a unified cache is shared by all); True if there were any."""
+        idle = [slot for slot in self._slots if slot.job is None and slot.tokens]
+        for slot in idle:
+            self._forget(slot)
+        return bool(idle)
+
+    def _decode_failed(self, code: int, parts: Sequence[tuple[Slot, Job[Any]]]) -> None:
+        if self._closing:
+            return  # the abort was ours; all jobs are about to end
+        if code == _NO_ROOM and len(parts) > 1:
+            parts = [max(parts, key=lambda part: len(part[0].tokens))]  # the longest makes the most room for the rest
+        for slot, job in parts:
+            self._forget(slot)
+            self._release_locked(slot)
+            if code == _NO_ROOM and isinstance(job, Generation) and job.pending is not None:
+                job.cut_short()
+            elif code == _ABORTED and job.cancelled:
+                job.end()
+            else:
+                job.end(EngineFailed(f"llama_decode returned {code}: {self._last_words() or 'no reason given'}"))
+        if code not in (_NO_ROOM, _ABORTED):
+            self._failed_turns += 1
+            if self._failed_turns > 1:
+                self.broken = f"two decodes in a row failed; the last returned {code}: {self._last_words()}"
+
+    def _end_all(self, error: EngineFailed) -> None:
+        with self._changed:
+            self._closing = True
+            for slot in self._slots:
+                if slot.job is not None:
+                    self._release(slot).end(error)
+            while self._waiting:
+                self._waiting.popleft().end(error)
+
+
+def embed_step(model: Model) -> int:
+    """Tokens per embedding turn: each costs a row of logits in the output buffer, which is held to about 16 MiB."""
+    row_bytes = 4 * (model.n_vocab + model.n_embd)
+    return max(1, min(model.n_ubatch, 16 * 2**20 // row_bytes))

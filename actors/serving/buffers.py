@@ -1,0 +1,51 @@
+"""Measured memory: turns llama.cpp's load report into `BufferSizes`.
+
+llama.cpp says what it allocated in log lines such as
+`load_tensors: RPC0[127.0.0.1:5123] model buffer size = 12.50 MiB`. Weights, KV cache and recurrent state are sums over
+several lines (one per file, cache kind or buffer type); a compute or output buffer that is logged again replaces the
+earlier one. A buffer belongs to a device when its name is that device's ("CUDA0", or the endpoint inside "RPC0[…]");
+whatever no device owns ("CPU", "CPU_Mapped", "CPU_REPACK", "CUDA_Host") is host memory.
+Unit: bytes, to the 0.01 MiB that the log prints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from actors.serving.protocol import BufferSizes, DeviceBuffers
+from scheduler.units import MIB
+
+_LINE = re.compile(r":\s+(\S+)\s+(?:DSV4 \S+ )?(model|KV|RS|state|compute|output) buffer size = +([0-9.]+) MiB")
+_SUMMED = {"model": "weights", "KV": "kv", "RS": "kv", "state": "kv"}
+
+
+def parse_buffers(lines: Iterable[str], device_buffers: Sequence[str], n_ctx_per_slot: int) -> BufferSizes:
+    """The sizes that `lines` report; `device_buffers` names each device's buffers, in the order of the load spec."""
+    owner = {name: index for index, name in enumerate(device_buffers)}
+    host = len(device_buffers)
+    found: dict[tuple[int, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for line in lines:
+        match = _LINE.search(line)
+        if match is None:
+            continue
+        name, kind, size = match.group(1), match.group(2), round(float(match.group(3)) * MIB)
+        place = owner.get(name, host)
+        if kind in _SUMMED:
+            found[place, _SUMMED[kind]][name] += size
+        else:
+            found[place, kind][name] = size
+
+    def total(place: int, kind: str) -> int:
+        return sum(found[place, kind].values())
+
+    def buffers(place: int) -> DeviceBuffers:
+        return DeviceBuffers(total(place, "weights"), total(place, "kv"), total(place, "compute"))
+
+    return BufferSizes(
+        devices=tuple(buffers(index) for index in range(host)),
+        host=buffers(host),
+        output_bytes=sum(total(place, "output") for place in range(host + 1)),
+        n_ctx_per_slot=n_ctx_per_slot,
+    )

@@ -1,0 +1,155 @@
+"""The engine: one loaded model that answers several callers at once. Free of Ray; llama_cpp is imported by loading.
+
+`Engine(spec, endpoints, on_progress)` loads; `generate` and `embed` check a request, turn it into tokens and hand it to
+the batcher; `close` frees everything. Every method may be called from any thread.
+Invariant: a request that cannot be served as asked is Rejected before it takes a slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from actors.serving.batcher import Batcher
+from actors.serving.jobs import Embedding, Generation
+from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, EmbedResult, GenerateRequest, LoadSpec
+from actors.serving.text import TextStream
+from scheduler.errors import EngineFailed, Rejected
+
+
+class Engine:
+    """A loaded replica. Raises LoadFailed when loading does not work; an exception of `on_progress` stops the load."""
+
+    def __init__(
+        self,
+        spec: LoadSpec,
+        rpc_endpoints: Sequence[str] = (),
+        on_progress: Callable[[float], object] = lambda progress: None,
+    ) -> None:
+        from actors.serving.journal import llama_log
+        from actors.serving.native import NativeModel
+        from actors.serving.prompt import ChatTemplate
+
+        self._spec = spec
+        self._model = NativeModel(spec, rpc_endpoints, on_progress)
+        self._chat = ChatTemplate(
+            self._model.chat_template, bos_token=self._model.bos_text, eos_token=self._model.eos_text
+        )
+        self._batcher = Batcher(self._model, last_words=llama_log().last_errors)
+        self._closed = False
+
+    @property
+    def buffers(self) -> BufferSizes:
+        """What llama.cpp allocated, in its own words."""
+        return self._model.buffers
+
+    @property
+    def n_ctx_per_slot(self) -> int:
+        """Tokens that one sequence may hold, prompt and answer together."""
+        return self._model.n_ctx_per_slot
+
+    @property
+    def n_slots(self) -> int:
+        return self._model.n_seq_max
+
+    @property
+    def broken(self) -> str:
+        """Why the engine works no longer; "" while it does."""
+        return self._batcher.broken
+
+    @property
+    def active_requests(self) -> tuple[str, ...]:
+        """Ids of the requests running or waiting."""
+        return tuple(dict.fromkeys(job.request_id for job in self._batcher.jobs()))
+
+    def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
+        """Streams the answer; the last chunk has the finish reason and the counts.
+
+        Raises Rejected at once for a request that cannot be served, EngineFailed (also in mid-stream) when the engine
+        fails. The request is queued when the first chunk is asked for; closing the iterator cancels it.
+        """
+        if not self._model.can_generate:
+            raise Rejected(f"{self._spec.model} is an embedding model; ask it for embeddings")
+        prompt, stops = self._tokens(request)
+        room = self.n_ctx_per_slot - len(prompt)
+        if room < 1:
+            raise Rejected(
+                f"prompt is {len(prompt)} tokens; the slot holds {self.n_ctx_per_slot} with the answer. "
+                "Shorten the prompt or load the model with a larger n_ctx",
+                prompt_tokens=len(prompt),
+                n_ctx=self.n_ctx_per_slot,
+            )
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 1")
+        sampler = self._model.sampler(request.sampling)
+        max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
+        return self._stream(Generation(request.request_id, prompt, sampler, TextStream(stops), max_tokens))
+
+    def _stream(self, job: Generation) -> Iterator[Chunk]:
+        try:
+            self._batcher.submit(job)
+            yield from job.results()
+        finally:
+            self._batcher.cancel(job)
+
+    def _tokens(self, request: GenerateRequest) -> tuple[list[int], tuple[str, ...]]:
+        """The prompt's tokens and all stop strings."""
+        if (request.messages is None) == (request.prompt is None):
+            raise Rejected("a request needs either messages or a prompt, and not both")
+        if request.messages is not None:
+            rendered = self._chat.render(request.messages)
+            return self._model.tokenize(rendered.text, rendered.add_special), request.stop + rendered.stops
+        assert request.prompt is not None
+        return self._prompt_tokens(request.prompt), request.stop
+
+    def _prompt_tokens(self, prompt: str | tuple[int, ...]) -> list[int]:
+        tokens = self._model.tokenize(prompt, add_special=True) if isinstance(prompt, str) else list(prompt)
+        if not tokens:
+            raise Rejected("the prompt is empty")
+        for token in tokens:
+            if not 0 <= token < self._model.n_vocab:
+                raise Rejected(f"the prompt has token {token}; this model's tokens are 0 to {self._model.n_vocab - 1}")
+        return tokens
+
+    def embed(self, request: EmbedRequest) -> EmbedResult:
+        """One vector of length 1 per input: the model's own pooling, or the mean of its token vectors.
+
+        Raises Rejected for an input that is empty or too long, EngineFailed when the engine fails.
+        """
+        if self._model.is_reranker:
+            raise Rejected(f"{self._spec.model} is a reranker; it has scores, not embeddings")
+        prompts = [self._prompt_tokens(text) for text in request.inputs]
+        limit = self._model.n_ubatch if self._model.is_pooled else self.n_ctx_per_slot
+        for index, prompt in enumerate(prompts):
+            if len(prompt) > limit:
+                raise Rejected(f"input {index} is {len(prompt)} tokens; at most {limit} can be embedded at once")
+        jobs = [Embedding(request.request_id, prompt) for prompt in prompts]
+        try:
+            for job in jobs:
+                self._batcher.submit(job)
+            vectors = [vector for job in jobs for vector in job.results()]
+        finally:
+            for job in jobs:
+                self._batcher.cancel(job)
+        if len(vectors) < len(jobs):
+            raise EngineFailed(f"request {request.request_id} was cancelled")
+        return EmbedResult(tuple(vectors), sum(map(len, prompts)))
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request within one token: its stream stops without a last chunk. False when it is not running."""
+        jobs = [job for job in self._batcher.jobs() if job.request_id == request_id]
+        for job in jobs:
+            self._batcher.cancel(job)
+        return bool(jobs)
+
+    def set_threads(self, n_threads: int) -> None:
+        """CPU threads to compute with, from the next token on."""
+        if n_threads < 1:
+            raise Rejected(f"n_threads is {n_threads}; at least one thread has to compute")
+        self._batcher.set_threads(n_threads)
+
+    def close(self) -> None:
+        """Stops serving and frees the memory; requests under way fail with EngineFailed. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._batcher.close()
+            self._model.close()

@@ -1,0 +1,355 @@
+"""One model and its context in llama.cpp, behind a dozen plain calls. Free of Ray and of policy; not thread-safe.
+
+`NativeModel` loads exactly what a `LoadSpec` says: explicit devices, layer split and context, so that llama.cpp's own
+fitting has nothing to decide. Afterwards it decodes batches of rows, samples, embeds and forgets. All calls but
+`abort` and the vocabulary ones belong to the thread that owns the context.
+Importing this module imports llama_cpp, which reads CUDA_VISIBLE_DEVICES: set that first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp._internals import LlamaBatch, LlamaSampler
+
+from actors.serving.buffers import parse_buffers
+from actors.serving.journal import LogLine, error_text, llama_log
+from actors.serving.model import Row
+from actors.serving.protocol import BufferSizes, LoadFailed, LoadFailureKind, LoadSpec, Sampling
+from actors.serving.sampling import build_sampler
+from scheduler.costs.params import ContextParams
+
+EXPERTS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+"""Names of the MoE expert tensors, as llama.cpp's own --cpu-moe matches them (common/common.h, LLM_FFN_EXPS_REGEX)."""
+
+_OUT_OF_MEMORY = ("failed to allocate", "unable to allocate", "out of memory", "failed to reserve", "cannot allocate")
+_INVALID_MODEL = (
+    "gguf_init",
+    "error loading model",
+    "failed to open",
+    "failed to load model from",
+    "not found",
+    "invalid",
+    "corrupt",
+)
+
+
+class _BufferOverride(ctypes.Structure):
+    """llama_model_tensor_buft_override (llama.h), which the bindings leave out."""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
+
+
+def _ggml(name: str, result: Any, *arguments: Any) -> Any:
+    """A ggml function through libllama's own handle: loading libggml by name could give a second registry."""
+    function = llama_cpp.llama_cpp._lib[name]
+    function.restype, function.argtypes = result, list(arguments)
+    return function
+
+
+class NativeModel:
+    """A loaded model with its context. `close()` frees both; a failed load raises LoadFailed and leaves nothing."""
+
+    def __init__(self, spec: LoadSpec, rpc_endpoints: Sequence[str], on_progress: Callable[[float], object]) -> None:
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: LlamaBatch | None = None
+        self._kept: tuple[object, ...] = ()
+        self._unified = spec.context.kv_unified
+        self._abort_flag = ctypes.create_string_buffer(b"", 2)
+        log = llama_log()
+        started = time.monotonic()
+        with log.recording() as lines:
+            try:
+                llama_cpp.llama_backend_init()
+                device_buffers = self._load(spec, rpc_endpoints, on_progress, lines)
+                self._make_context(spec.context, spec.n_threads, lines)
+                self.n_ctx_per_slot: int = llama_cpp.llama_n_ctx_seq(self._context)
+                self.buffers: BufferSizes = parse_buffers(
+                    (line.text for line in lines), device_buffers, self.n_ctx_per_slot
+                )
+                self._read_facts(spec.context)
+                self._warm_up(lines)
+            except BaseException:
+                self.close()
+                raise
+        self.load_s = time.monotonic() - started
+
+    # Loading
+
+    def _load(
+        self,
+        spec: LoadSpec,
+        rpc_endpoints: Sequence[str],
+        on_progress: Callable[[float], object],
+        lines: list[LogLine],
+    ) -> list[str]:
+        """Loads the weights; returns the name of each device's buffers as llama.cpp logs them."""
+        devices, device_buffers = _find_devices(spec, rpc_endpoints)
+        if len(spec.tensor_split) not in ({len(devices)} if len(devices) > 1 else {0, len(devices)}):
+            raise LoadFailed("failed", f"tensor_split has {len(spec.tensor_split)} shares for {len(devices)} devices")
+        params = llama_cpp.llama_model_default_params()
+        device_array = (ctypes.c_void_p * (len(devices) + 1))(*devices, None)
+        split = (ctypes.c_float * llama_cpp.llama_max_devices())(*(spec.tensor_split or (1.0,)))
+        params.devices = ctypes.cast(device_array, ctypes.c_void_p)
+        params.n_gpu_layers = spec.n_gpu_layers if devices else 0
+        params.split_mode = llama_cpp.LLAMA_SPLIT_MODE_LAYER
+        params.tensor_split = split
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if spec.use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
+        params.use_extra_bufts = spec.use_extra_bufts
+        overrides = (_BufferOverride * 2)()
+        if spec.experts_on_host:
+            overrides[0].pattern = EXPERTS
+            overrides[0].buffer_type = _ggml("ggml_backend_cpu_buffer_type", ctypes.c_void_p)()
+            params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+        interrupted: list[BaseException] = []
+
+        def report(progress: float, _user_data: object) -> bool:
+            try:
+                on_progress(progress)
+            except BaseException as error:  # an exception cannot cross C: stop the load and raise it afterwards
+                interrupted.append(error)
+            return not interrupted
+
+        params.progress_callback = llama_cpp.llama_progress_callback(report)
+        self._kept = params, device_array, split, overrides  # the model goes on reading these for as long as it lives
+        self._model = llama_cpp.llama_model_load_from_file(spec.path.encode(), params)
+        if interrupted:
+            raise interrupted[0]
+        if not self._model:
+            raise _failure(f"llama.cpp could not load {spec.path}", lines)
+        return device_buffers
+
+    def _make_context(self, context: ContextParams, n_threads: int, lines: list[LogLine]) -> None:
+        if context.n_seq_max > context.n_batch:  # llama.cpp would end the process over it
+            raise LoadFailed("failed", f"n_batch is {context.n_batch}; {context.n_seq_max} sequences need as many rows")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = context.n_ctx
+        params.n_seq_max = context.n_seq_max
+        params.n_batch = context.n_batch
+        params.n_ubatch = context.n_ubatch
+        params.n_threads = params.n_threads_batch = n_threads
+        params.type_k, params.type_v = _ggml_type(context.type_k), _ggml_type(context.type_v)
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if context.flash_attn == "on"
+            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        params.kv_unified = context.kv_unified
+        params.swa_full = context.swa_full
+        params.embeddings = context.embeddings
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise _failure("llama.cpp could not make a context", lines)
+        # llama.cpp asks this between graph nodes, thousands of times a second: a Python function would fight for the
+        # interpreter lock each time. strlen of the flag is 0 or 1, which is the bool that llama.cpp wants.
+        strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
+        llama_cpp.llama_set_abort_callback(self._context, strlen, ctypes.addressof(self._abort_flag))
+
+    def _read_facts(self, context: ContextParams) -> None:
+        self.vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self.n_seq_max: int = llama_cpp.llama_n_seq_max(self._context)
+        self.n_batch: int = llama_cpp.llama_n_batch(self._context)
+        self.n_ubatch: int = llama_cpp.llama_n_ubatch(self._context)
+        self.n_embd: int = llama_cpp.llama_model_n_embd_out(self._model)
+        self._memory: Any = llama_cpp.llama_get_memory(self._context)
+        self._window: int = 0 if context.swa_full else llama_cpp.llama_model_n_swa(self._model)
+        pooling = llama_cpp.llama_pooling_type(self._context)
+        self.is_pooled: bool = pooling not in (llama_cpp.LLAMA_POOLING_TYPE_NONE, llama_cpp.LLAMA_POOLING_TYPE_RANK)
+        self.is_reranker: bool = pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK
+        self.can_generate: bool = bool(self._memory) and pooling == llama_cpp.LLAMA_POOLING_TYPE_NONE
+        self._batch = LlamaBatch(n_tokens=self.n_batch, embd=0, n_seq_max=1, verbose=False)
+        # Embeddings are computed only in the turns that want them: they make every token of a batch an output.
+        llama_cpp.llama_set_embeddings(self._context, False)
+
+    def _warm_up(self, lines: list[LogLine]) -> None:
+        """One decode, so that the first request meets loaded pages and kernels, and a device that cannot compute
+        fails the load instead of a request."""
+        if not self.can_generate:
+            return
+        token = max(0, llama_cpp.llama_vocab_bos(self.vocab))
+        llama_cpp.llama_set_warmup(self._context, True)
+        code = self.decode([Row(token, 0, 0, True)])
+        llama_cpp.llama_set_warmup(self._context, False)
+        if code != 0:
+            raise _failure(f"the first decode failed (llama_decode returned {code})", lines)
+        llama_cpp.llama_synchronize(self._context)
+        llama_cpp.llama_memory_clear(self._memory, True)
+
+    def close(self) -> None:
+        """Frees the context and the model; safe to call twice."""
+        if self._batch is not None:
+            self._batch.close()
+        if self._context:
+            llama_cpp.llama_free(self._context)
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+        self._batch = self._context = self._model = None
+
+    # Vocabulary (any thread)
+
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
+        """Tokens of `text`; names of special tokens inside it count as those tokens."""
+        raw = text.encode()
+        room = len(raw) + 8
+        tokens = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), tokens, room, add_special, True)
+        if count < 0:
+            tokens = (llama_cpp.llama_token * -count)()
+            count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), tokens, -count, add_special, True)
+        return list(tokens[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that `token` adds to the answer; special tokens add none."""
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, room, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            room = -count
+
+    def token_text(self, token: int) -> str:
+        """How the vocabulary spells `token`; "" for a token that the model does not have (-1)."""
+        text = llama_cpp.llama_vocab_get_text(self.vocab, token) if token >= 0 else b""
+        return (text or b"").decode("utf-8", "replace")
+
+    @property
+    def bos_text(self) -> str:
+        return self.token_text(llama_cpp.llama_vocab_bos(self.vocab))
+
+    @property
+    def eos_text(self) -> str:
+        return self.token_text(llama_cpp.llama_vocab_eos(self.vocab))
+
+    @property
+    def chat_template(self) -> str | None:
+        template = llama_cpp.llama_model_chat_template(self._model, None)
+        return None if template is None else template.decode("utf-8", "replace")
+
+    def ends_generation(self, token: int) -> bool:
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+
+    def sampler(self, sampling: Sampling) -> LlamaSampler:
+        """A new sampler chain; the caller closes it. Raises Rejected for settings that cannot be."""
+        return build_sampler(self.vocab, self.n_vocab, sampling)
+
+    # Computing (the owning thread)
+
+    def decode(self, rows: Sequence[Row]) -> int:
+        """Runs `rows` through the model. 0: done; 1: no room in the cache, nothing changed; 2: aborted; else failed."""
+        assert self._batch is not None
+        batch = self._batch.batch
+        token, position, sequence, counts, logits = batch.token, batch.pos, batch.seq_id, batch.n_seq_id, batch.logits
+        for index, row in enumerate(rows):
+            token[index], position[index] = row.token, row.position
+            counts[index], sequence[index][0] = 1, row.sequence
+            logits[index] = row.wants_logits
+        batch.n_tokens = len(rows)
+        return int(llama_cpp.llama_decode(self._context, batch))
+
+    def sample(self, sampler: LlamaSampler, row: int) -> int:
+        """The next token after row `row` of the last batch; the sampler remembers it."""
+        return int(llama_cpp.llama_sampler_sample(sampler.sampler, self._context, row))
+
+    def embed(self, rows: Sequence[Row]) -> npt.NDArray[np.float32] | int:
+        """Embeddings of `rows`, all of one sequence: one pooled vector, or one per row. An int is decode's code."""
+        llama_cpp.llama_set_embeddings(self._context, True)
+        try:
+            code = self.decode([row._replace(wants_logits=True) for row in rows])
+            if code != 0:
+                return code
+            if self.is_pooled:
+                vector = llama_cpp.llama_get_embeddings_seq(self._context, rows[0].sequence)
+                return np.array(np.ctypeslib.as_array(vector, (1, self.n_embd)))
+            vectors = llama_cpp.llama_get_embeddings(self._context)
+            return np.array(np.ctypeslib.as_array(vectors, (len(rows), self.n_embd)))
+        finally:
+            llama_cpp.llama_set_embeddings(self._context, False)
+
+    def keep_prefix(self, sequence: int, kept: int, stored: int) -> int:
+        """Forgets all but the first `kept` of the `stored` tokens of `sequence`; returns how many really remain.
+
+        That is `kept`, or 0 where the memory cannot be cut there: a recurrent state has no past, and a sliding window
+        has dropped what the cut would need.
+        """
+        if not self._memory:
+            return 0
+        usable = kept > 0 and (kept == stored or self._covers(sequence, kept))
+        if usable and llama_cpp.llama_memory_seq_rm(self._memory, sequence, kept, -1):
+            return kept
+        llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        return 0
+
+    def _covers(self, sequence: int, kept: int) -> bool:
+        """Whether the window of position `kept` is still cached (in a shared cache nobody can tell)."""
+        if self._window == 0:
+            return True
+        oldest = llama_cpp.llama_memory_seq_pos_min(self._memory, sequence)
+        return not self._unified and 0 <= oldest <= max(0, kept - self._window)
+
+    def set_threads(self, n_threads: int) -> None:
+        llama_cpp.llama_set_n_threads(self._context, n_threads, n_threads)
+
+    def abort(self, wanted: bool) -> None:
+        """Makes a decode under way on the CPU stop at its next graph node (any thread); False takes that back."""
+        self._abort_flag[0] = b"1" if wanted else b"\0"
+
+
+def _find_devices(spec: LoadSpec, rpc_endpoints: Sequence[str]) -> tuple[list[int], list[str]]:
+    """ggml devices in the order of the spec, and the name of each one's buffers."""
+    endpoints = iter(rpc_endpoints)
+    by_name = _ggml("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)
+    devices, names = [], []
+    n_cuda = 0
+    for wanted in spec.devices:
+        if wanted.kind == "rpc":
+            endpoint = next(endpoints, None)
+            if endpoint is None:
+                raise LoadFailed("failed", f"no device process was started for {wanted.device_id}")
+            device, name = _rpc_device(endpoint), f"RPC0[{endpoint}]"
+        else:
+            name = f"CUDA{n_cuda}"  # CUDA_VISIBLE_DEVICES lists the spec's cards in the spec's order
+            device = by_name(name.encode())
+            n_cuda += 1
+        if not device:
+            raise LoadFailed("failed", f"llama.cpp does not see {wanted.device_id} ({name}); is it built for it?")
+        devices.append(device)
+        names.append(name)
+    return devices, names
+
+
+def _rpc_device(endpoint: str) -> int | None:
+    if not llama_cpp.llama_supports_rpc():
+        raise LoadFailed("failed", "this llama-cpp-python is built without RPC; rebuild it with -DGGML_RPC=ON")
+    server = _ggml("ggml_backend_rpc_add_server", ctypes.c_void_p, ctypes.c_char_p)(endpoint.encode())
+    if not server:
+        raise LoadFailed("failed", f"the device process at {endpoint} does not answer")
+    device: int | None = _ggml("ggml_backend_reg_dev_get", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(server, 0)
+    return device
+
+
+def _ggml_type(name: str) -> int:
+    number = getattr(llama_cpp, f"GGML_TYPE_{name.upper()}", None)
+    if number is None:
+        raise LoadFailed("failed", f"{name!r} is not a type that the KV cache can have")
+    return int(number)
+
+
+def _failure(what: str, lines: list[LogLine]) -> LoadFailed:
+    """`what` with llama.cpp's own last words, classified by them."""
+    reason = error_text(lines)
+    lower = reason.lower()
+    kind: LoadFailureKind = "failed"
+    if any(sign in lower for sign in _OUT_OF_MEMORY):
+        kind = "out_of_memory"
+    elif any(sign in lower for sign in _INVALID_MODEL):
+        kind = "invalid_model"
+    return LoadFailed(kind, f"{what}: {reason or 'it gave no reason'}")

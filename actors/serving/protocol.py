@@ -1,0 +1,159 @@
+"""What the gateway asks a runner, and what comes back. Plain records: they cross process borders and stay small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from scheduler.cluster.replica import Placement
+from scheduler.costs.params import ContextParams, DeviceKind
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadDevice:
+    """A device as the runner must reach it: a CUDA UUID, or a virtual GPU's shared state and limit."""
+
+    device_id: str
+    kind: DeviceKind
+    required_bytes: int  # what the ledger reserved; less free than that and the runner refuses
+    state_path: str = ""
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSpec:
+    """All that a runner needs to load one replica; nothing is left for llama.cpp to fit by itself."""
+
+    model: str
+    path: str
+    devices: tuple[LoadDevice, ...]
+    n_gpu_layers: int
+    tensor_split: tuple[float, ...]
+    experts_on_host: bool
+    context: ContextParams
+    n_threads: int
+    host_required_bytes: int
+    use_mmap: bool = True
+    use_extra_bufts: bool = False
+    placement: Placement | None = None  # the scheduler's own record, kept for one that restarts
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSizes:
+    """llama.cpp's own report after loading. `devices` is parallel to `LoadSpec.devices`; kv has recurrent state too."""
+
+    devices: tuple[DeviceBuffers, ...]
+    host: DeviceBuffers
+    output_bytes: int
+    n_ctx_per_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBuffers:
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    compute_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampler settings, OpenAI's and llama.cpp's names. `temperature` 0 is greedy."""
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 40
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    json_schema: str | None = None  # a JSON schema that the answer must follow ("{}" = any JSON object)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """`messages` (rendered through the model's chat template) or `prompt` (as it is), never both."""
+
+    request_id: str
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    max_tokens: int | None = None  # None: until end of generation or the context is full
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of the answer. The last one has `finish_reason` and the usage counts; earlier ones have text."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the slot's KV cache
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    request_id: str
+    inputs: tuple[str | tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedResult:
+    vectors: tuple[tuple[float, ...], ...]
+    prompt_tokens: int
+
+
+LoadFailureKind = Literal["refused", "out_of_memory", "invalid_model", "crashed", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailure:
+    """Why a load did not happen. "refused": live memory was below the reservation, nothing was loaded."""
+
+    kind: LoadFailureKind
+    message: str
+
+
+class LoadFailed(Exception):
+    """A load that did not happen, inside the runner's process; across processes it travels as its `LoadFailure`."""
+
+    def __init__(self, kind: LoadFailureKind, message: str) -> None:
+        super().__init__(message)
+        self.failure = LoadFailure(kind, message)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """A load that worked. `process_started_at_s` (after boot) makes `pid` unambiguous."""
+
+    buffers: BufferSizes
+    pid: int
+    process_started_at_s: float
+    load_s: float
+
+
+RunnerState = Literal["idle", "loading", "ready", "broken", "closed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerStatus:
+    """What a runner says of itself; enough for a restarted scheduler to adopt it again."""
+
+    replica_id: str
+    spec: LoadSpec
+    state: RunnerState
+    reason: str  # why it is broken, "" otherwise
+    report: LoadReport | None
+    progress: float  # of the load, 0 to 1
+    n_threads: int
+    active_requests: tuple[str, ...]

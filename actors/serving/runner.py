@@ -1,0 +1,302 @@
+"""A replica in a process of its own: checks the memory, loads, serves, and dies with everything it holds.
+
+`Runner` is the logic, free of Ray; `RunnerActor` is the detached actor around it, one per replica and never restarted.
+States: idle → loading → ready → broken or closed; a failed load ends in broken. What llama.cpp aborts on takes down
+this process and nothing else. The normal end is `ray.kill`: device processes and memory go with the process.
+Expected failures are values (`LoadFailure`, or the ArrieroError as the last item of a stream), for an exception that
+crosses Ray costs a traceback and its class.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from threading import Lock
+from typing import TypeVar
+
+import ray
+
+from actors.devices.host import memory_available_bytes
+from actors.devices.nvml import read_gpu
+from actors.devices.processes import started_at_s
+from actors.devices.virtual import DeviceProcess, read_virtual_gpu, start_device_process
+from actors.serving.engine import Engine
+from actors.serving.protocol import (
+    Chunk,
+    EmbedRequest,
+    EmbedResult,
+    GenerateRequest,
+    LoadDevice,
+    LoadFailed,
+    LoadFailure,
+    LoadReport,
+    LoadSpec,
+    RunnerState,
+    RunnerStatus,
+)
+from scheduler.cluster.facts import DeviceFacts, DeviceReading
+from scheduler.errors import ArrieroError, EngineFailed, InvariantBroken
+from scheduler.units import DeviceId, NodeId, format_bytes
+
+Result = TypeVar("Result")
+EngineLoader = Callable[[LoadSpec, Sequence[str], Callable[[float], object]], Engine]
+
+STREAMS = 64
+"""Answers one runner actor can stream at once: more than any sensible number of slots, so that waiting for a slot
+happens in the engine, in order, and not in Ray."""
+
+WATCH_EVERY_S = 0.25
+
+
+def show_only(devices: Sequence[LoadDevice]) -> None:
+    """Limits this process to the CUDA cards among `devices`, in their order; none hides all cards.
+
+    Works only before llama_cpp is imported, because the CUDA library reads the variable once: later is InvariantBroken.
+    """
+    if "llama_cpp" in sys.modules:
+        raise InvariantBroken("llama_cpp is imported already, so the choice of GPUs would come too late")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(device.device_id for device in devices if device.kind == "cuda")
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+
+
+class Runner:
+    """One replica. `load` once, then `generate` and `embed` from any number of threads."""
+
+    def __init__(self, replica_id: str, spec: LoadSpec, load_engine: EngineLoader = Engine) -> None:
+        self._replica_id = replica_id
+        self._spec = spec
+        self._load_engine = load_engine
+        self._engine: Engine | None = None
+        self._devices: list[DeviceProcess] = []
+        self._lock = Lock()
+        self._state: RunnerState = "idle"
+        self._reason = ""
+        self._progress = 0.0
+        self._report: LoadReport | None = None
+        self._n_threads = spec.n_threads
+        self._watcher = object()
+
+    def load(self) -> LoadReport | LoadFailure:
+        """Loads the model; blocks until it can answer. A refusal names the numbers and has loaded nothing."""
+        with self._lock:
+            if self._state != "idle":
+                return LoadFailure("failed", f"runner of replica {self._replica_id} is {self._state}; it loads once")
+            self._state = "loading"
+        started = time.monotonic()
+        try:
+            check_memory(self._spec)
+            self._start_devices()
+            self._engine = self._load_engine(self._spec, [device.endpoint for device in self._devices], self._advance)
+        except LoadFailed as error:
+            return self._load_failed(error.failure)
+        except Exception as error:  # whatever went wrong, the scheduler has to hear of it and this replica is over
+            return self._load_failed(LoadFailure("failed", f"{type(error).__name__}: {error}"))
+        pid, process_started_at_s = this_process()
+        self._report = LoadReport(self._engine.buffers, pid, process_started_at_s, load_s=time.monotonic() - started)
+        self._progress, self._state = 1.0, "ready"
+        self._engine.set_threads(self._n_threads)  # the cores may have been divided anew during the load
+        return self._report
+
+    def _advance(self, progress: float) -> None:
+        self._progress = min(progress, 0.99)  # all of it only once the context stands too
+
+    def _start_devices(self) -> None:
+        virtual = [device for device in self._spec.devices if device.kind == "rpc"]
+        if virtual:
+            with ThreadPoolExecutor(len(virtual)) as pool:
+                started = [
+                    pool.submit(start_device_process, device.state_path, device.total_bytes) for device in virtual
+                ]
+            self._devices = [future.result() for future in started if future.exception() is None]
+            for future in started:
+                future.result()
+
+    def _load_failed(self, failure: LoadFailure) -> LoadFailure:
+        self._state, self._reason = "broken", failure.message
+        self._close_devices()
+        return failure
+
+    def _close_devices(self) -> None:
+        for device in self._devices:
+            device.close()
+        self._devices = []
+
+    def progress(self) -> float:
+        """How much of the load is done, 0 to 1."""
+        return self._progress
+
+    def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
+        """Streams the answer; closing the iterator cancels it within one token. Raises ArrieroError."""
+        with closing(self._ready_engine().generate(request)) as chunks:  # type: ignore[type-var]
+            yield from chunks
+
+    def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Embeds the inputs. Raises ArrieroError."""
+        return self._ready_engine().embed(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request that runs or waits here, in the middle of its prompt too. False when there is none."""
+        return self._engine is not None and self._engine.cancel(request_id)
+
+    def set_threads(self, n_threads: int) -> None:
+        """CPU threads from the next token on: the scheduler divides a node's cores anew when replicas come and go."""
+        self._n_threads = n_threads
+        if self._state == "ready":
+            self._ready_engine().set_threads(n_threads)
+
+    def describe(self) -> RunnerStatus:
+        """All that a scheduler needs to take this replica into its books; notices a device that died."""
+        self._check_devices()
+        return RunnerStatus(
+            replica_id=self._replica_id,
+            spec=self._spec,
+            state=self._state,
+            reason=self._reason,
+            report=self._report,
+            progress=self._progress,
+            n_threads=self._n_threads,
+            active_requests=self._engine.active_requests if self._engine is not None else (),
+        )
+
+    def watch(self) -> str:
+        """Returns, with the reason, once a ready replica can serve no longer.
+
+        The latest call watches and ends those before it: a scheduler that restarts leaves no threads behind here.
+        """
+        mine = self._watcher = object()
+        while self._watcher is mine:
+            if self.describe().state != "ready":
+                return self._reason or self._state
+            time.sleep(WATCH_EVERY_S)
+        return "another call watches"
+
+    def close(self) -> None:
+        """Frees model, context and devices while the process lives on. Safe to call twice."""
+        if self._engine is not None:
+            self._engine.close()
+        self._close_devices()
+        self._state = "closed"
+
+    def _ready_engine(self) -> Engine:
+        self._check_devices()
+        if self._state != "ready" or self._engine is None:
+            raise EngineFailed(
+                f"replica {self._replica_id} of {self._spec.model} is {self._state} {self._reason}".rstrip()
+            )
+        return self._engine
+
+    def _check_devices(self) -> None:
+        """A replica whose device died would take this process down at its next token: call it broken before that."""
+        if self._state != "ready" or self._engine is None:
+            return
+        dead = [device.pid for device in self._devices if not device.alive()]
+        if dead:
+            self._state, self._reason = "broken", f"its device process {dead[0]} has ended"
+        elif self._engine.broken:
+            self._state, self._reason = "broken", self._engine.broken
+
+
+def check_memory(spec: LoadSpec) -> None:
+    """Raises LoadFailed("refused") when live memory is below what the ledger reserved, on any device or the host."""
+    for device in spec.devices:
+        reading = _read_device(device)
+        if reading.lost_reason:
+            raise LoadFailed("refused", f"{device.device_id} cannot be used: {reading.lost_reason}")
+        if reading.free_bytes < device.required_bytes:
+            raise LoadFailed(
+                "refused",
+                f"{device.device_id} has {format_bytes(reading.free_bytes)} free ({reading.free_bytes} bytes); "
+                f"{spec.model} needs {format_bytes(device.required_bytes)} ({device.required_bytes} bytes) there",
+            )
+    available_bytes = memory_available_bytes()
+    if available_bytes < spec.host_required_bytes:
+        raise LoadFailed(
+            "refused",
+            f"the host has {format_bytes(available_bytes)} of memory available; "
+            f"{spec.model} needs {format_bytes(spec.host_required_bytes)} there",
+        )
+
+
+def _read_device(device: LoadDevice) -> DeviceReading:
+    if device.kind == "cuda":
+        return read_gpu(device.device_id)
+    facts = DeviceFacts(
+        device_id=DeviceId(device.device_id),
+        node_id=NodeId(""),  # this one, whatever its name
+        label="",
+        product="",
+        kind="rpc",
+        total_bytes=device.total_bytes,
+        state_path=device.state_path,
+    )
+    return read_virtual_gpu(facts)
+
+
+@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"gen": STREAMS, "ctl": 6})
+class RunnerActor:
+    """A `Runner` as a Ray actor. Name it `runner-<replica id>`, detached, on its node by hard affinity.
+
+    Streams run in the group "gen", everything else in "ctl", so that a runner answers while it loads or serves.
+    """
+
+    def __init__(self, replica_id: str, spec: LoadSpec) -> None:
+        show_only(spec.devices)
+        self._runner = Runner(replica_id, spec)
+
+    @ray.method(concurrency_group="ctl")
+    def load(self) -> LoadReport | LoadFailure:
+        return self._runner.load()
+
+    @ray.method(concurrency_group="ctl")
+    def progress(self) -> float:
+        return self._runner.progress()
+
+    @ray.method(concurrency_group="gen", num_returns="streaming")
+    def generate(self, request: GenerateRequest) -> Iterator[Chunk | ArrieroError]:
+        """Chunks; an expected failure is the last item. `ray.cancel` on the stream takes effect at its next token."""
+        try:
+            yield from self._runner.generate(request)
+        except ArrieroError as error:
+            yield error
+
+    @ray.method(concurrency_group="gen")
+    def embed(self, request: EmbedRequest) -> EmbedResult | ArrieroError:
+        return _as_value(lambda: self._runner.embed(request))
+
+    @ray.method(concurrency_group="ctl")
+    def cancel(self, request_id: str) -> bool:
+        return self._runner.cancel(request_id)
+
+    @ray.method(concurrency_group="ctl")
+    def set_threads(self, n_threads: int) -> ArrieroError | None:
+        return _as_value(lambda: self._runner.set_threads(n_threads))
+
+    @ray.method(concurrency_group="ctl")
+    def describe(self) -> RunnerStatus:
+        return self._runner.describe()
+
+    @ray.method(concurrency_group="ctl")
+    def watch(self) -> str:
+        """Returns the reason when the replica breaks; fails with the actor when its process ends."""
+        return self._runner.watch()
+
+    @ray.method(concurrency_group="ctl")
+    def process(self) -> tuple[int, float]:
+        """See `this_process`. Answers at once."""
+        return this_process()
+
+
+def this_process() -> tuple[int, float]:
+    """Pid and start time (seconds after boot), which together name a process for as long as the machine runs."""
+    return os.getpid(), started_at_s() or 0.0
+
+
+def _as_value(call: Callable[[], Result]) -> Result | ArrieroError:
+    try:
+        return call()
+    except ArrieroError as error:
+        return error

@@ -1,0 +1,284 @@
+"""The core's state in the management API's words. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from actors.gateway import wire
+from scheduler.choice.placement import Choice
+from scheduler.cluster.inventory import Device, Node
+from scheduler.cluster.ledger import cores_account, device_account, host_account
+from scheduler.cluster.models import Model
+from scheduler.cluster.replica import Placement, Replica, ReplicaState
+from scheduler.core import SchedulerCore
+from scheduler.dispatch import Plan
+from scheduler.errors import Rejected
+from scheduler.units import DeviceId, ReplicaId
+
+HOST = "host"
+
+
+def status(
+    core: SchedulerCore,
+    version: str,
+    now: float,
+    started_at: float,
+    last_notice_seq: int,
+    pid_of: Callable[[ReplicaId], int | None],
+) -> wire.Status:
+    """Everything at one moment; `now` and `started_at` on the core's clock."""
+    limit = core.policy.max_active_models
+    nodes = core.inventory.nodes.values()
+    return wire.Status(
+        version=version,
+        uptime_s=now - started_at,
+        mode=f"at most {limit} active" if limit and limit > 1 else "single active model" if limit else "shared",
+        nodes=[_node(core, node) for node in nodes],
+        gpus=[_gpu(core, node, device) for node in nodes for device in node.devices.values()],
+        replicas=[_replica(core, replica, now, pid_of) for replica in core.replicas.values()],
+        queue=[
+            wire.QueueEntry(
+                request_id=waiting.request_id,
+                model=waiting.model,
+                waited_s=now - waiting.arrived_at,
+                reason=waiting.reason or "its turn, behind earlier requests for this model",
+            )
+            for waiting in sorted(core.queue, key=lambda waiting: waiting.arrived_at)
+        ],
+        last_notice_seq=last_notice_seq,
+    )
+
+
+def health(core: SchedulerCore, version: str, uptime_s: float) -> wire.Health:
+    """ "failing" without any machine; "degraded" while a GPU is lost or a machine silent. Names no models."""
+    reasons = []
+    if not core.inventory.nodes:
+        return wire.Health(status="failing", version=version, uptime_s=uptime_s, reasons=["no machine has joined yet"])
+    for node in core.inventory.nodes.values():
+        if node.reading is None:
+            reasons.append("a machine has not reported yet")
+        reasons += [
+            "a GPU is lost" for device in node.devices.values() if device.reading and device.reading.lost_reason
+        ]
+    return wire.Health(status="degraded" if reasons else "ok", version=version, uptime_s=uptime_s, reasons=reasons)
+
+
+def models(core: SchedulerCore) -> list[wire.ModelInfo]:
+    return [_model(core, model) for _, model in sorted(core.models.by_name.items())]
+
+
+def load_result(core: SchedulerCore, replica_id: ReplicaId, began: float) -> wire.LoadResult:
+    """What a load came to; 0 seconds when the replica had been ready before `began`."""
+    replica = core.replicas[replica_id]
+    return wire.LoadResult(
+        model=replica.model,
+        replica_id=replica_id,
+        node=_hostname(core, replica.placement),
+        n_ctx=replica.n_ctx,
+        load_s=replica.load_s if replica.ready_at >= began else 0.0,
+        layout=_layout(core, replica.placement),
+    )
+
+
+def plan(core: SchedulerCore, model: str, found: Plan, now: float) -> wire.Plan:
+    """The plan in numbers per device, with free bytes before and after."""
+    if found.serving is not None:
+        replica = found.serving
+        return wire.Plan(
+            model=model,
+            verdict="ready",
+            tier=replica.placement.tier,
+            node=_hostname(core, replica.placement),
+            n_ctx=replica.n_ctx,
+            n_threads=replica.n_threads,
+            reasons=[
+                f"{replica.replica_id} is {replica.state.value}, "
+                f"{replica.slots - len(replica.leases)} of {replica.slots} slots free"
+            ],
+        )
+    assert found.choice is not None
+    return _choice_plan(core, model, found.choice, now)
+
+
+def _choice_plan(core: SchedulerCore, model: str, choice: Choice, now: float) -> wire.Plan:
+    placement = choice.placement
+    shares, n_threads = [], None
+    if placement is not None:
+        before = core.rooms.now(placement.node_id)
+        after = core.rooms.without(placement.node_id, choice.victims)
+        for share in _layout(core, placement):
+            device_id = next((d for d in placement.device_ids if _label(core, d) == share.device), None)
+            free = before.host_bytes if device_id is None else before.devices[device_id]
+            later = after.host_bytes if device_id is None else after.devices[device_id]
+            shares.append(
+                wire.PlanShare(
+                    device=share.device,
+                    layers=share.layers,
+                    bytes=share.bytes,
+                    free_before_bytes=max(0, free),
+                    free_after_bytes=max(0, later - share.bytes),
+                )
+            )
+        n_threads = core.fleet.cores.share(placement.node_id, newcomers=1) if placement.computes_on_cpu else 1
+    victims = [core.replicas[victim] for victim in sorted(choice.victims)]
+    return wire.Plan(
+        model=model,
+        # Memory that is on its way back needs no decision; nothing to wait for is in the way for good.
+        verdict="blocked" if choice.verdict == "wait" and placement is None else choice.verdict,
+        tier=placement.tier if placement else None,
+        node=_hostname(core, placement) if placement else None,
+        shares=shares,
+        victims=[
+            wire.PlanVictim(
+                replica_id=victim.replica_id,
+                model=victim.model,
+                idle_s=now - victim.last_used_at,
+                frees=_reserved(core, victim),
+            )
+            for victim in victims
+        ],
+        n_ctx=placement.context.n_ctx // (1 if placement.context.kv_unified else placement.context.n_seq_max)
+        if placement
+        else None,
+        n_threads=n_threads,
+        reasons=[
+            *([f"with n_ctx {choice.n_ctx_that_fits} it would fit"] if choice.n_ctx_that_fits else []),
+            *map(str, choice.rejections),
+        ],
+        rejected=[wire.RejectedCandidate(tier=r.tier, reason=f"{r.where}: {r.reason}") for r in choice.rejections],
+    )
+
+
+def _node(core: SchedulerCore, node: Node) -> wire.NodeStatus:
+    facts = node.facts
+    return wire.NodeStatus(
+        node_id=facts.node_id,
+        hostname=facts.hostname,
+        address=facts.address,
+        memory_total_bytes=facts.memory_total_bytes,
+        memory_available_bytes=node.reading.memory_available_bytes if node.reading else 0,
+        memory_reserved_bytes=core.ledger.booked(host_account(facts.node_id), "held", "releasing"),
+        physical_cores=facts.physical_cores,
+        booked_cores=core.ledger.booked(cores_account(facts.node_id), "held", "releasing"),
+        state="ready" if node.known else "joining",
+    )
+
+
+def _gpu(core: SchedulerCore, node: Node, device: Device) -> wire.GpuStatus:
+    facts, reading = device.facts, device.reading
+    return wire.GpuStatus(
+        device_id=facts.device_id,
+        node_id=facts.node_id,
+        label=_label(core, facts.device_id),
+        product=facts.product,
+        kind=facts.kind,
+        total_bytes=facts.total_bytes,
+        free_bytes=reading.free_bytes if reading else 0,
+        used_bytes=reading.used_bytes if reading else 0,
+        booked_bytes=core.ledger.booked(device_account(facts.device_id), "held", "releasing"),
+        foreign_bytes=device.foreign_bytes,
+        utilisation=reading.utilisation if reading else None,
+        temperature_c=reading.temperature_c if reading else None,
+        state="unread" if reading is None else "lost" if reading.lost_reason else "ok",
+        reason=reading.lost_reason if reading else "",
+    )
+
+
+def _replica(
+    core: SchedulerCore, replica: Replica, now: float, pid_of: Callable[[ReplicaId], int | None]
+) -> wire.ReplicaStatus:
+    model = core.models.by_name.get(replica.model)
+    pinned = bool(model and model.pinned)
+    keep_alive_s = core.models.params(model).keep_alive_s if model else None
+    ready = replica.state is ReplicaState.READY
+    idle_s = now - replica.last_used_at if ready and not replica.busy else None
+    measured = {
+        _label(core, device_id): count
+        for device_id, count in zip(replica.placement.device_ids, replica.measured_device_bytes, strict=False)
+    }
+    if replica.measured_device_bytes or replica.measured_host_bytes:
+        measured[HOST] = replica.measured_host_bytes
+    return wire.ReplicaStatus(
+        replica_id=replica.replica_id,
+        model=replica.model,
+        state="draining" if ready and not replica.open else replica.state.value,
+        node=_hostname(core, replica.placement),
+        layout=_layout(core, replica.placement),
+        n_gpu_layers=replica.placement.layout.n_gpu_layers,
+        experts_on_host=replica.placement.layout.experts_on_host,
+        n_ctx=replica.n_ctx,
+        slots=replica.slots,
+        active=len(replica.leases),
+        n_threads=replica.n_threads,
+        reserved_bytes=_reserved(core, replica),
+        measured_bytes=measured,
+        pinned=pinned,
+        idle_s=idle_s,
+        expires_in_s=max(0.0, keep_alive_s - idle_s)
+        if keep_alive_s is not None and idle_s is not None and not pinned
+        else None,
+        loading=replica.progress if replica.state is ReplicaState.LOADING else None,
+        pid=pid_of(replica.replica_id),
+    )
+
+
+def _model(core: SchedulerCore, model: Model) -> wire.ModelInfo:
+    shape = model.shape
+    n_ctx = None
+    reason = model.invalid
+    if shape is not None:
+        try:
+            context = core.models.context(model, shape, None)
+            n_ctx = context.n_ctx // (1 if context.kv_unified else context.n_seq_max)
+        except Rejected as error:
+            reason = error.message
+    first = next(iter(model.copies.values()), None)
+    return wire.ModelInfo(
+        name=model.name,
+        state="invalid" if model.invalid else "available" if shape else "unknown",
+        path=first.file.path if first else (model.entry.path if model.entry else ""),
+        nodes=sorted(core.inventory.nodes[n].facts.hostname for n in model.copies if n in core.inventory.nodes),
+        architecture=shape.architecture if shape else None,
+        quantization=shape.quantization if shape else None,
+        size_bytes=first.file.size_bytes if first else None,
+        n_ctx_train=shape.n_ctx_train if shape else None,
+        n_ctx=n_ctx,
+        modified_at_s=first.file.modified_at_s if first else None,
+        pinned=model.pinned,
+        replicas=[r.replica_id for r in core.replicas.values() if r.model == model.name],
+        reason=reason or ("" if first else "no node has the file"),
+    )
+
+
+def _layout(core: SchedulerCore, placement: Placement) -> list[wire.LayoutShare]:
+    shares = [
+        wire.LayoutShare(device=_label(core, device_id), layers=layers, bytes=count)
+        for device_id, layers, count in zip(placement.device_ids, placement.layers, placement.device_bytes, strict=True)
+    ]
+    on_host = placement.n_layers - placement.layout.n_gpu_layers
+    return [*shares, wire.LayoutShare(device=HOST, layers=on_host, bytes=placement.host_bytes)]
+
+
+def _reserved(core: SchedulerCore, replica: Replica) -> dict[str, int]:
+    placement = replica.placement
+    reserved = {
+        _label(core, device_id): core.ledger.amount(replica.replica_id, device_account(device_id))
+        for device_id in placement.device_ids
+    }
+    reserved[HOST] = core.ledger.amount(replica.replica_id, host_account(placement.node_id))
+    return reserved
+
+
+def _label(core: SchedulerCore, device_id: DeviceId) -> str:
+    """The name that the catalogue's reserves use too: "gpu0", or "box1/gpu0" when there are several nodes."""
+    device = core.inventory.device(device_id)
+    if device is None:
+        return str(device_id)
+    facts = device.facts
+    several = len(core.inventory.nodes) > 1
+    return f"{core.inventory.nodes[facts.node_id].facts.hostname}/{facts.label}" if several else facts.label
+
+
+def _hostname(core: SchedulerCore, placement: Placement) -> str:
+    node = core.inventory.nodes.get(placement.node_id)
+    return node.facts.hostname if node else str(placement.node_id)

@@ -1,0 +1,49 @@
+"""The `arriero` command: its verbs, and how errors end it (one clear line, exit status 1; 2 for a wrong call)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from arriero import __version__
+from arriero.cli import cluster, files, observe, use
+from scheduler.errors import ArrieroError
+
+app = typer.Typer(
+    name="arriero",
+    help="Arriero drives GGUF models over your GPUs: placed, loaded, served and evicted by what they really cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+VERBS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Service": (cluster.up, cluster.down, cluster.demo),
+    "Look": (observe.ps, observe.gpus, observe.models, observe.plan, observe.events),
+    "Use": (use.run, use.chat, use.load, use.unload, use.pin),
+    "Files (no service needed)": (files.inspect, files.footprint),
+}
+for panel, verbs in VERBS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=panel)(verb)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `arriero` script."""
+    try:
+        app()
+    except ArrieroError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,183 @@
+"""`arriero ps`, `gpus`, `models`, `plan` and `events`: what is where, and why."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated
+
+import typer
+from rich.table import Column, Table
+
+from arriero.api import GpuStatus, Notice, Plan, ReplicaStatus
+from arriero.cli.service import AsJson, Url, client, console, print_json
+from scheduler.units import format_bytes
+
+COLOURS = {
+    "placed": "cyan", "replica_ready": "green", "replica_evicted": "yellow", "replica_died": "red",
+    "load_failed": "red", "request_refused": "red", "model_invalid": "red", "gpu_lost": "red", "node_lost": "red",
+}  # fmt: skip
+
+
+GPU_FIGURES = ("total", "free", "booked", "others", "load", "temp")
+
+
+def _name_column() -> Column:
+    """Names are there to be typed again: never cut."""
+    return Column("model", no_wrap=True, overflow="ignore")
+
+
+def ps(url: Url = None, json: AsJson = False) -> None:
+    """Loaded models, where they lie, and who waits."""
+    with client(url) as api:
+        status = api.status()
+    if json:
+        print_json(status)
+        return
+    title = f"Loaded models ({status.mode})"
+    table = Table(_name_column(), "state", "where", "n_ctx", "slots", "threads", "idle", title=title)
+    for replica in status.replicas:
+        table.add_row(
+            replica.model + (" [dim](pinned)[/]" if replica.pinned else ""),
+            replica.state if replica.loading is None else f"loading {replica.loading:.0%}",
+            where(replica),
+            str(replica.n_ctx),
+            f"{replica.active}/{replica.slots}",
+            str(replica.n_threads),
+            "busy"
+            if replica.idle_s is None and replica.active
+            else f"{replica.idle_s:.0f} s"
+            if replica.idle_s is not None
+            else "",
+        )
+    console.print(table if status.replicas else "No model is loaded.")
+    for entry in status.queue:
+        console.print(f"[yellow]waiting {entry.waited_s:.0f} s[/] for {entry.model}: {entry.reason}")
+    for node in status.nodes:
+        available, total = format_bytes(node.memory_available_bytes), format_bytes(node.memory_total_bytes)
+        console.print(
+            f"[dim]{node.hostname}: {available} of {total} RAM available, {format_bytes(node.memory_reserved_bytes)} "
+            f"booked; {node.booked_cores} of {node.physical_cores} cores booked[/]"
+        )
+
+
+def gpus(url: Url = None, json: AsJson = False) -> None:
+    """GPUs: total, free and booked memory, and what other programs use."""
+    with client(url) as api:
+        status = api.status()
+    if json:
+        print_json(status.gpus)
+        return
+    figures = [_gpu_figures(gpu) for gpu in status.gpus]
+    shown = [name for name in GPU_FIGURES if any(row[name] for row in figures)]
+    table = Table("gpu", "product", *(Column(name, no_wrap=True) for name in shown), "state")
+    for gpu, row in zip(status.gpus, figures, strict=True):
+        state = gpu.state + (f": {gpu.reason}" if gpu.reason else "")
+        table.add_row(gpu.label, gpu.product, *(row[name] for name in shown), state)
+    console.print(table if status.gpus else "No GPU: models run in host RAM.")
+
+
+def models(url: Url = None, json: AsJson = False) -> None:
+    """The models that may be asked for."""
+    with client(url) as api:
+        found = api.models()
+    if json:
+        print_json(found)
+        return
+    table = Table(_name_column(), "architecture", "type", "size", "n_ctx per slot", "loaded")
+    for model in found:
+        if model.state != "invalid":
+            table.add_row(
+                model.name,
+                model.architecture or "",
+                model.quantization or "",
+                format_bytes(model.size_bytes) if model.size_bytes is not None else "",
+                str(model.n_ctx or ""),
+                "yes" if model.replicas else "",
+            )
+    console.print(table if found else "No models found; `arriero up --models DIR` names a directory.")
+    for model in found:
+        if model.reason:
+            console.print(f"[red]{model.name}[/]: {model.reason}", soft_wrap=True)
+
+
+def plan(
+    model: str,
+    n_ctx: Annotated[int | None, typer.Option(help="Tokens that a slot must hold.")] = None,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """What a request for MODEL would cause now. Starts nothing."""
+    with client(url) as api:
+        found = api.plan(model, n_ctx=n_ctx)
+    if json:
+        print_json(found)
+    else:
+        print_plan(found)
+
+
+def events(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens from now on.")] = False,
+    after: Annotated[int, typer.Option(help="Only events after this number.")] = 0,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """What happened: placements, evictions, loads, refusals, each with its reason."""
+    with client(url) as api:
+        for notice in api.events(after=after, follow=follow):
+            if json:
+                print(notice.model_dump_json(), flush=True)
+            else:
+                print_notice(notice)
+
+
+def print_notice(notice: Notice) -> None:
+    at = datetime.datetime.fromtimestamp(notice.at_s).strftime("%H:%M:%S")
+    colour = COLOURS.get(notice.kind, "default")
+    console.print(f"[dim]{at}[/] [{colour}]{notice.kind:<16}[/] {notice.message}", soft_wrap=True)
+
+
+def print_plan(found: Plan) -> None:
+    """A plan as people read it: the verdict, the shares, the victims, and why better places were passed over."""
+    verdicts = {
+        "ready": "[green]served at once[/]",
+        "free": "[green]fits beside the others[/]",
+        "evict": "[yellow]fits after evicting[/]",
+        "wait": "[yellow]must wait for running requests[/]",
+        "blocked": "[red]in the way: pinned models or other programs[/]",
+        "impossible": "[red]can never fit[/]",
+    }
+    place = f": {found.tier} on {found.node}" if found.tier else ""
+    console.print(f"[bold]{found.model}[/] {verdicts[found.verdict]}{place}")
+    if found.shares:
+        table = Table("device", "layers", "needs", "free before", "free after")
+        for share in found.shares:
+            free = (format_bytes(share.free_before_bytes), format_bytes(share.free_after_bytes))
+            table.add_row(share.device, str(share.layers), format_bytes(share.bytes), *free)
+        console.print(table)
+    for victim in found.victims:
+        frees = ", ".join(f"{format_bytes(count)} on {device}" for device, count in victim.frees.items())
+        console.print(f"evicts {victim.model} (idle {victim.idle_s:.0f} s), which frees {frees}")
+    for reason in found.reasons:
+        console.print(f"[dim]- {reason}[/]", soft_wrap=True)
+
+
+def where(replica: ReplicaStatus) -> str:
+    """ "7 layers on gpu0, 3 in host RAM" """
+    shares = [
+        f"{share.layers} in host RAM" if share.device == "host" else f"{share.layers} layers on {share.device}"
+        for share in replica.layout
+        if share.layers
+    ]
+    return ", ".join(shares) + (", experts in host RAM" if replica.experts_on_host else "")
+
+
+def _gpu_figures(gpu: GpuStatus) -> dict[str, str]:
+    """By column; empty where the device does not say."""
+    return {
+        "total": format_bytes(gpu.total_bytes),
+        "free": format_bytes(gpu.free_bytes),
+        "booked": format_bytes(gpu.booked_bytes),
+        "others": format_bytes(gpu.foreign_bytes),
+        "load": f"{gpu.utilisation:.0%}" if gpu.utilisation is not None else "",
+        "temp": f"{gpu.temperature_c:.0f} °C" if gpu.temperature_c is not None else "",
+    }

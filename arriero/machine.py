@@ -1,0 +1,211 @@
+"""This machine's Ray: found, joined, or started; and what `arriero down` needs to remember of it.
+
+A Ray that Arriero starts listens on loopback only, asks for a token, and runs until `arriero down`. The state file
+(`$XDG_STATE_HOME/arriero/deployment.json`, mode 0600) holds the gateway's URL and key, and of a Ray that was started
+here its process, address and token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from scheduler.errors import Rejected, Unavailable
+
+LOCAL = "local"
+START_TIMEOUT_S = 90.0
+END_TIMEOUT_S = 20.0
+OBJECT_STORE_BYTES = 100_000_000  # tokens and readings stay far below what goes through the object store
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """The last deployment made from this account. Empty strings and zeros for what does not apply."""
+
+    url: str = ""
+    api_key: str = ""
+    ray_address: str = ""
+    ray_pid: int = 0
+    ray_started_at_s: float = 0.0
+    ray_token: str = ""
+
+    @property
+    def ray_process(self) -> psutil.Process | None:
+        """The Ray that was started here, if it still runs."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.ray_pid) if self.ray_pid else None
+            if (
+                process
+                and abs(process.create_time() - self.ray_started_at_s) < 1
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                return process
+        return None
+
+
+def state_path() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "arriero" / "deployment.json"
+
+
+def recall() -> Remembered:
+    """What was remembered; empty when nothing was, or when the file is not ours to understand."""
+    try:
+        return Remembered(**json.loads(state_path().read_text()))
+    except (OSError, ValueError, TypeError):
+        return Remembered()
+
+
+def remember(state: Remembered) -> None:
+    path = state_path()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(asdict(state), file)
+
+
+def forget() -> None:
+    state_path().unlink(missing_ok=True)
+
+
+def connect(address: str | None, *, start: bool) -> Remembered:
+    """Connect this process to Ray as a driver; returns what is to be remembered of it.
+
+    In this order: `address` or RAY_ADDRESS ("local": none but a Ray of our own); a Ray that was started from here; one
+    that this account runs on this machine; and, with `start`, a new one. Raises Unavailable when there is none,
+    Rejected when there are several to choose from. Ray reads its token when it is first imported: import it after this.
+    """
+    chosen = address or os.environ.get("RAY_ADDRESS", "")
+    known = recall()
+    if chosen in ("", LOCAL, known.ray_address) and known.ray_process:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=known.ray_token)
+        _init(known.ray_address)
+        return known
+    running = clusters() if not chosen else []
+    if len(running) > 1:
+        raise Rejected(
+            f"several Ray clusters run here ({', '.join(running)}); name one with --address, or --address local"
+        )
+    if (chosen and chosen != LOCAL) or running:
+        _init(chosen or running[0])
+        return Remembered(ray_address=chosen or running[0])
+    if not start:
+        raise Unavailable("no Ray cluster runs on this machine; `arriero up` starts one")
+    return start_ray()
+
+
+def clusters() -> list[str]:
+    """GCS addresses ("host:port") of the Ray clusters that this account runs a node of on this machine."""
+    found = set()
+    for process in psutil.process_iter(["name", "cmdline", "uids"]):
+        if process.info["name"] == "raylet" and process.info["uids"] and process.info["uids"].real == os.getuid():
+            for argument in process.info["cmdline"] or ():
+                if argument.startswith("--gcs-address="):
+                    found.add(argument.removeprefix("--gcs-address="))
+    return sorted(found)
+
+
+def start_ray() -> Remembered:
+    """Start a Ray head of our own on loopback and connect to it. Takes 5 to 15 s."""
+    token = secrets.token_hex(32)
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+    port = free_port()
+    log = state_path().with_name("ray.log")
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    process = _ray_head(port, log)
+    state = Remembered(
+        ray_address=f"127.0.0.1:{port}",
+        ray_pid=process.pid,
+        ray_started_at_s=psutil.Process(process.pid).create_time(),
+        ray_token=token,
+    )
+    try:
+        _await_head(process, port, log)
+        _init(state.ray_address)
+    except BaseException:
+        end_ray(state)
+        raise
+    return state
+
+
+def _await_head(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not _listens(port) or "Ray runtime started" not in log.read_text(errors="replace"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise Unavailable(f"Ray did not start (log: {log}):\n{tail}")
+        time.sleep(0.1)
+
+
+def end_ray(state: Remembered) -> None:
+    """End the Ray that was started here, and with it all its processes."""
+    process = state.ray_process
+    if process is None:
+        return
+    family = [process, *process.children(recursive=True)]
+    process.terminate()  # `ray start --block` ends its own processes
+    _, alive = psutil.wait_procs(family, timeout=END_TIMEOUT_S)
+    for left in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+    psutil.wait_procs(alive, timeout=END_TIMEOUT_S)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _ray_head(port: int, log: Path) -> subprocess.Popen[bytes]:
+    source = str(Path(__file__).parents[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
+        # Ray must neither lower the priority of runners nor kill the newest of them when memory is short.
+        "RAY_worker_niceness": "0",
+        "RAY_memory_monitor_refresh_ms": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
+        f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+    ]  # fmt: skip
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _init(address: str) -> None:
+    import ray
+
+    from actors.names import NAMESPACE
+
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        raise Unavailable(f"cannot connect to the Ray cluster at {address}: {error}") from error

@@ -1,0 +1,1 @@
+"""Decides. Pure Python: facts in, decisions out; no Ray, no llama.cpp, no clock, no threads."""

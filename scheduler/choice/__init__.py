@@ -1,0 +1,1 @@
+"""What to do about it: candidate layouts, the place for them, and who makes room."""

@@ -1,0 +1,109 @@
+"""From a request to a need: what may be asked of a model, and whether enough is known to decide.
+
+Raises the errors that concern the request alone (`Rejected`) or the model as a whole (`InvalidGGUF`, `Unavailable`);
+whether there is room is not asked here.
+"""
+
+from __future__ import annotations
+
+from scheduler.choice.candidates import Need
+from scheduler.choice.queue import Waiting
+from scheduler.cluster.inventory import Inventory, Node
+from scheduler.cluster.models import Model, Models
+from scheduler.config import Catalogue
+from scheduler.costs.params import ContextParams
+from scheduler.costs.shape import ModelShape
+from scheduler.errors import InvalidGGUF, Rejected, Unavailable
+
+
+class Admission:
+    """Reads inventory and models, changes neither."""
+
+    def __init__(self, catalogue: Catalogue, inventory: Inventory, models: Models) -> None:
+        self._reserves = catalogue.reserves
+        self._inventory = inventory
+        self._models = models
+
+    def check(self, model: Model, waiting: Waiting) -> None:
+        """Raise Rejected when the model cannot do what is asked; nothing is said before its header has been read."""
+        if model.shape is not None:
+            self._context(model, model.shape, waiting)
+
+    def least_n_ctx(self, waiting: Waiting) -> int:
+        """Tokens that a slot must hold for the request; 0 while the model's default is not known."""
+        model = self._models.by_name.get(waiting.model)
+        if waiting.n_ctx is not None or model is None or model.shape is None:
+            return waiting.n_ctx or 0
+        context = self._models.context(model, model.shape, None)
+        return context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
+
+    def need(self, model: Model, waiting: Waiting, now: float) -> Need | None:
+        """What the request needs; None while headers or machines have not been read yet.
+
+        Raises Rejected for what no such model can do, InvalidGGUF for a file that is none, and Unavailable while
+        repeated failures are being sat out or when no machine has the file.
+        """
+        if model.copies and model.invalid:
+            raise InvalidGGUF(f"{model.name}: {model.invalid}", model=model.name)
+        history = model.history
+        if now < history.retry_at:
+            wait_s = history.retry_at - now
+            raise Unavailable(
+                f"{model.name} failed to load repeatedly, last: {history.last_failure}; next try in {wait_s:.0f} s",
+                retry_after_s=wait_s,
+                model=model.name,
+            )
+        if not model.copies and self._inventory.complete:
+            where = model.entry.path if model.entry else model.name
+            raise Unavailable(f"{model.name}: no machine has a file {where}", retry_after_s=10.0, model=model.name)
+        shape = model.shape
+        if shape is None or not self.nodes(model):
+            return None
+        params = self._models.params(model)
+        return Need(
+            model=model.name,
+            shape=shape,
+            context=self._context(model, shape, waiting),
+            reserves=self._reserves,
+            use_mmap=params.use_mmap is not False,
+            use_extra_bufts=bool(params.use_extra_bufts),
+            extra_bytes=history.extra_bytes,
+        )
+
+    def nodes(self, model: Model) -> list[Node]:
+        """Nodes with the same file: copies of another size under the same name are another model."""
+        shaped = {node_id: copy for node_id, copy in model.copies.items() if copy.shape is not None}
+        size = next((copy.file.size_bytes for copy in shaped.values()), 0)
+        return [
+            self._inventory.nodes[node_id]
+            for node_id, copy in shaped.items()
+            if copy.file.size_bytes == size
+            and node_id in self._inventory.nodes
+            and self._inventory.nodes[node_id].known
+        ]
+
+    def final(self, model: Model) -> bool:
+        """Whether all machines and headers are known, so that "nowhere" is an answer."""
+        return self._inventory.complete and not model.undecided
+
+    def why_not_yet(self, model: Model) -> str:
+        """What the decision about a model still waits for."""
+        if not self._inventory.nodes:
+            return "no machine has joined yet"
+        trouble = next((copy.trouble for copy in model.copies.values() if copy.trouble), "")
+        return (
+            f"its header could not be read, trying again: {trouble}"
+            if trouble
+            else "reading its header and the machines"
+        )
+
+    def _context(self, model: Model, shape: ModelShape, waiting: Waiting) -> ContextParams:
+        context = self._models.context(model, shape, waiting.n_ctx)
+        if waiting.kind == "embed" and not context.embeddings:
+            raise Rejected(
+                f"{model.name} is not an embedding model; set embeddings: true for it in the catalogue",
+                model=model.name,
+            )
+        if waiting.kind == "generate" and shape.is_embedding_only:
+            raise Rejected(f"{model.name} is an embedding model: it answers /v1/embeddings only", model=model.name)
+        return context

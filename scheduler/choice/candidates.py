@@ -1,0 +1,263 @@
+"""Ways to lay a model out on a node, best first, each able to find its best placement in a given `Room`.
+
+    one GPU            all layers on one device
+    several GPUs       all layers over 2, 3, ... devices
+    experts in RAM     MoE expert tensors in host RAM, everything else on GPUs (one, then several)
+    some layers in RAM as many layers on GPUs as fit
+    CPU only
+
+`solve(room)` is pure: one footprint (about half a millisecond) per layout that was not tried lately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
+
+from scheduler.choice.room import Room
+from scheduler.cluster.facts import DeviceFacts
+from scheduler.cluster.inventory import Node
+from scheduler.cluster.replica import Placement
+from scheduler.config import Reserves
+from scheduler.costs.footprint import footprint
+from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
+from scheduler.costs.shape import ModelShape
+
+ONE_GPU = "one GPU"
+SEVERAL_GPUS = "several GPUs"
+EXPERTS_IN_RAM = "experts in host RAM"
+SOME_LAYERS_IN_RAM = "some layers in host RAM"
+CPU_ONLY = "CPU only"
+TIERS = (ONE_GPU, SEVERAL_GPUS, EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM, CPU_ONLY)
+ON_GPU = frozenset({ONE_GPU, SEVERAL_GPUS})
+REMEMBERED = 4096  # footprints, a kilobyte each: the same layouts are asked for again with every decision
+MOST_SUBSETS = 64  # device combinations tried per size: C(8, 4) = 70, so eight GPUs are searched almost whole
+
+
+_footprint = lru_cache(maxsize=REMEMBERED)(footprint)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What is to be placed."""
+
+    model: str
+    shape: ModelShape
+    context: ContextParams
+    reserves: Reserves
+    use_mmap: bool = True
+    use_extra_bufts: bool = False
+    extra_bytes: int = 0
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that can be put somewhere; llama.cpp counts the output as one."""
+        return self.shape.n_layer_all + 1
+
+    def least_bytes(self, experts_on_host: bool = False) -> int:
+        """What all layers take on devices at the very least, however they are spread: no use in trying with less."""
+        whole = Layout((DeviceSpec("d0", "rpc"),), self.n_layers, (float(self.n_layers),), experts_on_host)
+        share = self.footprint(whole).devices[0]
+        return share.weights_bytes + share.kv_bytes
+
+    def footprint(self, layout: Layout) -> Footprint:
+        return _footprint(self.shape, layout, self.context)
+
+    def placement(self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout) -> Placement:
+        """The layout on these devices with all that it needs, overheads included."""
+        cost = self.footprint(layout)
+        device_bytes = tuple(
+            share.total_bytes + self.extra_bytes + self.overhead_bytes(device)
+            for share, device in zip(cost.devices, devices, strict=True)
+        )
+        repacked = cost.host.weights_bytes if self.use_extra_bufts else 0
+        return Placement(
+            tier=tier,
+            node_id=node.facts.node_id,
+            device_ids=tuple(device.device_id for device in devices),
+            layout=layout,
+            context=self.context,
+            device_bytes=device_bytes,
+            host_bytes=cost.host.total_bytes + repacked + self.reserves.runner_overhead_bytes,
+            host_mapped_bytes=cost.host.weights_bytes if self.use_mmap else 0,
+            computes_on_cpu=layout.n_gpu_layers < self.n_layers or layout.experts_on_host,
+            n_layers=self.n_layers,
+        )
+
+    def with_context(self, context: ContextParams) -> Need:
+        return replace(self, context=context)
+
+    def overhead_bytes(self, device: DeviceFacts) -> int:
+        return self.reserves.cuda_overhead_bytes if device.kind == "cuda" else 0
+
+
+def fits(placement: Placement, room: Room) -> bool:
+    """Whether the placement fits in `room`, host RAM, CPU seats and the active-model limit included."""
+    return (
+        room.active >= 1
+        and placement.host_bytes <= room.host_bytes
+        and (not placement.computes_on_cpu or room.cpu_seats >= 1)
+        and all(
+            need <= room.devices.get(device_id, 0)
+            for device_id, need in zip(placement.device_ids, placement.device_bytes, strict=True)
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One layout family on concrete devices of one node. `least_bytes` as `Need.least_bytes` says."""
+
+    tier: str
+    need: Need
+    node: Node
+    devices: tuple[DeviceFacts, ...]
+    least_bytes: int = 0
+
+    @property
+    def experts_on_host(self) -> bool:
+        return self.tier == EXPERTS_IN_RAM
+
+    def solve(self, room: Room) -> Placement | None:
+        """The best placement of this family that fits `room`, or None."""
+        if self.tier == SOME_LAYERS_IN_RAM:
+            found = self._most_layers(room)
+        elif self.devices:
+            found = self._spread(room)
+        else:
+            found = self._placement((), ())
+        return found if found and fits(found, room) else None
+
+    def minimum(self) -> Placement:
+        """The family's plainest placement, whether or not it fits: what the numbers in a refusal are taken from."""
+        if not self.devices:
+            return self._placement((), ())
+        return self._placement(
+            self.devices, _proportional([device.total_bytes for device in self.devices], self.need.n_layers)
+        )
+
+    def _placement(self, devices: Sequence[DeviceFacts], counts: Sequence[int]) -> Placement:
+        layout = Layout(
+            devices=tuple(DeviceSpec(f"d{i}", device.kind) for i, device in enumerate(devices)),
+            n_gpu_layers=sum(counts),
+            tensor_split=tuple(float(count) for count in counts),
+            experts_on_host=self.experts_on_host,
+        )
+        return self.need.placement(self.tier, self.node, devices, layout)
+
+    def _spread(self, room: Room) -> Placement | None:
+        """All layers over all devices: from shares proportional to free memory, move layers off the fullest device
+        until every share fits."""
+        free = [room.devices.get(device.device_id, 0) for device in self.devices]
+        n_layers = self.need.n_layers
+        if sum(free) < self.least_bytes or min(free) <= 0 or n_layers < len(free):
+            return None
+        counts = _proportional(free, n_layers)
+        layer_bytes = self._layer_bytes()
+        seen: set[tuple[int, ...]] = set()
+        while tuple(counts) not in seen:
+            seen.add(tuple(counts))
+            placement = self._placement(self.devices, counts)
+            slack = [there - needed for there, needed in zip(free, placement.device_bytes, strict=True)]
+            fullest, emptiest = slack.index(min(slack)), slack.index(max(slack))
+            if slack[fullest] >= 0:
+                return placement
+            moved = min(max(1, min(-slack[fullest], slack[emptiest]) // layer_bytes), counts[fullest] - 1)
+            if slack[emptiest] <= 0 or moved < 1:
+                return None
+            counts[fullest] -= moved
+            counts[emptiest] += moved
+        return None
+
+    def _most_layers(self, room: Room) -> Placement | None:
+        """As many layers on devices as fit, the roomiest device first; fewer would only need more host RAM.
+
+        The average layer says how many to begin with; then single layers are taken off or added.
+        """
+        free = [room.devices.get(device.device_id, 0) for device in self.devices]
+        most = self.need.n_layers - 1
+        counts = [0] * len(free)
+        for i in sorted(range(len(free)), key=lambda i: -free[i]):
+            there = max(0, free[i] - self.need.overhead_bytes(self.devices[i]))
+            counts[i] = min(most - sum(counts), there // self._layer_bytes())
+        if not any(counts):
+            counts[free.index(max(free))] = 1  # the last layer may be a small one
+        best = self._shrunk(counts, free)
+        while best is not None and best.layout.n_gpu_layers < most:
+            taken = dict(zip(best.device_ids, best.device_bytes, strict=True))
+            layers = dict(zip(best.device_ids, best.layers, strict=True))
+            slack = [there - taken.get(d.device_id, 0) for d, there in zip(self.devices, free, strict=True)]
+            counts = [layers.get(device.device_id, 0) for device in self.devices]
+            counts[slack.index(max(slack))] += 1
+            more = self._shrunk(counts, free)
+            if more is None or more.layout.n_gpu_layers <= best.layout.n_gpu_layers:
+                return best
+            best = more
+        return best
+
+    def _shrunk(self, counts: Sequence[int], free: Sequence[int]) -> Placement | None:
+        """The placement with `counts` layers per device, less what does not fit there."""
+        used = [
+            (device, count, there) for device, count, there in zip(self.devices, counts, free, strict=True) if count
+        ]
+        while used:
+            placement = self._placement([device for device, _, _ in used], [count for _, count, _ in used])
+            short = [need - there for need, (_, _, there) in zip(placement.device_bytes, used, strict=True)]
+            if max(short) <= 0:
+                return placement
+            fewer = [max(1, excess // self._layer_bytes()) if excess > 0 else 0 for excess in short]
+            used = [(d, n - less, there) for (d, n, there), less in zip(used, fewer, strict=True) if n > less]
+        return None
+
+    def _layer_bytes(self) -> int:
+        """What an average layer takes on a device."""
+        return max(1, self.least_bytes // self.need.n_layers)
+
+    def may_hold(self, n_gpu_layers: float, room: Room) -> bool:
+        """Whether so many layers could be on devices at all: a quick look before `solve`. Layers that are less than
+        three quarters of the average may be overlooked."""
+        there = sum(max(0, room.devices.get(device.device_id, 0)) for device in self.devices)
+        return there >= 0.75 * n_gpu_layers * self._layer_bytes()
+
+
+def candidates(need: Need, nodes: Sequence[Node]) -> Iterator[list[Candidate]]:
+    """Groups of equally good candidates on all `nodes`, best group first: by tier, then by number of devices.
+
+    Devices that cannot be used now are candidates too (a `Room` has no bytes for them), so that "not now" and "never"
+    are told apart.
+    """
+    most = max((len(node.devices) for node in nodes), default=0)
+    groups = [(ONE_GPU, 1), *((SEVERAL_GPUS, size) for size in range(2, most + 1))]
+    if need.shape.is_moe:
+        groups += [(EXPERTS_IN_RAM, size) for size in range(1, most + 1)]
+    least = need.least_bytes()
+    least_without_experts = need.least_bytes(experts_on_host=True) if need.shape.is_moe else least
+    for tier, size in groups:
+        at_least = least_without_experts if tier == EXPERTS_IN_RAM else least
+        yield [Candidate(tier, need, node, subset, at_least) for node in nodes for subset in _subsets(node, size)]
+    yield [Candidate(SOME_LAYERS_IN_RAM, need, node, _devices(node), least) for node in nodes if node.devices]
+    yield [Candidate(CPU_ONLY, need, node, ()) for node in nodes]
+
+
+def _devices(node: Node) -> tuple[DeviceFacts, ...]:
+    return tuple(sorted((device.facts for device in node.devices.values()), key=lambda facts: facts.total_bytes))
+
+
+def _subsets(node: Node, size: int) -> list[tuple[DeviceFacts, ...]]:
+    """Combinations of `size` devices, the least memory first: big cards stay free for big models."""
+    sized = combinations(_devices(node), size)
+    return sorted(sized, key=lambda subset: sum(facts.total_bytes for facts in subset))[:MOST_SUBSETS]
+
+
+def _proportional(weights: Sequence[int], total: int) -> list[int]:
+    """`total` split into whole shares of at least 1, proportional to `weights` (largest remainder)."""
+    spare = total - len(weights)
+    whole = sum(weights)
+    exact = [spare * weight / whole for weight in weights]
+    shares = [int(share) for share in exact]
+    order = sorted(range(len(weights)), key=lambda i: exact[i] - shares[i], reverse=True)
+    for i in order[: spare - sum(shares)]:
+        shares[i] += 1
+    return [share + 1 for share in shares]

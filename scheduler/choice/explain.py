@@ -1,0 +1,142 @@
+"""Reasons with numbers. No "no" without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from scheduler.choice.candidates import SOME_LAYERS_IN_RAM, Candidate
+from scheduler.choice.room import Room
+from scheduler.cluster.facts import DeviceFacts
+from scheduler.cluster.inventory import Inventory
+from scheduler.cluster.replica import Placement, Replica, ReplicaState
+from scheduler.errors import ArrieroError, Impossible
+from scheduler.units import ReplicaId, format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a candidate was passed over: `tier`, `where` (devices), and the sentence."""
+
+    tier: str
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.tier} ({self.where}): {self.reason}"
+
+
+def explain_candidate(
+    candidate: Candidate,
+    *,
+    now: Room,
+    later: Room,
+    idle: Mapping[ReplicaId, float],
+    replicas: Iterable[Replica],
+    pinned: Callable[[str], bool],
+    inventory: Inventory,
+) -> Rejection:
+    """What the candidate needs, what is free `now`, what is free `later` without the `idle` replicas (idle seconds by
+    id), and who holds the rest."""
+    node = candidate.node
+    plain = candidate.minimum()
+    residents = [replica for replica in replicas if replica.placement.node_id == node.facts.node_id]
+    parts: list[str] = []
+    for facts, need in zip(candidate.devices, plain.device_bytes, strict=True):
+        device = node.devices[facts.device_id]
+        if device.trouble:
+            parts.append(f"{facts.label} cannot be used: {device.trouble}")
+            continue
+        free, could = now.devices[facts.device_id], later.devices[facts.device_id]
+        partial = candidate.tier == SOME_LAYERS_IN_RAM
+        if not partial and need <= free:
+            continue
+        wants = f"{facts.label}: " if partial else f"needs {format_bytes(need)} on {facts.label}; "
+        parts.append(f"{wants}{format_bytes(max(0, free))} free of {format_bytes(facts.total_bytes)}")
+        parts += _holders(facts, free, could, device.foreign_bytes, idle, residents, pinned)
+    if plain.host_bytes > now.host_bytes:
+        host = f"needs {format_bytes(plain.host_bytes)} of host RAM; "
+        host += f"{format_bytes(max(0, now.host_bytes))} free beyond the reserve"
+        if later.host_bytes > now.host_bytes:
+            host += f", {format_bytes(max(0, later.host_bytes))} after evicting whoever is idle"
+        parts.append(host)
+    if plain.computes_on_cpu and now.cpu_seats < 1:
+        parts.append(f"all {node.facts.physical_cores} CPU cores are booked by other replicas")
+    if now.active < 1:
+        parts.append("the limit on active models is reached")
+    where = "+".join(facts.label for facts in candidate.devices) or "host RAM"
+    if len(inventory.nodes) > 1:
+        where += f" on {node.facts.hostname}"
+    return Rejection(candidate.tier, where, "; ".join(parts) or "fits too, but less well")
+
+
+def _holders(
+    device: DeviceFacts,
+    free: int,
+    could: int,
+    foreign_bytes: int,
+    idle: Mapping[ReplicaId, float],
+    residents: Sequence[Replica],
+    pinned: Callable[[str], bool],
+) -> list[str]:
+    here = [replica for replica in residents if device.device_id in replica.placement.device_ids]
+    parts = []
+    frees = [f"{r.model} (idle {idle[r.replica_id]:.0f} s)" for r in here if r.replica_id in idle]
+    if frees and could > free:
+        parts.append(f"evicting {', '.join(frees)} frees {format_bytes(could - free)}")
+    parts += [f"{r.model} is {_hold(r, pinned)}" for r in here if r.replica_id not in idle]
+    if foreign_bytes:
+        parts.append(f"others use {format_bytes(foreign_bytes)}")
+    return parts
+
+
+def _hold(replica: Replica, pinned: Callable[[str], bool]) -> str:
+    """Why the replica does not make room."""
+    if pinned(replica.model):
+        return "pinned"
+    if replica.drain_for:
+        return f"making room for {replica.drain_for}"
+    if replica.busy:
+        return "busy"
+    return "kept" if replica.state is ReplicaState.READY else str(replica.state.value)
+
+
+def describe_placement(
+    placement: Placement, model: str, freed: Sequence[tuple[str, float]], inventory: Inventory
+) -> str:
+    """A placement in one line; `freed` are the evicted models and how long each was idle, in seconds."""
+    shares = [
+        f"{layers} layers ({format_bytes(need)}) on {inventory.label(device_id)}"
+        for device_id, layers, need in zip(placement.device_ids, placement.layers, placement.device_bytes, strict=True)
+    ]
+    on_host = placement.n_layers - placement.layout.n_gpu_layers
+    if on_host:
+        shares.append(f"{on_host} layers in host RAM ({format_bytes(placement.host_bytes)})")
+    if placement.layout.experts_on_host:
+        shares.append(f"experts in host RAM ({format_bytes(placement.host_bytes)})")
+    evicting = "; evicting " + ", ".join(f"{m} (idle {idle_s:.0f} s)" for m, idle_s in freed) if freed else ""
+    return f"{model}: {placement.tier}: {', '.join(shares)}{evicting}"
+
+
+def explain_coming(replica: Replica) -> str:
+    """What a request waits for whose replica is there or coming."""
+    if replica.state is ReplicaState.READY:
+        return "all slots are taken"
+    return "loading" if replica.state is ReplicaState.LOADING else "waiting for evicted memory to come back"
+
+
+def explain_waiting(victims: Iterable[Replica]) -> str:
+    """What a request waits for that has no replica."""
+    names = ", ".join(f"{r.model} ({'busy' if r.busy else r.state.value})" for r in victims)
+    return f"waiting for {names}" if names else "waiting for memory that is in use by others"
+
+
+def explain_refusal(
+    kind: type[ArrieroError], model: str, rejections: Sequence[Rejection], n_ctx_that_fits: int = 0, because: str = ""
+) -> ArrieroError:
+    """The error for a model that has no place, with the reason of every candidate and the way out."""
+    what = "can never fit here" if kind is Impossible else "does not fit now, and nothing can make room for it"
+    why = f", {because}" if because else ""
+    way_out = f"; with n_ctx {n_ctx_that_fits} it would fit" if n_ctx_that_fits else ""
+    reasons = "; ".join(map(str, rejections)) or "no machine has its file"
+    return kind(f"{model} {what}{why}{way_out}: {reasons}", model=model, retry_after_s=30.0)

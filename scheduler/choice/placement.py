@@ -1,0 +1,276 @@
+"""The place for a model: the first tier that fits, now or after evicting; else what it waits for; else why never.
+
+Within a tier: fewest devices, no eviction before eviction, few victims before many, old ones before recent ones, and
+the tightest fit, so that big cards stay free for big models. Host RAM is not settled for while a clearly better place
+is only being used, not before `spill_after_s`. `benchmarks/decisions.py` has the times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Literal
+
+from scheduler.choice.candidates import (
+    CPU_ONLY,
+    ON_GPU,
+    ONE_GPU,
+    SOME_LAYERS_IN_RAM,
+    TIERS,
+    Candidate,
+    Need,
+    candidates,
+    fits,
+)
+from scheduler.choice.eviction import Victims, evictable, smallest_victims
+from scheduler.choice.explain import Rejection, explain_candidate
+from scheduler.choice.room import Room, Rooms, View
+from scheduler.cluster.inventory import Inventory, Node
+from scheduler.cluster.replica import Placement, Replica, ReplicaState
+from scheduler.config import Policy
+from scheduler.units import NodeId, ReplicaId
+
+Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
+GOOD_ENOUGH = 0.9  # of the GPU layers that could be had: nobody is evicted, and nothing waited for, for the rest
+MOST_COMPARED = 16  # combinations of GPUs for which victims are sought, the least memory first
+SMALLEST_CONTEXT = 2048  # tokens per slot: the least that a refusal proposes
+
+Found = tuple[Placement, Victims]
+Groups = Sequence[Sequence[Candidate]]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to do. `placement` for "free" and "evict" is to be carried out; for "wait" it is what is waited for, None
+    when that is memory of others or a device that cannot be used now.
+
+    `victims` are replicas to stop (for "wait": the ones that are in the way, busy now). `rejections` say, per
+    candidate that was passed over, why; they are there when asked for. `n_ctx_that_fits` (tokens per slot) is what an
+    impossible request could have instead, 0 if nothing.
+    """
+
+    verdict: Verdict
+    placement: Placement | None
+    victims: Victims
+    rejections: tuple[Rejection, ...] = ()
+    n_ctx_that_fits: int = 0
+
+
+@dataclass(slots=True)
+class Chooser:
+    """Chooses for one need at one moment. `may_evict` false: only `outgrown` replicas are stopped for it."""
+
+    need: Need
+    nodes: Sequence[Node]
+    inventory: Inventory
+    rooms: Rooms
+    replicas: Mapping[ReplicaId, Replica]
+    pinned: Callable[[str], bool]
+    policy: Policy
+    now: float
+    waited_s: float
+    outgrown: Victims = frozenset()  # smaller replicas of the same model, stopped first
+    may_evict: bool = True
+    _views: dict[NodeId, View] = field(default_factory=dict)
+    _free_now: dict[NodeId, Room] = field(default_factory=dict)
+
+    def choose(self, *, explain: bool = False) -> Choice:
+        """Raises Rejected for parameters that llama.cpp refuses."""
+        groups = list(candidates(self.need, self.nodes))
+        choice = self._choose(groups)
+        return replace(choice, rejections=self._rejections(groups, choice)) if explain else choice
+
+    def _choose(self, groups: Groups) -> Choice:
+        found = self._find(groups, self.policy.min_residency_s)
+        if found is None or found[0].tier not in ON_GPU:
+            found = self._find(groups, 0.0) or found
+        if found and (found[0].tier in ON_GPU or self.waited_s >= self.policy.spill_after_s):
+            return self._go(*found)
+        later = self._later(groups)
+        if later and (found is None or _clearly_better(later[0], found[0])):
+            return Choice("wait", *later)
+        if found:
+            return self._go(*found)
+        return self._refuse(groups)
+
+    def _go(self, placement: Placement, victims: Victims) -> Choice:
+        free = not victims and fits(placement, self._now_on(placement.node_id))
+        return Choice("free" if free else "evict", placement, victims)
+
+    def _refuse(self, groups: Groups) -> Choice:
+        if not any(c.solve(self.rooms.empty(_node_id(c))) for group in groups for c in group):
+            return Choice("impossible", None, frozenset(), n_ctx_that_fits=self._context_that_fits())
+        kept = [replica for replica in self.replicas.values() if self.pinned(replica.model)]
+        if self.may_evict and any(c.solve(self.rooms.empty(_node_id(c), kept)) for group in groups for c in group):
+            return Choice("wait", None, frozenset())
+        return Choice("blocked", None, frozenset())
+
+    # ------------------------------------------------------------------ finding
+
+    def _find(self, groups: Groups, min_residency_s: float) -> Found | None:
+        """The best placement that can be had now, evicting idle replicas at least `min_residency_s` old."""
+        others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
+        idle = evictable(others, self.pinned, self.now, min_residency_s, self.need.model) if self.may_evict else []
+        for group in groups:
+            free = [(placement, self.outgrown) for c in group if (placement := self._free(c, idle))]
+            if free:
+                return min(free, key=self._tightness)
+            made = self._make_best_room(group, idle)
+            if made:
+                return made
+        return None
+
+    def _free(self, candidate: Candidate, idle: Sequence[Replica]) -> Placement | None:
+        if self.outgrown:
+            return None
+        placement = candidate.solve(self._now_on(_node_id(candidate)))
+        if placement is None or candidate.tier != SOME_LAYERS_IN_RAM:
+            return placement
+        best = candidate.solve(self._view_of(_node_id(candidate)).without(replica.replica_id for replica in idle))
+        return placement if best is None or placement.layout.n_gpu_layers >= self._worth_taking(best) else None
+
+    def _make_best_room(self, group: Sequence[Candidate], removable: Sequence[Replica]) -> Found | None:
+        everybody = frozenset(r.replica_id for r in removable) | self.outgrown
+        cleared = {node_id: self._view_of(node_id).without(everybody) for node_id in {_node_id(c) for c in group}}
+        made = (found for c in group if (found := self._make_room(c, removable, cleared[_node_id(c)])))
+        several = bool(group) and len(group[0].devices) > 1
+        return min(islice(made, MOST_COMPARED if several else None), key=self._cost, default=None)
+
+    def _make_room(self, candidate: Candidate, removable: Sequence[Replica], cleared: Room) -> Found | None:
+        """The placement after stopping the smallest set of `removable` (in order of preference); `cleared` is the room
+        without all of them."""
+        best = candidate.solve(cleared)
+        if best is None:
+            return None
+        least = self._worth_taking(best)
+        view = self._view_of(_node_id(candidate))
+
+        def enough(room: Room) -> Placement | None:
+            placement = candidate.solve(room) if candidate.may_hold(least, room) else None
+            return placement if placement and placement.layout.n_gpu_layers >= least else None
+
+        pool = self._in_the_way(candidate, removable, view, enough)
+        found = smallest_victims(pool, lambda chosen: enough(view.without(chosen | self.outgrown)))
+        return (found[0], found[1] | self.outgrown) if found else None
+
+    def _in_the_way(
+        self,
+        candidate: Candidate,
+        removable: Sequence[Replica],
+        view: View,
+        enough: Callable[[Room], Placement | None],
+    ) -> Sequence[Replica]:
+        """Those of `removable` worth looking at: the ones on the candidate's devices, if only devices are short."""
+        devices = {device.device_id for device in candidate.devices}
+        near = [r for r in removable if devices.intersection(r.placement.device_ids)]
+        as_it_is = view.without(self.outgrown)
+        cleared = view.without({r.replica_id for r in near} | self.outgrown)
+        if enough(replace(as_it_is, devices=cleared.devices)):
+            return near
+        anywhere = self.policy.max_active_models is not None
+        return [r for r in removable if anywhere or r.placement.node_id == _node_id(candidate)]
+
+    @staticmethod
+    def _worth_taking(best: Placement) -> float:
+        """GPU layers below which a partial offload is not worth taking, since stopping others would give the best."""
+        return GOOD_ENOUGH * best.layout.n_gpu_layers if best.tier == SOME_LAYERS_IN_RAM else 0
+
+    def _later(self, groups: Groups) -> Found | None:
+        """The best placement once replicas that are busy, loading or waiting themselves have ended; those that make
+        room for another model already are asked last."""
+        if not self.may_evict:
+            return None
+        ending = sorted(
+            (r for r in self.replicas.values() if not self.pinned(r.model) and r.state is not ReplicaState.STOPPING),
+            key=lambda replica: (not (replica.idle or replica.drain_for), replica.last_used_at, replica.replica_id),
+        )
+        unclaimed = [replica for replica in ending if replica.drain_for in ("", self.need.model)]
+        for group in groups:
+            for removable in (unclaimed, ending) if len(unclaimed) < len(ending) else (ending,):
+                made = self._make_best_room(group, removable)
+                if made:
+                    return made
+        return None
+
+    # ------------------------------------------------------------------ comparing
+
+    def _tightness(self, found: Found) -> tuple[int, int, int]:
+        """Most layers on GPUs (they differ for partial offload only), fewest devices, least memory left over there."""
+        placement, victims = found
+        room = self._view_of(placement.node_id).without(victims)
+        left = sum(room.devices[device_id] for device_id in placement.device_ids) - sum(placement.device_bytes)
+        if placement.tier == CPU_ONLY:
+            left = -room.host_bytes  # the node with the most RAM free
+        return -placement.layout.n_gpu_layers, len(placement.device_ids), left
+
+    def _cost(self, found: Found) -> tuple[int, int, float, tuple[int, int, int]]:
+        placement, victims = found
+        recent = max((self.replicas[v].last_used_at for v in victims), default=0.0)
+        return len(placement.device_ids), len(victims), recent, self._tightness(found)
+
+    def _view_of(self, node_id: NodeId) -> View:
+        if node_id not in self._views:
+            self._views[node_id] = self.rooms.view(node_id)
+        return self._views[node_id]
+
+    def _now_on(self, node_id: NodeId) -> Room:
+        if node_id not in self._free_now:
+            self._free_now[node_id] = self.rooms.now(node_id)
+        return self._free_now[node_id]
+
+    # ------------------------------------------------------------------ explaining
+
+    def _rejections(self, groups: Groups, choice: Choice) -> tuple[Rejection, ...]:
+        """Why each candidate as good as the chosen one or better was passed over, or has to wait. Of several GPUs, all
+        together speak for every smaller combination."""
+        chosen = choice.placement
+        taken = chosen if choice.verdict != "wait" else None
+        speakers: dict[tuple[str, NodeId, object], Candidate] = {}
+        for candidate in (c for group in groups for c in group):
+            if chosen and TIERS.index(candidate.tier) > TIERS.index(chosen.tier):
+                break
+            each = candidate.devices if candidate.tier == ONE_GPU else None
+            speakers[candidate.tier, _node_id(candidate), each] = candidate
+        idle = evictable(self.replicas.values(), self.pinned, self.now, 0.0, self.need.model) if self.may_evict else []
+        return tuple(
+            explain_candidate(
+                candidate,
+                now=self._now_on(_node_id(candidate)),
+                later=self._view_of(_node_id(candidate)).without(replica.replica_id for replica in idle),
+                idle={replica.replica_id: self.now - replica.last_used_at for replica in idle},
+                replicas=self.replicas.values(),
+                pinned=self.pinned,
+                inventory=self.inventory,
+            )
+            for candidate in speakers.values()
+            if not (taken and _same_place(candidate, taken))
+        )
+
+    def _context_that_fits(self) -> int:
+        """The largest power-of-two context per slot below the one asked for that an empty cluster could hold."""
+        context = self.need.context
+        n_ctx = 1 << (context.n_ctx // context.n_seq_max - 1).bit_length()
+        while (n_ctx := n_ctx // 2) >= SMALLEST_CONTEXT:
+            smaller = self.need.with_context(replace(context, n_ctx=n_ctx * context.n_seq_max))
+            if any(c.solve(self.rooms.empty(_node_id(c))) for group in candidates(smaller, self.nodes) for c in group):
+                return n_ctx
+        return 0
+
+
+def _node_id(candidate: Candidate) -> NodeId:
+    return candidate.node.facts.node_id
+
+
+def _same_place(candidate: Candidate, placement: Placement) -> bool:
+    devices = {device.device_id for device in candidate.devices}
+    return (candidate.tier, _node_id(candidate)) == (placement.tier, placement.node_id) and devices >= set(
+        placement.device_ids
+    )
+
+
+def _clearly_better(one: Placement, other: Placement) -> bool:
+    """Worth a wait: an earlier tier, or clearly more layers on GPUs."""
+    if one.tier != other.tier:
+        return TIERS.index(one.tier) < TIERS.index(other.tier)
+    return GOOD_ENOUGH * one.layout.n_gpu_layers > other.layout.n_gpu_layers

@@ -1,0 +1,1 @@
+"""What the cluster holds: devices, host memory, cores, and the books kept on them."""

@@ -1,0 +1,74 @@
+"""What the machines report: identities that never change, and readings that do.
+
+A *facts* record is sent once when a node or device appears; a *reading* whenever its numbers change, at least every
+second. Bytes are bytes; `sampled_at_s` is the reporter's wall clock in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from scheduler.costs.params import DeviceKind
+from scheduler.units import DeviceId, NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """One GPU, real or virtual. `label` is how people name it on its node ("gpu0")."""
+
+    device_id: DeviceId  # NVML UUID, or "virtual-<node>-<index>"
+    node_id: NodeId
+    label: str
+    product: str
+    kind: DeviceKind
+    total_bytes: int
+    state_path: str = ""  # virtual GPUs: the shared byte count, a path on the node
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReading:
+    """What a GPU shows now. `processes` maps pid to bytes; None where the driver does not say."""
+
+    device_id: DeviceId
+    total_bytes: int
+    free_bytes: int
+    used_bytes: int
+    sampled_at_s: float
+    processes: Mapping[int, int] | None = None
+    utilisation: float | None = None  # 0..1
+    temperature_c: float | None = None
+    lost_reason: str = ""  # not empty: the device cannot be used, and why
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A GGUF model on a node: its first file, all parts, and how much of it the page cache holds (0..1)."""
+
+    path: str
+    paths: tuple[str, ...]
+    size_bytes: int
+    modified_at_s: float
+    cached_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """One machine. `physical_cores` is what CPU replicas share."""
+
+    node_id: NodeId
+    hostname: str
+    address: str
+    physical_cores: int
+    memory_total_bytes: int
+    devices: tuple[DeviceFacts, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReading:
+    """A machine now: `memory_available_bytes` is the kernel's MemAvailable, no reserve taken off."""
+
+    node_id: NodeId
+    memory_available_bytes: int
+    sampled_at_s: float
+    files: tuple[ModelFile, ...] = field(default=())

@@ -1,0 +1,49 @@
+"""What loading a model has come to: failures, the pauses after them, and memory learned the hard way.
+
+After `max_load_attempts` failures in a row there is a pause, twice as long each time. From the first pause until the
+model has served a request, nobody else is evicted for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.config import Policy
+from scheduler.units import MIB
+
+OUT_OF_MEMORY_STEP_BYTES = 64 * MIB
+OUT_OF_MEMORY_SHARE = 10  # a tenth of the largest share, if that is more
+LONGEST_PAUSE_S = 600.0
+
+
+@dataclass(slots=True)
+class LoadHistory:
+    """`extra_bytes` is added to the model's need on each device after an out of memory, until the next pause."""
+
+    failures: int = 0  # since the last pause or success
+    pauses: int = 0  # since the last success
+    retry_at: float = 0.0
+    last_failure: str = ""
+    extra_bytes: int = 0
+
+    @property
+    def may_evict(self) -> bool:
+        return self.pauses == 0
+
+    def failed(self, message: str, policy: Policy, now: float) -> None:
+        self.failures += 1
+        self.last_failure = message
+        if self.failures >= policy.max_load_attempts:
+            self.pause(policy, now)
+
+    def out_of_memory(self, largest_share_bytes: int) -> None:
+        self.extra_bytes += max(OUT_OF_MEMORY_STEP_BYTES, largest_share_bytes // OUT_OF_MEMORY_SHARE)
+
+    def pause(self, policy: Policy, now: float) -> None:
+        """No attempt before `retry_at`; then the prediction gets another chance."""
+        self.retry_at = now + min(policy.backoff_s * 2**self.pauses, LONGEST_PAUSE_S)
+        self.failures, self.pauses, self.extra_bytes = 0, self.pauses + 1, 0
+
+    def served(self) -> None:
+        """A request was served to its end: whatever was wrong is over."""
+        self.failures, self.pauses, self.retry_at = 0, 0, 0.0

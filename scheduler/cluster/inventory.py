@@ -1,0 +1,122 @@
+"""What the cluster holds: nodes, their devices, the latest reading of each, and how much of it belongs to others.
+
+Facts only, no bookings. `now` is the core's clock in seconds; nothing here changes but by an event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from scheduler.cluster.facts import DeviceFacts, DeviceReading, NodeFacts, NodeReading
+from scheduler.units import DeviceId, NodeId
+
+SILENT_AFTER_S = 10.0  # readings come every second; a device that stops reporting is not given anything new
+OVERDUE_AFTER_S = 30.0  # so long a node that joined is given to read its host and devices for the first time
+OUT_OF_ORDER_S = 5.0  # readings come over several ways; a clock that was set back further than this is believed
+
+
+@dataclass(slots=True)
+class Device:
+    """`foreign_bytes`: memory in use that no replica of ours explains; it belongs to somebody else."""
+
+    facts: DeviceFacts
+    reading: DeviceReading | None = None
+    read_at: float = 0.0
+    silent: bool = False
+    foreign_bytes: int = 0
+
+    @property
+    def usable(self) -> bool:
+        return not self.trouble
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing new is put on the device, or empty."""
+        if self.reading is None:
+            return "it has not been read yet"
+        if self.reading.lost_reason:
+            return f"it is lost: {self.reading.lost_reason}"
+        return f"it has not reported for {SILENT_AFTER_S:.0f} s" if self.silent else ""
+
+
+@dataclass(slots=True)
+class Node:
+    """`foreign_bytes`: host RAM in use that no replica of ours explains."""
+
+    facts: NodeFacts
+    joined_at: float
+    reading: NodeReading | None = None
+    devices: dict[DeviceId, Device] = field(default_factory=dict)
+    foreign_bytes: int = 0
+    overdue: bool = False  # waited long enough for devices that never reported
+
+    @property
+    def known(self) -> bool:
+        """The host and every device have been read at least once: deciding earlier would overlook a GPU."""
+        devices_read = self.overdue or all(device.reading is not None for device in self.devices.values())
+        return self.reading is not None and devices_read
+
+
+class Inventory:
+    """Nodes by id; devices by id. Unknown ids in readings are ignored: they come from a node that has just left."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[NodeId, Node] = {}
+        self._devices: dict[DeviceId, Device] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Some node is there, and all are known: only then is a missing model or a lack of room final."""
+        return bool(self.nodes) and all(node.known or node.overdue for node in self.nodes.values())
+
+    def join(self, facts: NodeFacts, now: float) -> None:
+        devices = {device.device_id: Device(device) for device in facts.devices}
+        self.nodes[facts.node_id] = Node(facts, now, devices=devices)
+        self._devices.update(devices)
+
+    def leave(self, node_id: NodeId) -> Node | None:
+        node = self.nodes.pop(node_id, None)
+        for device_id in node.devices if node else ():
+            self._devices.pop(device_id, None)
+        return node
+
+    def sample_node(self, reading: NodeReading) -> Node | None:
+        node = self.nodes.get(reading.node_id)
+        if node is None or (node.reading and _older(reading.sampled_at_s, node.reading.sampled_at_s)):
+            return None
+        node.reading = reading
+        return node
+
+    def sample_device(self, reading: DeviceReading, now: float) -> Device | None:
+        """Store the reading; the device, or None when it is unknown or has a newer reading already."""
+        device = self._devices.get(reading.device_id)
+        if device is None or (device.reading and _older(reading.sampled_at_s, device.reading.sampled_at_s)):
+            return None
+        device.reading, device.read_at, device.silent = reading, now, False
+        return device
+
+    def age(self, now: float) -> list[Device]:
+        """Time has passed: the devices that have just fallen silent."""
+        silent = []
+        for node in self.nodes.values():
+            node.overdue = node.overdue or now - node.joined_at >= OVERDUE_AFTER_S
+            for device in node.devices.values():
+                if device.reading and not device.silent and now - device.read_at >= SILENT_AFTER_S:
+                    device.silent = True
+                    silent.append(device)
+        return silent
+
+    def device(self, device_id: DeviceId) -> Device | None:
+        return self._devices.get(device_id)
+
+    def label(self, device_id: DeviceId) -> str:
+        """The device's name for people: "gpu0", with the host name when there are several nodes."""
+        device = self._devices.get(device_id)
+        if device is None:
+            return str(device_id)
+        host = f" on {self.nodes[device.facts.node_id].facts.hostname}" if len(self.nodes) > 1 else ""
+        return device.facts.label + host
+
+
+def _older(sampled_at_s: float, than_s: float) -> bool:
+    return 0.0 < than_s - sampled_at_s < OUT_OF_ORDER_S

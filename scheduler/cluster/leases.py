@@ -1,0 +1,68 @@
+"""Leases: each is one client's time-limited right to one slot of a replica."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scheduler.cluster.replica import Replica
+from scheduler.units import LeaseId, ReplicaId, RequestId
+
+
+@dataclass(slots=True)
+class Lease:
+    lease_id: LeaseId
+    request_id: RequestId
+    replica_id: ReplicaId
+    expires_at: float  # seconds of the core's clock
+
+
+class Leases:
+    """Keeps `Replica.leases` equal to what has been granted. `tag` makes ids unique across restarts."""
+
+    def __init__(self, ttl_s: float, tag: str) -> None:
+        self.ttl_s = ttl_s
+        self._tag = tag
+        self._serial = 0
+        self._leases: dict[LeaseId, Lease] = {}
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def grant(self, request_id: RequestId, replica: Replica, now: float) -> Lease:
+        self._serial += 1
+        lease = Lease(LeaseId(f"lease-{self._tag}{self._serial}"), request_id, replica.replica_id, now + self.ttl_s)
+        self._leases[lease.lease_id] = lease
+        replica.leases.add(lease.lease_id)
+        replica.last_used_at = now
+        return lease
+
+    def adopt(self, lease_ids: Iterable[LeaseId], replica: Replica, now: float) -> None:
+        """Leases of an earlier scheduler whose answers are still under way; their holders renew and release them."""
+        for lease_id in lease_ids:
+            self._leases[lease_id] = Lease(lease_id, RequestId(lease_id), replica.replica_id, now + self.ttl_s)
+            replica.leases.add(lease_id)
+
+    def take_back(self, lease_id: LeaseId) -> Lease | None:
+        """Forget the lease; the caller takes it off its replica. None when it is unknown or was dropped before."""
+        return self._leases.pop(lease_id, None)
+
+    def drop(self, replica: Replica) -> None:
+        """The replica can serve no longer: its leases are void."""
+        for lease_id in replica.leases:
+            del self._leases[lease_id]
+        replica.leases.clear()
+
+    def renew(self, lease_ids: Iterable[LeaseId], now: float) -> None:
+        for lease_id in lease_ids:
+            if lease_id in self._leases:
+                self._leases[lease_id].expires_at = now + self.ttl_s
+
+    def of_request(self, request_id: RequestId) -> list[Lease]:
+        return [lease for lease in self._leases.values() if lease.request_id == request_id]
+
+    def all(self) -> list[Lease]:
+        return list(self._leases.values())
+
+    def expired(self, now: float) -> list[Lease]:
+        return [lease for lease in self._leases.values() if now >= lease.expires_at]

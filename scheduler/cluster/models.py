@@ -1,0 +1,207 @@
+"""The models that may be asked for: names, the files behind them on each node, and what their headers say.
+
+Names come from the catalogue's entries, then from the files themselves (the file name without `.gguf` and without
+`-00001-of-00005`); a second file of the same name takes its folder in front ("folder/name").
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import posixpath
+import re
+from dataclasses import dataclass, field
+
+from scheduler.cluster.facts import ModelFile
+from scheduler.cluster.history import LoadHistory
+from scheduler.config import Catalogue, ModelEntry, ModelParams
+from scheduler.costs.params import ContextParams
+from scheduler.costs.shape import ModelShape
+from scheduler.errors import Rejected, UnknownModel
+from scheduler.units import NodeId
+
+DEFAULT_SLOT_CONTEXT = 8192
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+@dataclass(slots=True)
+class Copy:
+    """The model's file on one node. `shape` is None until its header has been read; `invalid` says why it never will.
+
+    `trouble` is why the last try to read it came to nothing; there will be another.
+    """
+
+    file: ModelFile
+    shape: ModelShape | None = None
+    invalid: str = ""
+    trouble: str = ""
+    being_read: bool = True
+
+    @property
+    def undecided(self) -> bool:
+        return self.shape is None and not self.invalid
+
+
+@dataclass(slots=True)
+class Model:
+    """One name, wherever it lies."""
+
+    name: str
+    entry: ModelEntry | None = None
+    pinned: bool = False
+    copies: dict[NodeId, Copy] = field(default_factory=dict)
+    history: LoadHistory = field(default_factory=LoadHistory)
+
+    @property
+    def shape(self) -> ModelShape | None:
+        return next((copy.shape for copy in self.copies.values() if copy.shape is not None), None)
+
+    @property
+    def invalid(self) -> str:
+        """Why no copy is usable, or empty."""
+        if any(not copy.invalid for copy in self.copies.values()):
+            return ""
+        return next((copy.invalid for copy in self.copies.values()), "")
+
+    @property
+    def undecided(self) -> bool:
+        """Some copy's header has not been read yet."""
+        return any(copy.undecided for copy in self.copies.values())
+
+
+@dataclass(slots=True)
+class FileChanges:
+    """`unread`: paths whose headers have to be read; `changed`: models whose file is another than it was."""
+
+    unread: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+    def read(self, path: str) -> None:
+        if path not in self.unread:
+            self.unread.append(path)
+
+
+class Models:
+    """All models by name; keeps up with the files that nodes report."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+        self.by_name: dict[str, Model] = {
+            name: Model(name, entry, pinned=entry.pinned) for name, entry in catalogue.models.items()
+        }
+
+    def find(self, name: str) -> Model:
+        """The model, or UnknownModel that suggests the nearest name."""
+        model = self.by_name.get(name)
+        if model is None:
+            close = difflib.get_close_matches(name, self.by_name, n=1, cutoff=0.5)
+            known = f"did you mean {close[0]!r}?" if close else "`arriero models` lists the known ones"
+            raise UnknownModel(f"no model named {name!r}; {known}", model=name)
+        return model
+
+    def params(self, model: Model) -> ModelParams:
+        """The model's own parameters over the catalogue's defaults."""
+        own = model.entry.model_dump(include=set(ModelParams.model_fields)) if model.entry else {}
+        chosen = {key: value for key, value in own.items() if value is not None}
+        return self._catalogue.defaults.model_copy(update=chosen)
+
+    def context(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> ContextParams:
+        """Context parameters for a replica whose every slot holds `n_ctx_slot` tokens (None: the model's default).
+
+        Raises Rejected when the model was not trained for so long a context.
+        """
+        params = self.params(model)
+        slots = params.n_seq_max or 1
+        trained = shape.n_ctx_train or DEFAULT_SLOT_CONTEXT
+        if n_ctx_slot is not None and n_ctx_slot > trained:
+            raise Rejected(
+                f"{model.name} was trained for {trained} tokens of context; {n_ctx_slot} were asked for",
+                model=model.name,
+            )
+        if n_ctx_slot is not None:
+            n_ctx = max(n_ctx_slot * slots, params.n_ctx or 0)
+        else:
+            n_ctx = params.n_ctx or min(trained, DEFAULT_SLOT_CONTEXT) * slots
+        embeddings = shape.is_embedding_only if params.embeddings is None else params.embeddings
+        n_batch = params.n_batch or 2048
+        n_ubatch = params.n_ubatch or 512
+        if shape.is_embedding_only:  # non-causal attention sees a whole sequence in one graph
+            n_batch = n_ubatch = max(n_ubatch, n_ctx // slots)
+        return ContextParams(
+            n_ctx=n_ctx,
+            n_seq_max=slots,
+            n_batch=n_batch,
+            n_ubatch=min(n_ubatch, n_batch),
+            type_k=params.type_k or "f16",
+            type_v=params.type_v or "f16",
+            flash_attn=params.flash_attn or "on",
+            kv_unified=bool(params.kv_unified),
+            swa_full=bool(params.swa_full),
+            embeddings=embeddings,
+        )
+
+    def update(self, node_id: NodeId, files: tuple[ModelFile, ...]) -> FileChanges:
+        """Take a node's list of files: what to read because it is new, changed or was not readable; what changed."""
+        changes = FileChanges()
+        claimed: dict[str, ModelFile] = {}
+        for file in files:
+            for name in self._names(file, claimed):
+                claimed[name] = file
+        for name, file in claimed.items():
+            model = self.by_name.setdefault(name, Model(name))
+            known = model.copies.get(node_id)
+            if known is None or _identity(known.file) != _identity(file):
+                model.copies[node_id] = Copy(file)
+                model.history = LoadHistory()
+                if known is not None:
+                    changes.changed.append(name)
+                changes.read(file.path)
+            else:
+                known.file = file
+                if known.undecided and not known.being_read:
+                    known.being_read = True
+                    changes.read(file.path)
+        for name, gone in [(name, model) for name, model in self.by_name.items() if name not in claimed]:
+            if gone.copies.pop(node_id, None) and not gone.copies and gone.entry is None:
+                del self.by_name[name]
+        return changes
+
+    def shaped(
+        self, node_id: NodeId, path: str, shape: ModelShape | None, invalid: str = "", trouble: str = ""
+    ) -> list[Model]:
+        """Record what a header said, or why it said nothing; the models it concerns."""
+        found = []
+        for model in self.by_name.values():
+            copy = model.copies.get(node_id)
+            if copy is not None and copy.file.path == path:
+                copy.shape, copy.invalid, copy.trouble, copy.being_read = shape, invalid, trouble, False
+                found.append(model)
+        return found
+
+    def forget_node(self, node_id: NodeId) -> None:
+        self.update(node_id, ())
+
+    def _names(self, file: ModelFile, taken: dict[str, ModelFile]) -> list[str]:
+        entries = [
+            name
+            for name, entry in self._catalogue.models.items()
+            if name not in taken and _matches(file.path, entry.path)
+        ]
+        if entries:
+            return entries
+        stem = _PART.sub("", posixpath.basename(file.path).removesuffix(".gguf"))
+        folder = posixpath.dirname(file.path)
+        while (stem in self._catalogue.models or stem in taken) and folder.strip("/"):
+            stem = f"{posixpath.basename(folder)}/{stem}"
+            folder = posixpath.dirname(folder)
+        return [stem] if stem not in taken else []
+
+
+def _identity(file: ModelFile) -> tuple[str, int, float]:
+    return file.path, file.size_bytes, file.modified_at_s
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """A catalogue path matches the file itself, as a glob, or relative to any folder."""
+    relative = re.sub(r"^(\./|~/)", "", pattern)
+    return path == pattern or fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*/{relative}")

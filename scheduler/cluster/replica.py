@@ -1,0 +1,111 @@
+"""One loaded copy of a model, from the decision to load it until its memory is back.
+
+    pending  -> loading            the room promised to it is really free
+    pending  -> (forgotten)        the room did not come, or nobody wants it any more
+    loading  -> ready | stopping   loaded, or failed and being cleaned up
+    ready    -> stopping           evicted, unloaded, idle too long, or dead
+    stopping -> (forgotten)        its process is gone and its devices have been read again
+
+Whatever its state, a replica is forgotten when its node is lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from scheduler.costs.params import ContextParams, Layout
+from scheduler.errors import InvariantBroken
+from scheduler.units import DeviceId, LeaseId, NodeId, ReplicaId
+
+
+class ReplicaState(str, Enum):
+    PENDING = "pending"
+    LOADING = "loading"
+    READY = "ready"
+    STOPPING = "stopping"
+
+
+TRANSITIONS: dict[ReplicaState, frozenset[ReplicaState]] = {
+    ReplicaState.PENDING: frozenset({ReplicaState.LOADING}),
+    ReplicaState.LOADING: frozenset({ReplicaState.READY, ReplicaState.STOPPING}),
+    ReplicaState.READY: frozenset({ReplicaState.STOPPING}),
+    ReplicaState.STOPPING: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A layout on concrete devices of a node, with what it needs there (bytes; `layers` counts per device)."""
+
+    tier: str
+    node_id: NodeId
+    device_ids: tuple[DeviceId, ...]
+    layout: Layout
+    context: ContextParams
+    device_bytes: tuple[int, ...]
+    host_bytes: int
+    host_mapped_bytes: int  # the part of host_bytes that is file-backed: MemAvailable never shows it as used
+    computes_on_cpu: bool
+    n_layers: int  # layers in all, the output counted as one
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(int(count) for count in self.layout.tensor_split)
+
+
+@dataclass(slots=True)
+class Replica:
+    """Mutable state of one replica; only the core changes it. Times are seconds of the core's clock."""
+
+    replica_id: ReplicaId
+    model: str
+    path: str
+    placement: Placement
+    slots: int
+    n_ctx: int  # per slot
+    created_at: float
+    last_used_at: float
+    n_threads: int = 1
+    state: ReplicaState = ReplicaState.PENDING
+    waits_for: frozenset[ReplicaId] = frozenset()  # pending: stopping replicas in whose room it will be
+    leases: set[LeaseId] = field(default_factory=set)
+    drain_for: str = ""  # the waiting model that this one makes room for
+    retiring: str = ""  # why it is stopped once idle, whoever waits
+    doubted: bool = False  # it failed a request; nothing is granted until it has been checked
+    ready_at: float = 0.0
+    load_s: float = 0.0
+    pid: int = 0
+    progress: float = 0.0
+    measured_device_bytes: tuple[int, ...] = ()
+    measured_host_bytes: int = 0
+    room_since: float | None = None  # pending: when the last victim was gone
+
+    def become(self, state: ReplicaState) -> None:
+        """Change state along the table. Raises InvariantBroken for a step that the table lacks."""
+        if state not in TRANSITIONS[self.state]:
+            raise InvariantBroken(f"replica {self.replica_id}: {self.state.value} cannot become {state.value}")
+        self.state = state
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.leases)
+
+    @property
+    def idle(self) -> bool:
+        return self.state is ReplicaState.READY and not self.leases
+
+    @property
+    def open(self) -> bool:
+        """It takes requests, or will once it is ready."""
+        return self.state is not ReplicaState.STOPPING and not self.drain_for and not self.retiring
+
+    @property
+    def free_slots(self) -> int:
+        grants = self.state is ReplicaState.READY and self.open and not self.doubted
+        return self.slots - len(self.leases) if grants else 0
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """The part of its predicted host RAM that is not file-backed."""
+        return self.placement.host_bytes - self.placement.host_mapped_bytes

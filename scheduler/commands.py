@@ -1,0 +1,93 @@
+"""What to do. Frozen, picklable records; each one that acts on a runner or a file ends in exactly one event.
+
+StartReplica  -> ReplicaReady | ReplicaFailed         StopReplica -> ReplicaGone
+ReadShape     -> ShapeRead                            CheckReplica -> ReplicaVouched | ReplicaDied
+SetThreads, CancelAnswer -> (take effect at the runner's next turn)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+from scheduler.cluster.replica import Placement
+from scheduler.errors import ArrieroError
+from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class StartReplica:
+    replica_id: ReplicaId
+    model: str
+    path: str
+    placement: Placement
+    n_threads: int
+    use_mmap: bool
+    use_extra_bufts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StopReplica:
+    replica_id: ReplicaId
+    node_id: NodeId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetThreads:
+    replica_id: ReplicaId
+    n_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReplica:
+    """Find out whether a replica that failed a request still serves."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAnswer:
+    """Nobody reads the answer any more that this lease was for; the slot is given to others."""
+
+    replica_id: ReplicaId
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True)
+class ReadShape:
+    node_id: NodeId
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class GrantLease:
+    request_id: RequestId
+    lease_id: LeaseId
+    replica_id: ReplicaId
+    model: str
+    n_ctx: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseRequest:
+    request_id: RequestId
+    error: ArrieroError
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Something people and monitors want to know. `kind` is a stable name, listed in docs/events.md."""
+
+    kind: str
+    message: str
+    model: str = ""
+    replica_id: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+Command = Union[  # noqa: UP007
+    StartReplica, StopReplica, CheckReplica, SetThreads, CancelAnswer, ReadShape, GrantLease, RefuseRequest, Announce
+]

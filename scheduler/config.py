@@ -1,0 +1,173 @@
+"""The catalogue file: models by name, policy, reserves and ports.
+
+A directory of GGUF files needs none of it: every field has a default, and `model_paths` alone is a whole catalogue.
+Unknown keys are errors that suggest the right one. Sizes may be written "2GiB"; durations are seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from scheduler.errors import Rejected
+from scheduler.units import GIB, MIB, parse_bytes
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"type": ["integer", "string"]})]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelParams(_Strict):
+    """How models are loaded; llama.cpp's names and meanings. Given under `defaults` and, to override, per model."""
+
+    n_ctx: int | None = Field(
+        None, ge=256, description="context of all slots together; none: what was trained, 8192 at most per slot"
+    )
+    n_seq_max: int | None = Field(None, ge=1, le=64, description="slots: sequences served at the same time (1)")
+    n_batch: int | None = Field(None, ge=32, description="prompt tokens per llama_decode (2048)")
+    n_ubatch: int | None = Field(None, ge=32, description="prompt tokens per graph; sets the compute buffer (512)")
+    type_k: CacheType | None = Field(None, description="type of the K cache (f16)")
+    type_v: CacheType | None = Field(None, description="type of the V cache (f16); quantised needs flash_attn on")
+    flash_attn: Literal["on", "off"] | None = Field(None, description="flash attention (on)")
+    kv_unified: bool | None = Field(None, description="one KV cache shared by all slots (false)")
+    swa_full: bool | None = Field(None, description="full-size cache for sliding-window layers (false)")
+    use_mmap: bool | None = Field(None, description="map the file instead of reading it (true)")
+    use_extra_bufts: bool | None = Field(
+        None, description="repack host weights for faster CPU prompts, at up to twice their memory (false)"
+    )
+    embeddings: bool | None = Field(None, description="serve /v1/embeddings from this model (embedding models: true)")
+    keep_alive_s: float | None = Field(
+        None, ge=0, description="unload after so many idle seconds; none: when room is needed"
+    )
+
+    @field_validator("flash_attn", mode="before")
+    @classmethod
+    def _yaml_booleans(cls, value: object) -> object:
+        """YAML 1.1 reads a bare `on` or `off` as a boolean."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+class ModelEntry(ModelParams):
+    """One model of the catalogue."""
+
+    path: str = Field(description="GGUF file or glob on the nodes; the first part of a model in several files")
+    pinned: bool = Field(False, description="never evict it once loaded")
+
+
+class Policy(_Strict):
+    """How the scheduler decides."""
+
+    max_active_models: int | None = Field(
+        None, ge=1, description="at most so many loaded models; 1 is single-active-model mode"
+    )
+    min_residency_s: float = Field(
+        5.0, ge=0, description="a replica is not evicted before, unless nothing else is left"
+    )
+    drain_after_s: float = Field(
+        2.0, ge=0, description="a request waiting longer makes busy victims accept nothing new"
+    )
+    spill_after_s: float = Field(30.0, ge=0, description="wait so long for room on GPUs before settling for host RAM")
+    queue_limit: int = Field(256, ge=1, description="requests waiting in all")
+    deadline_s: float = Field(600.0, gt=0, description="a request that waited longer is refused")
+    lease_ttl_s: float = Field(
+        60.0, gt=0, description="a slot is taken back when its lease is not renewed in this time"
+    )
+    load_timeout_s: float = Field(900.0, gt=0, description="a load that takes longer has failed")
+    release_timeout_s: float = Field(20.0, gt=0, description="how long evicted memory may take to come back")
+    max_load_attempts: int = Field(3, ge=1, description="loads tried for one model before its requests are refused")
+    backoff_s: float = Field(
+        5.0, gt=0, description="pause after the attempts are used up; doubles each time, 10 minutes at most"
+    )
+    gpu_claim: float = Field(1.0, ge=0, le=1, description="share of Ray's num_gpus that each GPU actor claims")
+
+
+class Reserves(_Strict):
+    """Memory that is never given to models."""
+
+    host_bytes: Bytes = Field(2 * GIB, description="host RAM kept free on each node, beyond what others use")
+    gpu_bytes: Bytes = Field(0, description="not given to models on each GPU; what others use there counts towards it")
+    gpus: dict[str, Bytes] = Field(
+        default_factory=dict, description="by GPU: UUID, label (gpu0) or node/label (box1/gpu0)"
+    )
+    cuda_overhead_bytes: Bytes = Field(
+        600 * MIB,
+        description="per replica and CUDA GPU: context, cuBLAS workspace, pool; none of it in llama.cpp's report",
+    )
+    runner_overhead_bytes: Bytes = Field(256 * MIB, description="per replica: the runner process itself, in host RAM")
+
+
+class Server(_Strict):
+    """The HTTP gateway."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; anything but loopback demands api_key")
+    port: int = Field(11535, ge=0, le=65535)
+    api_key: str | None = Field(None, min_length=8, description="clients send it as a bearer token")
+
+
+class Catalogue(_Strict):
+    """The whole file."""
+
+    model_paths: tuple[str, ...] = Field((), description="directories, files or globs of GGUF models on the nodes")
+    models: dict[str, ModelEntry] = Field(default_factory=dict)
+    defaults: ModelParams = ModelParams()
+    policy: Policy = Policy()
+    reserves: Reserves = Reserves()
+    server: Server = Server()
+    virtual_gpus: tuple[Bytes, ...] = Field((), description="loopback devices in place of GPUs, on each node")
+
+    @model_validator(mode="after")
+    def _names(self) -> Catalogue:
+        for name in self.models:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"model name {name!r} may hold letters, digits and ._:@/+- only")
+        return self
+
+
+def parse_catalogue(data: Any, source: str = "catalogue") -> Catalogue:
+    """The catalogue in `data` (parsed YAML). Raises Rejected that names every wrong key and suggests the right one."""
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise Rejected(
+            f"{source}: a catalogue is a mapping with keys such as models and policy, not {type(data).__name__}"
+        )
+    try:
+        return Catalogue.model_validate(data)
+    except ValidationError as invalid:
+        raise Rejected(f"{source}: " + "; ".join(_explain(error) for error in invalid.errors())) from invalid
+
+
+def json_schema() -> str:
+    """The catalogue's JSON schema, as it is shipped in `catalogue.schema.json` for editors to check files with."""
+    return json.dumps(Catalogue.model_json_schema(), indent=2) + "\n"
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg']}"
+    known = sorted(_fields_at(error["loc"][:-1]))
+    close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+    return f"unknown key {where}; {hint}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> set[str]:
+    if not location:
+        return set(Catalogue.model_fields)
+    room: dict[str, type[BaseModel]] = {
+        "models": ModelEntry, "defaults": ModelParams, "policy": Policy, "reserves": Reserves, "server": Server,
+    }  # fmt: skip
+    return set(room[str(location[0])].model_fields)
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")

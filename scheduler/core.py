@@ -1,0 +1,333 @@
+"""The scheduler itself: events in, commands out, and nothing else changes its state.
+
+`handle` is synchronous and does no I/O; the actor around it stamps the time, carries the commands out and posts what
+came of them. Slow work is two events (started, then ready or failed). Invariants after every event: the ledger
+balances, no replica with a lease is stopping, every request that arrived has been granted, refused or is in the queue.
+"""
+
+from __future__ import annotations
+
+from scheduler import commands as cmd
+from scheduler import events as ev
+from scheduler.choice.admission import Admission
+from scheduler.choice.queue import RequestQueue, Waiting
+from scheduler.cluster.inventory import Inventory
+from scheduler.cluster.leases import Lease
+from scheduler.cluster.models import Model, Models
+from scheduler.cluster.replica import Replica, ReplicaState
+from scheduler.config import Catalogue
+from scheduler.dispatch import Dispatch, Plan
+from scheduler.errors import DeadlineExceeded, Rejected, Unavailable
+from scheduler.fleet import Fleet
+from scheduler.outbox import Outbox
+from scheduler.units import LeaseId, ReplicaId, RequestId, format_bytes
+
+
+class SchedulerCore:
+    """All of the scheduler's state. `tag` makes replica ids unique across restarts."""
+
+    def __init__(self, catalogue: Catalogue, tag: str = "") -> None:
+        self.catalogue = catalogue
+        self.policy = catalogue.policy
+        self.inventory = Inventory()
+        self.models = Models(catalogue)
+        self.queue = RequestQueue(self.policy.queue_limit)
+        self._out = Outbox()
+        self.fleet = Fleet(catalogue, self.inventory, self.models, self._out, tag)
+        self.replicas = self.fleet.replicas
+        self.ledger = self.fleet.ledger
+        self.rooms = self.fleet.rooms
+        self._admission = Admission(catalogue, self.inventory, self.models)
+        self._dispatch = Dispatch(self.queue, self.fleet, self._admission, self.inventory, self.models, self._out)
+        self._now = 0.0
+
+    # ------------------------------------------------------------------ in and out
+
+    def handle(self, event: ev.Event, now: float) -> list[cmd.Command]:
+        """Take one event at time `now` (seconds, never going back); return the commands to carry out, in order.
+
+        Raises UnknownModel, and changes nothing, for an unload or a pin of a model that does not exist.
+        """
+        self._now = now
+        match event:
+            case ev.NodeJoined():
+                self._node_joined(event)
+            case ev.NodeSampled():
+                self._node_sampled(event)
+            case ev.NodeLost():
+                self._node_lost(event)
+            case ev.DeviceSampled():
+                self._device_sampled(event)
+            case ev.ShapeRead():
+                self._shape_read(event)
+            case ev.RequestArrived():
+                self._request_arrived(event)
+            case ev.RequestCancelled():
+                self._request_cancelled(event)
+            case ev.LeaseReleased():
+                self._lease_released(event)
+            case ev.LeasesRenewed():
+                self.fleet.leases.renew(event.lease_ids, now)
+            case ev.ClientsLost():
+                self._clients_lost()
+            case ev.ReplicaStarted():
+                self._replica_started(event)
+            case ev.ReplicaProgressed():
+                if event.replica_id in self.replicas:
+                    self.replicas[event.replica_id].progress = event.fraction
+            case ev.ReplicaReady():
+                self._replica_ready(event)
+            case ev.ReplicaFailed():
+                self._replica_failed(event)
+            case ev.ReplicaDied():
+                self._replica_died(event.replica_id, event.reason)
+            case ev.ReplicaVouched():
+                if event.replica_id in self.replicas:
+                    self.replicas[event.replica_id].doubted = False
+            case ev.ReplicaGone():
+                self._replica_gone(event)
+            case ev.ReplicaAdopted():
+                self._replica_adopted(event)
+            case ev.UnloadAsked():
+                self._unload(event.model)
+            case ev.PinAsked():
+                self._pin(event)
+            case ev.Ticked():
+                self._tick()
+        self._dispatch.serve(now)
+        return self._out.take()
+
+    def plan(self, model_name: str, n_ctx: int | None, now: float) -> Plan:
+        """What would be done for a request now, without doing it.
+
+        Raises UnknownModel, InvalidGGUF, Rejected or Unavailable as the request itself would be refused.
+        """
+        waiting = Waiting(RequestId(""), model_name, "load", n_ctx, now, now)
+        return self._dispatch.plan(self.models.find(model_name), waiting, now)
+
+    # ------------------------------------------------------------------ machines and files
+
+    def _node_joined(self, event: ev.NodeJoined) -> None:
+        facts = event.facts
+        if facts.node_id in self.inventory.nodes:
+            return
+        self.inventory.join(facts, self._now)
+        self.fleet.open_accounts(self.inventory.nodes[facts.node_id])
+        self._dispatch.look_again()
+        gpus = ", ".join(f"{d.label} {d.product} {format_bytes(d.total_bytes)}" for d in facts.devices) or "no GPU"
+        ram = format_bytes(facts.memory_total_bytes)
+        self._out.announce("node_joined", f"{facts.hostname} joined: {gpus}; {ram} RAM, {facts.physical_cores} cores")
+
+    def _node_sampled(self, event: ev.NodeSampled) -> None:
+        node = self.inventory.sample_node(event.reading)
+        if node is None:
+            return
+        node_id = node.facts.node_id
+        self.rooms.attribute_host(node, self._now)
+        changes = self.models.update(node_id, event.reading.files)
+        for path in changes.unread:
+            self._out.post(cmd.ReadShape(node_id, path))
+        for replica in list(self.replicas.values()):
+            if replica.placement.node_id == node_id and replica.model in changes.changed:
+                self.fleet.retire(replica, "its file has changed")
+        if changes.unread:
+            self._dispatch.look_again()
+
+    def _node_lost(self, event: ev.NodeLost) -> None:
+        node = self.inventory.leave(event.node_id)
+        if node is not None:
+            self.models.update(event.node_id, ())
+            self.fleet.lose_node(node)
+            self._dispatch.look_again()
+            self._out.announce("node_lost", f"{node.facts.hostname} is gone: {event.reason}")
+
+    def _device_sampled(self, event: ev.DeviceSampled) -> None:
+        before = self.inventory.device(event.reading.device_id)
+        trouble, foreign_bytes = (before.trouble, before.foreign_bytes) if before else ("", 0)
+        device = self.inventory.sample_device(event.reading, self._now)
+        if device is None:
+            return
+        self.rooms.attribute_device(device, self._now)
+        if (device.trouble, device.foreign_bytes) != (trouble, foreign_bytes):
+            self._dispatch.look_again()
+        label = self.inventory.label(device.facts.device_id)
+        reason = event.reading.lost_reason
+        if reason and device.trouble != trouble:
+            self._out.announce("gpu_lost", f"{label} cannot be used: {reason}")
+            for replica in list(self.replicas.values()):
+                if device.facts.device_id in replica.placement.device_ids:
+                    self.fleet.abandon(replica, f"{label} was lost: {reason}")
+
+    def _shape_read(self, event: ev.ShapeRead) -> None:
+        self._dispatch.look_again()
+        for model in self.models.shaped(event.node_id, event.path, event.shape, event.invalid, event.trouble):
+            if event.invalid:
+                self._out.announce("model_invalid", f"{model.name}: {event.invalid}", model.name)
+
+    # ------------------------------------------------------------------ requests and leases
+
+    def _request_arrived(self, event: ev.RequestArrived) -> None:
+        deadline_s = self.policy.deadline_s if event.deadline_s is None else event.deadline_s
+        waiting = Waiting(event.request_id, event.model, event.kind, event.n_ctx, self._now, self._now + deadline_s)
+        try:
+            self._admission.check(self.models.find(event.model), waiting)
+            self.queue.add(waiting)
+        except (Rejected, Unavailable) as error:
+            self._out.post(cmd.RefuseRequest(event.request_id, error))
+
+    def _request_cancelled(self, event: ev.RequestCancelled) -> None:
+        if self.queue.remove(event.request_id) is None:
+            for lease in self.fleet.leases.of_request(event.request_id):
+                self._release_lease(lease.lease_id, served=False)
+
+    def _lease_released(self, event: ev.LeaseReleased) -> None:
+        """Whoever holds a lease sees a replica fail before anybody else: its next request must not go there too."""
+        replica = self._release_lease(event.lease_id, served=not event.failed)
+        if replica is not None and event.failed and not replica.doubted:
+            replica.doubted = True
+            self._out.post(cmd.CheckReplica(replica.replica_id))
+
+    def _release_lease(self, lease_id: LeaseId, *, served: bool) -> Replica | None:
+        lease = self.fleet.leases.take_back(lease_id)
+        if lease is None:
+            return None
+        replica = self.replicas[lease.replica_id]
+        replica.leases.discard(lease_id)
+        replica.last_used_at = self._now
+        self._dispatch.look_again()
+        if served and replica.model in self.models.by_name:
+            self.models.by_name[replica.model].history.served()
+        return replica
+
+    def _clients_lost(self) -> None:
+        for waiting in list(self.queue):
+            self._dispatch.refuse(waiting, Unavailable("the gateway was restarted; ask again", retry_after_s=1.0))
+        for lease in self.fleet.leases.all():
+            self._reclaim(lease)
+
+    def _reclaim(self, lease: Lease) -> None:
+        """Take a slot back whose holder has vanished, and end what it computes there."""
+        self._out.post(cmd.CancelAnswer(lease.replica_id, lease.lease_id))
+        self._release_lease(lease.lease_id, served=False)
+
+    def _pin(self, event: ev.PinAsked) -> None:
+        model = self.models.find(event.model)
+        model.pinned = event.pinned
+        what = "is pinned: it is never evicted" if event.pinned else "is no longer pinned"
+        self._out.announce("model_pinned", f"{model.name} {what}", model.name)
+        self._dispatch.look_again()
+
+    def _unload(self, name: str) -> None:
+        """Whoever waits for the model is refused: it would be loaded again at once."""
+        replicas = [replica for replica in self.replicas.values() if replica.model == name]
+        if not replicas:
+            self.models.find(name)
+        for waiting in self.queue.of_model(name):
+            self._dispatch.refuse(
+                waiting, Unavailable(f"{name} was unloaded on request", retry_after_s=1.0, model=name)
+            )
+        for replica in replicas:
+            self._out.announce(
+                "unload_asked", f"{name} is to be unloaded, once its requests have ended", replica=replica
+            )
+            self.fleet.retire(replica, "unloaded on request")
+        self._dispatch.look_again()
+
+    # ------------------------------------------------------------------ replicas
+
+    def _replica_started(self, event: ev.ReplicaStarted) -> None:
+        replica = self.replicas.get(event.replica_id)
+        if replica is not None:
+            replica.pid = event.pid
+
+    def _replica_ready(self, event: ev.ReplicaReady) -> None:
+        replica = self.replicas.get(event.replica_id)
+        if replica is None or replica.state is not ReplicaState.LOADING:
+            return  # stopped meanwhile; its ReplicaGone is on the way
+        if event.n_ctx < replica.n_ctx:
+            message = f"it came up with {event.n_ctx} tokens of context per slot instead of {replica.n_ctx}"
+            self._replica_failed(ev.ReplicaFailed(event.replica_id, "failed", message))
+            return
+        self.fleet.ready(replica, event, self._now)
+        self._dispatch.look_again()
+
+    def _replica_failed(self, event: ev.ReplicaFailed) -> None:
+        replica = self.replicas.get(event.replica_id)
+        if replica is None or replica.state is not ReplicaState.LOADING:
+            return
+        self._dispatch.look_again()
+        self._out.announce("load_failed", f"{replica.model} did not load: {event.message}", replica=replica)
+        self.fleet.stop(replica, event.message)
+        model = self.models.by_name.get(replica.model)
+        if model is None:
+            return
+        if event.kind == "invalid_model":
+            self.models.shaped(replica.placement.node_id, replica.path, None, invalid=event.message)
+            return
+        if event.kind == "out_of_memory":
+            model.history.out_of_memory(max(replica.placement.device_bytes, default=0))
+        self._count_failure(model, event.message)
+
+    def _count_failure(self, model: Model, message: str) -> None:
+        pauses = model.history.pauses
+        model.history.failed(message, self.policy, self._now)
+        if model.history.pauses > pauses:
+            pause_s = model.history.retry_at - self._now
+            self._out.announce("model_paused", f"{model.name} is not tried again for {pause_s:.0f} s", model.name)
+
+    def _replica_died(self, replica_id: ReplicaId, reason: str) -> None:
+        replica = self.replicas.get(replica_id)
+        if replica is None or replica.state in (ReplicaState.PENDING, ReplicaState.STOPPING):
+            return
+        self._out.announce("replica_died", f"{replica.model} died: {reason}", replica=replica)
+        self.fleet.abandon(replica, reason)
+        self._dispatch.look_again()
+        if replica.model in self.models.by_name:
+            self._count_failure(self.models.by_name[replica.model], reason)
+
+    def _replica_gone(self, event: ev.ReplicaGone) -> None:
+        replica = self.replicas.get(event.replica_id)
+        if replica is None or replica.state is ReplicaState.PENDING:
+            return
+        self._replica_died(event.replica_id, "its process is gone")  # unless it was being stopped
+        self.fleet.gone(replica, self._now)
+        self._dispatch.look_again()
+        self._out.announce("replica_gone", f"{replica.model} has given its memory back", replica=replica)
+
+    def _replica_adopted(self, event: ev.ReplicaAdopted) -> None:
+        node_id = event.placement.node_id
+        if event.replica_id in self.replicas:
+            return
+        if node_id not in self.inventory.nodes or not self.fleet.adopt(event, self._now):
+            self._out.post(cmd.StopReplica(event.replica_id, node_id, "there is no room for it any more"))
+        self._dispatch.look_again()
+
+    # ------------------------------------------------------------------ time
+
+    def _tick(self) -> None:
+        for device in self.inventory.age(self._now):
+            self._dispatch.look_again()
+            label = self.inventory.label(device.facts.device_id)
+            self._out.announce("gpu_silent", f"{label} gets nothing new: {device.trouble}")
+        for lease in self.fleet.leases.expired(self._now):
+            message = f"the lease of request {lease.request_id} was not renewed in time"
+            self._out.announce("lease_expired", message, replica=self.replicas[lease.replica_id])
+            self._reclaim(lease)
+        for waiting in self.queue.expired(self._now):
+            waited = (
+                f"{waiting.model}: waited {self._now - waiting.arrived_at:.0f} s; {waiting.reason or 'no free slot'}"
+            )
+            self._out.announce("request_expired", f"a request's deadline has passed: {waited}", waiting.model)
+            self._dispatch.refuse(waiting, DeadlineExceeded(waited, retry_after_s=10.0, model=waiting.model))
+        for replica in list(self.replicas.values()):
+            self._stop_if_idle_too_long(replica)
+
+    def _stop_if_idle_too_long(self, replica: Replica) -> None:
+        model = self.models.by_name.get(replica.model)
+        if model is None or model.pinned or not replica.idle:
+            return
+        keep_alive_s = self.models.params(model).keep_alive_s
+        idle_s = self._now - replica.last_used_at
+        if keep_alive_s is not None and idle_s >= keep_alive_s and self.queue.head(model.name) is None:
+            self._out.announce("replica_idle", f"{replica.model} was idle for {idle_s:.0f} s", replica=replica)
+            self.fleet.stop(replica, "idle")

@@ -1,0 +1,1 @@
+"""What a model costs: bytes per device, read from the GGUF header before anything is loaded."""

@@ -1,0 +1,265 @@
+"""Compute buffers: a bound in closed form that no load exceeds.
+
+llama.cpp reserves one graph for its largest batch and packs the intermediate results into one buffer per device,
+reusing space as results die. The peak is that of the greediest moment, so the bound is: inputs + the largest moment of
+any layer on the device, or the logits. Nothing depends on weight types nor on how many layers a device holds, only on
+their kinds. Several devices without anything on the host work as a pipeline: then every input exists four times.
+
+Sources in llama.cpp: `sched_reserve` and `graph_reserve` in src/llama-context.cpp, `build_attn_inp_*` in
+src/llama-graph.cpp, ggml/src/ggml-backend.cpp (splits, copies), ggml/src/ggml-alloc.c (packing). docs/costs.md has the
+figures: how far above llama.cpp's own numbers the bound lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from scheduler.costs.architecture import Architecture
+from scheduler.costs.cache import EffectiveContext, cache_types, effective_context
+from scheduler.costs.demand import ModelDemand
+from scheduler.costs.ggml_types import GgmlType
+from scheduler.costs.params import ContextParams, Layout
+from scheduler.costs.weights import HOST, WeightSums, pad
+
+PIPELINE_COPIES = 4
+"""`GGML_SCHED_MAX_COPIES`."""
+OFFLOAD_TOKENS = 32
+"""From this batch size on, CUDA multiplies by weights that lie in host RAM, after copying them over (`offload_op`)."""
+_SMALL_INPUTS_BYTES = 1536
+"""Padding of each input, and the indices of recurrent states."""
+_SCALED = frozenset("llama4 mistral3 mistral4 deepseek2".split())
+"""They may scale attention by position: one more float per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """One reserved graph: the model, its context and the batch."""
+
+    arch: Architecture
+    demand: ModelDemand
+    size: EffectiveContext
+    tokens: int
+    flash: bool
+    type_k: GgmlType
+    type_v: GgmlType
+    rotation_bytes: int
+    f16_copies: bool
+
+    def floats(self, per_token: int) -> int:
+        return 4 * self.tokens * per_token
+
+    def cells(self, is_swa: bool) -> int:
+        if not self.arch.has_cache:
+            return self.tokens
+        return self.size.n_swa_cells if is_swa else self.size.n_ctx_seq
+
+    def inputs(self, layers: Iterable[int], with_output: bool) -> int:
+        """Bytes of the inputs that these layers read: masks, cell indices, positions, rows to output."""
+        masks = {layer.is_swa for layer in map(self.arch.layers.__getitem__, layers) if layer.is_attention}
+        total = self.floats(self.arch.n_pos + (self.arch.name in _SCALED)) + _SMALL_INPUTS_BYTES
+        if self.arch.state_s or self.arch.state_r:
+            total += 32768 + 4 * self.size.n_seq_max * self.arch.state_r
+        for is_swa in masks:
+            indices = 8 + (0 if self.arch.mla else 8 if self.flash else 8 * self.arch.v_width_max)
+            total += self.tokens * (self.cells(is_swa) * (2 if self.flash else 4) + indices) + self.rotation_bytes
+        if self.arch.index_heads or not self.arch.known:
+            total += self.tokens * (self.cells(False) * (4 if self.arch.known else 32) + 16)
+        if self.arch.name == "minimax-01":
+            total += self.floats(self.tokens * max(layer.n_head for layer in self.arch.layers) + 64)
+        return total + (self.floats(1) if with_output else 0)
+
+    def attention(self, il: int) -> int:
+        """Bytes alive while layer `il` attends."""
+        layer, kind = self.demand.layers[il], self.arch.layers[il]
+        if not kind.is_attention:
+            return 0
+        total = self.floats(layer.attention)
+        cells = self.cells(kind.is_swa)
+        if layer.score_heads and (not self.flash or layer.always_scores):
+            total += self.floats(cells * layer.score_heads) + 2 * cells * self.size.n_stream * layer.value_cells
+        if self.rotation_bytes:
+            total += self.floats(kind.n_head * self.arch.n_head_k + kind.k_width + kind.v_width)
+        if self.flash and self.f16_copies:
+            total += 2 * cells * self.size.n_stream * (kind.k_width + (kind.v_width or kind.k_width))
+        return total + self.floats(cells * layer.index)
+
+    def moment(self, il: int, experts_away: bool = False) -> int:
+        """Bytes alive in the greediest moment of layer `il`."""
+        layer = self.demand.layers[il]
+        away = experts_away and layer.routed > 0
+        feed = layer.beside + layer.returned if away else layer.feed_forward
+        if self.rotation_bytes:
+            feed += self.arch.layers[il].n_head * self.arch.n_head_k
+        recurrent = self.floats(layer.recurrent) + 4 * self.size.n_seq_max * layer.state
+        if recurrent and self.arch.name == "minimax-01":
+            recurrent += self.floats(4 * self.tokens * self.arch.layers[il].n_head + 28 * self.arch.n_embd)
+        attention = self.attention(il) + (self.floats(2 * self.arch.n_embd + layer.returned) if away else 0)
+        if layer.recurrent and attention:  # both in one layer, side by side
+            return max(self.floats(feed), attention + recurrent)
+        return max(self.floats(feed + (self.demand.streams - 1) * 6 * self.arch.n_embd), attention, recurrent)
+
+    def logits(self, hole: int, experts_away: bool = False) -> int:
+        """Bytes alive at the end of the graph, where masks of `hole` bytes at the bottom have been freed.
+
+        Best-fit gives the last layer's result the hole that the first activation left, unless that is still read, or
+        larger results nest in the masks' hole first and leave a remainder that fits better: then the result, and the
+        logits after it, lie above them.
+        """
+        last = self.demand.layers[-1]
+        free = hole // self.floats(1)
+        nested = 3 * last.inner + last.gathered
+        below = (4 + (self.demand.streams - 1) * 6) * self.arch.n_embd + 8
+        if experts_away:
+            below += last.returned // 2
+        elif last.above_masks or (last.shared and free < nested):
+            below += 3 * self.arch.n_embd + free + (last.gathered if 2 * last.inner >= last.gathered else 0)
+        elif free >= nested:
+            below += nested + 2 * self.arch.n_embd if last.shared or free - nested < 3 * last.inner else 0
+        elif nested and free >= 2 * last.inner:
+            below += free
+        elif 2 * last.inner >= last.gathered:
+            below += last.gathered
+        logits = self.demand.logits * (1 if self.arch.known else 2)
+        total = self.floats(logits + self.arch.n_embd + below) + _SMALL_INPUTS_BYTES
+        total += 8 * self.size.n_seq_max * self.arch.state_r
+        states = self.demand.layers if self.arch.name.startswith("nemotron_h") else (last,)
+        return total + max(self.floats(layer.recurrent) + 4 * self.size.n_seq_max * layer.state for layer in states)
+
+    def followed(self, il: int) -> int:
+        """Bytes of host layer `il`'s cache that go to the device of the layer after it (nemotron_h attends there)."""
+        kind = self.arch.layers[il]
+        if self.arch.name not in ("nemotron_h", "nemotron_h_moe"):
+            return 0
+        cache = 2 * self.cells(kind.is_swa) * self.size.n_stream * (kind.k_width + kind.v_width)
+        return cache + self.inputs([il], False) + self.floats(6 * self.arch.n_embd)
+
+    def borrowed(self, il: int, places: Sequence[int]) -> int:
+        """Bytes of another layer's cache that layer `il` reads across devices: copied whole, for every such layer."""
+        source = self.arch.kv_source(il)
+        if source == il or places[source] == places[il] or not self.arch.has_cache:
+            return 0
+        kind = self.arch.layers[source]
+        cells = self.cells(kind.is_swa) * self.size.n_stream
+        return cells * (self.type_k.row_bytes(kind.k_width) + self.type_v.row_bytes(kind.v_width)) + 256
+
+
+def place_compute(
+    arch: Architecture,
+    demand: ModelDemand,
+    weights: WeightSums,
+    layout: Layout,
+    places: Sequence[int],
+    context: ContextParams,
+) -> tuple[list[int], int]:
+    """Compute buffer bytes (per device of the layout, on the host)."""
+    size = effective_context(arch, context)
+    type_k, type_v = cache_types(arch, context)
+    rotated = [head for of, head in ((type_k, arch.n_head_k), (type_v, arch.n_head_v)) if of.is_quantized]
+    graph = _Graph(
+        arch=arch,
+        demand=demand,
+        size=size,
+        tokens=pad(size.n_tokens, size.n_seq_max),
+        flash=context.flash_attn == "on" and arch.name != "grok",
+        type_k=type_k,
+        type_v=type_v,
+        rotation_bytes=sum(4 * (head & -head) ** 2 for head in rotated if head % 64 == 0),
+        f16_copies=(type_k.name, type_v.name) != ("f16", "f16"),
+    )
+    layers: dict[int, list[int]] = {}
+    for il, place in enumerate(places[:-1]):
+        layers.setdefault(place, []).append(il)
+    pipelined = len(layout.devices) > 1 and HOST not in places and not layout.experts_on_host
+    copies = PIPELINE_COPIES if pipelined else 1
+    devices = _devices(graph, layout, places, layers, copies)
+    if layout.devices and layout.devices[0].kind == "cuda" and graph.tokens >= OFFLOAD_TOKENS:
+        devices[0] = max(devices[0], _offloaded(graph, weights, layout, places, layers))
+    return devices, _host(graph, layout, places, layers, copies)
+
+
+def _devices(
+    graph: _Graph, layout: Layout, places: Sequence[int], layers: dict[int, list[int]], copies: int
+) -> list[int]:
+    totals = [0] * len(layout.devices)
+    used = sorted(set(places) - {HOST})
+    e = graph.arch.n_embd
+    for place in used:
+        here = layers.get(place, [])
+        with_output = places[-1] == place
+        cuda = layout.devices[place].kind == "cuda"
+        device_graph = graph if cuda or not graph.f16_copies else _without_f16_copies(graph)
+        inputs = graph.inputs(here, with_output)
+        moments = [device_graph.moment(il, layout.experts_on_host) for il in here]
+        if here and here[0] > 0 and places[here[0] - 1] == HOST:  # steps without weights follow the device
+            before = graph.demand.layers[here[0] - 1]
+            moments.append(max(moments) + graph.floats((5 if before.gathered else 2) * e))
+            moments.append(graph.floats(4 * e + before.returned))
+            moments.append(device_graph.moment(here[0] - 1, layout.experts_on_host) + graph.followed(here[0] - 1))
+        end = 0
+        if with_output:
+            hole = inputs if copies == 1 else 0
+            end = graph.floats(5 * e) if graph.demand.logits_on_host else graph.logits(hole, layout.experts_on_host)
+        inputs += sum(graph.borrowed(il, places) for il in here)
+        if copies == 1:
+            total = max(max(moments, default=0) + inputs, end + graph.floats(graph.demand.per_layer_inputs))
+        else:
+            later = place != used[0]
+            arriving = graph.demand.streams * e + graph.demand.host_lookups
+            arriving += graph.demand.per_layer_inputs if later else 0
+            total = copies * (inputs + graph.floats(arriving)) + max(max(moments, default=0), end)
+            if later:
+                # only `no_alloc` counts this, a real load does without; it keeps the bound above both
+                total += copies * graph.floats(e * graph.demand.streams)
+        totals[place] = total + graph.floats(3 * graph.demand.per_layer_inputs)
+    return totals
+
+
+def _without_f16_copies(graph: _Graph) -> _Graph:
+    return replace(graph, f16_copies=False)
+
+
+def _offloaded(
+    graph: _Graph, weights: WeightSums, layout: Layout, places: Sequence[int], layers: dict[int, list[int]]
+) -> int:
+    """Bytes on the first device when it multiplies by weights that lie in host RAM: the weight and the moment."""
+    total = 0
+    for il in layers.get(HOST, []):
+        largest = max(weights.largest_layer_tensor_bytes[il], weights.largest_expert_tensor_bytes[il])
+        total = max(total, graph.moment(il) + pad(largest, 128))
+    if layout.experts_on_host:
+        total = max(
+            [total]
+            + [
+                graph.floats(layer.feed_forward) + pad(weights.largest_expert_tensor_bytes[il], 128)
+                for il, layer in enumerate(graph.demand.layers)
+                if layer.routed
+            ]
+        )
+    if total:
+        total += graph.inputs(range(graph.arch.n_layer_all), False)
+    if places[-1] == HOST and graph.demand.logits:
+        total = max(
+            total, graph.floats(graph.demand.logits + graph.arch.n_embd) + pad(weights.output_tensor_bytes, 128)
+        )
+    return total
+
+
+def _host(graph: _Graph, layout: Layout, places: Sequence[int], layers: dict[int, list[int]], copies: int) -> int:
+    e = graph.arch.n_embd
+    every = graph.inputs(range(graph.arch.n_layer_all), True)
+    every += sum(graph.borrowed(il, places) for il in layers.get(HOST, []))
+    start = graph.floats(e + 1 + graph.demand.host_lookups + (8 if graph.demand.per_layer_inputs else 0))
+    total = copies * (every + graph.floats(e + 1)) + start
+    moments = [graph.moment(il) + graph.floats(3 * graph.demand.per_layer_inputs) for il in layers.get(HOST, [])]
+    if layout.experts_on_host:
+        moments += [
+            graph.floats(2 * e + layer.routed + layer.gathered) for layer in graph.demand.layers if layer.routed
+        ]
+    if moments:
+        total = max(total, every + start + max(moments))
+    if graph.demand.logits_on_host and copies > 1:
+        return total + graph.logits(0)
+    if places[-1] == HOST or graph.demand.logits_on_host:
+        total = max(total, start + graph.logits(every) + min(every, graph.floats(4 * e)))
+    return total

@@ -1,0 +1,37 @@
+"""What a model costs on given devices: the one function that placement asks.
+
+Weights, cache, state and the logits buffer are exact to the byte; compute buffers are a bound that no load exceeds.
+About a quarter of a millisecond for a model of 80 layers.
+"""
+
+from __future__ import annotations
+
+from scheduler.costs import cache
+from scheduler.costs.cache import EffectiveContext, output_bytes, place_cache
+from scheduler.costs.compute import place_compute
+from scheduler.costs.params import ContextParams, DeviceBytes, Footprint, HostBytes, Layout
+from scheduler.costs.shape import ModelShape
+from scheduler.costs.weights import assign_layers, place_weights
+
+
+def effective_context(shape: ModelShape, context: ContextParams) -> EffectiveContext:
+    """What `context` gets after llama.cpp's rounding; `n_ctx_seq` is what one slot really has.
+
+    Raises Rejected for values that llama.cpp would refuse.
+    """
+    return cache.effective_context(shape.arch, context)
+
+
+def footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:
+    """Bytes per device of `layout` and in host RAM, once the model is loaded and its context made.
+
+    Raises Rejected for combinations that llama.cpp refuses or aborts on, naming the way out.
+    """
+    places = assign_layers(layout, shape.n_layer_all)
+    weights, host_weights = place_weights(shape.weights, layout, places)
+    kv, host_kv = place_cache(shape.arch, layout, places, context)
+    compute, host_compute = place_compute(shape.arch, shape.demand, shape.weights, layout, places, context)
+    return Footprint(
+        devices=tuple(DeviceBytes(w, k, c) for w, k, c in zip(weights, kv, compute, strict=True)),
+        host=HostBytes(host_weights, host_kv, host_compute, output_bytes(shape.arch, shape.n_vocab, context)),
+    )

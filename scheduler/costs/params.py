@@ -1,0 +1,88 @@
+"""What the cost of a model depends on besides the model: devices, layer split, context.
+
+Names and meanings are llama.cpp's own (`llama_model_params`, `llama_context_params`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DeviceKind = Literal["cuda", "rpc"]
+"""How a device's backend sizes tensors. "rpc" is a loopback CPU device (a virtual GPU)."""
+
+FlashAttn = Literal["on", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextParams:
+    """`llama_context_params`, as far as they cost memory. `n_ctx` counts all `n_seq_max` sequences together."""
+
+    n_ctx: int = 4096
+    n_seq_max: int = 1
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash_attn: FlashAttn = "on"
+    kv_unified: bool = False
+    swa_full: bool = False
+    embeddings: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """A device that layers may be put on; `name` is the caller's label for it."""
+
+    name: str
+    kind: DeviceKind = "cuda"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which layers lie on which device.
+
+    `n_gpu_layers`: the last so many of the `n_layer_all + 1` layers (the output counts as one) go to devices;
+    negative means all. `tensor_split`: one share per device, as llama.cpp takes it; Arriero itself always gives layer
+    counts that sum to the offloaded layers. `experts_on_host`: MoE expert tensors stay in host RAM.
+    """
+
+    devices: tuple[DeviceSpec, ...] = ()
+    n_gpu_layers: int = 0
+    tensor_split: tuple[float, ...] = ()
+    experts_on_host: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBytes:
+    """Bytes on one device."""
+
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    compute_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HostBytes:
+    """Bytes in host RAM; `output_bytes` is the logits buffer."""
+
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    compute_bytes: int = 0
+    output_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.output_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Predicted bytes: one `DeviceBytes` per layout device, in that order, and the host's share."""
+
+    devices: tuple[DeviceBytes, ...]
+    host: HostBytes

@@ -1,0 +1,181 @@
+"""The shape of a model: everything about its files that costs are computed from, read once and passed around.
+
+A `ModelShape` is frozen and picklable; two shapes are equal only when they are the same object, so it is cheap to use
+as a key. Byte sums per layer are made here, so that a footprint costs additions only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from scheduler.costs.architecture import ENCODERS, Architecture, read_architecture
+from scheduler.costs.demand import ModelDemand, model_demand
+from scheduler.costs.header import Array, Header, Tensor, read_header
+from scheduler.costs.metadata import Metadata
+from scheduler.costs.weights import StoredSums, WeightSums, sum_stored, sum_weights
+from scheduler.errors import InvalidGGUF
+
+MAX_PARTS = 1024
+_PART = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelShape:
+    """Facts of one model. Bytes are as stored in the file, without the padding that a device adds."""
+
+    paths: tuple[str, ...]
+    file_bytes: int
+    name: str | None
+    arch: Architecture
+    n_vocab: int
+    stored: StoredSums
+    weights: WeightSums
+    demand: ModelDemand
+    """What the compute buffers are bounded from."""
+    weights_bytes: int
+    experts_bytes: int
+    quantization: str
+    """The tensor type that holds most of the bytes, by ggml's name."""
+    has_chat_template: bool
+    n_tensors: int
+
+    @property
+    def architecture(self) -> str:
+        return self.arch.name
+
+    @property
+    def known_architecture(self) -> bool:
+        """False: the formulas do not know this architecture, so every figure is a cautious bound."""
+        return self.arch.known
+
+    @property
+    def n_layer_all(self) -> int:
+        return self.arch.n_layer_all
+
+    @property
+    def n_ctx_train(self) -> int:
+        return self.arch.n_ctx_train
+
+    @property
+    def n_embd(self) -> int:
+        return self.arch.n_embd
+
+    @property
+    def n_expert(self) -> int:
+        return self.arch.n_expert
+
+    @property
+    def n_expert_used(self) -> int:
+        return self.arch.n_expert_used
+
+    @property
+    def is_moe(self) -> bool:
+        return self.experts_bytes > 0
+
+    @cached_property
+    def is_recurrent(self) -> bool:
+        """Some layers carry state that grows with sequences, not with context."""
+        return any(layer.is_recurrent for layer in self.arch.layers)
+
+    @property
+    def is_embedding_only(self) -> bool:
+        """Embeds texts (or ranks them) and writes none."""
+        return self.arch.name in ENCODERS or self.arch.pools
+
+
+def read_shape(path: str | os.PathLike[str]) -> ModelShape:
+    """The shape of the model in `path`, which may be any part of a multi-file model.
+
+    Raises InvalidGGUF when a part is missing, damaged, or belongs to another model, and OSError when a part cannot be
+    read.
+    """
+    headers = _parts(Path(path))
+    first = headers[0]
+    meta = Metadata(first.metadata, first.path)
+    arch = read_architecture(meta)
+    tensors: dict[str, Tensor] = {}
+    for header in headers:
+        for tensor in header.tensors:
+            if tensor.name in tensors:
+                raise InvalidGGUF(
+                    f"{header.path}: tensor {tensor.name!r} is also in another part", path=header.path, offset=0
+                )
+            tensors[tensor.name] = tensor
+    expected = first.metadata.get("split.tensors.count", len(tensors)) if len(headers) > 1 else len(tensors)
+    if expected != len(tensors):
+        raise meta.refuse(f"the parts hold {len(tensors)} tensors together, {expected} are expected")
+    if not tensors:
+        raise meta.refuse("the file holds no tensors: it is a vocabulary, not a model")
+    by_type: dict[str, int] = {}
+    for tensor in tensors.values():
+        by_type[tensor.type.name] = by_type.get(tensor.type.name, 0) + tensor.n_bytes
+    weights = sum_weights(arch, tensors)
+    n_vocab = _n_vocab(meta, tensors)
+    name = first.metadata.get("general.name")
+    return ModelShape(
+        paths=tuple(header.path for header in headers),
+        file_bytes=sum(header.file_bytes for header in headers),
+        name=name if isinstance(name, str) else None,
+        arch=arch,
+        n_vocab=n_vocab,
+        stored=sum_stored(arch, tensors),
+        weights=weights,
+        demand=model_demand(arch, tensors, n_vocab),
+        weights_bytes=sum(by_type.values()),
+        experts_bytes=weights.experts_bytes,
+        quantization=max(by_type, key=lambda kind: by_type[kind]),
+        has_chat_template="tokenizer.chat_template" in first.metadata,
+        n_tensors=len(tensors),
+    )
+
+
+def _n_vocab(meta: Metadata, tensors: dict[str, Tensor]) -> int:
+    """Tokens in the vocabulary: the list's length, as llama.cpp counts, or else the embedding's rows."""
+    tokens = meta.values.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, Array):
+        return tokens.length
+    rows = tensors["token_embd.weight"].ne[-1] if "token_embd.weight" in tensors else 0
+    return meta.number("vocab_size", rows)
+
+
+def _parts(path: Path) -> list[Header]:
+    """Headers of all parts, in order."""
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        header = read_header(path)
+        _check_part(header, 0, 1)
+        return [header]
+    count = int(match["count"])
+    if not 0 < count <= MAX_PARTS or int(match["no"]) not in range(1, count + 1):
+        raise InvalidGGUF(
+            f"{path}: the name says part {match['no']} of {match['count']}, which cannot be", path=str(path), offset=0
+        )
+    headers = []
+    for no in range(1, count + 1):
+        part = path.with_name(f"{match['stem']}-{no:05d}-of-{count:05d}.gguf")
+        try:
+            header = read_header(part)
+        except FileNotFoundError:
+            raise InvalidGGUF(
+                f"{part}: part {no} of {count} is missing; download it again", path=str(part), offset=0
+            ) from None
+        _check_part(header, no - 1, count)
+        headers.append(header)
+    return headers
+
+
+def _check_part(header: Header, no: int, count: int) -> None:
+    """The metadata must agree with the file's name about which part this is."""
+    said_count = header.metadata.get("split.count", 1)
+    said_no = header.metadata.get("split.no", 0)
+    if (said_count or 1) != count or count > 1 and said_no != no:
+        raise InvalidGGUF(
+            f"{header.path}: the file says that it is part {said_no} (from 0) of {said_count}, "
+            f"its name says {no} of {count}; rename it to what llama-gguf-split wrote",
+            path=header.path,
+            offset=0,
+        )

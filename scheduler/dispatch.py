@@ -1,0 +1,229 @@
+"""Serving whoever waits: free slots first, then places for the models that have none, the longest wait first.
+
+A decision costs some milliseconds. It is made anew when facts have changed (`look_again`), and once a second while
+somebody waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler import commands as cmd
+from scheduler.choice.admission import Admission
+from scheduler.choice.candidates import Need
+from scheduler.choice.explain import explain_coming, explain_refusal, explain_waiting
+from scheduler.choice.placement import Choice, Chooser
+from scheduler.choice.queue import RequestQueue, Waiting
+from scheduler.cluster.inventory import Inventory
+from scheduler.cluster.models import Model, Models
+from scheduler.cluster.replica import Replica
+from scheduler.errors import ArrieroError, Impossible, Rejected, Unavailable, UnknownModel
+from scheduler.fleet import Fleet
+from scheduler.outbox import Outbox
+from scheduler.units import ReplicaId
+
+MOST_DECISIONS = 8  # per event, the longest waits first: with dozens of models waiting, the others' turn comes later
+LOOK_AGAIN_S = 1.0  # a request for which no place was found is looked at again, facts changed or not
+LOAD_TIMES_BEFORE_DRAIN = 3.0  # a replica serves for so many times its load time before others may drain it,
+LONGEST_REST_S = 60.0  # but not longer than this (or the minimum residency): two busy models take turns
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Either the replica that serves (or will serve) the request, or the choice that would be made."""
+
+    serving: Replica | None
+    choice: Choice | None
+
+
+class Dispatch:
+    """Between the queue and the fleet. Belongs to the core, which calls `serve` after every event."""
+
+    def __init__(
+        self,
+        queue: RequestQueue,
+        fleet: Fleet,
+        admission: Admission,
+        inventory: Inventory,
+        models: Models,
+        outbox: Outbox,
+    ) -> None:
+        self._queue = queue
+        self._fleet = fleet
+        self._admission = admission
+        self._inventory = inventory
+        self._models = models
+        self._policy = fleet.policy
+        self._out = outbox
+        self._epoch = 0
+        self._decisions = 0  # since the last event
+        self._now = 0.0
+
+    def look_again(self) -> None:
+        """Something has changed that a choice depends on."""
+        self._epoch += 1
+
+    def serve(self, now: float) -> None:
+        """Serve whoever waits. Free slots are given away before anybody is evicted, so that a model which is asked for
+        is not idle; then places are found for the others, the longest wait first."""
+        self._now, self._decisions = now, 0
+        wanted = self._queue.models()
+        for replica in self._fleet.replicas.values():
+            if replica.drain_for and replica.drain_for not in wanted:
+                replica.drain_for = ""
+        self._fleet.stop_retired()
+        for name in wanted:
+            while (head := self._queue.head(name)) and (ready := self._free_replica(head)):
+                self._grant(head, ready)
+        self._fleet.start_pending(self._queue.models(), self._now)
+        for name in self._queue.models():
+            self._serve_model(name)
+
+    def plan(self, model: Model, waiting: Waiting, now: float) -> Plan:
+        """What would be done for the request now, without doing it.
+
+        Raises the error that it would be refused with, but for a lack of room: that is a choice too.
+        """
+        self._admission.check(model, waiting)
+        serving = self._free_replica(waiting) or next(iter(self._coming(waiting)), None)
+        if serving is not None:
+            return Plan(serving, None)
+        need = self._admission.need(model, waiting, now)
+        if need is None:
+            raise Unavailable(f"{model.name}: {self._admission.why_not_yet(model)}", retry_after_s=1.0)
+        choice = self._chooser(model, waiting, need, now).choose(explain=True)
+        if choice.verdict == "impossible" and not self._admission.final(model):
+            raise Unavailable(f"{model.name}: {self._admission.why_not_yet(model)}", retry_after_s=1.0)
+        return Plan(None, choice)
+
+    def _grant(self, waiting: Waiting, replica: Replica) -> None:
+        self._queue.remove(waiting.request_id)
+        lease = self._fleet.leases.grant(waiting.request_id, replica, self._now)
+        ttl_s = self._fleet.leases.ttl_s
+        self._out.post(
+            cmd.GrantLease(waiting.request_id, lease.lease_id, replica.replica_id, replica.model, replica.n_ctx, ttl_s)
+        )
+
+    def refuse(self, waiting: Waiting, error: ArrieroError) -> None:
+        self._queue.remove(waiting.request_id)
+        self._out.post(cmd.RefuseRequest(waiting.request_id, error))
+
+    def _refuse_alike(self, head: Waiting, error: ArrieroError) -> None:
+        """Refuse the request and those behind it that want the same."""
+        for waiting in self._queue.of_model(head.model):
+            if (waiting.kind, waiting.n_ctx) == (head.kind, head.n_ctx):
+                self.refuse(waiting, error)
+        self._out.announce("request_refused", error.message, head.model)
+
+    def _serve_model(self, name: str) -> None:
+        """Grant or refuse a model's requests in turn, until the first has to wait."""
+        while head := self._queue.head(name):
+            ready = self._free_replica(head)
+            if ready is not None:
+                self._grant(head, ready)
+                continue
+            try:
+                head.reason = self._see_to(head)
+                return
+            except (Rejected, Unavailable) as error:
+                self._refuse_alike(head, error)
+
+    def _see_to(self, head: Waiting) -> str:
+        """See to it that a place comes for the request; what it waits for. Raises the error to refuse it with."""
+        coming = self._coming(head)
+        if coming:
+            return explain_coming(coming[0])
+        lately = self._now - head.looked_at < LOOK_AGAIN_S
+        if lately and (head.looked_at_epoch == self._epoch or self._decisions >= MOST_DECISIONS):
+            return head.reason
+        self._decisions += 1
+        head.looked_at_epoch, head.looked_at = self._epoch, self._now
+        model = self._models.by_name.get(head.model)
+        if model is None:
+            raise UnknownModel(f"no machine has a file of {head.model} any more", model=head.model)
+        need = self._admission.need(model, head, self._now)
+        if need is None:
+            return self._admission.why_not_yet(model)
+        chooser = self._chooser(model, head, need, self._now)
+        choice = chooser.choose()
+        match choice.verdict:
+            case "free" | "evict":
+                replica = self._fleet.place(model, choice, self._now)
+                self._drain(head, frozenset())
+                self._fleet.start_pending(self._queue.models(), self._now)
+                return explain_coming(replica)
+            case "wait":
+                waited_s = self._now - head.arrived_at
+                if choice.placement is None and waited_s >= self._policy.release_timeout_s:
+                    raise self._refusal(Unavailable, model, chooser)
+                self._drain(head, choice.victims if waited_s >= self._policy.drain_after_s else frozenset())
+                return explain_waiting(self._fleet.replicas[replica_id] for replica_id in sorted(choice.victims))
+            case "blocked":
+                raise self._refusal(Unavailable, model, chooser)
+            case "impossible":
+                if not self._admission.final(model):
+                    return self._admission.why_not_yet(model)
+                if need.extra_bytes:  # it is only so large because it ran out of memory before
+                    model.history.pause(self._policy, self._now)
+                    raise self._refusal(Unavailable, model, chooser)
+                raise self._refusal(Impossible, model, chooser)
+
+    def _free_replica(self, waiting: Waiting) -> Replica | None:
+        """A ready replica with a free slot that is long enough; the most recently used one."""
+        able = (replica for replica in self._coming(waiting) if replica.free_slots > 0)
+        return max(able, key=lambda replica: replica.last_used_at, default=None)
+
+    def _coming(self, waiting: Waiting) -> list[Replica]:
+        """Replicas that will serve the request: ready ones, busy or not, and those that are being loaded."""
+        n_ctx = self._admission.least_n_ctx(waiting)
+        return [
+            replica
+            for replica in self._fleet.replicas.values()
+            if replica.model == waiting.model
+            and replica.open
+            and replica.n_ctx >= n_ctx
+            and (waiting.kind != "embed" or replica.placement.context.embeddings)
+        ]
+
+    def _chooser(self, model: Model, waiting: Waiting, need: Need, now: float) -> Chooser:
+        n_ctx = self._admission.least_n_ctx(waiting)
+        return Chooser(
+            need=need,
+            nodes=self._admission.nodes(model),
+            inventory=self._inventory,
+            rooms=self._fleet.rooms,
+            replicas=self._fleet.replicas,
+            pinned=lambda name: name in self._models.by_name and self._models.by_name[name].pinned,
+            policy=self._policy,
+            now=now,
+            waited_s=now - waiting.arrived_at,
+            outgrown=frozenset(
+                r.replica_id
+                for r in self._fleet.replicas.values()
+                if r.model == model.name and r.idle and r.open and r.n_ctx < n_ctx
+            ),
+            may_evict=model.history.may_evict,
+        )
+
+    def _refusal(self, kind: type[ArrieroError], model: Model, chooser: Chooser) -> ArrieroError:
+        choice = chooser.choose(explain=True)
+        history = model.history
+        because = ""
+        if history.pauses:
+            because = f"and nobody is evicted for it after repeated failures (last: {history.last_failure})"
+        return explain_refusal(kind, model.name, choice.rejections, choice.n_ctx_that_fits, because)
+
+    def _drain(self, head: Waiting, victims: frozenset[ReplicaId]) -> None:
+        """Let those `victims` that have served long enough take nothing new until they have made room; others that
+        were to make room for this request are open again."""
+        for replica in self._fleet.replicas.values():
+            if replica.drain_for == head.model and replica.replica_id not in victims:
+                replica.drain_for = ""
+            elif replica.replica_id in victims and replica.busy and not replica.drain_for:
+                rest_s = max(
+                    self._policy.min_residency_s, min(LOAD_TIMES_BEFORE_DRAIN * replica.load_s, LONGEST_REST_S)
+                )
+                if self._now - replica.ready_at >= rest_s:
+                    replica.drain_for = head.model
+                    message = f"{replica.model} finishes to make room for {head.model}"
+                    self._out.announce("replica_draining", message, replica=replica)

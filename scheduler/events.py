@@ -1,0 +1,193 @@
+"""What happened. Frozen, picklable records; every change of the core's state begins with one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Union
+
+from scheduler.choice.queue import RequestKind
+from scheduler.cluster.facts import DeviceReading, NodeFacts, NodeReading
+from scheduler.cluster.replica import Placement
+from scheduler.costs.shape import ModelShape
+from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
+
+FailureKind = Literal["refused", "out_of_memory", "invalid_model", "crashed", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    facts: NodeFacts
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSampled:
+    reading: NodeReading
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    node_id: NodeId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSampled:
+    reading: DeviceReading
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeRead:
+    """A header was read: `shape`, or why the file is `invalid`, or the `trouble` that kept it from being read."""
+
+    node_id: NodeId
+    path: str
+    shape: ModelShape | None
+    invalid: str = ""
+    trouble: str = ""  # it is tried again
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """Somebody wants a slot of `model` with at least `n_ctx` tokens (None: the model's default)."""
+
+    request_id: RequestId
+    model: str
+    kind: RequestKind = "generate"
+    n_ctx: int | None = None
+    deadline_s: float | None = None  # from now
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCancelled:
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseReleased:
+    """`failed`: the replica did not serve it to the end (a client that left early is no failure)."""
+
+    lease_id: LeaseId
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesRenewed:
+    lease_ids: tuple[LeaseId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientsLost:
+    """The gateway has started anew: nobody waits any more for what the one before had asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStarted:
+    """The replica's process runs and is about to load: from now on readings tell which memory is its own."""
+
+    replica_id: ReplicaId
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaProgressed:
+    replica_id: ReplicaId
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReady:
+    """Loaded. `device_bytes` (parallel to the placement's devices) and `host_bytes` are llama.cpp's own report."""
+
+    replica_id: ReplicaId
+    pid: int
+    device_bytes: tuple[int, ...]
+    host_bytes: int
+    n_ctx: int  # per slot
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFailed:
+    """A load that did not happen; its runner still has to be cleaned up."""
+
+    replica_id: ReplicaId
+    kind: FailureKind
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDied:
+    """A ready replica's process ended, or it can serve no longer."""
+
+    replica_id: ReplicaId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaVouched:
+    """A replica that had failed a request serves after all."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaGone:
+    """The process is gone and the devices have been read again since."""
+
+    replica_id: ReplicaId
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaAdopted:
+    """A runner that outlived a restart of the scheduler, still serving."""
+
+    replica_id: ReplicaId
+    model: str
+    path: str
+    placement: Placement
+    n_threads: int
+    ready: ReplicaReady
+    lease_ids: tuple[LeaseId, ...] = ()  # of the answers under way
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAsked:
+    """Stop the model's replicas: idle ones at once, busy ones when their requests have ended."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class PinAsked:
+    model: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time has passed: look at deadlines, leases, idle replicas."""
+
+
+Event = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
+    NodeJoined,
+    NodeSampled,
+    NodeLost,
+    DeviceSampled,
+    ShapeRead,
+    RequestArrived,
+    RequestCancelled,
+    LeaseReleased,
+    LeasesRenewed,
+    ClientsLost,
+    ReplicaStarted,
+    ReplicaProgressed,
+    ReplicaReady,
+    ReplicaFailed,
+    ReplicaDied,
+    ReplicaVouched,
+    ReplicaGone,
+    ReplicaAdopted,
+    UnloadAsked,
+    PinAsked,
+    Ticked,
+]

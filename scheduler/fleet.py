@@ -1,0 +1,284 @@
+"""All replicas, from the decision to load one until its memory is back, with their bookings and their cores.
+
+Nobody else changes a replica's state or the ledger. Invariants after every call: the ledger balances; a replica's entry
+is promised while it is pending, held while it loads or is ready, releasing while it stops; nothing is stopped under a
+lease; the threads of loading and ready replicas never exceed their node's cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Container
+
+from scheduler import commands as cmd
+from scheduler import events as ev
+from scheduler.choice.candidates import fits
+from scheduler.choice.cores import CoreShares
+from scheduler.choice.explain import describe_placement
+from scheduler.choice.placement import Choice
+from scheduler.choice.room import NO_LIMIT, SETTLING_S, Rooms
+from scheduler.cluster.inventory import Inventory, Node
+from scheduler.cluster.leases import Leases
+from scheduler.cluster.ledger import ACTIVE, AccountId, Ledger, cores_account, device_account, host_account
+from scheduler.cluster.models import Model, Models
+from scheduler.cluster.replica import Placement, Replica, ReplicaState
+from scheduler.config import Catalogue
+from scheduler.errors import InvariantBroken
+from scheduler.outbox import Outbox
+from scheduler.units import MIB, NodeId, ReplicaId, format_bytes
+
+# llama.cpp reports each of a device's buffers (weights, cache, state, compute) to 0.01 MiB, rounded either way.
+REPORT_ROUNDING_BYTES = 4 * (MIB // 200 + 1)
+
+
+class Fleet:
+    """Commands go to the outbox. `tag` makes ids unique across restarts."""
+
+    def __init__(self, catalogue: Catalogue, inventory: Inventory, models: Models, outbox: Outbox, tag: str) -> None:
+        self.replicas: dict[ReplicaId, Replica] = {}
+        self.ledger = Ledger()
+        self.ledger.open(ACTIVE, catalogue.policy.max_active_models or NO_LIMIT)
+        self.rooms = Rooms(inventory, self.ledger, self.replicas, catalogue.policy, catalogue.reserves)
+        self.cores = CoreShares(self.ledger, self.replicas)
+        self.leases = Leases(catalogue.policy.lease_ttl_s, tag)
+        self._catalogue = catalogue
+        self.policy = catalogue.policy
+        self._inventory = inventory
+        self._models = models
+        self._out = outbox
+        self._tag = tag
+        self._serial = 0
+
+    # ------------------------------------------------------------------ accounts
+
+    def open_accounts(self, node: Node) -> None:
+        facts = node.facts
+        self.ledger.open(host_account(facts.node_id), facts.memory_total_bytes)
+        self.ledger.open(cores_account(facts.node_id), facts.physical_cores)
+        for device in facts.devices:
+            self.ledger.open(device_account(device.device_id), device.total_bytes)
+
+    def lose_node(self, node: Node) -> None:
+        """Its replicas are gone with it; there is nothing left to stop."""
+        node_id = node.facts.node_id
+        for replica in [r for r in self.replicas.values() if r.placement.node_id == node_id]:
+            self.leases.drop(replica)
+            self.forget(replica)
+        self.ledger.close(host_account(node_id))
+        self.ledger.close(cores_account(node_id))
+        for device_id in node.devices:
+            self.ledger.close(device_account(device_id))
+
+    # ------------------------------------------------------------------ pending
+
+    def place(self, model: Model, choice: Choice, now: float) -> Replica:
+        """Carry a choice out: stop its victims, promise their room to a new replica, start it if the room is there."""
+        placement = choice.placement
+        if placement is None:
+            raise InvariantBroken(f"{model.name} would be loaded without a place")
+        victims = sorted((self.replicas[v] for v in choice.victims), key=lambda victim: victim.last_used_at)
+        for victim in victims:
+            idle_s = now - victim.last_used_at
+            message = f"{victim.model} (idle {idle_s:.0f} s) makes room for {model.name}"
+            self._out.announce("replica_evicted", message, replica=victim)
+            self.stop(victim, f"evicted for {model.name}")
+        self._serial += 1
+        slug = re.sub(r"[^A-Za-z0-9.-]+", "-", model.name)
+        path = model.copies[placement.node_id].file.path
+        replica = self._new(ReplicaId(f"{slug}-{self._tag}{self._serial}"), model.name, path, placement, now)
+        freed = [(victim.model, now - victim.last_used_at) for victim in victims]
+        words = describe_placement(placement, model.name, freed, self._inventory)
+        self._out.announce("placed", words, replica=replica, tier=placement.tier)
+        replica.waits_for = frozenset(
+            r.replica_id
+            for r in self.replicas.values()
+            if r.state is ReplicaState.STOPPING
+            and (self.policy.max_active_models or r.placement.node_id == placement.node_id)
+        )
+        if placement.computes_on_cpu:
+            self._balance_threads(placement.node_id)
+            replica.n_threads = self.cores.share(placement.node_id)
+        self.ledger.promise(replica.replica_id, self._amounts(replica))
+        return replica
+
+    def start_pending(self, wanted: Container[str], now: float) -> None:
+        """Start pending replicas of `wanted` models whose room is really there; give up those that nobody waits for,
+        and those whose room did not come `release_timeout_s` after the last one stopping for it was gone."""
+        for replica in [r for r in self.replicas.values() if r.state is ReplicaState.PENDING]:
+            if replica.model not in wanted:
+                self.forget(replica)
+            elif fits(replica.placement, self.rooms.to_start(replica)) and self._take_cores(replica):
+                self._start(replica)
+            elif replica.waits_for:
+                continue
+            elif replica.room_since is None:
+                replica.room_since = now
+            elif now - replica.room_since >= self.policy.release_timeout_s:
+                self._out.announce(
+                    "room_lost", f"the memory freed for {replica.model} was taken by others", replica=replica
+                )
+                self.forget(replica)
+
+    def _take_cores(self, replica: Replica) -> bool:
+        return not replica.placement.computes_on_cpu or self.cores.take_free(replica)
+
+    # ------------------------------------------------------------------ loading
+
+    def _start(self, replica: Replica) -> None:
+        self.ledger.hold(replica.replica_id)
+        replica.become(ReplicaState.LOADING)
+        model = self._models.by_name.get(replica.model)
+        params = self._models.params(model) if model else self._catalogue.defaults
+        self._out.post(
+            cmd.StartReplica(
+                replica_id=replica.replica_id,
+                model=replica.model,
+                path=replica.path,
+                placement=replica.placement,
+                n_threads=replica.n_threads,
+                use_mmap=params.use_mmap is not False,
+                use_extra_bufts=bool(params.use_extra_bufts),
+            )
+        )
+
+    def ready(self, replica: Replica, event: ev.ReplicaReady, now: float) -> None:
+        """Loaded. Books what the load really took instead of what was predicted."""
+        replica.become(ReplicaState.READY)
+        replica.ready_at = replica.last_used_at = now
+        replica.load_s, replica.pid, replica.n_ctx, replica.progress = event.load_s, event.pid, event.n_ctx, 1.0
+        replica.measured_device_bytes, replica.measured_host_bytes = event.device_bytes, event.host_bytes
+        for account, amount in self._measured(replica.placement, event).items():
+            self._book_measured(replica, account, amount)
+        self._balance_threads(replica.placement.node_id)
+        self._out.announce("replica_ready", f"{replica.model} is ready after {event.load_s:.1f} s", replica=replica)
+
+    def _measured(self, placement: Placement, event: ev.ReplicaReady) -> dict[AccountId, int]:
+        """What the load took, with what llama.cpp does not report."""
+        reserves = self._catalogue.reserves
+        host_bytes = event.host_bytes + reserves.runner_overhead_bytes
+        if placement.host_mapped_bytes:  # llama.cpp reports the mapped span, tensors on GPUs in between included
+            host_bytes = min(host_bytes, placement.host_bytes)
+        amounts = {host_account(placement.node_id): host_bytes}
+        for device_id, measured_bytes in zip(placement.device_ids, event.device_bytes, strict=True):
+            device = self._inventory.device(device_id)
+            overhead = reserves.cuda_overhead_bytes if device and device.facts.kind == "cuda" else 0
+            amounts[device_account(device_id)] = measured_bytes + overhead
+        return amounts
+
+    def _book_measured(self, replica: Replica, account: AccountId, amount: int) -> None:
+        predicted = self.ledger.amount(replica.replica_id, account)
+        if amount > predicted + REPORT_ROUNDING_BYTES:
+            self._out.announce(
+                "footprint_exceeded",
+                f"{replica.model} took {format_bytes(amount)} on {account}; {format_bytes(predicted)} were predicted",
+                replica=replica,
+            )
+            booked = amount + REPORT_ROUNDING_BYTES
+        else:
+            booked = min(predicted, amount + REPORT_ROUNDING_BYTES)
+        # What the books have no room for cannot be booked; live readings show it as foreign, which is as good.
+        with contextlib.suppress(InvariantBroken):
+            self.ledger.rebook(replica.replica_id, account, booked)
+
+    def adopt(self, event: ev.ReplicaAdopted, now: float) -> bool:
+        """Take a runner into the books that outlived a restart; False when they have no room for it."""
+        replica = self._new(event.replica_id, event.model, event.path, event.placement, now)
+        replica.n_threads, replica.pid = event.n_threads, event.ready.pid
+        try:
+            amounts = self._amounts(replica) | self._measured(event.placement, event.ready)
+            self.ledger.promise(replica.replica_id, amounts)
+            self.ledger.hold(replica.replica_id)
+        except InvariantBroken:
+            if self.ledger.state(replica.replica_id) is not None:
+                self.ledger.release(replica.replica_id)
+            del self.replicas[replica.replica_id]
+            return False
+        replica.become(ReplicaState.LOADING)
+        self._out.announce("replica_adopted", f"{event.model} is still loaded", replica=replica)
+        self.ready(replica, event.ready, now)
+        self.leases.adopt(event.lease_ids, replica, now)
+        replica.ready_at = now - SETTLING_S  # long loaded: the readings at hand show all of it
+        self._attribute(event.placement, now)
+        return True
+
+    def _attribute(self, placement: Placement, now: float) -> None:
+        self.rooms.attribute_host(self._inventory.nodes[placement.node_id], now)
+        for device_id in placement.device_ids:
+            device = self._inventory.device(device_id)
+            if device is not None:
+                self.rooms.attribute_device(device, now)
+
+    # ------------------------------------------------------------------ ending
+
+    def retire(self, replica: Replica, reason: str) -> None:
+        """Stop the replica at once, or as soon as its requests have ended."""
+        if replica.busy:
+            replica.retiring = reason
+        else:
+            self.abandon(replica, reason)
+
+    def stop_retired(self) -> None:
+        for replica in [r for r in self.replicas.values() if r.retiring and r.idle]:
+            self.stop(replica, replica.retiring)
+
+    def abandon(self, replica: Replica, reason: str) -> None:
+        """Stop a replica that can or shall serve no longer, leases or not."""
+        self.leases.drop(replica)
+        if replica.state is ReplicaState.PENDING:
+            self.forget(replica)
+        elif replica.state is not ReplicaState.STOPPING:
+            self.stop(replica, reason)
+
+    def stop(self, replica: Replica, reason: str) -> None:
+        if replica.leases:
+            raise InvariantBroken(f"{replica.replica_id} would be stopped under {len(replica.leases)} leases")
+        replica.become(ReplicaState.STOPPING)
+        self.ledger.releasing(replica.replica_id)
+        self._out.post(cmd.StopReplica(replica.replica_id, replica.placement.node_id, reason))
+
+    def gone(self, replica: Replica, now: float) -> None:
+        """Its process has ended, and everything was read again since: what is in use now is not its own."""
+        self.forget(replica)
+        self._attribute(replica.placement, now)
+
+    def forget(self, replica: Replica) -> None:
+        """Its memory is back, or was never taken."""
+        self.ledger.release(replica.replica_id)
+        del self.replicas[replica.replica_id]
+        for other in self.replicas.values():
+            other.waits_for -= {replica.replica_id}
+        if replica.placement.node_id in self._inventory.nodes:
+            self._balance_threads(replica.placement.node_id)
+
+    # ------------------------------------------------------------------ bookings
+
+    def _new(self, replica_id: ReplicaId, model: str, path: str, placement: Placement, now: float) -> Replica:
+        context = placement.context
+        replica = Replica(
+            replica_id=replica_id,
+            model=model,
+            path=path,
+            placement=placement,
+            slots=context.n_seq_max,
+            n_ctx=context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max,
+            created_at=now,
+            last_used_at=now,
+        )
+        self.replicas[replica_id] = replica
+        return replica
+
+    def _amounts(self, replica: Replica) -> dict[AccountId, int]:
+        placement = replica.placement
+        amounts = {host_account(placement.node_id): placement.host_bytes, ACTIVE: 1}
+        for device_id, need in zip(placement.device_ids, placement.device_bytes, strict=True):
+            amounts[device_account(device_id)] = need
+        if placement.computes_on_cpu:
+            amounts[cores_account(placement.node_id)] = replica.n_threads
+        return amounts
+
+    def _balance_threads(self, node_id: NodeId) -> None:
+        """Share the node's cores anew."""
+        for replica in self.cores.balance(node_id):
+            if replica.state in (ReplicaState.READY, ReplicaState.LOADING):
+                self._out.post(cmd.SetThreads(replica.replica_id, replica.n_threads))

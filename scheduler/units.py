@@ -1,0 +1,50 @@
+"""Bytes and typed names: the vocabulary that every room shares.
+
+Memory is `int` bytes everywhere; text such as "1.5GiB" exists only at the edges (files, flags, screens).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NewType
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+
+NodeId = NewType("NodeId", str)
+DeviceId = NewType("DeviceId", str)
+ReplicaId = NewType("ReplicaId", str)
+RequestId = NewType("RequestId", str)
+LeaseId = NewType("LeaseId", str)
+
+_FACTORS = {
+    "": 1, "b": 1,
+    "k": KIB, "kib": KIB, "kb": 1000,
+    "m": MIB, "mib": MIB, "mb": 1000**2,
+    "g": GIB, "gib": GIB, "gb": 1000**3,
+    "t": TIB, "tib": TIB, "tb": 1000**4,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes named by `text`: "96MiB", "1.5 GiB", "8GB", "512"; an `int` is taken as it is.
+
+    Raises ValueError with the accepted spellings when the text is not a size.
+    """
+    if isinstance(text, int):
+        if text < 0:
+            raise ValueError(f"a size cannot be negative: {text}")
+        return text
+    match = _SIZE.fullmatch(text)
+    factor = _FACTORS.get(match.group(2).lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a size; write bytes as 512, 96MiB, 1.5GiB or 8GB")
+    return int(float(match.group(1)) * factor)
+
+
+def format_bytes(count: int) -> str:
+    """`count` bytes for people: one decimal, binary units ("9.1 GiB", "512 B")."""
+    for unit, size in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(count) >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

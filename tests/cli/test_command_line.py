@@ -1,0 +1,179 @@
+"""The command line without a service: options over the catalogue, clear errors, listings for people and machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from arriero.api import GpuStatus, LayoutShare, Plan, PlanShare, PlanVictim, QueueEntry, ReplicaStatus, Status
+from arriero.cli import cluster, observe
+from arriero.cli.main import app, main
+from arriero.machine import Remembered, forget, recall, remember, state_path
+from scheduler.errors import Rejected, UnknownModel
+from scheduler.units import GIB
+
+runner = CliRunner()
+
+REPLICA = ReplicaStatus(
+    replica_id="m-1", model="m", state="ready", node="box", n_gpu_layers=20, n_ctx=4096, slots=2, active=0, n_threads=4,
+    idle_s=12.0,
+    layout=[LayoutShare(device="gpu0", layers=20, bytes=GIB), LayoutShare(device="host", layers=13, bytes=2 * GIB)],
+)  # fmt: skip
+STATUS = Status(
+    version="1", uptime_s=1.0, mode="shared", replicas=[REPLICA],
+    gpus=[
+        GpuStatus(
+            device_id="d", node_id="n", label="gpu0", product="card", kind="cuda", total_bytes=8 * GIB,
+            free_bytes=5 * GIB, used_bytes=3 * GIB, booked_bytes=GIB, foreign_bytes=2 * GIB,
+            utilisation=0.5, temperature_c=61.0, state="ok",
+        )
+    ],
+    queue=[QueueEntry(request_id="r", model="other", waited_s=3.0, reason="waiting for m (busy)")],
+)  # fmt: skip
+PLAN = Plan(
+    model="m", verdict="evict", tier="one GPU", node="box",
+    shares=[PlanShare(device="gpu0", layers=33, bytes=5 * GIB, free_before_bytes=GIB, free_after_bytes=2 * GIB)],
+    victims=[PlanVictim(replica_id="v-1", model="v", idle_s=40.0, frees={"gpu0": 6 * GIB})],
+    reasons=["one GPU (gpu1): needs 5.0 GiB on gpu1; 1.0 GiB free of 4.0 GiB"],
+)  # fmt: skip
+
+
+class Gateway:
+    """Answers as the client would."""
+
+    def status(self) -> Status:
+        return STATUS
+
+    def plan(self, model: str, *, n_ctx: int | None = None) -> Plan:
+        if model != "m":
+            raise UnknownModel(f"no model named {model!r}; did you mean 'm'?")
+        return PLAN
+
+
+@pytest.fixture
+def gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def client(url: str | None) -> Iterator[Gateway]:
+        yield Gateway()
+
+    monkeypatch.setattr(observe, "client", client)
+    monkeypatch.setattr(observe.console, "width", 160)
+
+
+@pytest.fixture(autouse=True)
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def output(*arguments: str, status: int = 0) -> str:
+    result = runner.invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == status, result.output
+    return str(result.output)
+
+
+@pytest.mark.usefixtures("gateway")
+def test_ps_says_where_layers_lie_and_what_is_waited_for() -> None:
+    text = output("ps")
+    assert "20 layers on gpu0, 13 in host RAM" in text
+    assert "waiting 3 s for other: waiting for m (busy)" in text
+
+
+@pytest.mark.usefixtures("gateway")
+def test_gpus_tells_foreign_memory_apart() -> None:
+    text = output("gpus")
+    assert "1.0 GiB" in text and "2.0 GiB" in text and "61 °C" in text
+
+
+@pytest.mark.usefixtures("gateway")
+def test_plan_explains_itself_with_numbers() -> None:
+    text = output("plan", "m")
+    assert "fits after evicting" in text
+    assert "evicts v (idle 40 s), which frees 6.0 GiB on gpu0" in text
+    assert "needs 5.0 GiB on gpu1" in text
+
+
+@pytest.mark.usefixtures("gateway")
+@pytest.mark.parametrize("call", [("ps",), ("gpus",), ("plan", "m")])
+def test_every_listing_prints_json_and_nothing_else(call: tuple[str, ...]) -> None:
+    assert json.loads(output(*call, "--json"))
+
+
+@pytest.mark.usefixtures("gateway")
+def test_an_error_is_one_line_and_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["arriero", "plan", "x"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: no model named 'x'; did you mean 'm'?\n"
+
+
+def settings(**options: Any) -> Any:
+    given = dict.fromkeys(("models", "catalogue", "host", "port", "api_key", "virtual_gpus"))
+    return cluster._settings(**(given | {"single": False} | options))
+
+
+def test_options_win_over_the_catalogue(tmp_path: Path) -> None:
+    file = tmp_path / "arriero.yaml"
+    file.write_text("model_paths: [/srv/models]\nserver: {port: 9000}\npolicy: {keep_alive_s: 1}\n")
+    with pytest.raises(Rejected, match=r"unknown key policy.keep_alive_s"):
+        settings(catalogue=file)
+    file.write_text("model_paths: [/srv/models]\nserver: {port: 9000}\npolicy: {lease_ttl_s: 5}\n")
+    chosen = settings(catalogue=file, port=9001, models=["extra"], single=True, virtual_gpus="1GiB,64MiB")
+    assert chosen.server.port == 9001
+    assert chosen.model_paths == ("/srv/models", str(Path("extra").absolute()))
+    assert chosen.policy.max_active_models == 1 and chosen.policy.lease_ttl_s == 5
+    assert chosen.virtual_gpus == (GIB, 64 << 20)
+
+
+def test_without_models_and_catalogue_the_usual_folder_is_searched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert settings().model_paths == ("~/models",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: [", "not valid YAML"), ("- 1", "is a mapping"), ("modles: {}", "did you mean models")]
+)
+def test_a_bad_catalogue_names_the_file_and_the_fault(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(Rejected, match=said) as refused:
+        cluster.load_catalogue(file)
+    assert str(file) in refused.value.message
+
+
+def test_a_size_that_is_none_is_refused_by_name() -> None:
+    with pytest.raises(Rejected, match=r"--virtual-gpus: '12 bananas' is not a size"):
+        settings(virtual_gpus="12 bananas")
+
+
+def test_another_distribution_s_scheduler_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cluster.check_packages()  # this environment is sound
+    stranger = types.ModuleType("scheduler")
+    stranger.__file__ = str(tmp_path / "scheduler" / "__init__.py")
+    monkeypatch.setitem(sys.modules, "scheduler", stranger)
+    monkeypatch.setattr(cluster.importlib.metadata, "packages_distributions", lambda: {"scheduler": ["cronlike"]})
+    with pytest.raises(Rejected, match=r"'scheduler'.*the distribution cronlike"):
+        cluster.check_packages()
+
+
+def test_the_state_file_is_private_and_forgets() -> None:
+    state = Remembered(url="http://127.0.0.1:1", api_key="secret-key", ray_pid=1)
+    remember(state)
+    assert recall() == state
+    assert state_path().stat().st_mode & 0o777 == 0o600
+    assert state.ray_process is None  # pid 1 is not a Ray that was started then
+    forget()
+    assert recall() == Remembered()
+    state_path().write_text("{broken")
+    assert recall() == Remembered()

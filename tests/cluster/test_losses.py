@@ -1,0 +1,214 @@
+"""Processes killed with kill -9, clients that leave: who asked is told, memory comes back, the next one is served."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import ray
+from service import Reference, Service, eventually, private_ray, processes_of
+
+from actors.names import NAMESPACE, SCHEDULER, gpu_name, node_name
+from arriero import Client
+from arriero.api import ArrieroError, EngineFailed, Unavailable
+from scheduler.units import MIB, DeviceId, NodeId
+
+pytestmark = [pytest.mark.ray, pytest.mark.llama, pytest.mark.slow]
+LONG = 3500  # tokens: seconds of streaming on any machine
+
+
+@pytest.fixture(scope="module")
+def service(models: Path) -> Iterator[Service]:
+    with private_ray(), Service(models, virtual_gpus=["84MiB", "36MiB"], defaults={"n_ctx": 4096}) as service:
+        yield service
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(service: Service) -> Iterator[None]:
+    yield
+    service.unload_all()
+
+
+class Listener(threading.Thread):
+    """A client that streams a long answer, from its first piece on."""
+
+    def __init__(self, service: Service, model: str) -> None:
+        super().__init__(daemon=True)
+        self.text = ""
+        self.error: ArrieroError | None = None
+        self._begun, self._leaving = threading.Event(), threading.Event()
+        self._client, self._model = Client(service.deployment.url), model
+        self.start()
+        assert self._begun.wait(60)
+
+    def run(self) -> None:
+        options: Any = {"max_tokens": LONG, "temperature": 0.0, "stream": True}
+        try:
+            with self._client, self._client.complete(self._model, "llamas", **options) as stream:
+                for piece in stream:
+                    self.text += piece
+                    self._begun.set()
+                    if self._leaving.is_set():
+                        break
+        except ArrieroError as error:
+            self.error = error
+        finally:
+            self._begun.set()
+
+    def goes_on(self) -> bool:
+        """Whether more text comes."""
+        so_far = len(self.text)
+        return bool(eventually(lambda: not self.is_alive() or len(self.text) > so_far, "more text")) and self.is_alive()
+
+    def leave(self) -> None:
+        """Close the connection."""
+        self._leaving.set()
+        self.end()
+
+    def end(self) -> None:
+        self.join(120)
+        assert not self.is_alive()
+
+
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    psutil.Process(pid).kill()
+
+
+def process_of(actor: str) -> psutil.Process:
+    (process,) = processes_of(actor)
+    return process
+
+
+def works(service: Service, reference: Reference, model: str) -> bool:
+    ((prompt, answer),) = reference.questions(service.path(model))
+    return service.complete(model, prompt) == answer
+
+
+def test_a_runner_killed_in_mid_stream(service: Service, reference: Reference) -> None:
+    listener = Listener(service, "alba")
+    dead = service.replica("alba")
+    kill(dead.pid)
+    listener.end()
+    assert isinstance(listener.error, EngineFailed)
+    assert "alba" in listener.error.message
+    eventually(lambda: not service.replicas("alba"), "the dead replica to be forgotten")
+    assert [gpu.used_bytes for gpu in service.client.status().gpus] == [0, 0]
+    assert works(service, reference, "alba")
+
+
+def test_a_runner_killed_before_the_first_token_is_replaced_and_nobody_notices(
+    service: Service, reference: Reference
+) -> None:
+    service.client.load("alba")
+    runner = psutil.Process(service.replica("alba").pid)
+    ((prompt, answer),) = reference.questions(service.path("alba"))
+    runner.suspend()  # it takes the request and never says a word
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(service.complete, "alba", prompt)
+        eventually(lambda: service.replica("alba").active, "the request to reach the runner")
+        runner.kill()
+        assert asked.result(120) == answer
+
+
+def test_a_runner_killed_while_it_loads_is_tried_again(service: Service, reference: Reference) -> None:
+    seq = service.last_seq()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(service.client.load, "bruma")
+        pid = eventually(lambda: [r.pid for r in service.replicas("bruma") if r.state == "loading" and r.pid], "a load")
+        kill(pid[0])
+        loading.result(120)
+    assert service.notices("load_failed", after=seq)
+    assert works(service, reference, "bruma")
+
+
+def test_a_client_that_leaves_frees_its_slot(service: Service) -> None:
+    with service.client.complete("alba", "llamas", max_tokens=LONG, stream=True) as stream:
+        next(iter(stream))
+        assert service.replica("alba").active == 1
+    eventually(lambda: not service.replica("alba").active, "the slot to be free")
+    assert service.complete("alba", "llamas")  # the engine is free too: it serves one at a time
+
+
+def test_a_client_that_leaves_the_queue_is_not_served(service: Service) -> None:
+    listener = Listener(service, "alba")
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(trust_env=False) as impatient:
+        impatient.post(f"{service.deployment.url}/v1/completions", json={"model": "alba", "prompt": "x"}, timeout=1.0)
+    eventually(lambda: not service.client.status().queue, "the queue to be empty")
+    assert listener.goes_on()
+    listener.leave()
+
+
+def test_the_scheduler_killed_under_requests(service: Service, reference: Reference) -> None:
+    service.client.load("alba")
+    listener = Listener(service, "yunta")
+    before = {replica.model: replica.replica_id for replica in service.replicas()}
+    process_of("SchedulerActor").kill()
+    assert works(service, reference, "alba")  # asked while the scheduler is away
+    assert {replica.model: replica.replica_id for replica in service.replicas()} == before, "nothing is loaded twice"
+    assert len(service.notices("replica_adopted")) == 2
+    assert service.notices("scheduler_restarted")
+    assert listener.goes_on()
+    assert service.replica("yunta").active == 1, "its lease was found at the runner"
+    gpus = service.client.status().gpus
+    assert all(0 < gpu.used_bytes <= gpu.booked_bytes + MIB for gpu in gpus), gpus
+    assert works(service, reference, "bruma")  # evicts alba, which was adopted and is idle
+    assert {replica.model for replica in service.replicas()} == {"yunta", "bruma"}
+    assert listener.goes_on()
+    listener.leave()
+    assert listener.error is None
+    eventually(lambda: not service.replica("yunta").active, "the lease from before to be given back")
+
+
+def test_a_scheduler_whose_books_break_starts_anew(service: Service, reference: Reference) -> None:
+    assert works(service, reference, "alba")
+    replica_id, uptime_s = service.replica("alba").replica_id, service.client.status().uptime_s
+    scheduler = ray.get_actor(SCHEDULER, namespace=NAMESPACE)
+    scheduler.report_device.remote("no reading at all")
+    eventually(lambda: service.client.status().uptime_s < uptime_s, "the scheduler to be another one")
+    assert works(service, reference, "alba")
+    assert service.replica("alba").replica_id == replica_id
+
+
+def test_the_gateway_killed_under_requests(service: Service, reference: Reference) -> None:
+    url = service.deployment.url
+    listener = Listener(service, "alba")
+    process_of("GatewayActor").kill()
+    listener.end()
+    assert listener.error is not None
+    eventually(lambda: answers(service), "the gateway to be back at its address")
+    assert service.deployment.url == url
+    eventually(lambda: not service.replica("alba").active, "the lost client's lease to be void")
+    assert works(service, reference, "alba")  # at once: nobody computes for the client that was lost
+
+
+def answers(service: Service) -> bool:
+    try:
+        return service.client.health().status == "ok"
+    except (Unavailable, httpx.HTTPError):
+        return False
+
+
+def test_the_actors_of_nodes_and_gpus_killed(service: Service, reference: Reference) -> None:
+    assert works(service, reference, "alba")
+    node_id = NodeId(service.client.status().nodes[0].node_id)
+    device_id = DeviceId(service.client.status().gpus[0].device_id)
+    process_of("NodeActor").kill()
+    for process in processes_of("GpuActor"):
+        process.kill()
+    assert works(service, reference, "bruma")
+    service.unload_all()  # needs them all: processes are seen to end, devices are read
+    for name in (node_name(node_id), gpu_name(device_id)):  # ended for good: started again
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+    eventually(lambda: {node_name(node_id), gpu_name(device_id)} <= names(), "the actors to be there again")
+    assert works(service, reference, "cumbre")
+
+
+def names() -> set[str]:
+    return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}

@@ -1,0 +1,402 @@
+"""Scenarios in three lines: machines, models, and a driver that plays runners, devices, clock and Ray around the core.
+
+Every event and command is pickled on its way, as between processes; the books are balanced and the promises of
+placement (no stop under a lease, no oversubscribed memory, no more threads than cores) are checked after each event.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from scheduler import commands as cmd
+from scheduler import events as ev
+from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
+from scheduler.cluster.replica import Replica, ReplicaState
+from scheduler.config import parse_catalogue
+from scheduler.core import SchedulerCore
+from scheduler.costs.shape import ModelShape, read_shape
+from scheduler.units import DeviceId, NodeId, ReplicaId, RequestId, parse_bytes
+
+
+@cache
+def shape(n_layer: int, n_embd: int, n_ff: int, n_expert: int = 0, n_vocab: int = 32000) -> ModelShape:
+    """A llama (or Mixtral-like) model in F16; the file exists only as a header while it is read."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_block_count(n_layer)
+        writer.add_context_length(32768)
+        writer.add_embedding_length(n_embd)
+        writer.add_feed_forward_length(n_ff)
+        writer.add_head_count(n_embd // 128)
+        writer.add_head_count_kv(max(1, n_embd // 512))
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_vocab_size(n_vocab)
+        if n_expert:
+            writer.add_expert_count(n_expert)
+            writer.add_expert_used_count(2)
+        tensors: dict[str, tuple[int, ...]] = {
+            "token_embd.weight": (n_vocab, n_embd), "output_norm.weight": (n_embd,), "output.weight": (n_vocab, n_embd),
+        }  # fmt: skip
+        for i in range(n_layer):
+            block = f"blk.{i}."
+            kv = 128 * max(1, n_embd // 512)
+            tensors |= {
+                block + "attn_norm.weight": (n_embd,), block + "ffn_norm.weight": (n_embd,),
+                block + "attn_q.weight": (n_embd, n_embd), block + "attn_output.weight": (n_embd, n_embd),
+                block + "attn_k.weight": (kv, n_embd), block + "attn_v.weight": (kv, n_embd),
+            }  # fmt: skip
+            if n_expert:
+                tensors[block + "ffn_gate_inp.weight"] = (n_expert, n_embd)
+                for part in ("gate", "up"):
+                    tensors[f"{block}ffn_{part}_exps.weight"] = (n_expert, n_ff, n_embd)
+                tensors[block + "ffn_down_exps.weight"] = (n_expert, n_embd, n_ff)
+            else:
+                tensors |= {
+                    block + "ffn_gate.weight": (n_ff, n_embd), block + "ffn_up.weight": (n_ff, n_embd),
+                    block + "ffn_down.weight": (n_embd, n_ff),
+                }  # fmt: skip
+        for name, dims in tensors.items():
+            size = 2 * int(np.prod(dims))
+            writer.add_tensor_info(name, dims, np.dtype(np.float16), size)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        end = writer.fout[0].tell()
+        writer.close()
+        data = sum((2 * int(np.prod(dims)) + 31) // 32 * 32 for dims in tensors.values())
+        with path.open("r+b") as file:
+            file.truncate((end + 31) // 32 * 32 + data)
+        return read_shape(path)
+
+
+SMALL = (8, 1024, 2816)  # 0.32 GiB
+MEDIUM = (24, 2048, 5632)  # 2.4 GiB
+LARGE = (32, 4096, 11008)  # 12.1 GiB
+MOE = (24, 2048, 5632, 8)  # 13.6 GiB, of which 12.4 GiB experts
+
+
+def gpu(size: str, label: str = "gpu0", kind: Any = "rpc") -> DeviceFacts:
+    return DeviceFacts(DeviceId(f"id-{label}"), NodeId("box"), label, "test card", kind, parse_bytes(size))
+
+
+@dataclass
+class Scenario:
+    """One machine (or several) around a real core. `models` maps names to shapes' parameters.
+
+    With `auto` (the default) loads and stops are done at once; without, when a test says so.
+    """
+
+    gpus: Sequence[DeviceFacts] = ()
+    models: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ram: str = "64GiB"
+    cores: int = 8
+    catalogue: dict[str, Any] = field(default_factory=dict)
+    auto: bool = True
+    tells_processes: bool = False  # whether device readings say which process holds what
+
+    def __post_init__(self) -> None:
+        self.core = SchedulerCore(parse_catalogue(self.catalogue))
+        self.now = 100.0
+        self.log: list[cmd.Command] = []
+        self.grants: dict[str, cmd.GrantLease] = {}
+        self.refusals: dict[str, cmd.RefuseRequest] = {}
+        self.started: list[cmd.StartReplica] = []
+        self.stopped: list[cmd.StopReplica] = []
+        self.foreign: dict[DeviceId, int] = {}
+        self.lost: dict[DeviceId, str] = {}
+        self.host_foreign: dict[NodeId, int] = {}
+        self.runners: dict[ReplicaId, Runner] = {}
+        self.invalid: dict[str, str] = {}  # model -> why its header cannot be read
+        self.reads_headers = True
+        self.file_age: dict[str, float] = {}
+        self.serial = 0
+        self._replies: deque[ev.Event] = deque()
+        self._sending = False
+        self.add_node("box", self.gpus, self.ram, self.cores)
+
+    # ------------------------------------------------------------------ machines
+
+    def add_node(
+        self, name: str, gpus: Sequence[DeviceFacts] = (), ram: str = "64GiB", cores: int = 8, has: Any = None
+    ) -> None:
+        """A machine joins and reports; it has the files of all models, or of those in `has`."""
+        self.join(name, gpus, ram, cores)
+        self.read_devices()
+        self.report_node(name, has)
+
+    def join(self, name: str, gpus: Sequence[DeviceFacts] = (), ram: str = "64GiB", cores: int = 8) -> None:
+        devices = tuple(DeviceFacts(g.device_id, NodeId(name), g.label, g.product, g.kind, g.total_bytes) for g in gpus)
+        self.send(ev.NodeJoined(NodeFacts(NodeId(name), name, "127.0.0.1", cores, parse_bytes(ram), devices)))
+
+    def report_node(self, name: str = "box", has: Any = None) -> None:
+        node_id = NodeId(name)
+        files = tuple(
+            ModelFile(f"/models/{m}.gguf", (f"/models/{m}.gguf",), 1000, self.file_age.get(m, 1.0))
+            for m in (self.models if has is None else has)
+        )
+        total = self.core.inventory.nodes[node_id].facts.memory_total_bytes
+        used = self.host_foreign.get(node_id, 0)
+        used += sum(runner.anonymous_bytes for runner in self.runners.values() if runner.node_id == node_id)
+        self.send(ev.NodeSampled(NodeReading(node_id, max(0, total - used), self.now, files)))
+
+    def lose_node(self, name: str) -> None:
+        self.runners = {r: runner for r, runner in self.runners.items() if runner.node_id != name}
+        self.send(ev.NodeLost(NodeId(name), "unplugged"))
+
+    def read_devices(self) -> None:
+        for node in list(self.core.inventory.nodes.values()):
+            for device in node.facts.devices:
+                self.read_device(device)
+
+    def read_device(self, device: DeviceFacts) -> None:
+        if device.device_id in self.lost:
+            reading = DeviceReading(device.device_id, 0, 0, 0, self.now, lost_reason=self.lost[device.device_id])
+        else:
+            ours = {r.pid: r.device_bytes.get(device.device_id, 0) for r in self.runners.values()}
+            used = self.foreign.get(device.device_id, 0) + sum(ours.values())
+            assert used <= device.total_bytes, f"out of memory on {device.label}"
+            free = device.total_bytes - used
+            processes = ours if self.tells_processes else None
+            reading = DeviceReading(device.device_id, device.total_bytes, free, used, self.now, processes)
+        self.send(ev.DeviceSampled(reading))
+
+    # ------------------------------------------------------------------ events
+
+    def send(self, event: ev.Event) -> None:
+        """One event in, its commands carried out, the events that they end in too, all pickled."""
+        self._replies.append(event)
+        if self._sending:
+            return
+        self._sending = True
+        try:
+            while self._replies:
+                self._handle(self._replies.popleft())
+        finally:
+            self._sending = False
+
+    def _handle(self, event: ev.Event) -> None:
+        loading = {r.replica_id for r in self.core.replicas.values() if r.state is ReplicaState.LOADING}
+        if isinstance(event, ev.ReplicaReady):
+            loading.discard(event.replica_id)
+        commands = pickle.loads(pickle.dumps(self.core.handle(pickle.loads(pickle.dumps(event)), self.now)))
+        self.log += commands
+        for command in commands:
+            if isinstance(command, cmd.StopReplica) and command.reason.startswith("evicted"):
+                assert command.replica_id not in loading, "a replica was evicted while it was loading"
+                own = command.reason == f"evicted for {self.core.replicas[command.replica_id].model}"
+                assert own or not self._pinned(command.replica_id), "a pinned replica was evicted"
+            self._carry_out(command)
+        self.check()
+
+    def _carry_out(self, command: cmd.Command) -> None:
+        match command:
+            case cmd.GrantLease():
+                self.grants[command.request_id] = command
+            case cmd.RefuseRequest():
+                self.refusals[command.request_id] = command
+            case cmd.StartReplica():
+                self.started.append(command)
+                if self.auto:
+                    self.loaded(command)
+            case cmd.StopReplica():
+                self.stopped.append(command)
+                if self.auto:
+                    self.gone(command.replica_id)
+            case cmd.CheckReplica() if command.replica_id in self.runners:
+                self.send(ev.ReplicaVouched(command.replica_id))
+            case cmd.CheckReplica():
+                self.send(ev.ReplicaDied(command.replica_id, "its process has ended"))
+            case cmd.ReadShape() if self.reads_headers:
+                self.read_header(command)
+            case _:
+                pass
+
+    def read_header(self, command: cmd.ReadShape) -> None:
+        name = Path(command.path).stem
+        invalid = self.invalid.get(name, "")
+        found = None if invalid else shape(*self.models[name])
+        self.send(ev.ShapeRead(command.node_id, command.path, found, invalid))
+
+    def check(self) -> None:
+        """What must hold at any time."""
+        core = self.core
+        core.ledger.check()
+        entries = {"pending": "promised", "loading": "held", "ready": "held", "stopping": "releasing"}
+        for replica in core.replicas.values():
+            assert core.ledger.state(replica.replica_id) == entries[replica.state.value]
+            assert len(replica.leases) <= replica.slots
+            if replica.leases:
+                assert replica.state is ReplicaState.READY, f"{replica.replica_id} is {replica.state} under a lease"
+        assert len(core.fleet.leases) == sum(len(replica.leases) for replica in core.replicas.values())
+        for node_id, node in core.inventory.nodes.items():
+            threads = sum(
+                r.n_threads
+                for r in core.replicas.values()
+                if r.placement.computes_on_cpu
+                and r.placement.node_id == node_id
+                and r.state is not ReplicaState.PENDING
+            )
+            assert threads <= node.facts.physical_cores
+
+    def _pinned(self, replica_id: ReplicaId) -> bool:
+        model = self.core.models.by_name.get(self.core.replicas[replica_id].model)
+        return bool(model and model.pinned)
+
+    # ------------------------------------------------------------------ runners
+
+    def loaded(self, command: cmd.StartReplica, n_ctx: int | None = None) -> None:
+        """The load succeeds and takes what was predicted."""
+        placement, context = command.placement, command.placement.context
+        overheads = self.core.catalogue.reserves
+        runner = self.allocate(command)
+        self.read_devices()
+        cuda = {
+            d.device_id for node in self.core.inventory.nodes.values() for d in node.facts.devices if d.kind == "cuda"
+        }
+        measured = tuple(
+            count - (overheads.cuda_overhead_bytes if device_id in cuda else 0)
+            for device_id, count in zip(placement.device_ids, placement.device_bytes, strict=True)
+        )
+        host = placement.host_bytes - overheads.runner_overhead_bytes
+        per_slot = context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
+        ready = ev.ReplicaReady(command.replica_id, runner.pid, measured, host, n_ctx or per_slot, 0.5)
+        self.send(ready)
+
+    def allocate(self, command: cmd.StartReplica, share: float = 1.0) -> Runner:
+        """The runner's process takes `share` of its memory."""
+        placement = command.placement
+        self.serial += 1
+        runner = Runner(
+            pid=1000 + self.serial,
+            node_id=placement.node_id,
+            device_bytes={d: int(b * share) for d, b in zip(placement.device_ids, placement.device_bytes, strict=True)},
+            anonymous_bytes=int((placement.host_bytes - placement.host_mapped_bytes) * share),
+        )
+        self.runners[command.replica_id] = runner
+        self.send(ev.ReplicaStarted(command.replica_id, runner.pid))
+        return runner
+
+    def fail_load(self, model: str, kind: Any = "crashed", message: str = "it crashed") -> None:
+        """The newest load of `model` fails; its process is gone at once."""
+        command = next(c for c in reversed(self.started) if c.model == model)
+        self.runners.pop(command.replica_id, None)
+        self.send(ev.ReplicaFailed(command.replica_id, kind, message))
+        if not self.auto:
+            self.gone(command.replica_id)
+
+    def finish_load(self, model: str) -> None:
+        self.loaded(next(c for c in reversed(self.started) if c.model == model))
+
+    def gone(self, replica_id: ReplicaId) -> None:
+        self.runners.pop(replica_id, None)
+        self.read_devices()
+        self.send(ev.ReplicaGone(replica_id))
+
+    def finish_stops(self) -> None:
+        """Every stopping replica's process is gone and its memory back."""
+        for replica in [r for r in self.core.replicas.values() if r.state is ReplicaState.STOPPING]:
+            self.gone(replica.replica_id)
+
+    def kill(self, model: str) -> None:
+        """The runner's process dies by itself."""
+        replica = self.replica(model)
+        self.runners.pop(replica.replica_id, None)
+        self.send(ev.ReplicaDied(replica.replica_id, "killed"))
+
+    # ------------------------------------------------------------------ clients
+
+    def ask(self, model: str, n_ctx: int | None = None, **more: Any) -> str:
+        self.serial += 1
+        request_id = f"r{self.serial}"
+        self.send(ev.RequestArrived(RequestId(request_id), model, n_ctx=n_ctx, **more))
+        return request_id
+
+    def done(self, request_id: str, failed: bool = False) -> None:
+        self.send(ev.LeaseReleased(self.grants[request_id].lease_id, failed))
+
+    def cancel(self, request_id: str) -> None:
+        self.send(ev.RequestCancelled(RequestId(request_id)))
+
+    def unload(self, model: str) -> None:
+        self.send(ev.UnloadAsked(model))
+
+    def run(self, model: str, n_ctx: int | None = None) -> str:
+        """A whole request: ask, be granted, finish a second later."""
+        request_id = self.ask(model, n_ctx)
+        assert request_id in self.grants, self.why(request_id)
+        self.wait(1.0)
+        self.done(request_id)
+        return request_id
+
+    def wait(self, seconds: float, longest_step_s: float = 1.0) -> None:
+        """Time passes in small steps, with readings and ticks as in real life."""
+        while seconds > 0:
+            step = min(seconds, longest_step_s)
+            self.now += step
+            seconds -= step
+            self.read_devices()
+            self.send(ev.Ticked())
+
+    # ------------------------------------------------------------------ what came of it
+
+    def waits(self, request_id: str) -> bool:
+        return any(waiting.request_id == request_id for waiting in self.core.queue)
+
+    def why(self, request_id: str) -> str:
+        """Why a request was refused, or what it waits for."""
+        if request_id in self.refusals:
+            return self.refusals[request_id].error.message
+        return next((w.reason for w in self.core.queue if w.request_id == request_id), "it was granted")
+
+    def error(self, request_id: str) -> Any:
+        return self.refusals[request_id].error
+
+    def replica(self, model: str) -> Replica:
+        """The model's newest replica."""
+        return [r for r in self.core.replicas.values() if r.model == model][-1]
+
+    def tier(self, model: str) -> str:
+        return self.replica(model).placement.tier
+
+    def where(self, model: str) -> list[str]:
+        return [self.core.inventory.label(d).split(" ")[0] for d in self.replica(model).placement.device_ids]
+
+    def node(self, model: str) -> str:
+        return str(self.replica(model).placement.node_id)
+
+    def loaded_models(self) -> set[str]:
+        return {r.model for r in self.core.replicas.values() if r.state is ReplicaState.READY}
+
+    def states(self, model: str) -> list[str]:
+        return [r.state.value for r in self.core.replicas.values() if r.model == model]
+
+    def announced(self, kind: str) -> list[cmd.Announce]:
+        return [c for c in self.log if isinstance(c, cmd.Announce) and c.kind == kind]
+
+    def evicted(self) -> list[str]:
+        return [notice.model for notice in self.announced("replica_evicted")]
+
+    def threads(self) -> dict[str, int]:
+        return {r.model: r.n_threads for r in self.core.replicas.values() if r.placement.computes_on_cpu}
+
+
+@dataclass
+class Runner:
+    """A process and the memory that it really holds."""
+
+    pid: int
+    node_id: NodeId
+    device_bytes: dict[DeviceId, int]
+    anonymous_bytes: int

@@ -1,0 +1,154 @@
+"""Layouts: what each way of spreading a model needs, and the best that fits a room."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scenario import LARGE, MEDIUM, MOE, SMALL, gpu, shape
+
+from scheduler.choice.candidates import (
+    CPU_ONLY,
+    EXPERTS_IN_RAM,
+    ONE_GPU,
+    SEVERAL_GPUS,
+    SOME_LAYERS_IN_RAM,
+    TIERS,
+    Candidate,
+    Need,
+    candidates,
+    fits,
+)
+from scheduler.choice.room import Room
+from scheduler.cluster.facts import NodeFacts
+from scheduler.cluster.inventory import Device, Node
+from scheduler.config import Reserves
+from scheduler.costs.params import ContextParams
+from scheduler.units import GIB, MIB, NodeId
+
+CONTEXT = ContextParams(n_ctx=4096)
+
+
+def node(*sizes: str, kind: str = "rpc") -> Node:
+    devices = tuple(gpu(size, f"gpu{i}", kind) for i, size in enumerate(sizes))
+    facts = NodeFacts(NodeId("box"), "box", "127.0.0.1", 8, 64 * GIB, devices)
+    return Node(facts, 0.0, devices={device.device_id: Device(device) for device in devices})
+
+
+def need(dims: tuple[int, ...], **more: object) -> Need:
+    return Need("m", shape(*dims), CONTEXT, Reserves(), **more)  # type: ignore[arg-type]
+
+
+def room(machine: Node, host: int = 64 * GIB, cpu_seats: int = 8) -> Room:
+    return Room({d: device.facts.total_bytes for d, device in machine.devices.items()}, host, cpu_seats)
+
+
+def tiers(dims: tuple[int, ...], machine: Node) -> list[tuple[str, int]]:
+    return [(group[0].tier, len(group)) for group in candidates(need(dims), [machine]) if group]
+
+
+def test_tiers_come_in_their_order() -> None:
+    machine = node("1GiB", "2GiB", "3GiB")
+    assert tiers(SMALL, machine) == [
+        (ONE_GPU, 3), (SEVERAL_GPUS, 3), (SEVERAL_GPUS, 1), (SOME_LAYERS_IN_RAM, 1), (CPU_ONLY, 1)
+    ]  # fmt: skip
+    found = [tier for tier, _ in tiers(MOE, machine)]
+    assert found == sorted(found, key=TIERS.index) and EXPERTS_IN_RAM in found
+
+
+def test_without_gpus_there_is_the_cpu() -> None:
+    assert tiers(MOE, node()) == [(CPU_ONLY, 1)]
+
+
+def test_a_need_counts_overheads() -> None:
+    machine = node("8GiB", kind="cuda")
+    plain = Candidate(ONE_GPU, need(SMALL), machine, tuple(d.facts for d in machine.devices.values())).minimum()
+    spec = need(SMALL).footprint(plain.layout)
+    assert plain.device_bytes[0] == spec.devices[0].total_bytes + 600 * MIB
+    assert plain.host_bytes == spec.host.total_bytes + 256 * MIB
+    grown = Candidate(ONE_GPU, need(SMALL, extra_bytes=MIB), machine, plain_devices(machine)).minimum()
+    assert grown.device_bytes[0] == plain.device_bytes[0] + MIB
+
+
+def plain_devices(machine: Node) -> tuple:  # type: ignore[type-arg]
+    return tuple(device.facts for device in machine.devices.values())
+
+
+def test_repacked_weights_take_their_memory_again_and_mapped_ones_are_file_backed() -> None:
+    mapped = Candidate(CPU_ONLY, need(SMALL), node(), ()).minimum()
+    read = Candidate(CPU_ONLY, need(SMALL, use_mmap=False), node(), ()).minimum()
+    repacked = Candidate(CPU_ONLY, need(SMALL, use_extra_bufts=True), node(), ()).minimum()
+    assert mapped.host_bytes == read.host_bytes and read.host_mapped_bytes == 0
+    assert repacked.host_bytes == mapped.host_bytes + mapped.host_mapped_bytes
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"active": 0}, {"host_bytes": 1}, {"cpu_seats": 0}, {"devices": {}}],
+)
+def test_fits_looks_at_everything(changed: dict[str, object]) -> None:
+    machine = node("3GiB")
+    placement = Candidate(EXPERTS_IN_RAM, need(MOE), machine, plain_devices(machine)).minimum()
+    assert fits(placement, room(machine))
+    assert not fits(placement, replace(room(machine), **changed))  # type: ignore[arg-type]
+
+
+def test_layers_move_off_the_fullest_device() -> None:
+    machine = node("9GiB", "3500MiB")
+    [candidate] = next(g for g in candidates(need(LARGE), [machine]) if g[0].tier == SEVERAL_GPUS)
+    placement = candidate.solve(room(machine))
+    assert placement is not None and sum(placement.layers) == 33 and fits(placement, room(machine))
+
+
+def test_too_little_in_all_is_seen_at_once() -> None:
+    machine = node("1GiB", "1GiB")
+    [candidate] = next(g for g in candidates(need(LARGE), [machine]) if g[0].tier == SEVERAL_GPUS)
+    assert candidate.solve(room(machine)) is None
+
+
+def test_more_devices_than_layers_is_no_spread() -> None:
+    machine = node(*["100MiB"] * 10)
+    groups = list(candidates(need((8, 1024, 2816)), [machine]))
+    ten = [c for group in groups for c in group if len(c.devices) == 10 and c.tier == SEVERAL_GPUS]
+    assert len(ten) == 1 and ten[0].solve(room(machine)) is None
+
+
+def test_a_partial_offload_needs_the_host_for_the_rest() -> None:
+    machine = node("8GiB")
+    [candidate] = next(g for g in candidates(need(LARGE), [machine]) if g[0].tier == SOME_LAYERS_IN_RAM)
+    assert candidate.solve(room(machine, host=GIB)) is None
+    tight = candidate.solve(room(machine, host=6 * GIB))
+    roomy = candidate.solve(room(machine))
+    assert tight == roomy  # the most layers on the GPU also need the least host RAM
+
+
+def test_a_partial_offload_uses_a_second_device_only_for_more_layers() -> None:
+    machine = node("8GiB", "100MiB")
+    [candidate] = next(g for g in candidates(need(LARGE), [machine]) if g[0].tier == SOME_LAYERS_IN_RAM)
+    placement = candidate.solve(room(machine))
+    assert placement is not None and len(placement.device_ids) == 1
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(100, 9000), min_size=1, max_size=4),
+    host_mib=st.integers(200, 20000),
+    dims=st.sampled_from((SMALL, MEDIUM, LARGE, MOE)),
+)
+def test_whatever_is_found_fits_and_is_complete(sizes: list[int], host_mib: int, dims: tuple[int, ...]) -> None:
+    machine = node(*(f"{size}MiB" for size in sizes))
+    free = room(machine, host=host_mib * MIB)
+    for group in candidates(need(dims), [machine]):
+        for candidate in group:
+            placement = candidate.solve(free)
+            if placement is None:
+                continue
+            layout = placement.layout
+            assert fits(placement, free)
+            assert sum(placement.layers) == layout.n_gpu_layers <= placement.n_layers
+            assert (layout.n_gpu_layers == placement.n_layers) == (
+                candidate.tier in (ONE_GPU, SEVERAL_GPUS, EXPERTS_IN_RAM)
+            )
+            assert placement.computes_on_cpu == (candidate.tier not in (ONE_GPU, SEVERAL_GPUS))

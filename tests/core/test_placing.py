@@ -1,0 +1,236 @@
+"""Where models go: tiers in their order, the tightest fit, several machines, and why not elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+from scenario import LARGE, MEDIUM, MOE, SMALL, Scenario, gpu
+
+from scheduler.errors import Impossible, InvalidGGUF, Unavailable
+from scheduler.units import GIB, DeviceId, NodeId
+
+ALL = {"small": SMALL, "medium": MEDIUM, "large": LARGE, "moe": MOE}
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "tier", "where"),
+    [
+        ("small", ["8GiB", "1GiB", "2GiB"], "one GPU", ["gpu1"]),  # the tightest
+        ("medium", ["8GiB", "1GiB", "3GiB"], "one GPU", ["gpu2"]),
+        ("large", ["8GiB", "6GiB", "5GiB"], "several GPUs", ["gpu2", "gpu0"]),  # two of three, with the least left
+        ("large", ["5GiB", "5GiB", "5GiB"], "several GPUs", ["gpu0", "gpu1", "gpu2"]),
+        ("moe", ["3GiB", "2GiB"], "experts in host RAM", ["gpu1"]),
+        ("large", ["8GiB"], "some layers in host RAM", ["gpu0"]),
+        ("moe", ["500MiB"], "some layers in host RAM", ["gpu0"]),
+        ("small", [], "CPU only", []),
+        ("medium", ["64MiB"], "CPU only", []),
+    ],
+)
+def test_the_first_tier_that_fits(model: str, sizes: list[str], tier: str, where: list[str]) -> None:
+    s = Scenario([gpu(size, f"gpu{i}") for i, size in enumerate(sizes)], ALL)
+    s.run(model)
+    assert (s.tier(model), s.where(model)) == (tier, where)
+
+
+def test_layers_are_set_explicitly_and_sum_up() -> None:
+    s = Scenario([gpu("8GiB"), gpu("6GiB", "gpu1")], ALL)
+    s.run("large")
+    layout = s.replica("large").placement.layout
+    assert layout.n_gpu_layers == 33 == sum(layout.tensor_split)
+    assert all(share >= 1 and share == int(share) for share in layout.tensor_split)
+
+
+def test_unlike_gpus_get_shares_by_their_room() -> None:
+    s = Scenario([gpu("10GiB"), gpu("3GiB", "gpu1")], ALL)
+    s.run("large")
+    shares = dict(zip(s.where("large"), s.replica("large").placement.layers, strict=True))
+    assert shares["gpu0"] > 2 * shares["gpu1"]
+
+
+def test_a_partial_offload_takes_as_many_layers_as_fit() -> None:
+    s = Scenario([gpu("8GiB")], ALL)
+    s.run("large")
+    placement = s.replica("large").placement
+    one_more = 8 * GIB - placement.device_bytes[0]
+    assert 0 <= one_more < 400 * 1024**2  # a layer of LARGE is about 390 MiB
+
+
+def test_experts_on_host_are_told_to_the_engine() -> None:
+    s = Scenario([gpu("3GiB")], ALL)
+    s.run("moe")
+    assert s.started[-1].placement.layout.experts_on_host and s.started[-1].placement.computes_on_cpu
+
+
+def test_reserves_stay_free() -> None:
+    s = Scenario([gpu("3GiB"), gpu("3GiB", "gpu1")], ALL, catalogue={"reserves": {"gpus": {"gpu0": "1GiB"}}})
+    s.run("medium")
+    assert s.where("medium") == ["gpu1"]
+
+
+@pytest.mark.parametrize("name", ["id-gpu0", "box/gpu0", "gpu0"])
+def test_a_reserve_names_its_gpu_in_three_ways(name: str) -> None:
+    s = Scenario([gpu("3GiB")], ALL, catalogue={"reserves": {"gpus": {name: "2GiB"}}})
+    s.run("medium")
+    assert s.tier("medium") == "some layers in host RAM"
+
+
+def test_a_reserve_covers_what_others_use() -> None:
+    s = Scenario([gpu("4GiB")], ALL, catalogue={"reserves": {"gpu_bytes": "1GiB"}})
+    s.foreign[DeviceId("id-gpu0")] = GIB
+    s.read_devices()
+    s.run("medium")  # 2.6 GiB fit into 3 GiB; reserve and desktop are not added up
+    assert s.tier("medium") == "one GPU"
+
+
+def test_memory_of_others_is_left_alone() -> None:
+    s = Scenario([gpu("3GiB"), gpu("8GiB", "gpu1")], ALL)
+    s.foreign[DeviceId("id-gpu0")] = GIB
+    s.read_devices()
+    s.run("medium")
+    assert s.where("medium") == ["gpu1"]
+
+
+def test_host_ram_is_booked_for_mapped_weights() -> None:
+    s = Scenario(
+        [], ALL, ram="6GiB"
+    )  # 4 GiB beyond the reserve hold one of them, though the kernel calls them available
+    s.ask("medium")
+    second = s.ask("medium", n_ctx=16384)
+    assert s.waits(second)
+
+
+def test_what_others_use_of_host_ram_is_not_given_away() -> None:
+    s = Scenario([], ALL, ram="8GiB")
+    s.host_foreign[NodeId("box")] = 4 * GIB
+    s.report_node()
+    request = s.ask("medium")
+    assert s.why(request) == "waiting for memory that is in use by others"
+    s.host_foreign.clear()
+    s.report_node()
+    s.wait(1)
+    assert request in s.grants
+
+
+def test_cuda_devices_are_charged_their_overhead() -> None:
+    s = Scenario([gpu("3GiB", kind="cuda"), gpu("4GiB", "gpu1", kind="cuda")], ALL)
+    s.run("medium")
+    assert s.where("medium") == ["gpu1"]
+
+
+def test_the_impossible_is_refused_before_anybody_is_evicted() -> None:
+    s = Scenario([gpu("4GiB")], ALL, ram="8GiB")
+    s.run("medium")
+    s.wait(60)
+    request = s.ask("large")
+    assert isinstance(s.error(request), Impossible) and s.evicted() == []
+    for part in ("one GPU (gpu0): needs 11.9 GiB on gpu0", "free of 4.0 GiB", "CPU only", "of host RAM"):
+        assert part in s.why(request)
+
+
+def test_a_refusal_names_the_context_that_would_fit() -> None:
+    s = Scenario([gpu("600MiB")], ALL, ram="2400MiB")
+    request = s.ask("small", n_ctx=32768)
+    assert isinstance(s.error(request), Impossible) and "with n_ctx 16384 it would fit" in s.why(request)
+    assert s.ask("small", n_ctx=16384) in s.grants
+
+
+def test_an_impossible_request_does_not_take_others_of_its_model_with_it() -> None:
+    s = Scenario([gpu("600MiB")], ALL, ram="2400MiB", auto=False)
+    s.ask("medium")  # keeps nothing: it does not fit at all
+    first = s.ask("small")
+    huge, small = s.ask("small", n_ctx=32768), s.ask("small", n_ctx=1024)
+    s.finish_load("small")
+    s.done(first)
+    assert isinstance(s.error(huge), Impossible) and small in s.grants
+
+
+def test_who_waits_behind_an_impossible_request_is_served_when_it_is_refused() -> None:
+    s = Scenario([gpu("600MiB")], ALL, ram="2400MiB")
+    s.run("small")
+    s.join("attic")  # nobody knows yet what it has
+    huge, small = s.ask("small", n_ctx=32768), s.ask("small")
+    assert s.waits(huge) and s.waits(small)
+    s.report_node("attic", has=[])
+    s.wait(1.0)
+    assert isinstance(s.error(huge), Impossible) and small in s.grants
+
+
+def test_a_file_that_no_machine_has() -> None:
+    s = Scenario([gpu("2GiB")], ALL, catalogue={"models": {"ghost": {"path": "/else/ghost.gguf"}}})
+    request = s.ask("ghost")
+    assert isinstance(s.error(request), Unavailable) and "/else/ghost.gguf" in s.why(request)
+
+
+def test_a_damaged_file_is_refused_with_its_reason() -> None:
+    s = Scenario([gpu("2GiB")], {})
+    s.models, s.invalid = {"small": SMALL}, {"small": "tensor 3 ends past the file at offset 99"}
+    s.report_node()
+    request = s.ask("small")
+    assert isinstance(s.error(request), InvalidGGUF) and "offset 99" in s.why(request)
+    assert s.announced("model_invalid")
+
+
+def test_the_tightest_fit_over_machines() -> None:
+    s = Scenario([gpu("8GiB")], ALL)
+    s.add_node("attic", [gpu("3GiB", "gpu9")])
+    s.run("medium")
+    assert s.node("medium") == "attic"
+
+
+def test_a_model_goes_where_its_file_is() -> None:
+    s = Scenario([gpu("8GiB")], {"small": SMALL})
+    s.models = dict(ALL)
+    s.add_node("attic", [], has=["large"])
+    s.run("large")
+    assert s.node("large") == "attic" and s.tier("large") == "CPU only"
+
+
+def test_never_spread_over_machines() -> None:
+    s = Scenario([gpu("8GiB")], ALL, ram="4GiB")
+    s.add_node("attic", [gpu("8GiB", "gpu9")], ram="4GiB")
+    request = s.ask("large")
+    assert isinstance(s.error(request), Impossible)
+    assert "on box" in s.why(request) and "on attic" in s.why(request)
+
+
+def test_cpu_only_takes_the_machine_with_the_most_ram() -> None:
+    s = Scenario([], ALL, ram="16GiB")
+    s.add_node("attic", [], ram="32GiB")
+    s.run("large")
+    assert s.node("large") == "attic"
+
+
+def test_plan_starts_nothing_and_says_what_a_request_would_find() -> None:
+    s = Scenario([gpu("3GiB"), gpu("1GiB", "gpu1")], ALL)
+    s.run("medium")
+    s.wait(60)
+    before = len(s.log)
+    plan = s.core.plan("large", None, s.now)
+    assert plan.choice is not None and plan.choice.verdict == "evict" and len(s.log) == before
+    assert [r.tier for r in plan.choice.rejections] == ["one GPU", "one GPU", "several GPUs"]
+    serving = s.core.plan("medium", None, s.now).serving
+    assert serving is not None and serving.model == "medium"
+
+
+def test_plan_explains_why_not_the_larger_gpu() -> None:
+    s = Scenario([gpu("8GiB"), gpu("1GiB", "gpu1")], ALL)
+    plan = s.core.plan("small", None, s.now)
+    assert plan.choice is not None and [str(r) for r in plan.choice.rejections] == [
+        "one GPU (gpu0): fits too, but less well"
+    ]
+
+
+def test_plan_refuses_as_the_request_would() -> None:
+    s = Scenario([gpu("1GiB")], ALL, ram="4GiB")
+    plan = s.core.plan("large", None, s.now)
+    assert plan.choice is not None and plan.choice.verdict == "impossible"
+    s.join("attic", [gpu("24GiB", "gpu9")])
+    with pytest.raises(Unavailable, match="reading its header and the machines"):
+        s.core.plan("large", None, s.now)
+
+
+def test_plan_before_the_header_is_read() -> None:
+    s = Scenario([gpu("1GiB")], {})
+    s.models, s.reads_headers = dict(ALL), False
+    s.report_node()
+    with pytest.raises(Unavailable):
+        s.core.plan("small", None, s.now)

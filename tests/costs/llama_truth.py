@@ -1,0 +1,160 @@
+"""A program that asks the installed llama.cpp how many bytes it allocates, or would; run by test_against_llama_cpp.
+
+Reads a request (JSON) as its argument and prints one answer per case. It runs as a process of its own, because
+llama.cpp ends the process on some inputs and cannot forget a device. RPC devices are loopback servers that this program
+starts itself; they size tensors as host RAM does.
+
+The sums per buffer type come from `llama_get_memory_breakdown`, which returns a std::map by value: libstdc++'s layout
+of it is walked here (x86-64 and AArch64 Linux).
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import llama_cpp
+
+LIBRARY = llama_cpp.llama_cpp._lib
+P, SIZE = c.c_void_p, c.c_size_t
+SERVER = """
+import ctypes as c, sys, llama_cpp
+lib = llama_cpp.llama_cpp._lib
+llama_cpp.llama_backend_init()
+by_type = lib["ggml_backend_dev_by_type"]; by_type.restype, by_type.argtypes = c.c_void_p, [c.c_int]
+start = lib["ggml_backend_rpc_start_server"]
+start.restype, start.argtypes = None, [c.c_char_p, c.c_char_p, c.c_size_t, c.c_size_t, c.POINTER(c.c_void_p)]
+start(sys.argv[1].encode(), None, 1, 1, (c.c_void_p * 1)(by_type(0)))
+"""
+
+
+class Map(c.Structure):
+    """The header of a libstdc++ std::map."""
+
+    _fields_ = [("compare", c.c_uint64), ("colour", c.c_uint64), ("root", P), ("left", P), ("right", P), ("size", SIZE)]
+
+
+class Node(c.Structure):
+    _fields_ = [
+        ("colour", c.c_uint64), ("parent", P), ("left", P), ("right", P),
+        ("buffer_type", P), ("model", SIZE), ("context", SIZE), ("compute", SIZE),
+    ]  # fmt: skip
+
+
+def function(name: str, result: Any, *arguments: Any) -> Any:
+    found = LIBRARY[name]
+    found.restype, found.argtypes = result, list(arguments)
+    return found
+
+
+class Override(c.Structure):
+    _fields_ = [("pattern", c.c_char_p), ("buffer_type", P)]
+
+
+def breakdown(context: Any) -> dict[str, list[int]]:
+    """[weights, cache, compute] bytes per device, all host buffer types together as "host"."""
+    found: dict[str, list[int]] = {}
+    head = function("_Z26llama_get_memory_breakdownPK13llama_context", Map, P)(context)
+    stack = [head.root] if head.root else []
+    while stack:
+        node = Node.from_address(stack.pop())
+        stack += [child for child in (node.left, node.right) if child]
+        is_host = function("ggml_backend_buft_is_host", c.c_bool, P)(node.buffer_type)
+        device = function("ggml_backend_buft_get_device", P, P)(node.buffer_type)
+        name = "host" if is_host else function("ggml_backend_dev_name", c.c_char_p, P)(device).decode()
+        sums = found.setdefault(name, [0, 0, 0])
+        for index, size in enumerate((node.model, node.context, node.compute)):
+            sums[index] += size
+    return found
+
+
+def answer(request: dict[str, Any], case: dict[str, Any], log: list[str]) -> dict[str, Any]:
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = case["n_gpu_layers"]
+    params.no_alloc, params.load_mode, params.use_extra_bufts = not request["real"], 0, False
+    keep: list[Any] = []
+    if case["tensor_split"]:
+        shares = (c.c_float * llama_cpp.llama_max_devices())(*case["tensor_split"])
+        params.tensor_split = shares
+        keep.append(shares)
+    if case["experts_pattern"]:
+        cpu = function("ggml_backend_cpu_buffer_type", P)()
+        overrides = (Override * 2)(Override(case["experts_pattern"].encode(), cpu), Override(None, None))
+        params.tensor_buft_overrides = c.cast(overrides, P)
+        keep.append(overrides)
+    model = llama_cpp.llama_model_load_from_file(case["path"].encode(), params)
+    if not model:
+        return {"error": "".join(log[-8:])}
+    asked = case["context"]
+    wanted = llama_cpp.llama_context_default_params()
+    for key in ("n_ctx", "n_seq_max", "n_batch", "n_ubatch", "kv_unified", "swa_full", "embeddings"):
+        setattr(wanted, key, asked[key])
+    wanted.type_k, wanted.type_v = asked["type_k"], asked["type_v"]
+    wanted.flash_attn_type = 1 if asked["flash_attn"] == "on" else 0
+    log.clear()
+    context = llama_cpp.llama_init_from_model(model, wanted)
+    if not context:
+        return {"error": "".join(log[-8:])}
+    output = re.search(r"output buffer size =\s+([\d.]+)", "".join(log))
+    result = {
+        "bytes": breakdown(context),
+        "n_ctx": llama_cpp.llama_n_ctx(context),
+        "output_mib": float(output[1]) if output else 0.0,
+    }
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+    return result
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def connect(endpoint: str) -> None:
+    """Register the device at `endpoint`, as soon as its server listens."""
+    host, port = endpoint.split(":")
+    for _ in range(200):
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.05)
+    registry = function("ggml_backend_rpc_add_server", P, c.c_char_p)(endpoint.encode())
+    function("ggml_backend_register", None, P)(registry)
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    log: list[str] = []
+    callback = llama_cpp.llama_log_callback(lambda level, text, _: log.append(text.decode("utf-8", "replace")))
+    llama_cpp.llama_log_set(callback, None)
+    llama_cpp.llama_backend_init()
+    endpoints = [f"127.0.0.1:{free_port()}" for _ in range(request["devices"])]
+    servers = [
+        subprocess.Popen([sys.executable, "-c", SERVER, e], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for e in endpoints
+    ]
+    try:
+        for endpoint in endpoints:
+            connect(endpoint)
+        answers = [answer(request, case, log) for case in request["cases"]]
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+    print("ANSWERS " + json.dumps(answers), flush=True)
+    os._exit(0)  # llama.cpp would wait for servers that are gone
+
+
+if __name__ == "__main__":
+    main()

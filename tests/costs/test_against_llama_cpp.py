@@ -1,0 +1,107 @@
+"""The installed llama.cpp is the truth: what it allocates for small models of many architectures, loaded for real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_shapes import SMALL
+
+from scheduler.costs.footprint import effective_context, footprint
+from scheduler.costs.ggml_types import KV_TYPES
+from scheduler.costs.params import ContextParams, DeviceSpec, Layout
+from scheduler.costs.shape import read_shape
+from scheduler.costs.weights import EXPERTS_PATTERN
+
+pytestmark = pytest.mark.llama
+
+CONTEXTS = [
+    ContextParams(n_ctx=1024),
+    ContextParams(n_ctx=3000, n_seq_max=3, flash_attn="off"),
+    ContextParams(n_ctx=2048, n_seq_max=4, n_ubatch=64, kv_unified=True),
+    ContextParams(n_ctx=2048, n_ubatch=1024, swa_full=True, embeddings=True),
+    ContextParams(n_ctx=512, n_batch=128, type_k="q8_0", type_v="q8_0"),
+    ContextParams(n_ctx=0, n_ubatch=128, type_k="bf16", type_v="bf16"),
+]
+
+
+Case = tuple[str, Layout, ContextParams]
+
+
+def on_devices(*split: float, **more: Any) -> Layout:
+    return Layout(tuple(DeviceSpec(f"gpu{i}", "rpc") for i in range(len(split))), -1, split, **more)
+
+
+def cases_on_the_cpu(name: str) -> list[Case]:
+    return [(name, Layout(), context) for context in CONTEXTS if not (name == "deepseek2" and "q8_0" in context.type_k)]
+
+
+def cases_on_one_device(name: str) -> list[Case]:
+    layouts = [on_devices(1), Layout((DeviceSpec("gpu0", "rpc"),), 2, (1,))]
+    return [(name, layout, context) for layout in layouts for context in CONTEXTS[:4]]
+
+
+def cases_on_two_devices(name: str) -> list[Case]:
+    layouts = [on_devices(1, 1), on_devices(1, 3), on_devices(5, 1)]
+    layouts.append(Layout(layouts[0].devices, 3, (2, 1)))
+    if SMALL[name].n_expert:
+        layouts.append(on_devices(1, 1, experts_on_host=True))
+    return [(name, layout, context) for layout in layouts for context in CONTEXTS[:3]]
+
+
+def ask(paths: dict[str, Path], cases: list[Case], *, devices: int, real: bool) -> list[dict[str, Any]]:
+    """What llama.cpp says about each case, all in one process."""
+    request = {
+        "real": real,
+        "devices": devices,
+        "cases": [
+            {
+                "path": str(paths[name]),
+                "n_gpu_layers": layout.n_gpu_layers,
+                "tensor_split": layout.tensor_split,
+                "experts_pattern": EXPERTS_PATTERN if layout.experts_on_host else None,
+                "context": asdict(context)
+                | {"type_k": KV_TYPES[context.type_k].id, "type_v": KV_TYPES[context.type_v].id},
+            }
+            for name, layout, context in cases
+        ],
+    }
+    program = Path(__file__).with_name("llama_truth.py")
+    done = subprocess.run(
+        [sys.executable, str(program), json.dumps(request)], capture_output=True, text=True, timeout=170, check=False
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith("ANSWERS "):
+            answers: list[dict[str, Any]] = json.loads(line.removeprefix("ANSWERS "))
+            return answers
+    raise AssertionError(f"llama.cpp ended with {done.returncode}: {done.stderr[-800:]}")
+
+
+@pytest.mark.parametrize(
+    ("make", "devices", "real"),
+    [(cases_on_the_cpu, 0, True), (cases_on_one_device, 1, False), (cases_on_two_devices, 2, True)],
+    ids=["real loads on the CPU", "one device without allocating", "real loads on two devices"],
+)
+def test_footprints_are_what_llama_cpp_allocates(
+    make: Callable[[str], list[Case]], devices: int, real: bool, small_models: dict[str, Path]
+) -> None:
+    cases = [case for name in SMALL for case in make(name)]
+    shapes = {name: read_shape(path) for name, path in small_models.items()}
+    for (name, layout, context), truth in zip(cases, ask(small_models, cases, devices=devices, real=real), strict=True):
+        what = f"{name}, {layout}, {context}"
+        shape = shapes[name]
+        assert "error" not in truth, f"{what}: {truth}"
+        result = footprint(shape, layout, context)
+        assert truth["n_ctx"] == effective_context(shape, context).n_ctx, what
+        assert result.host.output_bytes / 2**20 == pytest.approx(truth["output_mib"], abs=0.0051), what
+        got = {f"RPC{i}": device for i, device in enumerate(result.devices)} | {"host": result.host}
+        for place, ours in got.items():
+            weights, cache, compute = truth["bytes"].get(place, [0, 0, 0])
+            assert (ours.weights_bytes, ours.kv_bytes) == (weights, cache), f"{place} of {what}"
+            assert ours.compute_bytes >= compute, f"{place} of {what}"

@@ -1,0 +1,132 @@
+"""`arriero inspect` and `arriero footprint`: the contract that outside programs rely on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from gguf_shapes import SMALL, write_model
+from typer.testing import CliRunner
+
+from arriero.cli import files
+from scheduler.costs.footprint import footprint
+from scheduler.costs.params import ContextParams, DeviceSpec, Layout
+from scheduler.costs.shape import read_shape
+from scheduler.errors import Rejected
+
+APP = typer.Typer()
+APP.command()(files.inspect)
+APP.command()(files.footprint)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(SMALL["qwen3moe"], tmp_path / "model.gguf", vocabulary=False)
+
+
+def run(*words: object) -> str:
+    result = CliRunner().invoke(APP, [str(word) for word in words])
+    if isinstance(result.exception, Rejected):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def costs(model: Path, grid: Any) -> list[dict[str, Any]]:
+    path = model.with_name("grid.json")
+    path.write_text(json.dumps(grid), encoding="utf-8")
+    answers: list[dict[str, Any]] = json.loads(run("footprint", model, "--grid", path, "--json"))
+    return answers
+
+
+def test_inspect_prints_architecture_and_layers_with_their_bytes(model: Path) -> None:
+    said = json.loads(run("inspect", model, "--json"))
+    assert said["architecture"] == "qwen3moe"
+    assert len(said["layers"]) == said["n_layer_all"] == 6
+    everything = said["input_bytes"] + said["output_bytes"] + sum(layer["bytes"] for layer in said["layers"])
+    assert everything == said["weights_bytes"]
+    assert sum(layer["experts_bytes"] for layer in said["layers"]) == said["experts_bytes"] > 0
+
+
+def test_the_contract_in_full(model: Path) -> None:
+    case = {
+        "devices": [{"name": "left", "kind": "cuda"}, {"name": "right", "kind": "rpc"}],
+        "n_gpu_layers": -1, "tensor_split": [1, 3], "experts_on_host": False, "n_ctx": 1024, "n_seq_max": 2,
+        "n_batch": 256, "n_ubatch": 128, "type_k": "q8_0", "type_v": "q8_0", "flash_attn": "on", "kv_unified": True,
+        "swa_full": True,
+    }  # fmt: skip
+    [answer] = costs(model, [case])
+    assert list(answer) == ["devices", "host"]
+    assert list(answer["devices"]) == ["left", "right"]
+    assert list(answer["devices"]["left"]) == ["weights_bytes", "kv_bytes", "compute_bytes"]
+    assert list(answer["host"]) == ["weights_bytes", "kv_bytes", "compute_bytes", "output_bytes"]
+    layout = Layout((DeviceSpec("left", "cuda"), DeviceSpec("right", "rpc")), -1, (1, 3))
+    context = ContextParams(1024, 2, 256, 128, "q8_0", "q8_0", "on", True, True)
+    expected = footprint(read_shape(model), layout, context)
+    assert answer["devices"]["right"]["weights_bytes"] == expected.devices[1].weights_bytes
+    assert answer["devices"]["right"]["kv_bytes"] == expected.devices[1].kv_bytes
+    assert answer["host"]["output_bytes"] == expected.host.output_bytes
+
+
+def test_missing_keys_have_the_defaults(model: Path) -> None:
+    devices = [{"name": "a", "kind": "cuda"}, {"name": "b", "kind": "cuda"}]
+    short, long = costs(
+        model, [{"devices": devices}, {"devices": devices, "n_gpu_layers": -1, "tensor_split": [1, 1], "n_ctx": 4096}]
+    )
+    assert short == long
+    alone = costs(model, [{}])[0]
+    assert alone["devices"] == {}
+    assert alone["host"]["weights_bytes"] == read_shape(model).weights_bytes
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ([{"n_contx": 4096}], r"grid\[0\] has the unknown key 'n_contx'; did you mean 'n_ctx'"),
+        ([{}, {"devices": [{"nam": "x"}]}], r"grid\[1\].devices\[0\] has the unknown key 'nam'; did you mean 'name'"),
+        ([{"devices": [{"name": "a", "kind": "tpu"}]}], "cuda"),
+        ([{"devices": [{"name": "a"}, {"name": "a"}]}], "different names"),
+        ([{"devices": [{"name": "a"}], "tensor_split": [1, 1]}], r"grid\[0\]: tensor_split has 2 shares for 1 devices"),
+        ([{"n_ctx": "many"}], "n_ctx must be a whole number"),
+        ([{"n_ctx": True}], "n_ctx must be a whole number"),
+        ([{"kv_unified": 1}], "kv_unified must be true or false"),
+        ([{"type_v": "q8_0", "flash_attn": "off"}], r"grid\[0\]: a q8_0 V cache needs flash attention"),
+        ({"n_ctx": 1}, "must hold a list"),
+        ([3], "must be an object"),
+    ],
+)
+def test_mistakes_in_the_grid_are_named(grid: object, words: str, model: Path) -> None:
+    with pytest.raises(Rejected, match=words):
+        costs(model, grid)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(Rejected, match="No such file"):
+        run("inspect", tmp_path / "nothing.gguf")
+
+
+def test_for_people(model: Path, tmp_path: Path) -> None:
+    assert "qwen3moe" in run("inspect", model)
+    assert "gpu0" in run("footprint", model)
+    from dataclasses import replace
+
+    strange = write_model(replace(SMALL["qwen3"], arch="qwen9"), tmp_path / "strange.gguf", vocabulary=False)
+    assert "cautious upper bound" in " ".join(run("inspect", strange).split())
+    assert "cautious upper bound" in " ".join(run("footprint", strange).split())
+
+
+def test_neither_ray_nor_llama_cpp_is_imported(model: Path) -> None:
+    program = f"""
+import sys
+from arriero.cli import files
+files.footprint({str(model)!r}, None, True)
+files.inspect({str(model)!r}, False)
+print(sorted({{"ray", "llama_cpp", "numpy", "pydantic"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

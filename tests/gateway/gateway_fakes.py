@@ -1,0 +1,245 @@
+"""A backend in plain asyncio that speaks the gateway's protocol, and a real server around it.
+
+Every message is pickled on its way in and out, as Ray would do. What happened is in `journal`; tests wait for entries
+instead of sleeping. `Gate` in a script holds an answer back until the test opens it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import httpx
+
+from actors.gateway.app import make_app
+from actors.gateway.backend import AcquireRequest, Lease, TokenCounts
+from actors.gateway.server import listen, make_server, url_of
+from actors.gateway.wire import (
+    GpuStatus,
+    Health,
+    LayoutShare,
+    LoadResult,
+    ModelInfo,
+    NodeStatus,
+    Notice,
+    PinResult,
+    Plan,
+    PlanShare,
+    PlanVictim,
+    QueueEntry,
+    ReplicaStatus,
+    Status,
+    UnloadResult,
+)
+from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
+from scheduler.errors import ArrieroError, UnknownModel
+from scheduler.units import GIB, LeaseId, ReplicaId, RequestId
+
+T = TypeVar("T")
+PATIENCE_S = 20.0
+web = httpx.Client(trust_env=False, verify=False)
+MODEL = "tiny"
+
+
+def posted(message: T) -> T:
+    """`message` as it looks on the other side of a process border."""
+    copy: T = pickle.loads(pickle.dumps(message))
+    return copy
+
+
+class Gate:
+    """Holds a fake answer back until `open()`."""
+
+    def __init__(self) -> None:
+        self._opened: Future[None] = Future()
+
+    def open(self) -> None:
+        self._opened.set_result(None)
+
+    async def passed(self) -> None:
+        await asyncio.wrap_future(self._opened)
+
+
+Step = Chunk | Gate | ArrieroError
+ANSWER: tuple[Step, ...] = (Chunk("Hel"), Chunk("lo"), Chunk("", "stop", prompt_tokens=7, completion_tokens=2))
+GPU = GpuStatus(
+    device_id="GPU-0", node_id="n0", label="gpu0", product="RTX 3090", kind="cuda", total_bytes=24 * GIB,
+    free_bytes=20 * GIB, used_bytes=4 * GIB, booked_bytes=4 * GIB, foreign_bytes=0, state="ok",
+)  # fmt: skip
+REPLICA = ReplicaStatus(
+    replica_id="r0", model=MODEL, state="ready", node="box", layout=[LayoutShare(device="gpu0", layers=3, bytes=99)],
+    n_gpu_layers=3, n_ctx=4096, slots=1, active=0, n_threads=1, idle_s=1.5,
+)  # fmt: skip
+NODE = NodeStatus(
+    node_id="n0", hostname="box", address="127.0.0.1", memory_total_bytes=GIB, memory_available_bytes=GIB,
+    memory_reserved_bytes=0, physical_cores=4, booked_cores=1, state="ok",
+)  # fmt: skip
+
+
+class FakeBackend:
+    """Implements `Backend` with one model, `tiny`. Scripts are used up one per call, then the default applies."""
+
+    def __init__(self, ttl_s: float = 60.0) -> None:
+        self.ttl_s = ttl_s
+        self.acquisitions: deque[Gate | ArrieroError] = deque()
+        self.answers: deque[Sequence[Step]] = deque()
+        self.embeddings: deque[EmbedResult | Gate | ArrieroError] = deque()
+        self.news: list[Notice] = []
+        self.failing: ArrieroError | Exception | None = None
+        self.health_now = Health(status="ok", version="0.1.0")
+        self.journal: list[tuple[Any, ...]] = []
+        self._changed = threading.Condition()
+
+    # --- what tests ask ---
+
+    def saw(self, what: str) -> list[tuple[Any, ...]]:
+        with self._changed:
+            return [entry[1:] for entry in self.journal if entry[0] == what]
+
+    def wait_for(self, what: str, count: int = 1) -> list[tuple[Any, ...]]:
+        """The entries `what`, once there are `count` of them."""
+        with self._changed:
+            enough = self._changed.wait_for(
+                lambda: sum(entry[0] == what for entry in self.journal) >= count, PATIENCE_S
+            )
+        assert enough, f"no {count} {what!r} in {self.journal}"
+        return self.saw(what)
+
+    def note(self, *entry: Any) -> None:
+        with self._changed:
+            self.journal.append(posted(entry))
+            self._changed.notify_all()
+
+    # --- what the gateway asks ---
+
+    async def acquire(self, request: AcquireRequest) -> Lease:
+        self.note("acquire", request)
+        if request.model != MODEL:
+            raise UnknownModel(f"no model {request.model!r} in the catalogue")
+        if self.acquisitions:
+            await self._step(self.acquisitions.popleft())
+        number = len(self.saw("lease")) + 1
+        self.note("lease", f"l{number}")
+        return posted(Lease(LeaseId(f"l{number}"), ReplicaId(f"r{number}"), MODEL, self.ttl_s, 4096))
+
+    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
+        self.note("release", lease_id, failed, usage)
+
+    async def renew(self, lease_ids: Sequence[LeaseId]) -> None:
+        self.note("renew", lease_ids)
+
+    async def cancel(self, request_id: RequestId) -> None:
+        self.note("cancel", request_id)
+
+    async def generate(self, lease: Lease, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        self.note("generate", lease, request)
+        answer = self.answers.popleft() if self.answers else ANSWER
+        ended = False
+        try:
+            for step in answer:
+                if isinstance(step, Chunk):
+                    yield posted(step)
+                else:
+                    await self._step(step)
+            ended = True
+        finally:
+            self.note("generated" if ended else "interrupted", lease.lease_id)
+
+    async def embed(self, lease: Lease, request: EmbedRequest) -> EmbedResult:
+        self.note("embed", lease, request)
+        if self.embeddings:
+            step = self.embeddings.popleft()
+            if isinstance(step, EmbedResult):
+                return posted(step)
+            await self._step(step)
+        return posted(EmbedResult(tuple((0.6, -0.8) for _ in request.inputs), 5 * len(request.inputs)))
+
+    async def status(self) -> Status:
+        self._fail()
+        waiting = [QueueEntry(request_id="q1", model=MODEL, waited_s=0.5, reason="loading")]
+        return posted(
+            Status(
+                version="0.1.0", uptime_s=3.0, mode="normal", nodes=[NODE], gpus=[GPU], replicas=[REPLICA],
+                queue=waiting, last_notice_seq=len(self.news),
+            )
+        )  # fmt: skip
+
+    async def plan(self, model: str, n_ctx: int | None) -> Plan:
+        self.note("plan", model, n_ctx)
+        share = PlanShare(device="gpu0", layers=3, bytes=99, free_before_bytes=200, free_after_bytes=101)
+        victim = PlanVictim(replica_id="r7", model="old", idle_s=9.0, frees={"gpu0": 50})
+        return posted(Plan(model=model, verdict="evict", tier="one GPU", shares=[share], victims=[victim], n_ctx=n_ctx))
+
+    async def load(self, model: str, n_ctx: int | None) -> LoadResult:
+        self._fail()
+        self.note("load", model, n_ctx)
+        return posted(LoadResult(model=model, replica_id="r0", node="box", n_ctx=n_ctx or 4096, load_s=0.25))
+
+    async def unload(self, model: str) -> UnloadResult:
+        return posted(UnloadResult(model=model, replicas=["r0"]))
+
+    async def pin(self, model: str, pinned: bool) -> PinResult:
+        return posted(PinResult(model=model, pinned=pinned))
+
+    async def models(self) -> list[ModelInfo]:
+        return posted(
+            [
+                ModelInfo(name=MODEL, state="available", architecture="llama", n_ctx=4096, modified_at_s=12.5),
+                ModelInfo(name="team/big", state="unknown"),
+                ModelInfo(name="broken", state="invalid", reason="truncated at 40"),
+            ]
+        )
+
+    async def notices(self, after_seq: int, follow: bool) -> AsyncIterator[Notice]:
+        self.note("notices", after_seq, follow)
+        for notice in self.news:
+            if notice.seq > after_seq:
+                yield posted(notice)
+        if follow:
+            await asyncio.Event().wait()
+
+    async def health(self) -> Health:
+        self._fail()
+        return posted(self.health_now)
+
+    def _fail(self) -> None:
+        if self.failing is not None:
+            raise posted(self.failing)
+
+    @staticmethod
+    async def _step(step: Gate | ArrieroError | EmbedResult) -> None:
+        if isinstance(step, Gate):
+            await step.passed()
+        elif isinstance(step, ArrieroError):
+            raise posted(step)
+
+
+class Stage:
+    """A backend that stays while the one behind it changes from test to test."""
+
+    def __init__(self) -> None:
+        self.backend = FakeBackend()
+        self.url = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+
+@contextmanager
+def serve(backend: FakeBackend | Stage, api_key: str | None = None, pulse_s: float = 5.0) -> Iterator[str]:
+    """The URL of a gateway over `backend`, on a real socket, in a thread of its own."""
+    listener = listen("127.0.0.1", 0)
+    server = make_server(make_app(backend, api_key, pulse_s))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    try:
+        yield url_of(listener)
+    finally:
+        server.should_exit = True
+        thread.join()

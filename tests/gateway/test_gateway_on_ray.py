@@ -1,0 +1,308 @@
+"""The gateway actor and `RayBackend` on a real Ray, with a scripted scheduler and runners that need no model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+ray = pytest.importorskip("ray")
+
+from gateway_fakes import MODEL, web  # noqa: E402
+
+from actors.gateway.actor import GatewayActor, GatewaySettings  # noqa: E402
+from actors.gateway.backend import AcquireRequest, Lease  # noqa: E402
+from actors.gateway.ray_backend import RayBackend  # noqa: E402
+from actors.gateway.server import listen  # noqa: E402
+from actors.gateway.wire import Health, Notice  # noqa: E402
+from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest  # noqa: E402
+from arriero import Client  # noqa: E402
+from scheduler.errors import EngineFailed, InvariantBroken, Rejected, Unavailable, UnknownModel  # noqa: E402
+from scheduler.units import LeaseId, ReplicaId, RequestId  # noqa: E402
+
+pytestmark = pytest.mark.ray
+NAMESPACE = "gateway-tests"
+PATIENCE_S = 30.0
+
+
+@ray.remote(num_cpus=0, max_restarts=1, max_concurrency=20)
+class ScriptedScheduler:
+    """Grants slots on `replicas` in turn; its journal is what the gateway told it."""
+
+    def __init__(self) -> None:
+        self.replicas: list[str] = []
+        self.journal: list[tuple[Any, ...]] = []
+        self.changed = asyncio.Condition()
+        self.granted = 0
+
+    async def begin(self, replicas: list[str]) -> None:
+        """A new test, with these replicas in turn."""
+        self.replicas = replicas
+        self.journal.clear()
+        self.granted = 0
+
+    async def note(self, *entry: Any) -> None:
+        async with self.changed:
+            self.journal.append(entry)
+            self.changed.notify_all()
+
+    async def wait_for(self, what: str) -> tuple[Any, ...]:
+        async with self.changed:
+            await self.changed.wait_for(lambda: any(entry[0] == what for entry in self.journal))
+        return next(entry for entry in self.journal if entry[0] == what)
+
+    async def acquire(self, request: AcquireRequest) -> Any:
+        await self.note("acquire", request)
+        if request.model == "queued":
+            await asyncio.Event().wait()
+        if request.model != MODEL:
+            return UnknownModel(f"no model {request.model!r} in the catalogue")
+        replica = self.replicas[self.granted % len(self.replicas)]
+        self.granted += 1
+        return Lease(LeaseId(f"l{self.granted}"), ReplicaId(replica), MODEL, 60.0, 4096)
+
+    async def release(self, lease_id: str, failed: bool, usage: Any) -> None:
+        await self.note("release", lease_id, failed, usage)
+
+    async def renew(self, lease_ids: tuple[str, ...]) -> None:
+        await self.note("renew", lease_ids)
+
+    async def cancel(self, request_id: str) -> None:
+        await self.note("cancel", request_id)
+
+    async def forget_clients(self) -> None:
+        await self.note("forget_clients")
+
+    async def notices(self, after_seq: int, timeout_s: float) -> list[Notice]:
+        return [Notice(seq=seq, at_s=0.0, kind="k", message="m") for seq in range(after_seq + 1, 4)]
+
+    async def health(self) -> Health:
+        return Health(status="ok", version=str(os.getpid()))
+
+    async def plan(self, model: str, n_ctx: int | None) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    async def models(self) -> Any:
+        raise UnknownModel("raised, not returned")
+
+    async def restart(self) -> None:
+        os._exit(1)
+
+
+@ray.remote(num_cpus=0, concurrency_groups={"gen": 4, "ctl": 2})
+class ScriptedRunner:
+    """Says the prompt's words; "wait" makes it silent until its stream is closed, "die" ends the process."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    @ray.method(concurrency_group="ctl")
+    def pid(self) -> int:
+        return os.getpid()
+
+    @ray.method(concurrency_group="gen", num_returns="streaming")
+    def generate(self, request: GenerateRequest) -> Iterator[Any]:
+        try:
+            for word in str(request.prompt).split():
+                if word == "die":
+                    os._exit(1)
+                elif word == "refuse":
+                    yield Rejected("prompt is 5000 tokens; the slot holds 4096", n_ctx=4096)
+                    return
+                elif word == "crash":
+                    raise ZeroDivisionError("a bug")
+                while word == "wait":
+                    time.sleep(0.01)
+                    yield Chunk("")
+                yield Chunk(word)
+            yield Chunk("", "stop", 1, 0, 2)
+        finally:
+            self.ended.append(request.request_id)
+
+    @ray.method(concurrency_group="gen")
+    def embed(self, request: EmbedRequest) -> Any:
+        if "refuse" in request.inputs:
+            return Rejected("this model has no embeddings")
+        return EmbedResult(tuple((1.0,) for _ in request.inputs), 3)
+
+    @ray.method(concurrency_group="ctl")
+    def cancel(self, request_id: str) -> None:
+        pass
+
+    @ray.method(concurrency_group="ctl")
+    def has_ended(self, request_id: str) -> bool:
+        return request_id in self.ended
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(
+        address="local", namespace=NAMESPACE, num_cpus=2, include_dashboard=False, log_to_driver=False,
+        object_store_memory=80 * 2**20,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+class Service:
+    """A scheduler, a gateway and a runner that stay; tests that kill a runner start one of their own."""
+
+    def __init__(self) -> None:
+        with listen("127.0.0.1", 0) as free:
+            self.settings = GatewaySettings(port=free.getsockname()[1], api_key="s3cret")
+        self.scheduler = ScriptedScheduler.remote()
+        self.gateway = GatewayActor.remote(self.settings, self.scheduler, NAMESPACE)
+        self.runner = self.start_runner("stays")
+        self.backend = RayBackend(self.scheduler, NAMESPACE)
+        self.client = Client(get(self.gateway.url.remote()), api_key="s3cret")
+
+    def start_runner(self, name: str) -> Any:
+        return ScriptedRunner.options(name=f"runner-{name}").remote()
+
+    def use(self, *replicas: str) -> None:
+        get(self.scheduler.begin.remote(list(replicas)))
+
+
+@pytest.fixture(scope="module")
+def service(cluster: None) -> Iterator[Service]:
+    service = Service()
+    with service.client:
+        yield service
+
+
+@pytest.fixture
+def here(service: Service) -> Service:
+    service.use("stays")
+    return service
+
+
+def get(reference: Any) -> Any:
+    return ray.get(reference, timeout=PATIENCE_S)
+
+
+def test_answers_errors_and_embeddings(here: Service) -> None:
+    client = here.client
+    answer = client.complete(MODEL, "mules carry")
+    assert (answer.text, answer.usage.completion_tokens) == ("mulescarry", 2)
+    assert list(client.complete(MODEL, "mules carry", stream=True)) == ["mules", "carry"]
+    assert client.embed(MODEL, ["a", "b"]).vectors == [[1.0], [1.0]]
+    with pytest.raises(UnknownModel, match="'nope'"):
+        client.complete("nope", "x")
+    with pytest.raises(Rejected, match="5000 tokens") as caught:
+        client.complete(MODEL, "refuse")
+    assert caught.value.details["n_ctx"] == 4096
+    with pytest.raises(Rejected, match="no embeddings"):
+        client.embed(MODEL, "refuse")
+    assert [notice.seq for notice in client.events(after=1, follow=False)] == [2, 3]
+    following = client.events()
+    assert [next(following).seq for _ in range(3)] == [1, 2, 3]
+    following.close()
+    with pytest.raises(InvariantBroken, match="plan"):
+        client.plan(MODEL)
+    with pytest.raises(UnknownModel, match="raised, not returned"):
+        client.models()
+
+
+def test_a_runner_that_dies_in_mid_answer_is_named(here: Service) -> None:
+    runner = here.start_runner("killed")
+    here.use("killed", "stays")
+    pieces = iter(here.client.complete(MODEL, "mules wait", stream=True))
+    assert next(pieces) == "mules"
+    os.kill(get(runner.pid.remote()), signal.SIGKILL)
+    with pytest.raises(EngineFailed, match=f"{MODEL}.*memory is given back"):
+        list(pieces)
+    assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", True)
+    assert here.client.complete(MODEL, "carry").text == "carry"
+
+
+def test_a_runner_that_dies_before_its_first_token_is_replaced(here: Service) -> None:
+    runner = here.start_runner("dead")
+    here.use("dead", "stays")
+    get(runner.pid.remote())
+    ray.kill(runner)
+    assert here.client.complete(MODEL, "mules").text == "mules"
+    assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", True)
+
+
+def test_a_runner_with_a_bug_is_named(here: Service) -> None:
+    with pytest.raises(EngineFailed, match="a bug"):
+        here.client.complete(MODEL, "mules crash")
+
+
+def test_leaving_ends_the_generation_in_the_runner(here: Service) -> None:
+    with here.client.complete(MODEL, "mules wait", stream=True) as stream:
+        assert next(iter(stream)) == "mules"
+    assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", False)
+    until(lambda: get(here.runner.has_ended.remote("l1")))  # a runner knows a request by its lease
+
+
+def test_leaving_the_queue_is_told(here: Service) -> None:
+    body = {"model": "queued", "prompt": "x"}
+    url = get(here.gateway.url.remote())
+    with pytest.raises(httpx.ReadTimeout):
+        web.post(f"{url}/v1/completions", json=body, headers={"Authorization": "Bearer s3cret"}, timeout=0.5)
+    request = get(here.scheduler.wait_for.remote("acquire"))[1]
+    assert get(here.scheduler.wait_for.remote("cancel"))[1] == request.request_id
+
+
+def test_a_scheduler_that_restarts_is_asked_again(here: Service) -> None:
+    before = here.client.health().version
+    here.scheduler.restart.remote()
+    until(lambda: here.client.health().version != before)
+
+
+def test_a_gateway_that_was_closed_or_died_comes_back_at_its_address(here: Service) -> None:
+    get(here.gateway.close.remote())
+    with pytest.raises(Unavailable, match="`arriero up`"):
+        here.client.health()
+    ray.kill(here.gateway, no_restart=False)
+    until(lambda: answers(here.client))
+    get(here.scheduler.wait_for.remote("forget_clients"))
+    assert here.client.complete(MODEL, "mules").text == "mules"
+
+
+def test_unsafe_and_impossible_addresses_fail_at_creation(here: Service) -> None:
+    for settings, says in (
+        (GatewaySettings(host="0.0.0.0", port=0), "without an API key"),
+        (here.settings, f"port {here.settings.port}"),
+    ):
+        gateway = GatewayActor.remote(settings, here.scheduler, NAMESPACE)
+        with pytest.raises(ray.exceptions.ActorDiedError, match=says):
+            get(gateway.url.remote())
+    assert "s3cret" not in repr(here.settings)
+
+
+def test_a_runner_that_is_not_there(here: Service) -> None:
+    async def ask() -> None:
+        lease = Lease(LeaseId("l"), ReplicaId("nobody"), MODEL, 60.0, 4096)
+        async for _ in here.backend.generate(lease, GenerateRequest("q", prompt="x")):
+            pass
+
+    with pytest.raises(EngineFailed, match="replica nobody of tiny is gone"):
+        asyncio.run(ask())
+
+
+def answers(client: Client) -> bool:
+    try:
+        return client.health().status == "ok"
+    except Unavailable:
+        return False
+
+
+def until(condition: Any) -> None:
+    """Asks until `condition` holds; the test's own time-out is the limit."""
+    while not condition():
+        time.sleep(0.05)
+
+
+def test_a_scheduler_that_stays_away(here: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.gateway.ray_backend.RESTART_PAUSES_S", (0.01,))
+    ray.kill(here.scheduler)  # for good: keep this test the last one
+    with pytest.raises(Unavailable, match="the scheduler does not answer"):
+        asyncio.run(here.backend.acquire(AcquireRequest(RequestId("q"), MODEL)))

@@ -1,0 +1,244 @@
+"""What happens to a request when its replica dies, its load is slow, or its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from gateway_fakes import ANSWER, MODEL, FakeBackend, Gate, serve, web
+
+from actors.gateway import stream
+from actors.gateway.backend import AcquireRequest
+from actors.gateway.relay import REPLAYS, Relay
+from actors.gateway.stream import COMMENT, EventStream
+from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
+from scheduler.errors import ArrieroError, EngineFailed, Impossible, Rejected
+from scheduler.units import RequestId
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+DIED = EngineFailed("the process that ran tiny ended")
+
+
+@pytest.fixture
+def impatient(backend: FakeBackend) -> Iterator[str]:
+    """A gateway that comments on every hundredth second of silence."""
+    with serve(backend, pulse_s=0.01) as url:
+        yield url
+
+
+def data_of(lines: Iterator[str]) -> list[Any]:
+    return [json.loads(line[6:]) if line != "data: [DONE]" else "[DONE]" for line in lines if line.startswith("data: ")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_replica_that_dies_before_its_first_token_is_replaced(
+    url: str, backend: FakeBackend, streaming: bool
+) -> None:
+    backend.answers.extend([[DIED]] * REPLAYS)
+    reply = web.post(f"{url}/v1/chat/completions", json={**CHAT, "stream": streaming})
+    assert reply.status_code == 200
+    assert "Hel" in reply.text
+    releases = backend.wait_for("release", REPLAYS + 1)
+    assert [(lease, failed) for lease, failed, _ in releases] == [("l1", True), ("l2", True), ("l3", False)]
+
+
+def test_replays_end(url: str, backend: FakeBackend) -> None:
+    backend.answers.extend([[DIED]] * (REPLAYS + 1))
+    reply = web.post(f"{url}/v1/chat/completions", json={**CHAT, "stream": True})
+    assert reply.status_code == 502
+    assert reply.json()["error"]["code"] == "engine_failed"
+    assert [failed for _, failed, _ in backend.wait_for("release", REPLAYS + 1)] == [True] * (REPLAYS + 1)
+
+
+def test_nothing_is_replayed_after_the_first_token(url: str, backend: FakeBackend) -> None:
+    backend.answers.append([Chunk("Hel"), DIED])
+    reply = web.post(f"{url}/v1/chat/completions", json=CHAT)
+    assert (reply.status_code, reply.json()["error"]["message"]) == (502, DIED.message)
+    assert len(backend.saw("generate")) == 1
+
+
+def test_a_request_that_the_engine_refuses_is_not_replayed(url: str, backend: FakeBackend) -> None:
+    backend.answers.append([Rejected("prompt is 5000 tokens; the slot holds 4096")])
+    reply = web.post(f"{url}/v1/chat/completions", json={**CHAT, "stream": True})
+    assert reply.status_code == 400
+    assert [failed for _, failed, _ in backend.wait_for("release")] == [False]
+
+
+def test_an_answer_without_an_end_is_an_error(url: str, backend: FakeBackend) -> None:
+    backend.answers.append([Chunk("Hel")])
+    reply = web.post(f"{url}/v1/chat/completions", json=CHAT)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (502, "engine_failed")
+
+
+def test_embeddings_are_replayed(url: str, backend: FakeBackend) -> None:
+    backend.embeddings.append(DIED)
+    reply = web.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "x"})
+    assert reply.status_code == 200
+    assert [failed for _, failed, _ in backend.wait_for("release", 2)] == [True, False]
+    backend.embeddings.extend([DIED] * (REPLAYS + 1))
+    assert web.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "x"}).status_code == 502
+
+
+def test_a_waiting_stream_is_kept_alive(impatient: str, backend: FakeBackend) -> None:
+    loading = Gate()
+    backend.acquisitions.append(loading)
+    with web.stream("POST", f"{impatient}/v1/chat/completions", json={**CHAT, "stream": True}) as reply:
+        lines = reply.iter_lines()
+        assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        assert next(lines) == COMMENT.decode().strip()
+        loading.open()
+        events = data_of(lines)
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1]) == "Hello"
+    assert events[-1] == "[DONE]"
+
+
+def test_a_load_that_fails_late_is_an_event(impatient: str, backend: FakeBackend) -> None:
+    class FailingGate(Gate):
+        async def passed(self) -> None:
+            await super().passed()
+            raise Impossible("needs 80 GiB, the cluster has 24 GiB")
+
+    loading = FailingGate()
+    backend.acquisitions.append(loading)
+    with web.stream("POST", f"{impatient}/v1/chat/completions", json={**CHAT, "stream": True}) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        loading.open()
+        (event,) = data_of(lines)
+    assert event["error"]["code"] == "impossible"
+
+
+def test_a_client_that_leaves_its_stream_stops_the_generation(url: str, backend: FakeBackend) -> None:
+    backend.answers.append([Chunk("Hel"), Gate()])
+    with web.stream("POST", f"{url}/v1/chat/completions", json={**CHAT, "stream": True}) as reply:
+        assert next(reply.iter_lines()).startswith("data: ")
+    assert backend.wait_for("interrupted") == [("l1",)]
+    ((lease, failed, _),) = backend.wait_for("release")
+    assert (lease, failed) == ("l1", False)
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "embeddings"])
+def test_a_client_that_leaves_without_a_stream_frees_its_slot(url: str, backend: FakeBackend, route: str) -> None:
+    backend.answers.append([Gate()])
+    backend.embeddings.append(Gate())
+    connection = ask_and_keep(url, route, {**CHAT, "input": "x"})
+    backend.wait_for("embed" if route == "embeddings" else "generate")
+    connection.close()
+    ((_, failed, _),) = backend.wait_for("release")
+    assert not failed
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_client_that_leaves_the_queue_is_forgotten(url: str, backend: FakeBackend, streaming: bool) -> None:
+    backend.acquisitions.append(Gate())
+    connection = ask_and_keep(url, "chat/completions", {**CHAT, "stream": streaming})
+    ((need,),) = backend.wait_for("acquire")
+    connection.close()
+    assert backend.wait_for("cancel") == [(need.request_id,)]
+    assert not backend.saw("release")
+
+
+def ask_and_keep(url: str, route: str, body: dict[str, Any]) -> socket.socket:
+    """A connection on which `body` was asked and nothing is read."""
+    address = httpx.URL(url)
+    data = json.dumps(body).encode()
+    connection = socket.create_connection((address.host, address.port))
+    head = (
+        f"POST /v1/{route} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def test_an_unforeseen_failure_in_mid_stream_is_told(
+    impatient: str, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    class BrokenGate(Gate):
+        async def passed(self) -> None:
+            raise ZeroDivisionError("a bug")
+
+    backend.answers.append([Chunk("Hel"), BrokenGate()])
+    reply = web.post(f"{impatient}/v1/chat/completions", json={**CHAT, "stream": True})
+    assert data_of(iter(reply.text.splitlines()))[-1]["error"]["code"] == "internal_error"
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_client_that_stops_reading_loses_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "STALL_S", 0.05)
+    closed = False
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        nonlocal closed
+        try:
+            while True:
+                yield b"data: more\n\n"
+        finally:
+            closed = True
+
+    async def stuck(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def silent() -> Any:
+        await asyncio.Event().wait()
+
+    asyncio.run(EventStream(events(), pulse_s=0.01)({"type": "http"}, silent, stuck))
+    assert closed
+
+
+# --- the relay by itself ---
+
+
+def need() -> AcquireRequest:
+    return AcquireRequest(RequestId("q1"), MODEL)
+
+
+def test_leases_are_renewed_while_they_are_used() -> None:
+    class Renewing(FakeBackend):
+        async def renew(self, lease_ids: Any) -> None:
+            await super().renew(lease_ids)
+            if len(self.saw("renew")) == 3:
+                done.open()
+
+    async def scenario() -> None:
+        relay = Relay(backend)
+        async for _ in relay.generate(need(), GenerateRequest("q1", prompt="x")):
+            pass
+        relay.close()
+
+    done = Gate()
+    backend = Renewing(ttl_s=0.03)
+    backend.answers.append([Chunk("a"), done, *ANSWER])
+    asyncio.run(scenario())
+    assert backend.saw("renew")[0] == (("l1",),)
+    assert len(backend.saw("release")) == 1
+
+
+def test_a_scheduler_that_is_away_does_not_spoil_the_answer() -> None:
+    class Away(FakeBackend):
+        async def release(self, *_: Any) -> None:
+            raise ArrieroError("away")
+
+        async def renew(self, lease_ids: Any) -> None:
+            await super().renew(lease_ids)
+            if len(self.saw("renew")) == 2:
+                done.open()
+            raise ArrieroError("away")
+
+    async def scenario() -> str:
+        relay = Relay(backend)
+        text = "".join([chunk.text async for chunk in relay.generate(need(), GenerateRequest("q1", prompt="x"))])
+        await relay.embed(need(), EmbedRequest("q1", ("x",)))
+        relay.close()
+        return text
+
+    done = Gate()
+    backend = Away(ttl_s=0.03)
+    backend.answers.append([done, *ANSWER])
+    assert asyncio.run(scenario()) == "Hello"

@@ -1,0 +1,249 @@
+"""The official OpenAI client against the gateway, and what that client never sends."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from gateway_fakes import MODEL, FakeBackend, serve, web
+
+from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest, Sampling
+from scheduler.errors import EngineFailed, Impossible, QueueFull, Rejected
+
+HELLO = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def asked(backend: FakeBackend) -> GenerateRequest:
+    (_, request), *_ = backend.wait_for("generate")
+    assert isinstance(request, GenerateRequest)
+    return request
+
+
+def test_chat(client: openai.OpenAI, backend: FakeBackend) -> None:
+    reply = client.chat.completions.create(model=MODEL, messages=HELLO)  # type: ignore[arg-type]
+    choice = reply.choices[0]
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "Hello", "stop")
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (7, 2, 9)
+    assert reply.id.startswith("chatcmpl-") and reply.model == MODEL
+    assert asked(backend).request_id == reply.id
+    assert asked(backend).messages == ({"role": "user", "content": "Hi"},)
+    ((_, failed, usage),) = backend.wait_for("release")
+    assert not failed and (usage.prompt_tokens, usage.completion_tokens) == (7, 2)
+
+
+def test_chat_stream(client: openai.OpenAI, backend: FakeBackend) -> None:
+    events = list(client.chat.completions.create(model=MODEL, messages=HELLO, stream=True))  # type: ignore[arg-type]
+    assert events[0].choices[0].delta.role == "assistant"
+    assert "".join(event.choices[0].delta.content or "" for event in events) == "Hello"
+    assert [event.choices[0].finish_reason for event in events] == [None, None, "stop"]
+    assert all(event.usage is None for event in events)
+    assert len({event.id for event in events}) == 1
+
+
+def test_stream_tells_usage_when_asked(client: openai.OpenAI) -> None:
+    events = list(
+        client.chat.completions.create(
+            model=MODEL, messages=HELLO, stream=True, stream_options={"include_usage": True}  # type: ignore[arg-type]
+        )
+    )  # fmt: skip
+    assert events[-1].choices == [] and events[-1].usage is not None
+    assert events[-1].usage.total_tokens == 9
+    assert all(event.usage is None for event in events[:-1])
+
+
+def test_completion(client: openai.OpenAI, backend: FakeBackend) -> None:
+    reply = client.completions.create(model=MODEL, prompt="Once", max_tokens=4)
+    assert (reply.choices[0].text, reply.choices[0].finish_reason) == ("Hello", "stop")
+    assert (asked(backend).prompt, asked(backend).max_tokens, asked(backend).messages) == ("Once", 4, None)
+
+
+def test_completion_stream_of_tokens(client: openai.OpenAI, backend: FakeBackend) -> None:
+    events = list(client.completions.create(model=MODEL, prompt=[5, 6, 7], stream=True))
+    assert "".join(event.choices[0].text for event in events) == "Hello"
+    assert asked(backend).prompt == (5, 6, 7)
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64", None])
+def test_embeddings(client: openai.OpenAI, encoding: Any) -> None:
+    more = {} if encoding is None else {"encoding_format": encoding}
+    reply = client.embeddings.create(model=MODEL, input=["one", "two"], **more)
+    assert [item.index for item in reply.data] == [0, 1]
+    for item in reply.data:
+        vector: Any = item.embedding
+        if isinstance(vector, str):
+            vector = struct.unpack("<2f", base64.b64decode(vector))
+        assert list(vector) == pytest.approx([0.6, -0.8])
+    assert reply.usage.prompt_tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "inputs"),
+    [("text", ("text",)), (["a", "b"], ("a", "b")), ([1, 2], ((1, 2),)), ([[1], [2, 3]], ((1,), (2, 3)))],
+)
+def test_embedding_inputs(client: openai.OpenAI, backend: FakeBackend, given: Any, inputs: Any) -> None:
+    client.embeddings.create(model=MODEL, input=given)
+    ((_, request),) = backend.wait_for("embed")
+    assert isinstance(request, EmbedRequest) and request.inputs == inputs
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL, "team/big"]
+    assert client.models.retrieve("team/big").owned_by == "arriero"
+    assert client.models.retrieve(MODEL).created == 12
+    with pytest.raises(openai.NotFoundError, match="'nope'"):
+        client.models.retrieve("nope")
+
+
+def test_an_unknown_model_is_not_found(client: openai.OpenAI, backend: FakeBackend) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.chat.completions.create(model="nope", messages=HELLO, stream=stream)  # type: ignore[call-overload]
+        assert caught.value.code == "model_not_found"
+        assert caught.value.type == "invalid_request_error"
+    assert not backend.saw("release")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (Rejected("prompt is 5000 tokens; the slot holds 4096"), 400, "invalid_request"),
+        (Impossible("needs 80 GiB, the cluster has 24 GiB"), 422, "impossible"),
+        (QueueFull("64 requests wait already", retry_after_s=2.5), 429, "queue_full"),
+    ],
+)
+def test_refusals_have_a_status_and_a_code(
+    client: openai.OpenAI, backend: FakeBackend, error: Any, status: int, code: str
+) -> None:
+    backend.acquisitions.append(error)
+    with pytest.raises(openai.APIStatusError, match=error.message) as caught:
+        client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)  # type: ignore[arg-type]
+    assert (caught.value.status_code, caught.value.code) == (status, code)
+    assert caught.value.response.headers.get("retry-after") == ("3" if code == "queue_full" else None)
+
+
+def test_an_error_in_mid_stream_is_an_event(client: openai.OpenAI, backend: FakeBackend) -> None:
+    backend.answers.append((Chunk("Hel"), EngineFailed("the process that ran tiny ended")))
+    texts = []
+    with pytest.raises(openai.APIError, match="the process that ran tiny ended"):
+        for event in client.chat.completions.create(model=MODEL, messages=HELLO, stream=True):  # type: ignore[arg-type]
+            texts.append(event.choices[0].delta.content)
+    assert texts == ["Hel"]
+    ((_, failed, _),) = backend.wait_for("release")
+    assert failed
+
+
+def test_with_a_key(backend: FakeBackend) -> None:
+    with serve(backend, api_key="s3cret") as url:
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError, match="ARRIERO_API_KEY"),
+        ):
+            client.models.list()
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="s3cret", max_retries=0) as client:
+            assert client.chat.completions.create(model=MODEL, messages=HELLO).choices  # type: ignore[arg-type]
+
+
+def test_every_setting_reaches_the_engine(url: str, backend: FakeBackend) -> None:
+    reply = web.post(
+        f"{url}/v1/chat/completions",
+        json={
+            "model": MODEL, "messages": HELLO, "max_completion_tokens": 9, "max_tokens": 3, "stop": "END",
+            "temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repeat_penalty": 1.2, "presence_penalty": 0.3,
+            "frequency_penalty": -0.4, "seed": 42, "logit_bias": {"17": -100},
+            "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}},
+            "n_ctx": 2048, "deadline_s": 30, "user": "me", "a_field_of_tomorrow": 1,
+        },
+    )  # fmt: skip
+    assert reply.status_code == 200
+    request = asked(backend)
+    assert (request.max_tokens, request.stop) == (9, ("END",))
+    assert request.sampling == Sampling(
+        temperature=0.0, top_p=0.5, top_k=7, min_p=0.1, repeat_penalty=1.2, presence_penalty=0.3,
+        frequency_penalty=-0.4, seed=42, logit_bias={17: -100.0}, json_schema='{"type": "integer"}',
+    )  # fmt: skip
+    ((need,),) = backend.saw("acquire")
+    assert (need.n_ctx, need.deadline_s, need.kind) == (2048, 30.0, "generate")
+
+
+def test_settings_left_out_are_llama_cpps(client: openai.OpenAI, backend: FakeBackend) -> None:
+    client.chat.completions.create(model=MODEL, messages=HELLO)  # type: ignore[arg-type]
+    assert asked(backend).sampling == Sampling()
+    assert (asked(backend).max_tokens, asked(backend).stop) == (None, ())
+
+
+@pytest.mark.parametrize(
+    ("body", "seen"),
+    [
+        ({"max_tokens": -1}, {"max_tokens": None}),
+        ({"stop": ["a", "", "b"]}, {"stop": ("a", "b")}),
+        ({"seed": -1}, {"sampling": Sampling()}),
+        ({"seed": 2**40 + 5}, {"sampling": Sampling(seed=5)}),
+        ({"response_format": {"type": "json_object"}}, {"sampling": Sampling(json_schema="{}")}),
+        ({"response_format": {"type": "text"}, "n": 1, "tools": []}, {"sampling": Sampling()}),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            {"messages": ({"role": "user", "content": "ab"},)},
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "4", "tool_call_id": "c1"}]},
+            {"messages": ({"role": "tool", "content": "4", "tool_call_id": "c1"},)},
+        ),
+    ],
+)
+def test_spellings(url: str, backend: FakeBackend, body: dict[str, Any], seen: dict[str, Any]) -> None:
+    reply = web.post(f"{url}/v1/chat/completions", json={"model": MODEL, "messages": HELLO, **body})
+    assert reply.status_code == 200, reply.text
+    assert {name: getattr(asked(backend), name) for name in seen} == seen
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("chat/completions", {"n": 2}, "n"),
+        ("chat/completions", {"tools": [{"type": "function"}]}, "tools"),
+        ("chat/completions", {"functions": [{"name": "f"}]}, "functions"),
+        ("chat/completions", {"logprobs": True}, "logprobs"),
+        ("chat/completions", {"modalities": ["audio"]}, "modalities"),
+        ("chat/completions", {"max_tokens": 0}, "max_tokens"),
+        ("chat/completions", {"stop": ["x"] * 33}, "stop"),
+        ("chat/completions", {"temperature": -1}, "temperature"),
+        ("chat/completions", {"messages": []}, "messages"),
+        ("chat/completions", {"model": ""}, "model"),
+        ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content",
+        ),
+        ("completions", {"echo": True}, "echo"),
+        ("completions", {"suffix": "end"}, "suffix"),
+        ("completions", {"logprobs": 2}, "logprobs"),
+        ("completions", {"best_of": 3}, "best_of"),
+        ("completions", {"prompt": ["a", "b"]}, "prompt"),
+        ("completions", {"prompt": []}, "prompt"),
+        ("embeddings", {"dimensions": 64}, "dimensions"),
+        ("embeddings", {"input": ["a", ""]}, "input"),
+        ("embeddings", {"input": ["a"] * 2049}, "input"),
+        ("embeddings", {"encoding_format": "hex"}, "encoding_format"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(
+    url: str, backend: FakeBackend, route: str, body: dict[str, Any], param: str
+) -> None:
+    whole = {"model": MODEL, "messages": HELLO, "prompt": "p", "input": "i", **body}
+    reply = web.post(f"{url}/v1/{route}", json=whole)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert param in error["message"]
+    assert not backend.saw("acquire")

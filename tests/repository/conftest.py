@@ -1,0 +1,9 @@
+"""Puts the set-up scripts, which are no package, within reach of these tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "setup"))

@@ -1,0 +1,360 @@
+"""The batcher over a fake model whose answers depend on every token that the cache holds.
+
+The fake speaks the batcher's protocol and is strict: positions must be contiguous, batches bounded, and a token comes
+out only of a row that wanted logits. So an answer is right only if the slot's memory is the prompt and the answer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.serving.batcher import Batcher
+from actors.serving.jobs import Embedding, Generation
+from actors.serving.model import Row
+from actors.serving.protocol import Chunk
+from actors.serving.text import TextStream
+from scheduler.errors import EngineFailed
+
+END = 0
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The fake's language: one token in sixteen ends."""
+    mixed = 7
+    for token in tokens:
+        mixed = (mixed * 31 + token) % 1009
+    return mixed % 16
+
+
+class FakeSampler:
+    def __init__(self) -> None:
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeModel:
+    n_vocab, n_embd, is_pooled = 1000, 4, False
+
+    def __init__(self, n_seq_max: int = 2, n_ubatch: int = 8, can_cut: bool = True, room: int = 10_000) -> None:
+        self.n_seq_max, self.n_ubatch, self.can_cut, self.room = n_seq_max, n_ubatch, can_cut, room
+        self.memory: list[list[int]] = [[] for _ in range(n_seq_max)]
+        self.codes: list[int] = []  # what the next decodes return
+        self.batches: list[list[Row]] = []
+        self.aborts = threading.Event()
+        self.pause: threading.Event | None = None  # decodes wait for it, or for an abort
+        self.entered = threading.Event()
+        self.threads = 0
+
+    def decode(self, rows: Sequence[Row]) -> int:
+        assert 0 < len(rows) <= max(self.n_ubatch, self.n_seq_max)
+        self.batches.append(list(rows))
+        self.entered.set()
+        if self.pause is not None:
+            while not self.pause.wait(0.001):
+                if self.aborts.is_set():
+                    return 2
+        if self.codes and (code := self.codes.pop(0)):
+            return code
+        if sum(map(len, self.memory)) + len(rows) > self.room:
+            return 1
+        for row in rows:
+            assert row.position == len(self.memory[row.sequence]), "a gap in the sequence"
+            self.memory[row.sequence].append(row.token)
+        return 0
+
+    def sample(self, sampler: Any, row: int) -> int:
+        assert not sampler.closed
+        wanted = self.batches[-1][row]
+        assert wanted.wants_logits
+        assert wanted.position == len(self.memory[wanted.sequence]) - 1
+        return next_token(self.memory[wanted.sequence])
+
+    def embed(self, rows: Sequence[Row]) -> Any:
+        code = self.decode(rows)
+        return code or np.array([[row.token, 1.0, 0.0, 0.0] for row in rows])
+
+    def piece(self, token: int) -> bytes:
+        return b"%d " % token
+
+    def ends_generation(self, token: int) -> bool:
+        return token == END
+
+    def keep_prefix(self, sequence: int, kept: int, stored: int) -> int:
+        assert len(self.memory[sequence]) == stored, "the slot's tokens are not what the memory holds"
+        if kept != stored and not self.can_cut:
+            kept = 0
+        del self.memory[sequence][kept:]
+        return kept
+
+    def set_threads(self, n_threads: int) -> None:
+        self.threads = n_threads
+
+    def abort(self, wanted: bool) -> None:
+        (self.aborts.set if wanted else self.aborts.clear)()
+
+
+def job(prompt: Sequence[int], max_tokens: int = 20, name: str = "r") -> Generation:
+    return Generation(name, list(prompt), FakeSampler(), TextStream(), max_tokens)
+
+
+def expected(prompt: Sequence[int], max_tokens: int) -> tuple[str, str]:
+    tokens, said = list(prompt), []
+    while len(said) < max_tokens:
+        if (token := next_token(tokens)) == END:
+            return "".join(said), "stop"
+        said.append(f"{token} ")
+        tokens.append(token)
+    return "".join(said), "length"
+
+
+def heard(chunks: Sequence[Chunk]) -> tuple[str, str]:
+    return "".join(chunk.text for chunk in chunks), str(chunks[-1].finish_reason)
+
+
+@pytest.fixture
+def running() -> Iterator[Any]:
+    """`running(model)`: a batcher over it, closed after the test."""
+    batchers: list[Batcher] = []
+
+    def start(model: FakeModel) -> Batcher:
+        batchers.append(Batcher(model))
+        return batchers[-1]
+
+    yield start
+    for batcher in batchers:
+        batcher.close()
+
+
+PROMPT = st.lists(st.integers(1, 3), min_size=1, max_size=20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.tuples(PROMPT, st.integers(1, 12)), min_size=1, max_size=10),
+    n_slots=st.integers(1, 4),
+    n_ubatch=st.integers(1, 9),
+    can_cut=st.booleans(),
+)
+def test_every_answer_is_that_of_a_clean_run(
+    prompts: list[tuple[list[int], int]], n_slots: int, n_ubatch: int, can_cut: bool
+) -> None:
+    model = FakeModel(n_slots, n_ubatch, can_cut)
+    batcher = Batcher(model)
+    try:
+        jobs = [job(prompt, max_tokens) for prompt, max_tokens in prompts]
+        for one in jobs:
+            batcher.submit(one)
+        for one, (prompt, max_tokens) in zip(jobs, prompts, strict=True):
+            chunks = list(one.results())
+            assert heard(chunks) == expected(prompt, max_tokens)
+            last = chunks[-1]
+            assert last.prompt_tokens == len(prompt)
+            assert last.cached_tokens < len(prompt)
+            assert last.completion_tokens == len(heard(chunks)[0].split())
+            assert one.sampler.closed
+        assert batcher.jobs() == []
+    finally:
+        batcher.close()
+
+
+def test_a_longer_chat_decodes_only_what_is_new(running: Any) -> None:
+    model = FakeModel(n_seq_max=2, n_ubatch=100)
+    batcher = running(model)
+    first = list(range(1, 30))
+    for prompt, cached in ((first, 0), ([5] * 20, 0), ([*first, 1, 2, 3], len(first)), ([*first, 4], len(first))):
+        one = job(prompt, 1)
+        batcher.submit(one)
+        assert list(one.results())[-1].cached_tokens == cached
+    assert [len(batch) for batch in model.batches] == [29, 20, 3, 1]
+
+
+def test_a_memory_that_cannot_be_cut_starts_clean(running: Any) -> None:
+    batcher = running(FakeModel(n_seq_max=1, can_cut=False))
+    for prompt, cached in (([1, 2, 3, 4], 0), ([1, 2, 3, 4, 9], 4), ([1, 2, 8], 0)):
+        one = job(prompt, 1)
+        batcher.submit(one)
+        assert list(one.results())[-1].cached_tokens == cached
+
+
+def test_waiting_jobs_are_served_in_order(running: Any) -> None:
+    model = FakeModel(n_seq_max=1)
+    model.pause = threading.Event()
+    batcher = running(model)
+    jobs = [job([index + 1], 1, name=str(index)) for index in range(5)]
+    for one in jobs:
+        batcher.submit(one)
+    assert [one.request_id for one in batcher.jobs()] == ["0", "1", "2", "3", "4"]
+    model.pause.set()
+    for one in jobs:
+        list(one.results())
+    assert [batch[0].token for batch in model.batches] == [1, 2, 3, 4, 5]
+
+
+def test_a_long_prompt_does_not_hold_up_another_answer(running: Any) -> None:
+    model = FakeModel(n_seq_max=2, n_ubatch=4)
+    model.pause = threading.Event()
+    batcher = running(model)
+    short, long = job([3], 12), job([2] * 40, 1)
+    batcher.submit(short)
+    batcher.submit(long)
+    model.pause.set()
+    list(short.results())
+    list(long.results())
+    while_reading = [batch for batch in model.batches if any(row.sequence == 1 for row in batch)]
+    assert all(len(batch) <= 4 for batch in while_reading)
+    assert sum(row.sequence == 0 for batch in while_reading for row in batch) >= 2
+
+
+def test_cancelling_in_the_middle_of_a_decode_aborts_it_and_frees_the_slot(running: Any) -> None:
+    model = FakeModel(n_seq_max=1)
+    model.pause = threading.Event()
+    batcher = running(model)
+    doomed, next_one = job([1] * 30, 5), job([2, 2], 3)
+    batcher.submit(doomed)
+    batcher.submit(next_one)
+    assert model.entered.wait(10)
+    batcher.cancel(doomed)
+    assert list(doomed.results()) == []
+    model.pause.set()
+    assert heard(list(next_one.results())) == expected([2, 2], 3)
+    assert doomed.sampler.closed
+
+
+def test_cancelling_one_does_not_abort_another_in_the_same_batch(running: Any) -> None:
+    model = FakeModel(n_seq_max=2)
+    model.pause = threading.Event()
+    batcher = running(model)
+    blocker = job([9], 1)  # holds the thread until both others wait, so that they share a batch
+    batcher.submit(blocker)
+    assert model.entered.wait(10)
+    kept, dropped = job([2, 2], 6), job([3, 3], 6)
+    batcher.submit(kept)
+    batcher.submit(dropped)
+    batcher.cancel(dropped)
+    model.pause.set()
+    assert heard(list(kept.results())) == expected([2, 2], 6)
+    assert list(dropped.results()) == []
+
+
+def test_a_failed_decode_fails_its_requests_and_the_next_one_works(running: Any) -> None:
+    model = FakeModel(n_seq_max=1)
+    model.codes = [-3]
+    batcher = running(model)
+    unlucky = job([1, 2])
+    batcher.submit(unlucky)
+    with pytest.raises(EngineFailed, match="returned -3"):
+        list(unlucky.results())
+    lucky = job([1, 2])
+    batcher.submit(lucky)
+    assert heard(list(lucky.results())) == expected([1, 2], 20)
+    assert batcher.broken == ""
+
+
+def test_two_failures_in_a_row_break_the_engine(running: Any) -> None:
+    model = FakeModel(n_seq_max=1)
+    model.codes = [-3, -2]
+    batcher = running(model)
+    for prompt in ([1], [2]):
+        unlucky = job(prompt)
+        batcher.submit(unlucky)
+        with pytest.raises(EngineFailed):
+            list(unlucky.results())
+    batcher.close()
+    assert "returned -2" in batcher.broken
+    with pytest.raises(EngineFailed, match="two decodes"):
+        batcher.submit(job([3]))
+
+
+def test_a_bug_ends_every_request_with_the_reason(running: Any) -> None:
+    model = FakeModel(n_seq_max=1)
+    model.piece = lambda token: 1 // 0  # type: ignore[method-assign, assignment]
+    model.pause = threading.Event()
+    batcher = running(model)
+    jobs = [job([1, 2]), job([3])]
+    for one in jobs:
+        batcher.submit(one)
+    model.pause.set()
+    for one in jobs:
+        with pytest.raises(EngineFailed, match="ZeroDivisionError"):
+            list(one.results())
+
+
+def talkative(n_tokens: int, at_least: int) -> list[int]:
+    """A prompt whose answer does not end before `at_least` tokens."""
+    prompts = ([*([2] * (n_tokens - 1)), last] for last in range(1, 1000))
+    return next(prompt for prompt in prompts if expected(prompt, at_least)[1] == "length")
+
+
+def test_a_full_shared_cache_forgets_the_idle_first(running: Any) -> None:
+    batcher = running(FakeModel(n_seq_max=2, n_ubatch=64, room=40))
+    for prompt in ([1] * 18, [2] * 30):  # 48 tokens in all
+        one = job(prompt, 1)
+        batcher.submit(one)
+        assert heard(list(one.results())) == expected(prompt, 1)
+
+
+def test_a_full_shared_cache_then_ends_the_longest_answer(running: Any) -> None:
+    model = FakeModel(n_seq_max=3, n_ubatch=64, room=40)
+    model.pause = threading.Event()
+    batcher = running(model)
+    blocker = job([9], 1)  # holds the thread until both others wait, so that they start together
+    batcher.submit(blocker)
+    assert model.entered.wait(10)
+    long_prompt, short_prompt = talkative(25, 12), talkative(10, 12)
+    long, short = job(long_prompt, 12), job(short_prompt, 12)
+    batcher.submit(long)
+    batcher.submit(short)
+    model.pause.set()
+    said, ending = heard(list(long.results()))
+    assert ending == "length"
+    assert 1 <= len(said.split()) < 12
+    assert expected(long_prompt, 12)[0].startswith(said)
+    assert heard(list(short.results())) == expected(short_prompt, 12)
+
+
+def test_threads_change_at_the_next_turn(running: Any) -> None:
+    model = FakeModel()
+    batcher = running(model)
+    batcher.set_threads(7)
+    one = job([1], 1)
+    batcher.submit(one)
+    list(one.results())
+    assert model.threads == 7
+
+
+def test_closing_fails_what_is_under_way(running: Any) -> None:
+    model = FakeModel(n_seq_max=1)
+    model.pause = threading.Event()
+    batcher = running(model)
+    jobs = [job([1]), job([2])]
+    for one in jobs:
+        batcher.submit(one)
+    assert model.entered.wait(10)
+    batcher.close()
+    for one in jobs:
+        with pytest.raises(EngineFailed, match="being stopped"):
+            list(one.results())
+    with pytest.raises(EngineFailed, match="being stopped"):
+        batcher.submit(job([3]))
+
+
+def test_embeddings_are_means_of_length_one_and_leave_no_trace(running: Any) -> None:
+    model = FakeModel(n_seq_max=1, n_ubatch=4)
+    batcher = running(model)
+    text = Embedding("e", [3, 4, 5, 4, 3, 5, 4, 4, 4])
+    batcher.submit(text)
+    (vector,) = text.results()
+    assert vector == pytest.approx([4 / 17**0.5, 1 / 17**0.5, 0, 0])
+    assert model.memory == [[]]
+    one = job([3, 4], 4)
+    batcher.submit(one)
+    assert heard(list(one.results())) == expected([3, 4], 4)
