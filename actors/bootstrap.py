@@ -113,7 +113,7 @@ def take_down(say: Say = lambda _: None) -> bool:
     names = _names()  # now that nobody starts runners any more
     runners = [name for name in names if name.startswith(RUNNER_PREFIX)]
     if runners:
-        say(f"ending {len(runners)} loaded models")
+        say(f"ending {len(runners)} runners")
     processes = _answers(actor.process.remote() for name in runners if (actor := _find(name)) is not None)
     _kill(runners)
     if processes:

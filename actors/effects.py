@@ -1,7 +1,7 @@
 """Carries commands out and posts what came of them: every command ends in exactly one event, whatever goes wrong.
 
-A runner is a detached actor of its own, placed on its node by hard affinity. It ends by `ray.kill`; its memory counts
-as free only after its process is gone (SIGKILL by the node actor as a backstop) and its devices have been read again.
+A replica's runner is the node's spare (see `runners`) or a fresh one. It ends by `ray.kill`; its memory counts as free
+only after its process is gone (SIGKILL by the node actor as a backstop) and its devices have been read again.
 An actor that does not answer is asked again for as long as its node is there: Ray restarts it.
 """
 
@@ -11,23 +11,21 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any, Union
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.names import gpu_name, node_name, runner_name
+from actors.names import gpu_name, node_name
+from actors.runners import Runner, Spares
 from actors.serving.protocol import LoadDevice, LoadFailure, LoadReport, LoadSpec, RunnerStatus
-from actors.serving.runner import RunnerActor
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.inventory import Inventory
 from scheduler.config import Policy
 from scheduler.costs.shape import ModelShape
 from scheduler.errors import ArrieroError, InvalidGGUF, Unavailable
-from scheduler.units import DeviceId, NodeId, ReplicaId
+from scheduler.units import NodeId, ReplicaId
 
 PROGRESS_EVERY_S = 0.25
 QUESTION_TIMEOUT_S = 10.0
@@ -40,16 +38,6 @@ Order = Union[  # noqa: UP007
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Runner:
-    """A runner, where it runs, and its process: pid and start time, None until it has said so."""
-
-    actor: Any
-    node_id: NodeId
-    device_ids: tuple[DeviceId, ...]
-    process: tuple[int, float] | None = None
-
-
 class Effects:
     """Belongs to the scheduler actor's event loop. `post` hands an event to the core."""
 
@@ -58,6 +46,7 @@ class Effects:
         self._policy = policy
         self._namespace = namespace
         self._post = post
+        self._spares = Spares(namespace)
         self._runners: dict[ReplicaId, Runner] = {}
         self._actors: dict[str, Any] = {}  # of nodes and GPUs: a handle outlives the restarts of its actor
         self._tasks: set[asyncio.Task[None]] = set()
@@ -83,10 +72,20 @@ class Effects:
         self._runners[replica_id] = runner
         self._spawn(self._watch(replica_id, runner))
 
+    def node_joined(self, node_id: NodeId) -> None:
+        """Make the first load there as quick as those that follow."""
+        self._spares.stand_by(node_id)
+
     def forget_node(self, node_id: NodeId) -> None:
         """The node is lost, and its runners with it: no StopReplica comes for them."""
+        self._spares.forget(node_id)
         for replica_id in [known for known, runner in self._runners.items() if runner.node_id == node_id]:
-            _kill(self._runners.pop(replica_id).actor)
+            self._runners.pop(replica_id).kill()
+
+    def runner_name(self, replica_id: ReplicaId) -> str:
+        """The name of the replica's actor; "" when it has none any more."""
+        runner = self._runners.get(replica_id)
+        return runner.name if runner else ""
 
     def pid(self, replica_id: ReplicaId) -> int | None:
         runner = self._runners.get(replica_id)
@@ -118,6 +117,8 @@ class Effects:
         if runner is not None and isinstance(event, ev.ReplicaFailed):
             await self._read_again(runner)  # what made it fail is to be known to the next plan
         self._post(event)
+        if command.placement.node_id in self._inventory.nodes:
+            self._spares.stand_by(command.placement.node_id)  # not earlier: it would slow this load down
         if runner is not None and isinstance(event, ev.ReplicaReady):
             await self._watch(command.replica_id, runner)
 
@@ -132,29 +133,36 @@ class Effects:
         return "failed", f"{type(error).__name__}: {brief(error)}"
 
     async def _load(self, command: cmd.StartReplica) -> ev.ReplicaReady | ev.ReplicaFailed:
-        replica_id, node_id = command.replica_id, command.placement.node_id
-        actor = (
-            remote(RunnerActor)
-            .options(
-                name=runner_name(replica_id),
-                namespace=self._namespace,
-                lifetime="detached",
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-            )
-            .remote(replica_id, self._spec(command))
-        )
-        runner = self._runners[replica_id] = Runner(actor, node_id, command.placement.device_ids)
-        process: tuple[int, float] = await asyncio.wait_for(actor.process.remote(), self._policy.load_timeout_s)
-        runner.process = process
-        self._post(ev.ReplicaStarted(replica_id, process[0]))
+        replica_id, spec = command.replica_id, self._spec(command)
+        actor, pid = await self._start_runner(command)
+        self._post(ev.ReplicaStarted(replica_id, pid))
         reporting = asyncio.ensure_future(self._report_progress(replica_id, actor))
         try:
-            outcome: LoadReport | LoadFailure = await asyncio.wait_for(actor.load.remote(), self._policy.load_timeout_s)
+            loading = actor.load.remote(replica_id, spec)
+            outcome: LoadReport | LoadFailure = await asyncio.wait_for(loading, self._policy.load_timeout_s)
         finally:
             reporting.cancel()
         if isinstance(outcome, LoadFailure):
             return ev.ReplicaFailed(replica_id, outcome.kind, outcome.message)
         return ready_event(replica_id, outcome)
+
+    async def _start_runner(self, command: cmd.StartReplica) -> tuple[Any, int]:
+        """The replica's actor and its pid: the node's spare, or a fresh one when there is none that lives."""
+        node_id = command.placement.node_id
+        spare = self._spares.take(node_id)
+        runner = spare or self._spares.start(node_id)
+        while True:
+            self._runners[command.replica_id] = runner
+            runner.device_ids = command.placement.device_ids
+            try:
+                asked = runner.actor.process.remote()
+                process: tuple[int, float] = await asyncio.wait_for(asked, self._policy.load_timeout_s)
+                runner.process = process
+                return runner.actor, process[0]
+            except RayActorError:
+                if runner is not spare or self._runners.get(command.replica_id) is not runner:  # it was stopped
+                    raise
+                runner = self._spares.start(node_id)
 
     def _spec(self, command: cmd.StartReplica) -> LoadSpec:
         placement = command.placement
@@ -213,7 +221,7 @@ class Effects:
     async def _stop(self, command: cmd.StopReplica) -> None:
         runner = self._runners.pop(command.replica_id, None)
         if runner is not None:
-            _kill(runner.actor)
+            runner.kill()
             await self._await_end(command.replica_id, runner)
             await self._read_again(runner)
         self._post(ev.ReplicaGone(command.replica_id))
@@ -314,17 +322,7 @@ def ready_event(replica_id: ReplicaId, report: LoadReport) -> ev.ReplicaReady:
     )
 
 
-def remote(actor: Any) -> Any:
-    """The actor class as Ray has made it: type checkers see the plain one."""
-    return actor
-
-
 def brief(error: BaseException) -> str:
     """The first line of what it says, or its class."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _kill(actor: Any) -> None:
-    with contextlib.suppress(RayError, ValueError):
-        ray.kill(actor, no_restart=True)

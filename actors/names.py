@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler.units import DeviceId, NodeId, ReplicaId
+from scheduler.units import DeviceId, NodeId
 
 NAMESPACE = "arriero"
 SCHEDULER = "scheduler"
@@ -12,8 +12,9 @@ NODE_PREFIX = "node-"
 GPU_PREFIX = "gpu-"
 
 
-def runner_name(replica_id: ReplicaId) -> str:
-    return f"{RUNNER_PREFIX}{replica_id}"
+def runner_name(token: str) -> str:
+    """`token` is any string of its own: a runner starts before it is known which replica it will hold."""
+    return f"{RUNNER_PREFIX}{token}"
 
 
 def node_name(node_id: NodeId) -> str:

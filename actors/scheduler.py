@@ -108,7 +108,8 @@ class SchedulerActor:
         self._board.post(notice)
 
     def _granted(self, grant: cmd.GrantLease) -> None:
-        lease = Lease(grant.lease_id, grant.replica_id, grant.model, grant.ttl_s, grant.n_ctx)
+        runner = self._effects.runner_name(grant.replica_id)
+        lease = Lease(grant.lease_id, grant.replica_id, runner, grant.model, grant.ttl_s, grant.n_ctx)
         if not self._answer(grant.request_id, lease):  # whoever asked has left
             asyncio.get_running_loop().call_soon(self._post, ev.LeaseReleased(grant.lease_id))
 
@@ -152,6 +153,8 @@ class SchedulerActor:
             self._post(ev.Ticked())
 
     def _node_joined(self, joined: Joined) -> None:
+        if self._closing:
+            return
         node_id = joined.facts.node_id
         self._failures.pop(node_id, None)
         self._post(ev.NodeJoined(joined.facts))
@@ -162,6 +165,7 @@ class SchedulerActor:
         for reading in joined.device_readings:
             self._post(ev.DeviceSampled(reading))
         self._post(ev.NodeSampled(joined.node_reading))
+        self._effects.node_joined(node_id)
 
     def _node_left(self, node_id: NodeId) -> None:
         self._effects.forget_node(node_id)

@@ -1,7 +1,7 @@
 """Runners that outlived the scheduler: found by name, asked what they are, taken back into the books.
 
-One that is ready goes on serving, its answers under way included. One that was loading is ended: whoever waits for it
-has lost the scheduler too and asks again.
+One that is ready goes on serving, its answers under way included. One that was loading is ended, for whoever waits for
+it has lost the scheduler too and asks again; and so is a spare, for a new one is started when its node joins.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import ray
 from ray.exceptions import RayError
 
-from actors.effects import Runner, brief, ready_event
+from actors.effects import brief, ready_event
 from actors.names import RUNNER_PREFIX
+from actors.runners import Runner
 from actors.serving.protocol import RunnerStatus
 from scheduler import events as ev
 from scheduler.units import LeaseId, ReplicaId
@@ -53,7 +54,7 @@ async def _ask(name: str, namespace: str) -> Survivor | None:
         ray.kill(actor, no_restart=True)
         return None
     spec, report = status.spec, status.report
-    if status.state != "ready" or report is None or spec.placement is None:
+    if status.state != "ready" or report is None or spec is None or spec.placement is None:
         log.info("%s is %s and is ended", name, status.state)
         ray.kill(actor, no_restart=True)
         return None
@@ -68,4 +69,4 @@ async def _ask(name: str, namespace: str) -> Survivor | None:
         ready=ready_event(replica_id, report),
         lease_ids=tuple(map(LeaseId, status.active_requests)),
     )
-    return Survivor(Runner(actor, placement.node_id, placement.device_ids, process), adopted)
+    return Survivor(Runner(name, actor, placement.node_id, placement.device_ids, process), adopted)

@@ -32,10 +32,14 @@ class AcquireRequest:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A time-limited right to a slot of `n_ctx` tokens, renewed within `ttl_s` seconds (the same for every lease)."""
+    """A time-limited right to a slot of `n_ctx` tokens, renewed within `ttl_s` seconds (the same for every lease).
+
+    `runner` is the name of the replica's actor.
+    """
 
     lease_id: LeaseId
     replica_id: ReplicaId
+    runner: str
     model: str
     ttl_s: float
     n_ctx: int

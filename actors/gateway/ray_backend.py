@@ -154,10 +154,9 @@ class RayBackend:
     async def _runner(self, lease: Lease) -> ActorHandle[Any]:
         runner = self._runners.get(lease.replica_id)
         if runner is None:
-            name = f"runner-{lease.replica_id}"
             try:
                 # A blocking question to the head: off the event loop, where everybody's tokens pass.
-                runner = await asyncio.to_thread(ray.get_actor, name, namespace=self._namespace)
+                runner = await asyncio.to_thread(ray.get_actor, lease.runner, namespace=self._namespace)
             except ValueError as error:
                 raise EngineFailed(f"replica {lease.replica_id} of {lease.model} is gone; ask again") from error
             if len(self._runners) >= MAX_CACHED_RUNNERS:

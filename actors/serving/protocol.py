@@ -149,8 +149,8 @@ RunnerState = Literal["idle", "loading", "ready", "broken", "closed"]
 class RunnerStatus:
     """What a runner says of itself; enough for a restarted scheduler to adopt it again."""
 
-    replica_id: str
-    spec: LoadSpec
+    replica_id: str  # "" and no spec until it was told to load
+    spec: LoadSpec | None
     state: RunnerState
     reason: str  # why it is broken, "" otherwise
     report: LoadReport | None

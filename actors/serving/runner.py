@@ -1,6 +1,7 @@
 """A replica in a process of its own: checks the memory, loads, serves, and dies with everything it holds.
 
-`Runner` is the logic, free of Ray; `RunnerActor` is the detached actor around it, one per replica and never restarted.
+`Runner` is the logic, free of Ray; `RunnerActor` is the detached actor around it. It starts without a model, loads
+once, and is never restarted.
 States: idle → loading → ready → broken or closed; a failed load ends in broken. What llama.cpp aborts on takes down
 this process and nothing else. The normal end is `ray.kill`: device processes and memory go with the process.
 Expected failures are values (`LoadFailure`, or the ArrieroError as the last item of a stream), for an exception that
@@ -9,6 +10,7 @@ crosses Ray costs a traceback and its class.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -51,6 +53,9 @@ happens in the engine, in order, and not in Ray."""
 
 WATCH_EVERY_S = 0.25
 
+IMPORTED_EARLY = ("jinja2.sandbox", "numpy")
+"""What llama_cpp imports first. Itself it has to wait until the GPUs are chosen."""
+
 
 def show_only(devices: Sequence[LoadDevice]) -> None:
     """Limits this process to the CUDA cards among `devices`, in their order; none hides all cards.
@@ -63,13 +68,19 @@ def show_only(devices: Sequence[LoadDevice]) -> None:
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 
+def load_on_its_devices(spec: LoadSpec, endpoints: Sequence[str], on_progress: Callable[[float], object]) -> Engine:
+    """An engine that sees the spec's cards and no others."""
+    show_only(spec.devices)
+    return Engine(spec, endpoints, on_progress)
+
+
 class Runner:
     """One replica. `load` once, then `generate` and `embed` from any number of threads."""
 
-    def __init__(self, replica_id: str, spec: LoadSpec, load_engine: EngineLoader = Engine) -> None:
-        self._replica_id = replica_id
-        self._spec = spec
+    def __init__(self, load_engine: EngineLoader = Engine) -> None:
         self._load_engine = load_engine
+        self._replica_id = ""
+        self._spec: LoadSpec | None = None
         self._engine: Engine | None = None
         self._devices: list[DeviceProcess] = []
         self._lock = Lock()
@@ -77,20 +88,20 @@ class Runner:
         self._reason = ""
         self._progress = 0.0
         self._report: LoadReport | None = None
-        self._n_threads = spec.n_threads
+        self._n_threads: int | None = None  # what was asked for last, if it was
         self._watcher = object()
 
-    def load(self) -> LoadReport | LoadFailure:
+    def load(self, replica_id: str, spec: LoadSpec) -> LoadReport | LoadFailure:
         """Loads the model; blocks until it can answer. A refusal names the numbers and has loaded nothing."""
         with self._lock:
             if self._state != "idle":
                 return LoadFailure("failed", f"runner of replica {self._replica_id} is {self._state}; it loads once")
-            self._state = "loading"
+            self._replica_id, self._spec, self._state = replica_id, spec, "loading"
         started = time.monotonic()
         try:
-            check_memory(self._spec)
-            self._start_devices()
-            self._engine = self._load_engine(self._spec, [device.endpoint for device in self._devices], self._advance)
+            check_memory(spec)
+            self._start_devices(spec)
+            self._engine = self._load_engine(spec, [device.endpoint for device in self._devices], self._advance)
         except LoadFailed as error:
             return self._load_failed(error.failure)
         except Exception as error:  # whatever went wrong, the scheduler has to hear of it and this replica is over
@@ -98,14 +109,15 @@ class Runner:
         pid, process_started_at_s = this_process()
         self._report = LoadReport(self._engine.buffers, pid, process_started_at_s, load_s=time.monotonic() - started)
         self._progress, self._state = 1.0, "ready"
-        self._engine.set_threads(self._n_threads)  # the cores may have been divided anew during the load
+        if self._n_threads is not None:  # the cores were divided anew during the load
+            self._engine.set_threads(self._n_threads)
         return self._report
 
     def _advance(self, progress: float) -> None:
         self._progress = min(progress, 0.99)  # all of it only once the context stands too
 
-    def _start_devices(self) -> None:
-        virtual = [device for device in self._spec.devices if device.kind == "rpc"]
+    def _start_devices(self, spec: LoadSpec) -> None:
+        virtual = [device for device in spec.devices if device.kind == "rpc"]
         if virtual:
             with ThreadPoolExecutor(len(virtual)) as pool:
                 started = [
@@ -151,6 +163,7 @@ class Runner:
     def describe(self) -> RunnerStatus:
         """All that a scheduler needs to take this replica into its books; notices a device that died."""
         self._check_devices()
+        n_threads = self._n_threads or (self._spec.n_threads if self._spec is not None else 0)
         return RunnerStatus(
             replica_id=self._replica_id,
             spec=self._spec,
@@ -158,7 +171,7 @@ class Runner:
             reason=self._reason,
             report=self._report,
             progress=self._progress,
-            n_threads=self._n_threads,
+            n_threads=n_threads,
             active_requests=self._engine.active_requests if self._engine is not None else (),
         )
 
@@ -184,9 +197,8 @@ class Runner:
     def _ready_engine(self) -> Engine:
         self._check_devices()
         if self._state != "ready" or self._engine is None:
-            raise EngineFailed(
-                f"replica {self._replica_id} of {self._spec.model} is {self._state} {self._reason}".rstrip()
-            )
+            what = "this runner" if self._spec is None else f"replica {self._replica_id} of {self._spec.model}"
+            raise EngineFailed(f"{what} is {self._state} {self._reason}".rstrip())
         return self._engine
 
     def _check_devices(self) -> None:
@@ -238,18 +250,19 @@ def _read_device(device: LoadDevice) -> DeviceReading:
 
 @ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"gen": STREAMS, "ctl": 6})
 class RunnerActor:
-    """A `Runner` as a Ray actor. Name it `runner-<replica id>`, detached, on its node by hard affinity.
+    """A `Runner` as a Ray actor. Name it `runner-…`, detached, on its node by hard affinity.
 
     Streams run in the group "gen", everything else in "ctl", so that a runner answers while it loads or serves.
     """
 
-    def __init__(self, replica_id: str, spec: LoadSpec) -> None:
-        show_only(spec.devices)
-        self._runner = Runner(replica_id, spec)
+    def __init__(self) -> None:
+        self._runner = Runner(load_on_its_devices)
+        for name in IMPORTED_EARLY:
+            importlib.import_module(name)
 
     @ray.method(concurrency_group="ctl")
-    def load(self) -> LoadReport | LoadFailure:
-        return self._runner.load()
+    def load(self, replica_id: str, spec: LoadSpec) -> LoadReport | LoadFailure:
+        return self._runner.load(replica_id, spec)
 
     @ray.method(concurrency_group="ctl")
     def progress(self) -> float:

@@ -126,7 +126,9 @@ class FakeBackend:
             await self._step(self.acquisitions.popleft())
         number = len(self.saw("lease")) + 1
         self.note("lease", f"l{number}")
-        return posted(Lease(LeaseId(f"l{number}"), ReplicaId(f"r{number}"), MODEL, self.ttl_s, 4096))
+        return posted(
+            Lease(LeaseId(f"l{number}"), ReplicaId(f"r{number}"), f"runner-{number}", MODEL, self.ttl_s, 4096)
+        )
 
     async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
         self.note("release", lease_id, failed, usage)

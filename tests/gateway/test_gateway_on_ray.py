@@ -65,7 +65,7 @@ class ScriptedScheduler:
             return UnknownModel(f"no model {request.model!r} in the catalogue")
         replica = self.replicas[self.granted % len(self.replicas)]
         self.granted += 1
-        return Lease(LeaseId(f"l{self.granted}"), ReplicaId(replica), MODEL, 60.0, 4096)
+        return Lease(LeaseId(f"l{self.granted}"), ReplicaId(replica), f"runner-{replica}", MODEL, 60.0, 4096)
 
     async def release(self, lease_id: str, failed: bool, usage: Any) -> None:
         await self.note("release", lease_id, failed, usage)
@@ -280,7 +280,7 @@ def test_unsafe_and_impossible_addresses_fail_at_creation(here: Service) -> None
 
 def test_a_runner_that_is_not_there(here: Service) -> None:
     async def ask() -> None:
-        lease = Lease(LeaseId("l"), ReplicaId("nobody"), MODEL, 60.0, 4096)
+        lease = Lease(LeaseId("l"), ReplicaId("nobody"), "runner-nobody", MODEL, 60.0, 4096)
         async for _ in here.backend.generate(lease, GenerateRequest("q", prompt="x")):
             pass
 

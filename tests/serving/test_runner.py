@@ -84,15 +84,16 @@ def ready(spec: LoadSpec) -> tuple[Runner, FakeEngine]:
         engines.append(FakeEngine(*arguments))
         return engines[-1]
 
-    runner = Runner("r-1", spec, load)
-    assert isinstance(runner.load(), LoadReport)
+    runner = Runner(load)
+    assert isinstance(runner.load("r-1", spec), LoadReport)
     return runner, engines[0]
 
 
 def test_a_load_reports_buffers_and_process(spec: Any) -> None:
-    runner = Runner("r-1", spec("m.gguf"), FakeEngine)  # type: ignore[arg-type]
-    assert runner.describe().state == "idle"
-    report = pickle.loads(pickle.dumps(runner.load()))
+    runner = Runner(FakeEngine)  # type: ignore[arg-type]
+    idle = pickle.loads(pickle.dumps(runner.describe()))
+    assert (idle.replica_id, idle.spec, idle.state, idle.n_threads) == ("", None, "idle", 0)
+    report = pickle.loads(pickle.dumps(runner.load("r-1", spec("m.gguf"))))
     assert isinstance(report, LoadReport)
     assert report.pid == os.getpid()
     assert report.process_started_at_s == started_at_s(os.getpid())
@@ -103,9 +104,17 @@ def test_a_load_reports_buffers_and_process(spec: Any) -> None:
     assert runner.progress() == 1.0
 
 
+def test_a_runner_without_a_model_serves_nothing(ask: Any) -> None:
+    runner = Runner(FakeEngine)  # type: ignore[arg-type]
+    with pytest.raises(EngineFailed, match="this runner is idle"):
+        list(runner.generate(ask()))
+    assert runner.watch() == "idle"
+    assert (runner.progress(), runner.cancel("known")) == (0.0, False)
+
+
 def test_a_runner_loads_once(spec: Any) -> None:
     runner, _ = ready(spec("m.gguf"))
-    again = runner.load()
+    again = runner.load("r-1", spec("m.gguf"))
     assert isinstance(again, LoadFailure)
     assert "is ready; it loads once" in again.message
 
@@ -120,8 +129,8 @@ def test_progress_shows_during_the_load_and_is_complete_only_at_its_end(spec: An
         assert runner.describe().state == "loading"
         return FakeEngine(spec, endpoints, on_progress)
 
-    runner = Runner("r-1", spec("m.gguf"), load)
-    runner.load()
+    runner = Runner(load)
+    runner.load("r-1", spec("m.gguf"))
     assert seen == [0.25, 0.99]
 
 
@@ -138,8 +147,8 @@ def test_a_failed_load_is_a_value_and_the_end_of_the_replica(
     def load(*_: Any) -> Any:
         raise error
 
-    runner = Runner("r-1", spec("m.gguf"), load)
-    failure = pickle.loads(pickle.dumps(runner.load()))
+    runner = Runner(load)
+    failure = pickle.loads(pickle.dumps(runner.load("r-1", spec("m.gguf"))))
     assert failure == LoadFailure(kind, message)  # type: ignore[arg-type]
     assert runner.describe().state == "broken"
     with pytest.raises(EngineFailed, match=message):
@@ -166,9 +175,9 @@ def test_closing_the_stream_closes_the_engines(spec: Any, ask: Any) -> None:
 
 
 def test_threads_wanted_during_the_load_hold_afterwards(spec: Any) -> None:
-    runner = Runner("r-1", spec("m.gguf"), FakeEngine)  # type: ignore[arg-type]
+    runner = Runner(FakeEngine)  # type: ignore[arg-type]
     runner.set_threads(5)
-    runner.load()
+    runner.load("r-1", spec("m.gguf"))
     assert runner._engine.threads == [5]  # type: ignore[union-attr]
     runner.set_threads(1)
     assert runner.describe().n_threads == 1
@@ -206,7 +215,7 @@ def test_a_closed_runner_serves_nothing(spec: Any, ask: Any) -> None:
 
 
 def test_refuses_when_the_host_has_too_little(spec: Any) -> None:
-    failure = Runner("r-1", spec("m.gguf", host_required_bytes=1 << 60), FakeEngine).load()  # type: ignore[arg-type]
+    failure = Runner(FakeEngine).load("r-1", spec("m.gguf", host_required_bytes=1 << 60))  # type: ignore[arg-type]
     assert isinstance(failure, LoadFailure)
     assert failure.kind == "refused"
     assert "1048576.0 TiB" in failure.message
@@ -215,12 +224,12 @@ def test_refuses_when_the_host_has_too_little(spec: Any) -> None:
 def test_refuses_when_a_device_has_less_than_was_booked(spec: Any, virtual_gpus: tuple[LoadDevice, ...]) -> None:
     gpu = virtual_gpus[1]
     greedy = replace(gpu, required_bytes=gpu.total_bytes + 1)
-    failure = Runner("r-1", spec("m.gguf", devices=(greedy,)), FakeEngine).load()  # type: ignore[arg-type]
+    failure = Runner(FakeEngine).load("r-1", spec("m.gguf", devices=(greedy,)))  # type: ignore[arg-type]
     assert isinstance(failure, LoadFailure)
     assert failure.kind == "refused"
     assert f"{gpu.device_id} has 24.0 MiB free" in failure.message
     lost = replace(gpu, state_path="/nowhere")
-    failure = Runner("r-1", spec("m.gguf", devices=(lost,)), FakeEngine).load()  # type: ignore[arg-type]
+    failure = Runner(FakeEngine).load("r-1", spec("m.gguf", devices=(lost,)))  # type: ignore[arg-type]
     assert isinstance(failure, LoadFailure)
     assert failure.kind == "refused"
     assert "cannot be used" in failure.message
@@ -247,15 +256,15 @@ def test_two_runners_share_a_virtual_gpu_and_give_it_back(
     path = sample("llama", n_layer=8, n_embd=256, n_ff=768)
     count = ByteCount(virtual_gpus[0].state_path)
     loaded = spec(path, devices=virtual_gpus[:1], n_gpu_layers=-1, tensor_split=(1.0,))
-    with closing(Runner("r-1", loaded)) as first, closing(Runner("r-2", loaded)) as second:
+    with closing(Runner()) as first, closing(Runner()) as second:
         for runner in (first, second):
-            assert isinstance(runner.load(), LoadReport)
+            assert isinstance(runner.load("r", loaded), LoadReport)
         assert list(first.generate(ask())) == list(second.generate(ask()))
         held = [holder.held_bytes for holder in count.holders()]
         assert len(held) == 2
         assert min(held) > 8 * MIB
-        with closing(Runner("r-3", loaded)) as third:
-            failure = third.load()
+        with closing(Runner()) as third:
+            failure = third.load("r-3", loaded)
         assert isinstance(failure, LoadFailure)
         assert failure.kind == "out_of_memory"
         assert len(count.holders()) == 2
@@ -269,8 +278,8 @@ def test_a_dead_device_process_breaks_the_replica(
     path = sample("llama")
     loaded = spec(path, devices=virtual_gpus, n_gpu_layers=-1, tensor_split=(2.0, 3.0))
     # Not closed: freeing buffers on a dead device is one of the things that llama.cpp aborts the process for.
-    runner = Runner("r-1", loaded)
-    assert isinstance(runner.load(), LoadReport)
+    runner = Runner()
+    assert isinstance(runner.load("r-1", loaded), LoadReport)
     assert list(runner.generate(ask(max_tokens=3)))
     os.kill(runner._devices[1].pid, signal.SIGKILL)
     assert "has ended" in runner.watch()

@@ -27,12 +27,12 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def start(cluster: None, spec: Any) -> Iterator[Callable[..., Any]]:
-    """`start(path, …)`: a runner actor; killed after the test."""
+def start(cluster: None) -> Iterator[Callable[[], Any]]:
+    """`start()`: a runner actor; killed after the test."""
     actors: list[Any] = []
 
-    def make(path: Path, **given: Any) -> Any:
-        actors.append(RunnerActor.options(name=f"runner-{len(actors)}").remote(f"{len(actors)}", spec(path, **given)))
+    def make() -> Any:
+        actors.append(RunnerActor.options(name=f"runner-{len(actors)}").remote())
         return actors[-1]
 
     yield make
@@ -56,11 +56,12 @@ def hear(stream: Any) -> list[Chunk | ArrieroError]:
 
 
 def test_loads_on_two_virtual_gpus_and_streams_like_llama_cpp_python(
-    start: Any, sample: Any, ask: Any, baseline: Callable[..., str], virtual_gpus: tuple[LoadDevice, ...]
+    start: Any, spec: Any, sample: Any, ask: Any, baseline: Callable[..., str], virtual_gpus: tuple[LoadDevice, ...]
 ) -> None:
     path = sample("qwen3moe")
-    runner = start(path, devices=virtual_gpus, n_gpu_layers=-1, tensor_split=(2.0, 3.0))
-    report = got(runner.load.remote())
+    runner = start()
+    loaded = spec(path, devices=virtual_gpus, n_gpu_layers=-1, tensor_split=(2.0, 3.0))
+    report = got(runner.load.remote("r", loaded))
     assert isinstance(report, LoadReport)
     assert got(runner.process.remote()) == (report.pid, report.process_started_at_s)
     chunks = hear(runner.generate.remote(ask()))
@@ -74,11 +75,11 @@ def test_loads_on_two_virtual_gpus_and_streams_like_llama_cpp_python(
     wait_until(lambda: not any(count.holders() for count in counts))
 
 
-def test_expected_failures_are_values(start: Any, sample: Any, ask: Any, tmp_path: Path) -> None:
-    runner = start(sample("llama"))
+def test_expected_failures_are_values(start: Any, spec: Any, sample: Any, ask: Any, tmp_path: Path) -> None:
+    runner = start()
     before = hear(runner.generate.remote(ask()))
     assert [type(item).__name__ for item in before] == ["EngineFailed"]
-    assert isinstance(got(runner.load.remote()), LoadReport)
+    assert isinstance(got(runner.load.remote("r", spec(sample("llama")))), LoadReport)
     (refusal,) = hear(runner.generate.remote(ask(prompt=(1,) * 9999)))
     assert isinstance(refusal, Rejected)
     assert refusal.details["prompt_tokens"] == 9999
@@ -86,14 +87,16 @@ def test_expected_failures_are_values(start: Any, sample: Any, ask: Any, tmp_pat
     assert isinstance(got(runner.set_threads.remote(0)), Rejected)
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF")
-    failure = got(start(bad).load.remote())
+    failure = got(start().load.remote("r", spec(bad)))
     assert isinstance(failure, LoadFailure)
     assert failure.kind == "invalid_model"
 
 
-def test_answers_questions_while_it_streams_and_stops_when_cancelled(start: Any, sample: Any, ask: Any) -> None:
-    runner = start(sample("llama"), n_ctx=8192)
-    got(runner.load.remote())
+def test_answers_questions_while_it_streams_and_stops_when_cancelled(
+    start: Any, spec: Any, sample: Any, ask: Any
+) -> None:
+    runner = start()
+    got(runner.load.remote("r", spec(sample("llama"), n_ctx=8192)))
     for cancel in ("stream", "name"):
         stream = runner.generate.remote(ask(request_id="long", max_tokens=None))
         assert isinstance(got(next(stream)), Chunk)
@@ -106,9 +109,9 @@ def test_answers_questions_while_it_streams_and_stops_when_cancelled(start: Any,
     assert len(hear(runner.generate.remote(ask(max_tokens=5)))) > 1
 
 
-def test_more_callers_than_slots_are_all_served(start: Any, sample: Any, ask: Any) -> None:
-    runner = start(sample("llama"), n_seq_max=2, n_ctx=1024)
-    got(runner.load.remote())
+def test_more_callers_than_slots_are_all_served(start: Any, spec: Any, sample: Any, ask: Any) -> None:
+    runner = start()
+    got(runner.load.remote("r", spec(sample("llama"), n_seq_max=2, n_ctx=1024)))
     streams = [runner.generate.remote(ask(request_id=str(index))) for index in range(8)]
     answers = {"".join(item.text for item in hear(stream) if isinstance(item, Chunk)) for stream in streams}
     assert len(answers) == 1

@@ -1,0 +1,79 @@
+"""Runners: the actor of each replica, and one spare per node.
+
+A runner takes most of a second to start (a Ray worker, its imports) and then has no cards chosen and no model. So every
+node keeps one that has started: a load takes it, and another is started once that load has ended. A spare costs its
+node a Python process, some 80 MiB of RAM. Whoever restarts the scheduler finds spares by name and ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.names import runner_name
+from actors.serving.runner import RunnerActor
+from scheduler.units import DeviceId, NodeId
+
+
+@dataclass(slots=True)
+class Runner:
+    """A runner, where it runs, the devices it may use, and its process: pid and start time, None until it said so."""
+
+    name: str
+    actor: Any
+    node_id: NodeId
+    device_ids: tuple[DeviceId, ...] = ()
+    process: tuple[int, float] | None = None
+
+    def kill(self) -> None:
+        """End its process; the memory is back when that is gone."""
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(self.actor, no_restart=True)
+
+
+class Spares:
+    """At most one runner per node that waits for a load."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._spares: dict[NodeId, Runner] = {}
+
+    def stand_by(self, node_id: NodeId) -> None:
+        """See to it that the node has a spare; returns before it has started."""
+        if node_id not in self._spares:
+            self._spares[node_id] = self.start(node_id)
+
+    def take(self, node_id: NodeId) -> Runner | None:
+        """The node's spare, if it has one. It may have died unnoticed."""
+        return self._spares.pop(node_id, None)
+
+    def forget(self, node_id: NodeId) -> None:
+        """The node is lost, and its spare with it."""
+        if (spare := self.take(node_id)) is not None:
+            spare.kill()
+
+    def start(self, node_id: NodeId) -> Runner:
+        """A new runner; returns before it has started."""
+        name = runner_name(secrets.token_hex(4))
+        actor = (
+            remote(RunnerActor)
+            .options(
+                name=name,
+                namespace=self._namespace,
+                lifetime="detached",
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+            )
+            .remote()
+        )
+        return Runner(name, actor, node_id)
+
+
+def remote(actor: Any) -> Any:
+    """The actor class as Ray has made it: type checkers see the plain one."""
+    return actor
