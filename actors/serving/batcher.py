@@ -1,5 +1,7 @@
 """Continuous batching: one thread owns the context and turns waiting jobs into batches.
 
+The first decode of all runs in that thread too, for OpenMP keeps a team of threads for every thread that ever computed:
+with a second team there are more threads than cores, and then they sleep at every barrier where they would spin.
 Each turn decodes one batch: the next token of every answer under way, plus prompt tokens of slots still reading, oldest
 job first, up to one micro-batch (`n_ubatch`) in all. So a long prompt delays the others by one micro-batch at a time,
 and a cancelled job is gone after one. Jobs that find no free slot wait in order. Embeddings take their own turns,
@@ -14,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from actors.serving.jobs import Embedding, Generation, Job
@@ -25,7 +28,10 @@ _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
 
 
 class Batcher:
-    """Runs jobs on a model in a thread of its own, from construction to `close()`."""
+    """Runs jobs on a model in a thread of its own, from construction to `close()`.
+
+    Constructed once the model is warm; raises what warming it up raised.
+    """
 
     def __init__(self, model: Model, *, last_words: Callable[[], str] = lambda: "") -> None:
         self._model = model
@@ -39,8 +45,10 @@ class Batcher:
         self._ticks = 0
         self._closing = False
         self.broken = ""  # why nothing works any more
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        warm: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(warm,), name="engine", daemon=True)
         self._thread.start()
+        warm.result()
 
     # Called from any thread
 
@@ -82,7 +90,13 @@ class Batcher:
 
     # The engine thread
 
-    def _run(self) -> None:
+    def _run(self, warm: Future[None]) -> None:
+        try:
+            self._model.warm_up()
+        except BaseException as error:
+            warm.set_exception(error)
+            return
+        warm.set_result(None)
         try:
             while self._prepare():
                 self._generate()

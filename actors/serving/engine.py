@@ -31,10 +31,14 @@ class Engine:
 
         self._spec = spec
         self._model = NativeModel(spec, rpc_endpoints, on_progress)
-        self._chat = ChatTemplate(
-            self._model.chat_template, bos_token=self._model.bos_text, eos_token=self._model.eos_text
-        )
-        self._batcher = Batcher(self._model, last_words=llama_log().last_errors)
+        try:
+            self._chat = ChatTemplate(
+                self._model.chat_template, bos_token=self._model.bos_text, eos_token=self._model.eos_text
+            )
+            self._batcher = Batcher(self._model, last_words=llama_log().last_errors)
+        except BaseException:
+            self._model.close()
+            raise
         self._closed = False
 
     @property

@@ -75,7 +75,6 @@ class NativeModel:
                     (line.text for line in lines), device_buffers, self.n_ctx_per_slot
                 )
                 self._read_facts(spec.context)
-                self._warm_up(lines)
             except BaseException:
                 self.close()
                 raise
@@ -169,20 +168,6 @@ class NativeModel:
         # Embeddings are computed only in the turns that want them: they make every token of a batch an output.
         llama_cpp.llama_set_embeddings(self._context, False)
 
-    def _warm_up(self, lines: list[LogLine]) -> None:
-        """One decode, so that the first request meets loaded pages and kernels, and a device that cannot compute
-        fails the load instead of a request."""
-        if not self.can_generate:
-            return
-        token = max(0, llama_cpp.llama_vocab_bos(self.vocab))
-        llama_cpp.llama_set_warmup(self._context, True)
-        code = self.decode([Row(token, 0, 0, True)])
-        llama_cpp.llama_set_warmup(self._context, False)
-        if code != 0:
-            raise _failure(f"the first decode failed (llama_decode returned {code})", lines)
-        llama_cpp.llama_synchronize(self._context)
-        llama_cpp.llama_memory_clear(self._memory, True)
-
     def close(self) -> None:
         """Frees the context and the model; safe to call twice."""
         if self._batch is not None:
@@ -242,6 +227,21 @@ class NativeModel:
         return build_sampler(self.vocab, self.n_vocab, sampling)
 
     # Computing (the owning thread)
+
+    def warm_up(self) -> None:
+        """One decode, so that the first request meets loaded pages and kernels, and a device that cannot compute
+        fails the load (LoadFailed) instead of a request."""
+        if not self.can_generate:
+            return
+        token = max(0, llama_cpp.llama_vocab_bos(self.vocab))
+        with llama_log().recording() as lines:
+            llama_cpp.llama_set_warmup(self._context, True)
+            code = self.decode([Row(token, 0, 0, True)])
+            llama_cpp.llama_set_warmup(self._context, False)
+            if code != 0:
+                raise _failure(f"the first decode failed (llama_decode returned {code})", lines)
+            llama_cpp.llama_synchronize(self._context)
+            llama_cpp.llama_memory_clear(self._memory, True)
 
     def decode(self, rows: Sequence[Row]) -> int:
         """Runs `rows` through the model. 0: done; 1: no room in the cache, nothing changed; 2: aborted; else failed."""

@@ -53,6 +53,11 @@ happens in the engine, in order, and not in Ray."""
 
 WATCH_EVERY_S = 0.25
 
+OPENMP_SPINS = 30_000
+"""How often an OpenMP thread looks for work before it sleeps: some tenths of a millisecond, which outlasts the sampling
+between two tokens. By default it is ten times as many, and on a small machine the token just made waits for a core
+(benchmarks.md)."""
+
 IMPORTED_EARLY = ("jinja2.sandbox", "numpy")
 """What llama_cpp imports first. Itself it has to wait until the GPUs are chosen."""
 
@@ -71,6 +76,7 @@ def show_only(devices: Sequence[LoadDevice]) -> None:
 def load_on_its_devices(spec: LoadSpec, endpoints: Sequence[str], on_progress: Callable[[float], object]) -> Engine:
     """An engine that sees the spec's cards and no others."""
     show_only(spec.devices)
+    os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))
     return Engine(spec, endpoints, on_progress)
 
 

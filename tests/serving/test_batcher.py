@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from actors.serving.batcher import Batcher
 from actors.serving.jobs import Embedding, Generation
 from actors.serving.model import Row
-from actors.serving.protocol import Chunk
+from actors.serving.protocol import Chunk, LoadFailed
 from actors.serving.text import TextStream
 from scheduler.errors import EngineFailed
 
@@ -53,8 +53,16 @@ class FakeModel:
         self.pause: threading.Event | None = None  # decodes wait for it, or for an abort
         self.entered = threading.Event()
         self.threads = 0
+        self.warmed_in: threading.Thread | None = None
+        self.fault: Exception | None = None  # of warming up
+
+    def warm_up(self) -> None:
+        self.warmed_in = threading.current_thread()
+        if self.fault is not None:
+            raise self.fault
 
     def decode(self, rows: Sequence[Row]) -> int:
+        assert threading.current_thread() is self.warmed_in
         assert 0 < len(rows) <= max(self.n_ubatch, self.n_seq_max)
         self.batches.append(list(rows))
         self.entered.set()
@@ -132,6 +140,13 @@ def running() -> Iterator[Any]:
     yield start
     for batcher in batchers:
         batcher.close()
+
+
+def test_a_model_that_cannot_compute_makes_no_batcher() -> None:
+    model = FakeModel()
+    model.fault = LoadFailed("failed", "the first decode failed")
+    with pytest.raises(LoadFailed, match="first decode"):
+        Batcher(model)
 
 
 PROMPT = st.lists(st.integers(1, 3), min_size=1, max_size=20)
