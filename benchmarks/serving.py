@@ -1,8 +1,9 @@
 """What serving through Arriero costs over calling llama.cpp in one's own process, both measured in turn in one run.
 
 Time to first token: a loaded model, streamed chat of one short message through the gateway, against the same through
-`llama_cpp.Llama`. Cold load: `client.load` of an unloaded model (page cache warm), against a `Llama(...)` call, in this
-process and in a fresh one. CPU only, the same threads on both sides. Run: python -m benchmarks.serving
+`llama_cpp.Llama`. Decoding: one long streamed answer, the same on both sides. Cold load: `client.load` of an unloaded
+model (page cache warm), against a `Llama(...)` call, in this process and in a fresh one. CPU only, the same threads on
+both sides. Run: python -m benchmarks.serving
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks.table import print_table
 from scheduler.config import Catalogue, ModelParams, Server
 
 FIRST_TOKEN_ROUNDS = 60
+DECODE_ROUNDS, DECODE_TOKENS = 7, 700
 LOAD_ROUNDS = 7
 N_CTX = 1024
 SETTLE_S = 3.0
@@ -42,6 +44,7 @@ def main() -> None:
             )
             with Client(deployment.url) as client:
                 first_token(client, path)
+                decoding(client, path)
                 cold_load(client, large)
             take_down()
         finally:
@@ -79,6 +82,31 @@ def first_token(client: Client, path: Path) -> None:
             ("through the gateway", *_ms(through)),
             ("llama_cpp.Llama in-process", *_ms(alone)),
             ("more at the median", f"{more * 1e3:.1f}", ""),
+        ],
+    )
+
+
+def decoding(client: Client, path: Path) -> None:
+    llama = _llama(path)
+    through, alone = [], []
+    for _ in range(DECODE_ROUNDS):
+        began = time.perf_counter()
+        with client.complete("bench", "llamas", stream=True, temperature=0.0, max_tokens=DECODE_TOKENS) as stream:
+            pieces = sum(1 for _ in stream)
+        through.append(pieces / (time.perf_counter() - began))
+        began = time.perf_counter()
+        answers = llama.create_completion("llamas", stream=True, temperature=0.0, max_tokens=DECODE_TOKENS)
+        pieces = sum(bool(answer["choices"][0]["text"]) for answer in answers)
+        alone.append(pieces / (time.perf_counter() - began))
+    llama.close()
+    ratio = statistics.median(through) / statistics.median(alone)
+    print_table(
+        f"Decoding, a small model, one answer of {DECODE_TOKENS} tokens (pieces of text per second)",
+        ("", "median", "worst"),
+        [
+            ("through the gateway", *_per_s(through)),
+            ("llama_cpp.Llama in-process", *_per_s(alone)),
+            ("ratio of the medians", f"{ratio:.2f}", ""),
         ],
     )
 
@@ -130,6 +158,10 @@ def _llama(path: Path):  # type: ignore[no-untyped-def]
 
 def _ms(times: list[float]) -> tuple[str, str]:
     return f"{statistics.median(times) * 1e3:.1f}", f"{statistics.quantiles(times, n=10)[-1] * 1e3:.1f}"
+
+
+def _per_s(rates: list[float]) -> tuple[str, str]:
+    return f"{statistics.median(rates):.0f}", f"{min(rates):.0f}"
 
 
 def _s(times: list[float]) -> tuple[str, str]:

@@ -7,6 +7,7 @@ taken or an unsafe binding therefore fails the creation. HTTP requests are tasks
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,7 @@ class GatewayActor:
     """
 
     def __init__(self, settings: GatewaySettings, scheduler: ActorHandle[Any], namespace: str) -> None:
+        os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"  # RayBackend.generate gets what has arrived already
         check_exposure(settings.host, settings.api_key)
         listener = listen(settings.host, settings.port)
         self._url = url_of(listener)

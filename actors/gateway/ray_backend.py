@@ -99,7 +99,8 @@ class RayBackend:
         running = True
         try:
             async for reference in items:
-                item: Chunk | ArrieroError = await reference
+                # The loop has waited for it, and to await it again would cost every token another hop between threads.
+                item: Chunk | ArrieroError = ray.get(reference)
                 if isinstance(item, ArrieroError):
                     running = False
                     raise item
