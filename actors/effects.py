@@ -316,7 +316,7 @@ def ready_event(replica_id: ReplicaId, report: LoadReport) -> ev.ReplicaReady:
         replica_id=replica_id,
         pid=report.pid,
         device_bytes=tuple(device.total_bytes for device in buffers.devices),
-        host_bytes=buffers.host.total_bytes + buffers.output_bytes,
+        host_bytes=buffers.host.total_bytes,
         n_ctx=buffers.n_ctx_per_slot,
         load_s=report.load_s,
     )

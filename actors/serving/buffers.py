@@ -14,7 +14,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from actors.serving.protocol import BufferSizes, DeviceBuffers
+from actors.serving.protocol import BufferSizes
+from scheduler.costs.params import DeviceBytes, HostBytes
 from scheduler.units import MIB
 
 _LINE = re.compile(r":\s+(\S+)\s+(?:DSV4 \S+ )?(model|KV|RS|state|compute|output) buffer size = +([0-9.]+) MiB")
@@ -40,12 +41,12 @@ def parse_buffers(lines: Iterable[str], device_buffers: Sequence[str], n_ctx_per
     def total(place: int, kind: str) -> int:
         return sum(found[place, kind].values())
 
-    def buffers(place: int) -> DeviceBuffers:
-        return DeviceBuffers(total(place, "weights"), total(place, "kv"), total(place, "compute"))
+    def buffers(place: int) -> tuple[int, int, int]:
+        return total(place, "weights"), total(place, "kv"), total(place, "compute")
 
+    output_bytes = sum(total(place, "output") for place in range(host + 1))  # in host RAM, whoever allocates it
     return BufferSizes(
-        devices=tuple(buffers(index) for index in range(host)),
-        host=buffers(host),
-        output_bytes=sum(total(place, "output") for place in range(host + 1)),
+        devices=tuple(DeviceBytes(*buffers(index)) for index in range(host)),
+        host=HostBytes(*buffers(host), output_bytes),
         n_ctx_per_slot=n_ctx_per_slot,
     )

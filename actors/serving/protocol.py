@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from scheduler.cluster.replica import Placement
-from scheduler.costs.params import ContextParams, DeviceKind
+from scheduler.costs.params import ContextParams, DeviceBytes, DeviceKind, HostBytes
 
 FinishReason = Literal["stop", "length"]
 
@@ -45,21 +45,9 @@ class LoadSpec:
 class BufferSizes:
     """llama.cpp's own report after loading. `devices` is parallel to `LoadSpec.devices`; kv has recurrent state too."""
 
-    devices: tuple[DeviceBuffers, ...]
-    host: DeviceBuffers
-    output_bytes: int
+    devices: tuple[DeviceBytes, ...]
+    host: HostBytes
     n_ctx_per_slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceBuffers:
-    weights_bytes: int = 0
-    kv_bytes: int = 0
-    compute_bytes: int = 0
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,6 @@ def show_only(devices: Sequence[LoadDevice]) -> None:
 def load_on_its_devices(spec: LoadSpec, endpoints: Sequence[str], on_progress: Callable[[float], object]) -> Engine:
     """An engine that sees the spec's cards and no others."""
     show_only(spec.devices)
-    os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))
     return Engine(spec, endpoints, on_progress)
 
 
@@ -262,6 +261,7 @@ class RunnerActor:
     """
 
     def __init__(self) -> None:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))  # read once, when llama_cpp is imported
         self._runner = Runner(load_on_its_devices)
         for name in IMPORTED_EARLY:
             importlib.import_module(name)

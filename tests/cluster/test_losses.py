@@ -128,6 +128,25 @@ def test_a_runner_killed_while_it_loads_is_tried_again(service: Service, referen
     assert works(service, reference, "bruma")
 
 
+def spares(service: Service) -> list[psutil.Process]:
+    """Runners that no replica lives in."""
+    taken = {replica.pid for replica in service.replicas()}
+    return [process for process in processes_of("RunnerActor") if process.pid not in taken]
+
+
+def test_a_load_takes_the_spare_runner_and_one_that_died_is_not_missed(service: Service, reference: Reference) -> None:
+    (spare,) = eventually(lambda: spares(service), "a spare runner")
+    assert works(service, reference, "alba")
+    assert service.replica("alba").pid == spare.pid
+    (spare,) = eventually(lambda: spares(service), "another spare runner")
+    seq = service.last_seq()
+    kill(spare.pid)
+    assert works(service, reference, "bruma")
+    assert service.replica("bruma").pid != spare.pid
+    assert not service.notices("load_failed", after=seq)
+    eventually(lambda: spares(service), "a third spare runner")
+
+
 def test_a_client_that_leaves_frees_its_slot(service: Service) -> None:
     with service.client.complete("alba", "llamas", max_tokens=LONG, temperature=0.0, stream=True) as stream:
         next(iter(stream))  # greedy, for a sampled answer may end after a few tokens
@@ -152,6 +171,7 @@ def test_the_scheduler_killed_under_requests(service: Service, reference: Refere
     process_of("SchedulerActor").kill()
     assert works(service, reference, "alba")  # asked while the scheduler is away
     assert {replica.model: replica.replica_id for replica in service.replicas()} == before, "nothing is loaded twice"
+    eventually(lambda: len(spares(service)) == 1, "one spare runner to be left")
     assert len(service.notices("replica_adopted")) == 2
     assert service.notices("scheduler_restarted")
     assert listener.goes_on()

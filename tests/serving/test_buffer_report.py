@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actors.serving.buffers import parse_buffers
-from actors.serving.protocol import DeviceBuffers
+from scheduler.costs.params import DeviceBytes, HostBytes
 
 MIB = 1 << 20
 
@@ -26,13 +26,12 @@ llama_context: compute buffer size is not a report
 
 def test_sums_what_adds_up_and_takes_the_last_of_what_is_replaced() -> None:
     sizes = parse_buffers(LINES, ["CUDA0", "RPC0[127.0.0.1:5001]"], 4096)
-    assert sizes.devices == (DeviceBuffers(100 * MIB, 12 * MIB, 60 * MIB), DeviceBuffers(50 * MIB, 3 * MIB, 6 * MIB))
-    assert sizes.host == DeviceBuffers(int(12.5 * MIB), 0, int(1.25 * MIB))
-    assert sizes.output_bytes == MIB // 2
+    assert sizes.devices == (DeviceBytes(100 * MIB, 12 * MIB, 60 * MIB), DeviceBytes(50 * MIB, 3 * MIB, 6 * MIB))
+    assert sizes.host == HostBytes(int(12.5 * MIB), 0, int(1.25 * MIB), MIB // 2)
     assert sizes.n_ctx_per_slot == 4096
 
 
 def test_what_no_device_owns_is_the_hosts() -> None:
     sizes = parse_buffers(LINES, [], 1)
     assert sizes.devices == ()
-    assert sizes.host == DeviceBuffers(int(162.5 * MIB), 15 * MIB, int(67.25 * MIB))
+    assert sizes.host == HostBytes(int(162.5 * MIB), 15 * MIB, int(67.25 * MIB), MIB // 2)

@@ -20,7 +20,6 @@ from actors.devices.processes import started_at_s
 from actors.serving.protocol import (
     BufferSizes,
     Chunk,
-    DeviceBuffers,
     EmbedRequest,
     EmbedResult,
     GenerateRequest,
@@ -31,6 +30,7 @@ from actors.serving.protocol import (
     LoadSpec,
 )
 from actors.serving.runner import Runner, show_only
+from scheduler.costs.params import HostBytes
 from scheduler.errors import EngineFailed, InvariantBroken, Rejected
 from scheduler.units import MIB
 
@@ -46,7 +46,7 @@ class FakeEngine:
         self.threads: list[int] = []
         self.cancelled: list[str] = []
         self.closed = 0
-        self.buffers = BufferSizes((), DeviceBuffers(1, 2, 3), 4, 256)
+        self.buffers = BufferSizes((), HostBytes(1, 2, 3, 4), 256)
         for progress in (0.0, 0.5, 1.0):
             on_progress(progress)
 
@@ -97,7 +97,7 @@ def test_a_load_reports_buffers_and_process(spec: Any) -> None:
     assert isinstance(report, LoadReport)
     assert report.pid == os.getpid()
     assert report.process_started_at_s == started_at_s(os.getpid())
-    assert report.buffers.host.total_bytes == 6
+    assert report.buffers.host.total_bytes == 10
     status = pickle.loads(pickle.dumps(runner.describe()))
     assert (status.replica_id, status.state, status.report) == ("r-1", "ready", report)
     assert status.spec == spec("m.gguf")
