@@ -102,8 +102,11 @@ class SchedulerCore:
 
         Raises UnknownModel, InvalidGGUF, Rejected or Unavailable as the request itself would be refused.
         """
-        waiting = Waiting(RequestId(""), model_name, "load", n_ctx, now, now)
-        return self._dispatch.plan(self.models.find(model_name), waiting, now)
+        return self._dispatch.plan(self.models.find(model_name), _load(model_name, n_ctx, now), now)
+
+    def ready(self, model_name: str, n_ctx: int | None, now: float) -> Replica | None:
+        """A replica that is loaded and holds so many tokens, whether it has a free slot or not."""
+        return self._dispatch.ready(_load(model_name, n_ctx, now))
 
     # ------------------------------------------------------------------ machines and files
 
@@ -331,3 +334,8 @@ class SchedulerCore:
         if keep_alive_s is not None and idle_s >= keep_alive_s and self.queue.head(model.name) is None:
             self._out.announce("replica_idle", f"{replica.model} was idle for {idle_s:.0f} s", replica=replica)
             self.fleet.stop(replica, "idle")
+
+
+def _load(model_name: str, n_ctx: int | None, now: float) -> Waiting:
+    """A request for the model itself, not for an answer of it."""
+    return Waiting(RequestId(""), model_name, "load", n_ctx, now, now)

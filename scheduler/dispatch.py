@@ -16,7 +16,7 @@ from scheduler.choice.placement import Choice, Chooser
 from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.models import Model, Models
-from scheduler.cluster.replica import Replica
+from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.errors import ArrieroError, Impossible, Rejected, Unavailable, UnknownModel
 from scheduler.fleet import Fleet
 from scheduler.outbox import Outbox
@@ -95,6 +95,10 @@ class Dispatch:
         if choice.verdict == "impossible" and not self._admission.final(model):
             raise Unavailable(f"{model.name}: {self._admission.why_not_yet(model)}", retry_after_s=1.0)
         return Plan(None, choice)
+
+    def ready(self, waiting: Waiting) -> Replica | None:
+        """A ready replica that will serve the request, busy or not."""
+        return next((replica for replica in self._coming(waiting) if replica.state is ReplicaState.READY), None)
 
     def _grant(self, waiting: Waiting, replica: Replica) -> None:
         self._queue.remove(waiting.request_id)

@@ -95,7 +95,7 @@ class RayBackend:
     async def generate(self, lease: Lease, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         runner = await self._runner(lease)
         request = replace(request, request_id=lease.lease_id)  # a restarted scheduler finds its leases at the runners
-        items = runner.generate.options(num_returns="streaming").remote(request)
+        items = runner.generate.remote(request)
         running = True
         try:
             async for reference in items:

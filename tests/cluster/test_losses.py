@@ -157,6 +157,7 @@ def test_a_client_that_leaves_frees_its_slot(service: Service) -> None:
 
 def test_a_client_that_leaves_the_queue_is_not_served(service: Service) -> None:
     listener = Listener(service, "alba")
+    assert service.client.load("alba").load_s == 0.0  # loaded it is: to be told so takes no slot
     with pytest.raises(httpx.ReadTimeout), httpx.Client(trust_env=False) as impatient:
         impatient.post(f"{service.deployment.url}/v1/completions", json={"model": "alba", "prompt": "x"}, timeout=1.0)
     eventually(lambda: not service.client.status().queue, "the queue to be empty")
