@@ -12,7 +12,7 @@ import sys
 import time
 from array import array
 from base64 import b64encode
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -63,11 +63,11 @@ def openai_routes(backend: Backend, relay: Relay, pulse_s: float) -> APIRouter:
     async def generate(
         form: Literal["chat", "text"], body: SamplingRequest, asked: GenerateRequest, request: Request
     ) -> Response:
-        chunks = relay.generate(body.need(asked.request_id, "generate"), asked)
+        need = body.need(asked.request_id, "generate")
         reply = _Reply(form, asked.request_id, body.model)
         if body.stream:
-            return EventStream(reply.events(chunks, body.include_usage), pulse_s)
-        return JSONResponse(await while_connected(request, reply.whole(chunks)))
+            return EventStream(reply.events(relay.generate(need, asked), body.include_usage), pulse_s)
+        return JSONResponse(reply.whole(await while_connected(request, relay.generate_whole(need, asked))))
 
     return router
 
@@ -84,16 +84,13 @@ class _Reply:
             "model": model,
         }
 
-    async def whole(self, chunks: AsyncGenerator[Chunk, None]) -> dict[str, Any]:
-        text = []
-        async for chunk in chunks:
-            text.append(chunk.text)
-            last = chunk
+    def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        text, last = "".join(chunk.text for chunk in chunks), chunks[-1]
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": last.finish_reason}
         if self._chat:
-            choice["message"] = {"role": "assistant", "content": "".join(text)}
+            choice["message"] = {"role": "assistant", "content": text}
         else:
-            choice["text"] = "".join(text)
+            choice["text"] = text
         return {**self._head, "choices": [choice], "usage": _usage(last)}
 
     async def events(self, chunks: AsyncGenerator[Chunk, None], include_usage: bool) -> AsyncGenerator[bytes, None]:

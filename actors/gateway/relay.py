@@ -1,21 +1,25 @@
 """One request from slot to last token: acquire a lease, relay the replica's tokens, give the lease back.
 
-A replica that dies before its first token is nobody's fault that the client should see: the request is replayed on
-another one, at most `REPLAYS` times. After the first token the failure is passed on, since a second answer would not
-continue the first. However a relay ends (last token, error, client gone), its lease is released or its place in the
-queue given up. Leases are renewed by one task for all of them.
+A replica that dies while nothing of its answer has gone out is nobody's fault that the client should see: the request
+is replayed on another one, at most `REPLAYS` times. A stream that has begun passes the failure on, since a second
+answer would not continue the first. However a relay ends (last token, error, client gone), its lease is released or its
+place in the queue given up. Leases are renewed by one task for all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TypeVar
 
 from actors.gateway.backend import AcquireRequest, Backend, Lease, TokenCounts
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
 from scheduler.errors import ArrieroError, EngineFailed
 from scheduler.units import LeaseId
+
+Answer = TypeVar("Answer")
 
 REPLAYS = 2
 
@@ -31,52 +35,70 @@ class Relay:
         self._renewals: asyncio.Task[None] | None = None
 
     async def generate(self, need: AcquireRequest, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """The answer's chunks. Closing the generator cancels the generation. Raises ArrieroError."""
+        """The answer's chunks as they come. Closing the generator cancels the generation. Raises ArrieroError."""
         replays_left = REPLAYS
         while True:
-            lease = await self._acquire(need)
-            chunks = self._backend.generate(lease, request)
-            started = finished = failed = False
-            usage = TokenCounts()
+            started = False
             try:
-                async for chunk in chunks:
-                    started = True
-                    if chunk.finish_reason is not None:
-                        finished = True
-                        usage = TokenCounts(chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens)
-                    yield chunk
-                if not finished:
-                    raise EngineFailed(f"replica {lease.replica_id} of {lease.model} broke its answer off")
+                async with aclosing(self._chunks(need, request)) as chunks:
+                    async for chunk in chunks:
+                        started = True
+                        yield chunk
                 return
             except EngineFailed as error:
-                failed = True
                 if started or not replays_left:
                     raise
                 replays_left -= 1
                 log.warning("replaying %s: %s", need.request_id, error)
-            finally:
-                await chunks.aclose()
-                await self._release(lease, failed, usage)
+
+    async def generate_whole(self, need: AcquireRequest, request: GenerateRequest) -> list[Chunk]:
+        """All chunks of the answer at once. Raises ArrieroError."""
+
+        async def attempt() -> list[Chunk]:
+            async with aclosing(self._chunks(need, request)) as chunks:
+                return [chunk async for chunk in chunks]
+
+        return await _replayed(need, attempt)
 
     async def embed(self, need: AcquireRequest, request: EmbedRequest) -> EmbedResult:
         """The vectors of `request`. Raises ArrieroError."""
-        replays_left = REPLAYS
-        while True:
-            lease = await self._acquire(need)
-            failed = False
-            usage = TokenCounts()
-            try:
-                result = await self._backend.embed(lease, request)
-                usage = TokenCounts(prompt_tokens=result.prompt_tokens)
-                return result
-            except EngineFailed as error:
-                failed = True
-                if not replays_left:
-                    raise
-                replays_left -= 1
-                log.warning("replaying %s: %s", need.request_id, error)
-            finally:
-                await self._release(lease, failed, usage)
+        return await _replayed(need, lambda: self._embed(need, request))
+
+    async def _chunks(self, need: AcquireRequest, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """One attempt: the chunks that one replica gives, under a lease."""
+        lease = await self._acquire(need)
+        chunks = self._backend.generate(lease, request)
+        finished = failed = False
+        usage = TokenCounts()
+        try:
+            async for chunk in chunks:
+                if chunk.finish_reason is not None:
+                    finished = True
+                    usage = TokenCounts(chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens)
+                yield chunk
+            if not finished:
+                raise EngineFailed(f"replica {lease.replica_id} of {lease.model} broke its answer off")
+        except EngineFailed:
+            failed = True
+            raise
+        finally:
+            await chunks.aclose()
+            await self._release(lease, failed, usage)
+
+    async def _embed(self, need: AcquireRequest, request: EmbedRequest) -> EmbedResult:
+        """One attempt."""
+        lease = await self._acquire(need)
+        failed = False
+        usage = TokenCounts()
+        try:
+            result = await self._backend.embed(lease, request)
+            usage = TokenCounts(prompt_tokens=result.prompt_tokens)
+            return result
+        except EngineFailed:
+            failed = True
+            raise
+        finally:
+            await self._release(lease, failed, usage)
 
     def close(self) -> None:
         """Stop renewing; leases that are still held expire."""
@@ -109,3 +131,13 @@ class Relay:
                     await self._backend.renew(tuple(self._leases))
                 except ArrieroError as error:
                     log.warning("leases were not renewed: %s", error)
+
+
+async def _replayed(need: AcquireRequest, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
+    """The first answer of at most `1 + REPLAYS` attempts; nothing of an attempt that failed has reached the client."""
+    for replays_left in range(REPLAYS, 0, -1):
+        try:
+            return await attempt()
+        except EngineFailed as error:
+            log.warning("replaying %s, at most %d times: %s", need.request_id, replays_left, error)
+    return await attempt()

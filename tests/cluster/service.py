@@ -179,7 +179,7 @@ def processes_of(actor: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith(f"ray::{actor}"[:15]):
+            if process.name().startswith(f"ray::{actor}"[:15]) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 

@@ -55,11 +55,20 @@ def test_replays_end(url: str, backend: FakeBackend) -> None:
     assert [failed for _, failed, _ in backend.wait_for("release", REPLAYS + 1)] == [True] * (REPLAYS + 1)
 
 
-def test_nothing_is_replayed_after_the_first_token(url: str, backend: FakeBackend) -> None:
+def test_a_stream_that_has_begun_is_not_replayed(url: str, backend: FakeBackend) -> None:
     backend.answers.append([Chunk("Hel"), DIED])
-    reply = web.post(f"{url}/v1/chat/completions", json=CHAT)
-    assert (reply.status_code, reply.json()["error"]["message"]) == (502, DIED.message)
+    reply = web.post(f"{url}/v1/chat/completions", json={**CHAT, "stream": True})
+    first, error = data_of(iter(reply.text.splitlines()))
+    assert first["choices"][0]["delta"]["content"] == "Hel"
+    assert error["error"]["message"] == DIED.message
     assert len(backend.saw("generate")) == 1
+
+
+def test_an_answer_in_one_piece_is_made_again_whole(url: str, backend: FakeBackend) -> None:
+    backend.answers.append([Chunk("Lost and "), DIED])
+    reply = web.post(f"{url}/v1/chat/completions", json=CHAT)
+    assert (reply.status_code, reply.json()["choices"][0]["message"]["content"]) == (200, "Hello")
+    assert [failed for _, failed, _ in backend.wait_for("release", 2)] == [True, False]
 
 
 def test_a_request_that_the_engine_refuses_is_not_replayed(url: str, backend: FakeBackend) -> None:
@@ -70,7 +79,7 @@ def test_a_request_that_the_engine_refuses_is_not_replayed(url: str, backend: Fa
 
 
 def test_an_answer_without_an_end_is_an_error(url: str, backend: FakeBackend) -> None:
-    backend.answers.append([Chunk("Hel")])
+    backend.answers.extend([[Chunk("Hel")]] * (REPLAYS + 1))
     reply = web.post(f"{url}/v1/chat/completions", json=CHAT)
     assert (reply.status_code, reply.json()["error"]["code"]) == (502, "engine_failed")
 
