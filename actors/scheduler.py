@@ -242,9 +242,8 @@ class SchedulerActor:
     async def load(self, model: str, n_ctx: int | None) -> LoadResult | ArrieroError:
         await self._settled.wait()
         began = time.monotonic()
-        ready = self._core.ready(model, n_ctx, began)
-        if ready is not None and not ready.free_slots:  # busy, so surely loaded: no reason to wait for a slot
-            return views.load_result(self._core, ready.replica_id, began)
+        if (busy := self._core.busy(model, n_ctx, began)) is not None:
+            return views.load_result(self._core, busy.replica_id, began)
         self._serial += 1
         answer = await self._acquire(RequestId(f"load-{self._serial}"), model, "load", n_ctx, None)
         if isinstance(answer, ArrieroError):

@@ -104,9 +104,9 @@ class SchedulerCore:
         """
         return self._dispatch.plan(self.models.find(model_name), _load(model_name, n_ctx, now), now)
 
-    def ready(self, model_name: str, n_ctx: int | None, now: float) -> Replica | None:
-        """A replica that is loaded and holds so many tokens, whether it has a free slot or not."""
-        return self._dispatch.ready(_load(model_name, n_ctx, now))
+    def busy(self, model_name: str, n_ctx: int | None, now: float) -> Replica | None:
+        """A replica that is loaded and holds so many tokens, when all such are busy: to load has no need to wait."""
+        return self._dispatch.busy(_load(model_name, n_ctx, now))
 
     # ------------------------------------------------------------------ machines and files
 

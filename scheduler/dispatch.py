@@ -96,8 +96,10 @@ class Dispatch:
             raise Unavailable(f"{model.name}: {self._admission.why_not_yet(model)}", retry_after_s=1.0)
         return Plan(None, choice)
 
-    def ready(self, waiting: Waiting) -> Replica | None:
-        """A ready replica that will serve the request, busy or not."""
+    def busy(self, waiting: Waiting) -> Replica | None:
+        """A ready replica that will serve the request, when none of them has a free slot."""
+        if self._free_replica(waiting) is not None:
+            return None
         return next((replica for replica in self._coming(waiting) if replica.state is ReplicaState.READY), None)
 
     def _grant(self, waiting: Waiting, replica: Replica) -> None:

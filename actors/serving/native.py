@@ -9,7 +9,6 @@ Importing this module imports llama_cpp, which reads CUDA_VISIBLE_DEVICES: set t
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,7 +63,6 @@ class NativeModel:
         self._unified = spec.context.kv_unified
         self._abort_flag = ctypes.create_string_buffer(b"", 2)
         log = llama_log()
-        started = time.monotonic()
         with log.recording() as lines:
             try:
                 llama_cpp.llama_backend_init()
@@ -78,7 +76,6 @@ class NativeModel:
             except BaseException:
                 self.close()
                 raise
-        self.load_s = time.monotonic() - started
 
     # Loading
 

@@ -56,7 +56,7 @@ WATCH_EVERY_S = 0.25
 OPENMP_SPINS = 30_000
 """How often an OpenMP thread looks for work before it sleeps: some tenths of a millisecond, which outlasts the sampling
 between two tokens. By default it is ten times as many, and on a small machine the token just made waits for a core
-(benchmarks.md)."""
+(docs/decisions/010)."""
 
 IMPORTED_EARLY = ("jinja2.sandbox", "numpy")
 """What llama_cpp imports first. Itself it has to wait until the GPUs are chosen."""

@@ -117,6 +117,19 @@ def test_a_runner_killed_before_the_first_token_is_replaced_and_nobody_notices(
         assert asked.result(120) == answer
 
 
+def test_a_runner_killed_in_an_answer_in_one_piece_is_replaced_and_nobody_notices(service: Service) -> None:
+    whole = service.complete("alba", "llamas", LONG)
+    before = service.replica("alba")
+    runner = psutil.Process(before.pid)
+    spent_s = runner.cpu_times().user
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(service.complete, "alba", "llamas", LONG)
+        eventually(lambda: runner.cpu_times().user > spent_s + 0.1, "the answer to be under way")
+        runner.kill()
+        assert asked.result(120) == whole
+    assert service.replica("alba").replica_id != before.replica_id
+
+
 def test_a_runner_killed_while_it_loads_is_tried_again(service: Service, reference: Reference) -> None:
     seq = service.last_seq()
     with ThreadPoolExecutor(1) as pool:

@@ -214,13 +214,15 @@ def test_plan_starts_nothing_and_says_what_a_request_would_find() -> None:
 def test_a_model_is_loaded_while_it_is_busy_and_not_before_it_is_ready() -> None:
     s = Scenario([gpu("8GiB")], ALL, auto=False)
     request = s.ask("medium")
-    assert s.core.ready("medium", None, s.now) is None
+    assert s.core.busy("medium", None, s.now) is None
     s.finish_load("medium")
     assert request in s.grants
-    busy = s.core.ready("medium", None, s.now)
+    busy = s.core.busy("medium", None, s.now)
     assert busy is not None and busy.free_slots == 0
-    assert s.core.ready("medium", busy.n_ctx + 1, s.now) is None
-    assert s.core.ready("small", None, s.now) is None
+    assert s.core.busy("medium", busy.n_ctx + 1, s.now) is None
+    assert s.core.busy("small", None, s.now) is None
+    s.done(request)
+    assert s.core.busy("medium", None, s.now) is None
 
 
 def test_plan_explains_why_not_the_larger_gpu() -> None:
