@@ -89,6 +89,9 @@ class LayerKind:
     """What one layer needs besides its weights. All zero: the layer keeps nothing between tokens."""
 
     n_head: int
+    head_k: int
+    """Elements per key head."""
+    head_v: int
     k_width: int
     """Key elements cached per cell; 0 when the layer owns no attention cache."""
     v_width: int
@@ -187,6 +190,8 @@ def read_architecture(meta: Metadata) -> Architecture:
         layers.append(
             LayerKind(
                 n_head=heads[il],
+                head_k=head_k_swa if swa[il] else head_k,
+                head_v=head_v_swa if swa[il] else head_v,
                 k_width=(head_k_swa if swa[il] else head_k) * kv_heads[il] if cached else 0,
                 v_width=v_widths[il] if cached and not mla else 0,
                 index_k_width=index[il],

@@ -173,7 +173,7 @@ def place_compute(
     pipelined = len(layout.devices) > 1 and HOST not in places and not layout.experts_on_host
     copies = PIPELINE_COPIES if pipelined else 1
     devices = _devices(graph, layout, places, layers, copies)
-    if layout.devices and layout.devices[0].kind == "cuda" and graph.tokens >= OFFLOAD_TOKENS:
+    if context.op_offload and layout.devices and layout.devices[0].kind == "cuda" and graph.tokens >= OFFLOAD_TOKENS:
         devices[0] = max(devices[0], _offloaded(graph, weights, layout, places, layers))
     return devices, _host(graph, layout, places, layers, copies)
 

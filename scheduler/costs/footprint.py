@@ -9,6 +9,7 @@ from __future__ import annotations
 from scheduler.costs import cache
 from scheduler.costs.cache import EffectiveContext, output_bytes, place_cache
 from scheduler.costs.compute import place_compute
+from scheduler.costs.graph.buffers import exact_compute
 from scheduler.costs.params import ContextParams, DeviceBytes, Footprint, HostBytes, Layout
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.weights import assign_layers, place_weights
@@ -30,7 +31,9 @@ def footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Foot
     places = assign_layers(layout, shape.n_layer_all)
     weights, host_weights = place_weights(shape.weights, layout, places)
     kv, host_kv = place_cache(shape.arch, layout, places, context)
-    compute, host_compute = place_compute(shape.arch, shape.demand, shape.weights, layout, places, context)
+    exact = exact_compute(shape.arch, shape.hparams, shape.widths, layout, places, context)
+    bound = exact or place_compute(shape.arch, shape.demand, shape.weights, layout, places, context)
+    compute, host_compute = bound
     return Footprint(
         devices=tuple(DeviceBytes(w, k, c) for w, k, c in zip(weights, kv, compute, strict=True)),
         host=HostBytes(host_weights, host_kv, host_compute, output_bytes(shape.arch, shape.n_vocab, context)),

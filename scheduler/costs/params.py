@@ -28,6 +28,7 @@ class ContextParams:
     kv_unified: bool = False
     swa_full: bool = False
     embeddings: bool = False
+    op_offload: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from scheduler.costs.architecture import ENCODERS, Architecture, read_architecture
 from scheduler.costs.demand import ModelDemand, model_demand
+from scheduler.costs.graph.blocks import Hparams, Width, read_hparams
 from scheduler.costs.header import Array, Header, Tensor, read_header
 from scheduler.costs.metadata import Metadata
 from scheduler.costs.weights import StoredSums, WeightSums, sum_stored, sum_weights
@@ -35,7 +36,10 @@ class ModelShape:
     stored: StoredSums
     weights: WeightSums
     demand: ModelDemand
-    """What the compute buffers are bounded from."""
+    """What the compute buffers are bounded from, where no template draws the model's graph."""
+    hparams: Hparams
+    widths: dict[str, Width]
+    """Of every tensor, by name."""
     weights_bytes: int
     experts_bytes: int
     quantization: str
@@ -125,6 +129,8 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         stored=sum_stored(arch, tensors),
         weights=weights,
         demand=model_demand(arch, tensors, n_vocab),
+        hparams=read_hparams(meta),
+        widths={tensor.name: Width(tensor.ne, tensor.type) for tensor in tensors.values()},
         weights_bytes=sum(by_type.values()),
         experts_bytes=weights.experts_bytes,
         quantization=max(by_type, key=lambda kind: by_type[kind]),

@@ -1,0 +1,361 @@
+"""The parts that graphs are made of: inputs, norms, attention, feed-forward blocks. After src/llama-graph.cpp.
+
+A `Build` draws one graph for one batch of one model. Weights are named as in the file. Order matters: nodes are computed
+in the order in which they are expanded, and that decides what is alive at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from scheduler.costs.architecture import Architecture
+from scheduler.costs.cache import EffectiveContext
+from scheduler.costs.ggml_types import F16, F32, GgmlType
+from scheduler.costs.graph import nodes as g
+from scheduler.costs.graph.nodes import I32, I64, Graph, Node
+from scheduler.costs.metadata import Metadata
+from scheduler.costs.weights import HOST
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """Elements per dimension of a weight, and its type."""
+
+    ne: tuple[int, ...]
+    type: GgmlType
+
+
+@dataclass(frozen=True, slots=True)
+class Hparams:
+    """Hyper-parameters that only the graph depends on."""
+
+    scales_experts: bool
+    """The weights of the experts in use are multiplied by a factor other than 1."""
+    scales_embedding: bool
+    caps_logits: bool
+    n_expert_groups: int
+
+
+def read_hparams(meta: Metadata) -> Hparams:
+    """What `meta` says of them, with llama.cpp's defaults."""
+
+    def factor(key: str) -> object:
+        return meta.values.get(f"{meta.arch}.{key}", 0.0)
+
+    return Hparams(
+        scales_experts=factor("expert_weights_scale") not in (0.0, 1.0),
+        scales_embedding=meta.arch.startswith("granite") and factor("embedding_scale") != 0.0,
+        caps_logits=meta.arch == "gemma2" or factor("final_logit_softcapping") != 0.0,
+        n_expert_groups=meta.number("expert_group_count", 0),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one graph is reserved for."""
+
+    tokens: int
+    n_seqs: int
+    outputs: int
+
+
+@dataclass(slots=True)
+class _Cache:
+    """Inputs of attention over one kind of cache, and the cells it has per stream."""
+
+    cells: int
+    k_ids: Node
+    v_ids: Node
+    mask: Node
+    k_rotation: Node | None
+    v_rotation: Node | None
+
+
+class Build:
+    """A graph in the making."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        hparams: Hparams,
+        weights: Mapping[str, Width],
+        size: EffectiveContext,
+        types: tuple[GgmlType, GgmlType],
+        flash: bool,
+        batch: Batch,
+        places: Sequence[int],
+        n_devices: int,
+        experts_on_host: bool,
+        pins: bool,
+    ) -> None:
+        self.graph = Graph()
+        self.arch, self.hparams, self.size, self.batch = arch, hparams, size, batch
+        self.flash = flash
+        self.tokens = batch.tokens
+        self._weights = weights
+        self._type_k, self._type_v = types
+        self._places = [n_devices if place == HOST else place for place in places]
+        self._host = n_devices
+        self._experts_on_host = experts_on_host
+        self._pins = pins
+        self._made: dict[str, Node] = {}
+        self._caches: dict[bool, _Cache] = {}
+
+    # ------------------------------------------------------------------ weights
+
+    def weight(self, name: str) -> Node | None:
+        """The weight of that name where the layout puts it, or None when the model has none."""
+        width = self._weights.get(name)
+        if width is None:
+            return None
+        if name not in self._made:
+            self._made[name] = g.stored(width.ne, width.type, self._place(name), weight=True)
+        return self._made[name]
+
+    def _place(self, name: str) -> int:
+        if name.startswith("blk."):
+            if self._experts_on_host and "_exps" in name:
+                return self._host
+            return self._places[int(name.split(".", 2)[1])]
+        if name.startswith(("token_embd", "position_embd", "token_types", "per_layer_token_embd")):
+            return self._host
+        return self._places[-1]
+
+    def layer(self, il: int, stem: str, kind: str = "weight") -> Node | None:
+        return self.weight(f"blk.{il}.{stem}.{kind}")
+
+    def project(self, il: int, stem: str, x: Node) -> Node:
+        """`x` times the matrix, plus its bias where the model has one (`build_lora_mm`)."""
+        matrix = self.layer(il, stem)
+        assert matrix is not None, f"blk.{il}.{stem}"
+        y = g.mul_mat(matrix, x)
+        scale = self.layer(il, stem, "scale")
+        y = g.mul(y, scale) if scale else y
+        bias = self.layer(il, stem, "bias")
+        return g.add(y, bias) if bias else y
+
+    # ------------------------------------------------------------------ the ends
+
+    def embedding(self) -> Node:
+        table = self.weight("token_embd.weight")
+        assert table is not None
+        tokens = g.fresh_input((self.tokens,), I32)
+        given = g.fresh_input((self.arch.n_embd, self.tokens))
+        looked_up = self.graph.expand(g.get_rows(table, tokens))
+        self.graph.expand(given)
+        if self.hparams.scales_embedding:
+            looked_up = g.scale(looked_up)
+        return self.graph.expand(looked_up)
+
+    def positions(self) -> Node:
+        return g.fresh_input((self.tokens * self.arch.n_pos,), I32)
+
+    def output_ids(self) -> Node:
+        return g.fresh_input((self.batch.outputs,), I32)
+
+    def logits(self, x: Node, stem: str = "output") -> None:
+        """The output matrix, or the token embedding a second time."""
+        matrix = self.weight(f"{stem}.weight") or self._tied()
+        y = g.mul_mat(matrix, x)
+        scale = self.weight(f"{stem}.scale")
+        y = g.mul(y, scale) if scale else y
+        bias = self.weight(f"{stem}.bias")
+        y = g.add(y, bias) if bias else y
+        x.is_output = True
+        if self.hparams.caps_logits:
+            y = g.scale(g.unary(g.scale(y)))
+        y.is_output = True
+        self.graph.expand(y)
+
+    def _tied(self) -> Node:
+        width = self._weights["token_embd.weight"]
+        if self._places[-1] == self._host:
+            table = self.weight("token_embd.weight")
+            assert table is not None
+            return table
+        return g.stored(width.ne, width.type, self._places[-1], weight=True)
+
+    def rope_factors(self, il: int) -> Node | None:
+        """Long-context factors of RoPE: a copy lies beside every layer."""
+        for name in ("rope_factors_long.weight", "rope_factors_short.weight", "rope_freqs.weight"):
+            if name in self._weights:
+                return g.stored(self._weights[name].ne, F32, self._places[il], weight=True)
+        return None
+
+    # ------------------------------------------------------------------ norms
+
+    def norm(self, x: Node, il: int, stem: str, *, rms: bool = True, pinned: bool = True) -> Node:
+        """A norm with its weight and bias, kept on its layer's device where llama.cpp insists on that."""
+        name = f"blk.{il}.{stem}" if il >= 0 else stem
+        y = g.like("RMS_NORM" if rms else "NORM", x)
+        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        if (weight or bias) and self._pins and pinned and il >= 0:
+            y.pin = self._places[il]
+        y = g.mul(y, weight) if weight else y
+        return g.add(y, bias) if bias else y
+
+    # ------------------------------------------------------------------ attention
+
+    def attention_inputs(self) -> None:
+        """Inputs for every kind of cache that the model has."""
+        kinds = {layer.is_swa for layer in self.arch.layers if layer.is_attention}
+        for is_swa in sorted(kinds):
+            self._caches[is_swa] = self._cache(self.size.n_swa_cells if is_swa else self.size.n_ctx_seq)
+
+    def _cache(self, cells: int) -> _Cache:
+        streams, arch = self.size.n_stream, self.arch
+        streams = 1 if streams == 1 else self.batch.n_seqs
+        return _Cache(
+            cells=cells,
+            k_ids=g.fresh_input((self.tokens,), I64),
+            v_ids=g.fresh_input((self.tokens * (1 if self.flash else arch.v_width_max),), I64),
+            mask=g.fresh_input((cells, self.tokens // streams, 1, streams), F16 if self.flash else F32),
+            k_rotation=self._rotation(self._type_k, arch.n_head_k, arch.n_head_k & -arch.n_head_k),
+            v_rotation=self._rotation(self._type_v, arch.n_head_v, 64),
+        )
+
+    def _rotation(self, of: GgmlType, head: int, n: int) -> Node | None:
+        return g.fresh_input((n, n)) if of.is_quantized and head % 64 == 0 and not self.arch.mla else None
+
+    def qkv(self, il: int, x: Node) -> tuple[Node, Node, Node]:
+        """Queries, keys and values by head, from one matrix or three (`build_qkv`)."""
+        kind = self.arch.layers[il]
+        head_q, head_v, t = kind.head_k, kind.head_v, self.tokens
+        n_kv = kind.k_width // head_q
+        if self.layer(il, "attn_qkv"):
+            qkv = self.project(il, "attn_qkv", x)
+            nb = (qkv.type.row_bytes(head_q), qkv.nb[1])
+            q = g.view(qkv, (head_q, kind.n_head, t), nb)
+            k = g.view(qkv, (head_q, n_kv, t), nb)
+            return q, k, g.view(qkv, (head_v, n_kv, t), (qkv.type.row_bytes(head_v), qkv.nb[1]))
+        q, k, v = (self.project(il, stem, x) for stem in ("attn_q", "attn_k", "attn_v"))
+        return g.reshape(q, head_q, kind.n_head, t), g.reshape(k, head_q, n_kv, t), g.reshape(v, head_v, n_kv, t)
+
+    def attend(self, il: int, q: Node, k: Node, v: Node, *, sinks: Node | None = None, caps: bool = False) -> Node:
+        """Store keys and values, attend to all that is stored, project the result (`build_attn`)."""
+        kind = self.arch.layers[il]
+        cache = self._caches[kind.is_swa]
+        expand = self.graph.expand
+        if cache.k_rotation:
+            q, k = g.hadamard(q, cache.k_rotation), g.hadamard(k, cache.k_rotation)
+        if cache.v_rotation:
+            v = g.hadamard(v, cache.v_rotation)
+        with_swa = len(self._caches) > 1 or kind.is_swa
+        for node in (q, k, v) if with_swa else (q, v, k):
+            expand(node)
+        stored_k, stored_v = self._stored(il, cache, k, v)
+        result = self._attend(q, stored_k, stored_v, cache.mask, sinks, caps)
+        if cache.v_rotation:
+            result = g.hadamard(result, cache.v_rotation)
+        return self.project(il, "attn_output", result)
+
+    def _stored(self, il: int, cache: _Cache, k: Node, v: Node) -> tuple[Node, Node]:
+        """Write to the cache of layer `il`; views of all that it holds."""
+        kind, streams, cells = self.arch.layers[il], self.size.n_stream, cache.cells
+        head_k, n_kv, head_v = k.ne[0], k.ne[1], v.ne[0]
+        k_width, v_width = kind.k_width, kind.v_width
+        place = self._places[il]
+        all_v = v_width if self.flash else self.arch.v_width_max
+        k_cache = g.stored((k_width, cells, streams), self._type_k, place, weight=False)
+        v_cache = g.stored((all_v, cells, streams), self._type_v, place, weight=False)
+        rows = g.view(k, (k_width, self.tokens), (k.nb[2],))
+        into = g.reshape(k_cache, k_width, cells * streams) if streams > 1 else k_cache
+        self.graph.expand(g.set_rows(into, rows, cache.k_ids))
+        if self.flash:
+            rows = g.view(v, (v_width, self.tokens), (v.nb[2],))
+            into = g.reshape(v_cache, v_width, cells * streams) if streams > 1 else v_cache
+        else:
+            flat = v.type.row_bytes(v_width) == v.nb[2]
+            rows = g.reshape(v, v_width, self.tokens) if flat else g.cont(v, v_width, self.tokens)
+            if v_width < all_v:
+                rows = Node("PAD", (all_v, self.tokens), F32, (rows,))
+            into = g.reshape(v_cache, 1, all_v * cells * streams)
+            rows = g.reshape(rows, 1, all_v * self.tokens)
+        self.graph.expand(g.set_rows(into, rows, cache.v_ids))
+        used = 1 if streams == 1 else self.batch.n_seqs
+        row = self._type_k.row_bytes
+        seen_k = g.view(k_cache, (head_k, n_kv, cells, used), (row(head_k), row(k_width), row(k_width * cells)))
+        row = self._type_v.row_bytes
+        if self.flash:
+            nb = (row(head_v), row(all_v), row(all_v * cells))
+            return seen_k, g.view(v_cache, (head_v, n_kv, cells, used), nb)
+        nb = (row(cells * head_v), row(cells), row(cells * all_v))
+        return seen_k, g.view(v_cache, (cells, n_kv, head_v, used), nb)
+
+    def _attend(self, q: Node, k: Node, v: Node, mask: Node, sinks: Node | None, caps: bool) -> Node:
+        """`build_attn_mha`."""
+        transposed = v.nb[1] > v.nb[2]
+        streams = k.ne[3]
+        per = q.ne[2] // streams
+        q = g.view(q, (q.ne[0], q.ne[1], per, streams), (q.nb[1], q.nb[2], q.nb[2] * per))
+        q, k, v = (g.permute(x, 0, 2, 1, 3) for x in (q, k, v))
+        extra = [sinks] if sinks else []
+        if self.flash:
+            out = g.flash_attn_ext(q, k, g.transpose(v) if transposed else v, mask, *extra)
+            return self.graph.expand(g.reshape(out, out.ne[0] * out.ne[1], out.ne[2] * out.ne[3]))
+        scores = g.mul_mat(k, q)
+        if caps:
+            scores = g.scale(g.unary(g.scale(scores)))
+        scores = g.soft_max(scores, mask, *extra)
+        if not transposed:
+            v = g.cont(g.transpose(v))
+        out = g.permute(g.mul_mat(v, scores), 0, 2, 1, 3)
+        return self.graph.expand(g.cont(out, out.ne[0] * out.ne[1], out.ne[2] * out.ne[3]))
+
+    # ------------------------------------------------------------------ feed-forward
+
+    def feed_forward(self, il: int, x: Node, suffix: str = "") -> Node:
+        """Up, gate and down (`build_ffn`); without a gate matrix the one matrix holds both halves."""
+        up = self.project(il, f"ffn_up{suffix}", x)
+        gated = self.layer(il, f"ffn_gate{suffix}") is not None
+        inner = g.glu(self.project(il, f"ffn_gate{suffix}", x), up) if gated else g.glu(up)
+        return self.project(il, f"ffn_down{suffix}", inner)
+
+    def experts(
+        self, il: int, x: Node, *, normalise: bool = True, sigmoid: bool = False, softmax_weights: bool = False
+    ) -> Node:
+        """The routed experts (`build_moe_ffn`). `softmax_weights`: only the chosen experts' weights are soft-maxed."""
+        used, n, tokens, expand = self.arch.n_expert_used, self.arch.n_expert, x.ne[1], self.graph.expand
+        logits = self.project(il, "ffn_gate_inp", x)
+        probabilities = logits
+        if not softmax_weights:
+            probabilities = g.unary(logits) if sigmoid else g.soft_max(logits)
+        bias = self.layer(il, "exp_probs_b", "bias")
+        choice = g.add(probabilities, bias) if bias else probabilities
+        ids = g.argsort_top_k(choice, used)
+        weights = g.get_rows(g.reshape(probabilities, 1, n, tokens), ids)
+        if softmax_weights:
+            weights = g.reshape(g.soft_max(g.reshape(weights, used, tokens)), 1, used, tokens)
+        if normalise:
+            flat = g.reshape(weights, used, tokens)
+            weights = g.reshape(g.like("DIV", flat, g.like("CLAMP", g.sum_rows(flat))), 1, used, tokens)
+        if self.hparams.scales_experts:
+            weights = g.scale(weights)
+        expand(weights)
+        x = g.reshape(x, x.ne[0], 1, tokens)
+        if self.layer(il, "ffn_gate_up_exps"):
+            both = self._expert(il, "ffn_gate_up_exps", x, ids)
+            half = (both.ne[0] // 2, both.ne[1], both.ne[2])
+            gate, up = (g.view(both, half, both.nb[1:3]) for _ in range(2))
+        else:
+            up = self._expert(il, "ffn_up_exps", x, ids)
+            gate = self._expert(il, "ffn_gate_exps", x, ids)
+        out = g.mul(self._expert(il, "ffn_down_exps", g.glu(gate, up), ids), weights)
+        expand(out)
+        parts = [expand(g.view(out, (out.ne[0], tokens), (out.nb[2],))) for _ in range(used)]
+        total = parts[0]
+        for part in parts[1:]:
+            total = expand(g.add(total, part))
+        return g.cont(total) if used == 1 else total
+
+    def _expert(self, il: int, stem: str, x: Node, ids: Node) -> Node:
+        matrix = self.layer(il, stem)
+        assert matrix is not None, f"blk.{il}.{stem}"
+        y = g.mul_mat_id(matrix, x, ids)
+        bias = self.layer(il, stem, "bias")
+        return g.like("ADD_ID", y, bias, ids) if bias else y
+
+
+Template = Callable[[Build], None]
+"""Draws the graph of one architecture."""

@@ -1,0 +1,14 @@
+"""Which architectures have a template of their graph.
+
+Checked against the llama.cpp of llama-cpp-python `CHECKED_WITH`: tests/costs/test_against_llama_cpp.py compares each
+with real loads of the installed library and so names the ones that drifted after a version bump.
+"""
+
+from __future__ import annotations
+
+from scheduler.costs.graph.blocks import Template
+from scheduler.costs.graph.models.decoders import DECODERS
+
+CHECKED_WITH = "0.3.36"
+
+TEMPLATES: dict[str, Template] = {**DECODERS}
