@@ -31,7 +31,7 @@ def footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Foot
     places = assign_layers(layout, shape.n_layer_all)
     weights, host_weights = place_weights(shape.weights, layout, places)
     kv, host_kv = place_cache(shape.arch, layout, places, context)
-    exact = exact_compute(shape.arch, shape.hparams, shape.widths, layout, places, context)
+    exact = exact_compute(shape.graph, layout, places, context)
     bound = exact or place_compute(shape.arch, shape.demand, shape.weights, layout, places, context)
     compute, host_compute = bound
     return Footprint(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scheduler.costs.architecture import ENCODERS, Architecture, read_architecture
 from scheduler.costs.demand import ModelDemand, model_demand
-from scheduler.costs.graph.blocks import Hparams, Width, read_hparams
+from scheduler.costs.graph.blocks import GraphModel, graph_model
 from scheduler.costs.header import Array, Header, Tensor, read_header
 from scheduler.costs.metadata import Metadata
 from scheduler.costs.weights import StoredSums, WeightSums, sum_stored, sum_weights
@@ -37,9 +37,7 @@ class ModelShape:
     weights: WeightSums
     demand: ModelDemand
     """What the compute buffers are bounded from, where no template draws the model's graph."""
-    hparams: Hparams
-    widths: dict[str, Width]
-    """Of every tensor, by name."""
+    graph: GraphModel
     weights_bytes: int
     experts_bytes: int
     quantization: str
@@ -129,8 +127,7 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         stored=sum_stored(arch, tensors),
         weights=weights,
         demand=model_demand(arch, tensors, n_vocab),
-        hparams=read_hparams(meta),
-        widths={tensor.name: Width(tensor.ne, tensor.type) for tensor in tensors.values()},
+        graph=graph_model(arch, meta, tensors),
         weights_bytes=sum(by_type.values()),
         experts_bytes=weights.experts_bytes,
         quantization=max(by_type, key=lambda kind: by_type[kind]),

@@ -15,6 +15,7 @@ from gguf_shapes import SMALL
 
 from scheduler.costs.footprint import effective_context, footprint
 from scheduler.costs.ggml_types import KV_TYPES
+from scheduler.costs.graph.templates import TEMPLATES
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import read_shape
 from scheduler.costs.weights import EXPERTS_PATTERN
@@ -104,4 +105,6 @@ def test_footprints_are_what_llama_cpp_allocates(
         for place, ours in got.items():
             weights, cache, compute = truth["bytes"].get(place, [0, 0, 0])
             assert (ours.weights_bytes, ours.kv_bytes) == (weights, cache), f"{place} of {what}"
+            if real and shape.architecture in TEMPLATES:
+                assert ours.compute_bytes == compute, f"the graph of {name} has changed: {place} of {what}"
             assert ours.compute_bytes >= compute, f"{place} of {what}"

@@ -75,7 +75,7 @@ def buffer_sizes(plan: Schedule, kinds: Sequence[DeviceKind]) -> list[int]:
 
 
 def _alloc_bytes(node: Node, kind: DeviceKind | None) -> int:
-    """What a backend sets aside for a node: CUDA also for padded rows and for f16 copies of a cache (get_alloc_size)."""
+    """What a backend sets aside for a node (`get_alloc_size`): on CUDA also padded rows and f16 copies of a cache."""
     if kind != "cuda":
         return pad(node.n_bytes, 32)
     extra = 0

@@ -1,7 +1,7 @@
 """The parts that graphs are made of: inputs, norms, attention, feed-forward blocks. After src/llama-graph.cpp.
 
-A `Build` draws one graph for one batch of one model. Weights are named as in the file. Order matters: nodes are computed
-in the order in which they are expanded, and that decides what is alive at once.
+A `Build` draws one graph for one batch of one model. Weights are named as in the file. Order matters: nodes are
+computed in the order in which they are expanded, and that decides what is alive at once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from scheduler.costs.cache import EffectiveContext
 from scheduler.costs.ggml_types import F16, F32, GgmlType
 from scheduler.costs.graph import nodes as g
 from scheduler.costs.graph.nodes import I32, I64, Graph, Node
+from scheduler.costs.header import Tensor
 from scheduler.costs.metadata import Metadata
-from scheduler.costs.weights import HOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,42 @@ def read_hparams(meta: Metadata) -> Hparams:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class GraphModel:
+    """All that a template asks about a model. Compared by identity, so that it is cheap to use as a key."""
+
+    arch: Architecture
+    hparams: Hparams
+    layers: tuple[Mapping[str, Width], ...]
+    """The weights of each layer, by name without `blk.` and number."""
+    rest: Mapping[str, Width]
+    alike: tuple[int, ...]
+    """Per layer, the first layer that its graph does not differ from."""
+    same: tuple[int, ...]
+    """The same, where also the types of the weights matter."""
+
+
+def graph_model(arch: Architecture, meta: Metadata, tensors: Mapping[str, Tensor]) -> GraphModel:
+    """Sort the tensors by layer, and find the layers that are alike."""
+    layers: list[dict[str, Width]] = [{} for _ in range(arch.n_layer_all)]
+    rest = {}
+    for tensor in tensors.values():
+        width = Width(tensor.ne, tensor.type)
+        prefix, _, name = tensor.name.partition(".")
+        il, _, stem = name.partition(".")
+        if prefix == "blk" and il.isdigit() and int(il) < arch.n_layer_all:
+            layers[int(il)][stem] = width
+        else:
+            rest[tensor.name] = width
+    loose: dict[object, int] = {}
+    strict: dict[object, int] = {}
+    alike, same = [], []
+    for i, (kind, weights) in enumerate(zip(arch.layers, layers, strict=True)):
+        alike.append(loose.setdefault((kind, *sorted((name, w.ne) for name, w in weights.items())), i))
+        same.append(strict.setdefault((kind, *sorted((name, w.ne, w.type.id) for name, w in weights.items())), i))
+    return GraphModel(arch, read_hparams(meta), tuple(layers), rest, tuple(alike), tuple(same))
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What one graph is reserved for."""
@@ -73,57 +109,52 @@ class _Cache:
 
 
 class Build:
-    """A graph in the making."""
+    """A graph in the making. `places`: where each layer lies and, last, the output; the host is the highest."""
 
     def __init__(
         self,
-        arch: Architecture,
-        hparams: Hparams,
-        weights: Mapping[str, Width],
+        model: GraphModel,
         size: EffectiveContext,
         types: tuple[GgmlType, GgmlType],
         flash: bool,
         batch: Batch,
         places: Sequence[int],
-        n_devices: int,
+        host: int,
         experts_on_host: bool,
         pins: bool,
     ) -> None:
         self.graph = Graph()
-        self.arch, self.hparams, self.size, self.batch = arch, hparams, size, batch
+        self.arch, self.hparams, self.size, self.batch = model.arch, model.hparams, size, batch
         self.flash = flash
         self.tokens = batch.tokens
-        self._weights = weights
+        self._layers, self._weights = model.layers, model.rest
         self._type_k, self._type_v = types
-        self._places = [n_devices if place == HOST else place for place in places]
-        self._host = n_devices
+        self._places = places
+        self._host = host
         self._experts_on_host = experts_on_host
         self._pins = pins
-        self._made: dict[str, Node] = {}
+        self._made: dict[object, Node] = {}
         self._caches: dict[bool, _Cache] = {}
 
     # ------------------------------------------------------------------ weights
 
     def weight(self, name: str) -> Node | None:
-        """The weight of that name where the layout puts it, or None when the model has none."""
-        width = self._weights.get(name)
-        if width is None:
-            return None
-        if name not in self._made:
-            self._made[name] = g.stored(width.ne, width.type, self._place(name), weight=True)
-        return self._made[name]
-
-    def _place(self, name: str) -> int:
-        if name.startswith("blk."):
-            if self._experts_on_host and "_exps" in name:
-                return self._host
-            return self._places[int(name.split(".", 2)[1])]
-        if name.startswith(("token_embd", "position_embd", "token_types", "per_layer_token_embd")):
-            return self._host
-        return self._places[-1]
+        """A weight outside the layers, or None when the model has none of that name."""
+        is_input = name.startswith(("token_embd", "position_embd", "token_types", "per_layer_token_embd"))
+        return self._stored_weight(name, self._weights.get(name), self._host if is_input else self._places[-1])
 
     def layer(self, il: int, stem: str, kind: str = "weight") -> Node | None:
-        return self.weight(f"blk.{il}.{stem}.{kind}")
+        """A weight of layer `il`, without `blk.` and its number, or None when the layer has none of that name."""
+        name = f"{stem}.{kind}"
+        place = self._host if self._experts_on_host and "_exps" in stem else self._places[il]
+        return self._stored_weight((il, name), self._layers[il].get(name), place)
+
+    def _stored_weight(self, key: object, width: Width | None, place: int) -> Node | None:
+        if width is None:
+            return None
+        if key not in self._made:
+            self._made[key] = g.stored(width.ne, width.type, place, weight=True)
+        return self._made[key]
 
     def project(self, il: int, stem: str, x: Node) -> Node:
         """`x` times the matrix, plus its bias where the model has one (`build_lora_mm`)."""
@@ -187,9 +218,10 @@ class Build:
 
     def norm(self, x: Node, il: int, stem: str, *, rms: bool = True, pinned: bool = True) -> Node:
         """A norm with its weight and bias, kept on its layer's device where llama.cpp insists on that."""
-        name = f"blk.{il}.{stem}" if il >= 0 else stem
         y = g.like("RMS_NORM" if rms else "NORM", x)
-        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        weight, bias = (
+            self.layer(il, stem, kind) if il >= 0 else self.weight(f"{stem}.{kind}") for kind in ("weight", "bias")
+        )
         if (weight or bias) and self._pins and pinned and il >= 0:
             y.pin = self._places[il]
         y = g.mul(y, weight) if weight else y

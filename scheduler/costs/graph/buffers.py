@@ -2,56 +2,104 @@
 
 llama.cpp reserves a graph for its largest batch and one for one token per sequence, and each backend's buffer is as
 large as the greedier of the two asks (`sched_reserve` in src/llama-context.cpp).
+
+Nothing depends on how often like layers follow each other, for the allocator does the same with each. So long rows of
+them are shortened before the graph is drawn, and layouts that differ in no other way share one answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import TypeVar
 
-from scheduler.costs.architecture import Architecture
 from scheduler.costs.cache import cache_types, effective_context
 from scheduler.costs.graph.allocate import buffer_sizes
-from scheduler.costs.graph.blocks import Batch, Build, Hparams, Width
+from scheduler.costs.graph.blocks import Batch, Build, GraphModel
 from scheduler.costs.graph.schedule import schedule
 from scheduler.costs.graph.templates import TEMPLATES
-from scheduler.costs.params import ContextParams, Layout
+from scheduler.costs.params import ContextParams, DeviceKind, Layout
 from scheduler.costs.weights import HOST, pad
+
+T = TypeVar("T")
 
 PIPELINE_COPIES = 4
 """`GGML_SCHED_MAX_COPIES`: how often inputs exist when several devices work as a pipeline."""
 _PINS_BELOW_TOKENS = 32
+_REPEATS = 3
+"""How many of a row of like layers are drawn: one after something else, one before, one between."""
+_LONGEST_PATTERN = 8
+_REMEMBERED = 4096
 
 
 def exact_compute(
-    arch: Architecture,
-    hparams: Hparams,
-    weights: Mapping[str, Width],
-    layout: Layout,
-    places: Sequence[int],
-    context: ContextParams,
+    model: GraphModel, layout: Layout, places: Sequence[int], context: ContextParams
 ) -> tuple[list[int], int] | None:
     """Compute buffer bytes (per device of the layout, on the host), or None where no template covers the model."""
-    draw = TEMPLATES.get(arch.name)
-    if draw is None or arch.pools:
+    arch = model.arch
+    if arch.name not in TEMPLATES or arch.pools:
         return None
-    size = effective_context(arch, context)
-    types = cache_types(arch, context)
-    n_devices = len(layout.devices)
-    whole = HOST not in places
-    copies = PIPELINE_COPIES if n_devices > 1 and whole and not layout.experts_on_host else 1
-    kinds = [device.kind for device in layout.devices]
-    totals = [0] * (n_devices + 1)
-    tokens = pad(size.n_tokens, size.n_seq_max)
+    cache_types(arch, context)  # refuses what llama.cpp refuses
+    kinds = tuple(device.kind for device in layout.devices)
+    offloads = context.op_offload and "cuda" in kinds and (HOST in places or layout.experts_on_host)
+    alike = model.same if offloads else model.alike
+    loaded = sum(layer.is_loaded for layer in arch.layers)
+    drawn = [(alike[il], places[il]) for il in range(loaded)]
+    if arch.n_layer_kv == arch.n_layer_all:  # else layers point at one another by number
+        drawn = shortened(drawn)
+    totals = _reserved(model, tuple(drawn), places[-1], HOST not in places, kinds, layout.experts_on_host, context)
+    return list(totals[:-1]), totals[-1]
+
+
+def shortened(row: Sequence[T]) -> list[T]:
+    """`row` with at most `_REPEATS` of any pattern that repeats itself, both ends kept."""
+    kept: list[T] = []
+    at = 0
+    while at < len(row):
+        step, repeats = 1, 1
+        for length in range(1, _LONGEST_PATTERN + 1):
+            count = 1
+            while row[at + count * length : at + (count + 1) * length] == row[at : at + length]:
+                count += 1
+            if count > _REPEATS and count * length > step * repeats:
+                step, repeats = length, count
+        kept += row[at : at + step * min(repeats, _REPEATS)]
+        at += step * repeats
+    return kept
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _reserved(
+    model: GraphModel,
+    drawn: tuple[tuple[int, int], ...],
+    output: int,
+    whole: bool,
+    kinds: tuple[DeviceKind, ...],
+    experts_on_host: bool,
+    context: ContextParams,
+) -> list[int]:
+    """Bytes per backend for these layers of `model`, each where it says; `whole`: nothing is left on the host."""
+    size = effective_context(model.arch, context)
+    types = cache_types(model.arch, context)
+    host = len(kinds)
+    layers = tuple(il for il, _ in drawn)
+    row = replace(
+        model,
+        arch=replace(model.arch, layers=tuple(model.arch.layers[il] for il in layers)),
+        layers=tuple(model.layers[il] for il in layers),
+    )
+    places = [host if place == HOST else place for _, place in drawn] + [host if output == HOST else output]
+    copies = PIPELINE_COPIES if host > 1 and whole and not experts_on_host else 1
+    offloads_to = kinds.index("cuda") if context.op_offload and "cuda" in kinds else None
+    totals = [0] * (host + 1)
     for batch in (
-        Batch(tokens, size.n_seq_max, min(size.n_tokens, size.n_batch)),
+        Batch(pad(size.n_tokens, size.n_seq_max), size.n_seq_max, min(size.n_tokens, size.n_batch)),
         Batch(size.n_seq_max, size.n_seq_max, size.n_seq_max),
     ):
-        build = Build(
-            arch, hparams, weights, size, types, context.flash_attn == "on", batch, places, n_devices,
-            layout.experts_on_host, pins=whole or batch.tokens < _PINS_BELOW_TOKENS,
-        )  # fmt: skip
-        draw(build)
-        offloads_to = kinds.index("cuda") if context.op_offload and "cuda" in kinds else None
-        sizes = buffer_sizes(schedule(build.graph, n_devices, copies, offloads_to), kinds)
+        pins = whole or batch.tokens < _PINS_BELOW_TOKENS
+        build = Build(row, size, types, context.flash_attn == "on", batch, places, host, experts_on_host, pins)
+        TEMPLATES[model.arch.name](build)
+        sizes = buffer_sizes(schedule(build.graph, host, copies, offloads_to), kinds)
         totals = [max(pair) for pair in zip(totals, sizes, strict=True)]
-    return totals[:-1], totals[-1]
+    return totals

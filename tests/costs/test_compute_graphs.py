@@ -1,0 +1,86 @@
+"""Drawing, splitting and packing graphs: what ggml does, and what is left out because it changes nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from gguf_shapes import GOLDEN, SMALL
+
+from scheduler.costs.footprint import footprint
+from scheduler.costs.graph import buffers
+from scheduler.costs.graph.allocate import Arena
+from scheduler.costs.graph.buffers import shortened
+from scheduler.costs.graph.templates import TEMPLATES
+from scheduler.costs.params import ContextParams, DeviceSpec, Layout
+from scheduler.costs.shape import ModelShape
+
+ShapeOf = Callable[[str], ModelShape]
+
+
+@pytest.mark.parametrize(
+    ("row", "kept"),
+    [
+        ("", ""),
+        ("aaab", "aaab"),
+        ("aaaaaab", "aaab"),
+        ("aaaaaaabbbbbbb", "aaabbb"),
+        ("xabababababy", "xabababy"),
+        ("aabaabaabaabaab", "aabaabaab"),
+        ("abcdefghijklmnop", "abcdefghijklmnop"),
+    ],
+)
+def test_rows_of_like_layers_are_shortened(row: str, kept: str) -> None:
+    assert "".join(shortened(row)) == kept
+
+
+def layouts(n_layers: int, chance: random.Random) -> list[Layout]:
+    found = []
+    for _ in range(6):
+        n = chance.randint(1, 8)
+        devices = tuple(DeviceSpec(f"gpu{i}", chance.choice(("cuda", "rpc"))) for i in range(n))
+        split = tuple(float(chance.randint(1, 9)) for _ in devices)
+        offloaded = chance.choice((-1, chance.randint(0, n_layers + 1)))
+        found.append(Layout(devices, offloaded, split, experts_on_host=chance.random() < 0.3))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, spec in (GOLDEN | SMALL).items() if spec.arch in TEMPLATES])
+def test_shortening_changes_nothing(name: str, shape_of: ShapeOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = shape_of(name)
+    chance = random.Random(name)
+    for layout in layouts(shape.n_layer_all, chance):
+        context = ContextParams(
+            n_ctx=chance.choice((512, 4096, 32768)),
+            n_seq_max=chance.choice((1, 1, 3)),
+            n_ubatch=chance.choice((64, 512)),
+            flash_attn=chance.choice(("on", "off")),
+            kv_unified=chance.random() < 0.5,
+        )
+        short = footprint(shape, layout, context)
+        with monkeypatch.context() as patch:
+            patch.setattr(buffers, "shortened", list)
+            assert footprint(shape, layout, context) == short, (layout, context)
+
+
+def test_a_tied_embedding_is_copied_to_the_device_of_the_output(shape_of: ShapeOf) -> None:
+    """Were it read on the host, the device would hold the matrix once more in its compute buffer."""
+    tied, untied = shape_of("llama-tied"), shape_of("llama")
+    layout = Layout((DeviceSpec("gpu0", "rpc"),), -1, (1,))
+    context = ContextParams(n_ctx=1024)
+    assert footprint(tied, layout, context).devices[0].compute_bytes == (
+        footprint(untied, layout, context).devices[0].compute_bytes
+    )
+
+
+def test_the_allocator_takes_the_best_fitting_hole_and_merges_what_is_freed() -> None:
+    arena = Arena()
+    first, second, third, fourth = (arena.take(size) for size in (64, 128, 32, 256))
+    arena.give(second, 128)
+    arena.give(first, 64)
+    assert arena.take(160) == first  # the two holes have become one
+    assert arena.take(512) == fourth + 256
+    arena.give(third, 32)
+    assert arena.take(32) in (first + 160, third)
+    assert arena.max_bytes == fourth + 256 + 512
