@@ -1,6 +1,6 @@
 """Runners: the actor of each replica, and one spare per node.
 
-A runner takes most of a second to start (a Ray worker, its imports) and then has no cards chosen and no model. So every
+A runner takes time to start (a Ray worker, its imports) and then has no cards chosen and no model. So every
 node keeps one that has started: a load takes it, and another is started once that load has ended. A spare costs its
 node a Python process, some 60 MiB of RAM of its own. Whoever restarts the scheduler finds spares by name and ends them.
 """

@@ -8,7 +8,7 @@ import sys
 
 import psutil
 
-BENCHMARKS = ("header", "decisions", "serving")
+BENCHMARKS = ("header", "footprint", "decisions", "serving")
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ DECODE_ROUNDS, DECODE_TOKENS = 7, 700
 LOAD_ROUNDS = 7
 N_CTX = 1024
 SETTLE_S = 3.0
-"""After a load its node starts another spare runner, about a second of one core: no measurement is to hold that."""
+"""After a load its node starts another spare runner: no measurement is to hold that."""
 
 
 def main() -> None:

@@ -88,6 +88,7 @@ SMALL = {
     "gemma2": replace(_TINY, arch="gemma2", window=256, tied=True, n_layer=7),
     "gemma3": replace(_TINY, arch="gemma3", window=256, tied=True, qk_norm=True, n_layer=8),
     "gpt-oss": replace(_TINY_MOE, arch="gpt-oss", window=128),
+    "fused": replace(_TINY, arch="phi3"),  # llama.cpp wants certain tokens of a model named phi3
     "deepseek2": replace(
         _TINY_MOE, arch="deepseek2", n_layer=4, n_head_kv=1, head=0, n_ff_shexp=64, dense_lead=1, kv_lora=64, rope=32,
         nope=32, head_v=32,
@@ -206,6 +207,9 @@ def _attention(s: Spec) -> Iterator[Named]:
         )
         yield "attn_output.weight", (s.n_head * s.head_v, e)
         return
+    if s.arch == "phi3":
+        yield from (("attn_qkv.weight", (e, q + 2 * kv)), ("attn_output.weight", (q, e)))
+        return
     yield "attn_q.weight", (e, 2 * q if s.arch == "qwen3next" else q)
     yield from (("attn_k.weight", (e, kv)), ("attn_v.weight", (e, kv)), ("attn_output.weight", (q, e)))
     if s.qkv_bias or s.arch == "gpt-oss":
@@ -237,7 +241,10 @@ def _recurrent(s: Spec) -> Iterator[Named]:
 
 
 def _dense(s: Spec) -> Iterator[Named]:
-    yield from (("ffn_gate.weight", (s.n_embd, s.n_ff)), ("ffn_up.weight", (s.n_embd, s.n_ff)))
+    if s.arch == "phi3":
+        yield "ffn_up.weight", (s.n_embd, 2 * s.n_ff)
+    else:
+        yield from (("ffn_gate.weight", (s.n_embd, s.n_ff)), ("ffn_up.weight", (s.n_embd, s.n_ff)))
     yield "ffn_down.weight", (s.n_ff, s.n_embd)
 
 
