@@ -173,6 +173,8 @@ def _answer(layout: Layout, result: Footprint) -> dict[str, Any]:
 
 
 def _describe(shape: ModelShape) -> dict[str, Any]:
+    from scheduler.costs.footprint import computes_exactly
+
     return {
         "architecture": shape.architecture,
         "known_architecture": shape.known_architecture,
@@ -183,6 +185,7 @@ def _describe(shape: ModelShape) -> dict[str, Any]:
         "weights_bytes": shape.weights_bytes,
         "experts_bytes": shape.experts_bytes,
         "n_tensors": shape.n_tensors,
+        "compute_is_exact": computes_exactly(shape),
         "n_layer_all": shape.n_layer_all,
         "n_ctx_train": shape.n_ctx_train,
         "n_embd": shape.n_embd,
@@ -255,7 +258,7 @@ def _show_costs(shape: ModelShape, cases: list[tuple[Layout, ContextParams]], re
     from rich.console import Console
     from rich.table import Table
 
-    from scheduler.costs.footprint import effective_context
+    from scheduler.costs.footprint import computes_exactly, effective_context
     from scheduler.units import format_bytes
 
     console = Console()
@@ -276,3 +279,8 @@ def _show_costs(shape: ModelShape, cases: list[tuple[Layout, ContextParams]], re
         )
         table.add_section()
     console.print(table)
+    if shape.known_architecture:
+        compute = (
+            "compute buffers too" if computes_exactly(shape) else "compute buffers are a bound that no load exceeds"
+        )
+        console.print(f"weights, cache and output are to the byte, {compute}")

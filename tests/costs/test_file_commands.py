@@ -46,7 +46,7 @@ def costs(model: Path, grid: Any) -> list[dict[str, Any]]:
 
 def test_inspect_prints_architecture_and_layers_with_their_bytes(model: Path) -> None:
     said = json.loads(run("inspect", model, "--json"))
-    assert said["architecture"] == "qwen3moe"
+    assert said["architecture"] == "qwen3moe" and said["compute_is_exact"]
     assert len(said["layers"]) == said["n_layer_all"] == 6
     everything = said["input_bytes"] + said["output_bytes"] + sum(layer["bytes"] for layer in said["layers"])
     assert everything == said["weights_bytes"]
@@ -113,6 +113,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_for_people(model: Path, tmp_path: Path) -> None:
     assert "qwen3moe" in run("inspect", model)
     assert "gpu0" in run("footprint", model)
+    assert "to the byte, compute buffers too" in " ".join(run("footprint", model).split())
     from dataclasses import replace
 
     strange = write_model(replace(SMALL["qwen3"], arch="qwen9"), tmp_path / "strange.gguf", vocabulary=False)

@@ -33,13 +33,18 @@ _LONGEST_PATTERN = 8
 _REMEMBERED = 4096
 
 
+def has_template(model: GraphModel) -> bool:
+    """Whether the model's graph can be drawn."""
+    return model.arch.name in TEMPLATES and not model.arch.pools
+
+
 def exact_compute(
     model: GraphModel, layout: Layout, places: Sequence[int], context: ContextParams
 ) -> tuple[list[int], int] | None:
     """Compute buffer bytes (per device of the layout, on the host), or None where no template covers the model."""
-    arch = model.arch
-    if arch.name not in TEMPLATES or arch.pools:
+    if not has_template(model):
         return None
+    arch = model.arch
     cache_types(arch, context)  # refuses what llama.cpp refuses
     kinds = tuple(device.kind for device in layout.devices)
     offloads = context.op_offload and "cuda" in kinds and (HOST in places or layout.experts_on_host)
