@@ -1,8 +1,8 @@
 """What a model costs on given devices: the one function that placement asks.
 
-Weights, cache, state and the logits buffer are exact to the byte; compute buffers too where a template draws the model's
-graph, else they are a bound that no load exceeds. A quarter of a millisecond for a model of 80 layers with the bound, and
-some milliseconds the first time a graph is drawn.
+Weights, cache, state and the logits buffer are exact to the byte; compute buffers too where a template draws the
+model's graph, else they are a bound that no load exceeds. It takes a quarter of a millisecond for a model of 80 layers,
+and some milliseconds the first time a graph is drawn.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 llama.cpp reserves a graph for its largest batch and one for one token per sequence, and each backend's buffer is as
 large as the greedier of the two asks (`sched_reserve` in src/llama-context.cpp).
 
-Nothing depends on how often like layers follow each other, for the allocator does the same with each. So long rows of
-them are shortened before the graph is drawn, and layouts that differ in no other way share one answer.
+Nothing depends on how often like layers follow each other, as long as the allocator does the same with each. So long
+rows of them are shortened before the graph is drawn, and layouts that differ in no other way share one answer. That
+does not hold where CUDA copies weights over from the host: those graphs are drawn whole.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _PINS_BELOW_TOKENS = 32
 _REPEATS = 3
 """How many of a row of like layers are drawn: one after something else, one before, one between."""
 _LONGEST_PATTERN = 8
+_DWARFS = 32
+"""A batch so many times larger than one token per sequence asks for more in every buffer, if run in the same places."""
 _REMEMBERED = 4096
 
 
@@ -51,9 +54,11 @@ def exact_compute(
     alike = model.same if offloads else model.alike
     loaded = sum(layer.is_loaded for layer in arch.layers)
     drawn = [(alike[il], places[il]) for il in range(loaded)]
-    if arch.n_layer_kv == arch.n_layer_all:  # else layers point at one another by number
+    # copied weights leave holes that wander from layer to layer; layers that share a cache name each other by number
+    if not offloads and arch.n_layer_kv == arch.n_layer_all:
         drawn = shortened(drawn)
-    totals = _reserved(model, tuple(drawn), places[-1], HOST not in places, kinds, layout.experts_on_host, context)
+    whole = HOST not in places
+    totals = _reserved(model, tuple(drawn), places[-1], whole, offloads, kinds, layout.experts_on_host, context)
     return list(totals[:-1]), totals[-1]
 
 
@@ -80,11 +85,15 @@ def _reserved(
     drawn: tuple[tuple[int, int], ...],
     output: int,
     whole: bool,
+    offloads: bool,
     kinds: tuple[DeviceKind, ...],
     experts_on_host: bool,
     context: ContextParams,
 ) -> list[int]:
-    """Bytes per backend for these layers of `model`, each where it says; `whole`: nothing is left on the host."""
+    """Bytes per backend for these layers of `model`, each where it says.
+
+    `whole`: nothing is left on the host. `offloads`: a device takes over large products from the host.
+    """
     size = effective_context(model.arch, context)
     types = cache_types(model.arch, context)
     host = len(kinds)
@@ -96,12 +105,12 @@ def _reserved(
     )
     places = [host if place == HOST else place for _, place in drawn] + [host if output == HOST else output]
     copies = PIPELINE_COPIES if host > 1 and whole and not experts_on_host else 1
-    offloads_to = kinds.index("cuda") if context.op_offload and "cuda" in kinds else None
+    offloads_to = kinds.index("cuda") if offloads else None
     totals = [0] * (host + 1)
-    for batch in (
-        Batch(pad(size.n_tokens, size.n_seq_max), size.n_seq_max, min(size.n_tokens, size.n_batch)),
-        Batch(size.n_seq_max, size.n_seq_max, size.n_seq_max),
-    ):
+    batches = [Batch(pad(size.n_tokens, size.n_seq_max), size.n_seq_max, min(size.n_tokens, size.n_batch))]
+    if offloads or batches[0].tokens < _DWARFS * size.n_seq_max:
+        batches.append(Batch(size.n_seq_max, size.n_seq_max, size.n_seq_max))
+    for batch in batches:
         pins = whole or batch.tokens < _PINS_BELOW_TOKENS
         build = Build(row, size, types, context.flash_attn == "on", batch, places, host, experts_on_host, pins)
         TEMPLATES[model.arch.name](build)
