@@ -32,6 +32,7 @@ class Spec:
     n_expert_used: int = 0
     n_ff_exp: int = 0
     n_ff_shexp: int = 0
+    n_group_used: int = 0
     window: int = 0
     tied: bool = False
     qk_norm: bool = False
@@ -93,6 +94,10 @@ SMALL = {
         _TINY_MOE, arch="deepseek2", n_layer=4, n_head_kv=1, head=0, n_ff_shexp=64, dense_lead=1, kv_lora=64, rope=32,
         nope=32, head_v=32,
     ),
+    "deepseek2-groups": replace(
+        _TINY_MOE, arch="deepseek2", n_ff_shexp=64, dense_lead=1, kv_lora=128, rope=64, nope=64, head_v=64, n_head_kv=1,
+        n_expert=16, n_group_used=2,
+    ),
     "qwen3next": replace(
         _TINY_MOE, arch="qwen3next", n_layer=8, n_ff_shexp=64, d_state=32, n_group=2, dt_rank=4, d_inner=128, rope=32
     ),
@@ -134,7 +139,9 @@ def _hyper_parameters(s: Spec) -> Iterator[tuple[str, object]]:
         yield from (("attention.kv_lora_rank", s.kv_lora), ("rope.dimension_count", s.rope))
         yield from (("attention.q_lora_rank", s.kv_lora), ("leading_dense_block_count", s.dense_lead))
         yield from (("expert_shared_count", s.n_ff_shexp // s.n_ff_exp), ("expert_weights_scale", 1.0))
-        yield "expert_gating_func", 1
+        yield from (("expert_weights_norm", True), ("expert_gating_func", 1))
+    if s.n_group_used:
+        yield from (("expert_group_count", s.n_expert // 4), ("expert_group_used_count", s.n_group_used))
     elif s.head:
         yield from (("attention.key_length", s.head), ("attention.value_length", s.head))
         yield "rope.dimension_count", s.rope or s.head
@@ -260,6 +267,8 @@ def _experts(s: Spec) -> Iterator[Named]:
         yield "ffn_down_shexp.weight", (s.n_ff_shexp, e)
     if s.arch == "qwen3next":
         yield "ffn_gate_inp_shexp.weight", (e,)
+    if s.n_group_used:
+        yield "exp_probs_b.bias", (n,)
 
 
 _SINGLE = ("norm", "ffn_gate_inp", "ssm_conv1d", "ssm_a", "ssm_d.", "attn_sinks")

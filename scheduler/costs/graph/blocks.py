@@ -34,7 +34,13 @@ class Hparams:
     """The weights of the experts in use are multiplied by a factor other than 1."""
     scales_embedding: bool
     caps_logits: bool
+    normalises_experts: bool
+    """The weights of the experts in use are made to sum up to 1, for architectures that leave it to the file."""
     n_expert_groups: int
+    """Experts are chosen from the `n_group_used` best groups; 0 or 1: from all."""
+    n_group_used: int
+    scales_attention: bool
+    """Attention is scaled by position, which no template draws."""
 
 
 def read_hparams(meta: Metadata) -> Hparams:
@@ -47,7 +53,10 @@ def read_hparams(meta: Metadata) -> Hparams:
         scales_experts=factor("expert_weights_scale") not in (0.0, 1.0),
         scales_embedding=meta.arch.startswith("granite") and factor("embedding_scale") != 0.0,
         caps_logits=meta.arch == "gemma2" or factor("final_logit_softcapping") != 0.0,
+        normalises_experts=meta.flag("expert_weights_norm", False),
         n_expert_groups=meta.number("expert_group_count", 0),
+        n_group_used=meta.number("expert_group_used_count", 0),
+        scales_attention=factor("attention.temperature_scale") != 0.0,
     )
 
 
@@ -282,29 +291,46 @@ class Build:
             result = g.hadamard(result, cache.v_rotation)
         return self.project(il, "attn_output", result)
 
+    def attend_latent(self, il: int, q: Node, k: Node, v: Node) -> Node:
+        """The same where the values are the front of the keys, and are expanded by `attn_v_b` afterwards."""
+        kind = self.arch.layers[il]
+        cache = self._caches[kind.is_swa]
+        for node in (q, v, k):
+            self.graph.expand(node)
+        stored = self._store(il, k, kind.k_width, self._type_k, cache.cells, cache.k_ids)
+        row = self._type_k.row_bytes
+        used = 1 if self.size.n_stream == 1 else self.batch.n_seqs
+        nb = (row(k.ne[0]), row(kind.k_width), row(kind.k_width * cache.cells))
+        keys = g.view(stored, (k.ne[0], k.ne[1], cache.cells, used), nb)
+        values = g.view(keys, (v.ne[0], *keys.ne[1:]), keys.nb[1:])
+        result = self._attend(q, keys, values, cache.mask, None, False, self.layer(il, "attn_v_b"))
+        return self.project(il, "attn_output", result)
+
+    def _store(self, il: int, rows: Node, width: int, of: GgmlType, cells: int, ids: Node) -> Node:
+        """Write rows of all heads to a cache of layer `il`, which is returned."""
+        streams = self.size.n_stream
+        cache = g.stored((width, cells, streams), of, self._places[il], weight=False)
+        flat = g.view(rows, (width, self.tokens), (rows.nb[2],))
+        self.graph.expand(g.set_rows(g.reshape(cache, width, cells * streams) if streams > 1 else cache, flat, ids))
+        return cache
+
     def _stored(self, il: int, cache: _Cache, k: Node, v: Node) -> tuple[Node, Node]:
         """Write to the cache of layer `il`; views of all that it holds."""
         kind, streams, cells = self.arch.layers[il], self.size.n_stream, cache.cells
         head_k, n_kv, head_v = k.ne[0], k.ne[1], v.ne[0]
         k_width, v_width = kind.k_width, kind.v_width
-        place = self._places[il]
         all_v = v_width if self.flash else self.arch.v_width_max
-        k_cache = g.stored((k_width, cells, streams), self._type_k, place, weight=False)
-        v_cache = g.stored((all_v, cells, streams), self._type_v, place, weight=False)
-        rows = g.view(k, (k_width, self.tokens), (k.nb[2],))
-        into = g.reshape(k_cache, k_width, cells * streams) if streams > 1 else k_cache
-        self.graph.expand(g.set_rows(into, rows, cache.k_ids))
+        k_cache = self._store(il, k, k_width, self._type_k, cells, cache.k_ids)
         if self.flash:
-            rows = g.view(v, (v_width, self.tokens), (v.nb[2],))
-            into = g.reshape(v_cache, v_width, cells * streams) if streams > 1 else v_cache
+            v_cache = self._store(il, v, v_width, self._type_v, cells, cache.v_ids)
         else:
+            v_cache = g.stored((all_v, cells, streams), self._type_v, self._places[il], weight=False)
             flat = v.type.row_bytes(v_width) == v.nb[2]
             rows = g.reshape(v, v_width, self.tokens) if flat else g.cont(v, v_width, self.tokens)
             if v_width < all_v:
                 rows = Node("PAD", (all_v, self.tokens), F32, (rows,))
             into = g.reshape(v_cache, 1, all_v * cells * streams)
-            rows = g.reshape(rows, 1, all_v * self.tokens)
-        self.graph.expand(g.set_rows(into, rows, cache.v_ids))
+            self.graph.expand(g.set_rows(into, g.reshape(rows, 1, all_v * self.tokens), cache.v_ids))
         used = 1 if streams == 1 else self.batch.n_seqs
         row = self._type_k.row_bytes
         seen_k = g.view(k_cache, (head_k, n_kv, cells, used), (row(head_k), row(k_width), row(k_width * cells)))
@@ -315,8 +341,10 @@ class Build:
         nb = (row(cells * head_v), row(cells), row(cells * all_v))
         return seen_k, g.view(v_cache, (cells, n_kv, head_v, used), nb)
 
-    def _attend(self, q: Node, k: Node, v: Node, mask: Node, sinks: Node | None, caps: bool) -> Node:
-        """`build_attn_mha`."""
+    def _attend(
+        self, q: Node, k: Node, v: Node, mask: Node, sinks: Node | None, caps: bool, expands_by: Node | None = None
+    ) -> Node:
+        """`build_attn_mha`; `expands_by` turns latent values into those of each head."""
         transposed = v.nb[1] > v.nb[2]
         streams = k.ne[3]
         per = q.ne[2] // streams
@@ -325,6 +353,8 @@ class Build:
         extra = [sinks] if sinks else []
         if self.flash:
             out = g.flash_attn_ext(q, k, g.transpose(v) if transposed else v, mask, *extra)
+            if expands_by:
+                out = g.cont(g.permute(g.mul_mat(expands_by, g.permute(out, 0, 2, 1, 3)), 0, 2, 1, 3))
             return self.graph.expand(g.reshape(out, out.ne[0] * out.ne[1], out.ne[2] * out.ne[3]))
         scores = g.mul_mat(k, q)
         if caps:
@@ -332,7 +362,8 @@ class Build:
         scores = g.soft_max(scores, mask, *extra)
         if not transposed:
             v = g.cont(g.transpose(v))
-        out = g.permute(g.mul_mat(v, scores), 0, 2, 1, 3)
+        out = g.mul_mat(v, scores)
+        out = g.permute(g.mul_mat(expands_by, out) if expands_by else out, 0, 2, 1, 3)
         return self.graph.expand(g.cont(out, out.ne[0] * out.ne[1], out.ne[2] * out.ne[3]))
 
     # ------------------------------------------------------------------ feed-forward
@@ -355,6 +386,8 @@ class Build:
             probabilities = g.unary(logits) if sigmoid else g.soft_max(logits)
         bias = self.layer(il, "exp_probs_b", "bias")
         choice = g.add(probabilities, bias) if bias else probabilities
+        if self.hparams.n_expert_groups > 1:
+            choice = self._from_best_groups(choice)
         ids = g.argsort_top_k(choice, used)
         weights = g.get_rows(g.reshape(probabilities, 1, n, tokens), ids)
         if softmax_weights:
@@ -380,6 +413,16 @@ class Build:
         for part in parts[1:]:
             total = expand(g.add(total, part))
         return g.cont(total) if used == 1 else total
+
+    def _from_best_groups(self, scores: Node) -> Node:
+        """Scores in which only the groups with the best two experts are left."""
+        n, groups, tokens = scores.ne[0], self.hparams.n_expert_groups, scores.ne[1]
+        grouped = g.reshape(scores, n // groups, groups, tokens)
+        best = g.get_rows(g.reshape(grouped, 1, n // groups, groups, tokens), g.argsort_top_k(grouped, 2))
+        sums = g.reshape(g.sum_rows(g.reshape(best, 2, groups, tokens)), groups, tokens)
+        chosen = g.argsort_top_k(sums, self.hparams.n_group_used)
+        kept = g.set_rows(g.like("FILL", grouped), g.get_rows(grouped, chosen), chosen)
+        return g.reshape(kept, n, tokens)
 
     def _expert(self, il: int, stem: str, x: Node, ids: Node) -> Node:
         matrix = self.layer(il, stem)

@@ -4,8 +4,8 @@ llama.cpp reserves a graph for its largest batch and one for one token per seque
 large as the greedier of the two asks (`sched_reserve` in src/llama-context.cpp).
 
 Nothing depends on how often like layers follow each other, as long as the allocator does the same with each. So long
-rows of them are shortened before the graph is drawn, and layouts that differ in no other way share one answer. That
-does not hold where CUDA copies weights over from the host: those graphs are drawn whole.
+rows of them are shortened before the graph is drawn, and layouts that differ in no other way share one answer. Graphs
+are drawn whole where CUDA copies weights over from the host, and for architectures that do not settle like that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scheduler.costs.cache import cache_types, effective_context
 from scheduler.costs.graph.allocate import buffer_sizes
 from scheduler.costs.graph.blocks import Batch, Build, GraphModel
 from scheduler.costs.graph.schedule import schedule
-from scheduler.costs.graph.templates import TEMPLATES
+from scheduler.costs.graph.templates import SETTLING, TEMPLATES
 from scheduler.costs.params import ContextParams, DeviceKind, Layout
 from scheduler.costs.weights import HOST, pad
 
@@ -38,7 +38,9 @@ _REMEMBERED = 4096
 
 def has_template(model: GraphModel) -> bool:
     """Whether the model's graph can be drawn."""
-    return model.arch.name in TEMPLATES and not model.arch.pools
+    arch = model.arch
+    latent_only = arch.name != "deepseek2" or arch.mla
+    return arch.name in TEMPLATES and not model.hparams.scales_attention and latent_only and not arch.pools
 
 
 def exact_compute(
@@ -54,8 +56,7 @@ def exact_compute(
     alike = model.same if offloads else model.alike
     loaded = sum(layer.is_loaded for layer in arch.layers)
     drawn = [(alike[il], places[il]) for il in range(loaded)]
-    # copied weights leave holes that wander from layer to layer; layers that share a cache name each other by number
-    if not offloads and arch.n_layer_kv == arch.n_layer_all:
+    if arch.name in SETTLING and not offloads:  # copied weights leave holes that wander from layer to layer
         drawn = shortened(drawn)
     whole = HOST not in places
     totals = _reserved(model, tuple(drawn), places[-1], whole, offloads, kinds, layout.experts_on_host, context)

@@ -161,6 +161,11 @@ def sum_rows(a: Node) -> Node:
     return Node("SUM_ROWS", (1, *a.ne[1:]), a.type, (a,))
 
 
+def concat(a: Node, b: Node) -> Node:
+    """Rows of `a` with those of `b` after them."""
+    return Node("CONCAT", (a.ne[0] + b.ne[0], *a.ne[1:]), a.type, (a, b))
+
+
 def soft_max(a: Node, *others: Node) -> Node:
     return like("SOFT_MAX", a, *others)
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from scheduler.costs.graph.blocks import Template
 from scheduler.costs.graph.models.decoders import DECODERS
+from scheduler.costs.graph.models.latent import LATENT
 
 CHECKED_WITH = "0.3.36"
 
-TEMPLATES: dict[str, Template] = {**DECODERS}
+TEMPLATES: dict[str, Template] = {**DECODERS, **LATENT}
+
+SETTLING = frozenset(DECODERS)
+"""Where results leave the same holes after every like layer, so that three of them stand for a long row."""

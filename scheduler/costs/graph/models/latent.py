@@ -1,0 +1,56 @@
+"""Multi-head latent attention: keys and values are cached as one short vector and expanded while attending."""
+
+from __future__ import annotations
+
+from scheduler.costs.graph import nodes as g
+from scheduler.costs.graph.blocks import Build, Template
+from scheduler.costs.graph.nodes import Node
+
+
+def _deepseek2(b: Build) -> None:
+    x = b.embedding()
+    positions = b.positions()
+    b.attention_inputs()
+    ids = b.output_ids()
+    last = len(b.arch.layers) - 1
+    for il in range(last + 1):
+        residual = x
+        x = _attention(b, il, b.norm(x, il, "attn_norm"), positions)
+        if il == last:
+            x, residual = g.get_rows(x, ids), g.get_rows(residual, ids)
+        residual = g.add(x, residual)
+        x = b.norm(residual, il, "ffn_norm")
+        if b.layer(il, "ffn_gate_inp"):
+            routed = b.experts(il, x, normalise=b.hparams.normalises_experts)
+            x = g.add(routed, b.feed_forward(il, x, "_shexp"))
+        else:
+            x = b.feed_forward(il, x)
+        x = g.add(x, residual)
+    b.logits(b.norm(x, -1, "output_norm"))
+
+
+def _attention(b: Build, il: int, x: Node, positions: Node) -> Node:
+    """Queries are moved into the latent space (`attn_k_b`), the result is moved out of it (`attn_v_b`)."""
+    kind, latent, tokens = b.arch.layers[il], b.arch.kv_lora_rank, b.tokens
+    rope = kind.head_k - latent
+    if b.layer(il, "attn_q"):
+        q = b.project(il, "attn_q", x)
+    else:
+        q = b.project(il, "attn_q_b", b.norm(b.project(il, "attn_q_a", x), il, "attn_q_a_norm"))
+    head = q.ne[0] // kind.n_head
+    q = g.reshape(q, head, kind.n_head, tokens)
+    both = b.project(il, "attn_kv_a_mqa", x)
+    row = both.nb[1]
+    compressed = g.view(both, (latent, tokens), (row,))
+    k_rope = g.rope(g.view(both, (rope, 1, tokens), (row, row)), positions)
+    compressed = b.norm(compressed, il, "attn_kv_a_norm")
+    q_rope = g.rope(g.view(q, (rope, kind.n_head, tokens), q.nb[1:3]), positions)
+    q_plain = g.permute(g.view(q, (head - rope, kind.n_head, tokens), q.nb[1:3]), 0, 2, 1, 3)
+    into = b.layer(il, "attn_k_b")
+    assert into is not None
+    q = g.concat(g.permute(g.mul_mat(into, q_plain), 0, 2, 1, 3), q_rope)
+    v = g.reshape(compressed, latent, 1, tokens)
+    return b.attend_latent(il, q, g.concat(v, k_rope), v)
+
+
+LATENT: dict[str, Template] = {"deepseek2": _deepseek2}
