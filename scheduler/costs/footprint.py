@@ -37,9 +37,10 @@ def footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Foot
     places = assign_layers(layout, shape.n_layer_all)
     weights, host_weights = place_weights(shape.weights, layout, places)
     kv, host_kv = place_cache(shape.arch, layout, places, context)
-    exact = exact_compute(shape.graph, layout, places, context)
-    bound = exact or place_compute(shape.arch, shape.demand, shape.weights, layout, places, context)
-    compute, host_compute = bound
+    if has_template(shape.graph):
+        compute, host_compute = exact_compute(shape.graph, layout, places, context)
+    else:
+        compute, host_compute = place_compute(shape.arch, shape.demand, shape.weights, layout, places, context)
     return Footprint(
         devices=tuple(DeviceBytes(w, k, c) for w, k, c in zip(weights, kv, compute, strict=True)),
         host=HostBytes(host_weights, host_kv, host_compute, output_bytes(shape.arch, shape.n_vocab, context)),

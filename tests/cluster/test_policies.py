@@ -170,7 +170,7 @@ def test_memory_taken_between_plan_and_load_is_refused_and_planned_again(
         asked.result(120)
     (refused,) = service.notices("load_failed", after=seq)
     assert "2.0 MiB free" in refused.message
-    assert {share.device for share in service.replica("alba").layout if share.layers} == {"host"}
+    assert sum(share.bytes for share in service.replica("alba").layout if share.device == "gpu0") <= 2 * MIB
     assert service.client.status().gpus[0].foreign_bytes == 22 * MIB
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from gguf_shapes import GOLDEN, SMALL
 
-from scheduler.costs.footprint import footprint
+from scheduler.costs.footprint import computes_exactly, footprint
 from scheduler.costs.graph import buffers
 from scheduler.costs.graph.allocate import Arena
 from scheduler.costs.graph.buffers import shortened
@@ -84,3 +85,33 @@ def test_the_allocator_takes_the_best_fitting_hole_and_merges_what_is_freed() ->
     arena.give(third, 32)
     assert arena.take(32) in (first + 160, third)
     assert arena.max_bytes == fourth + 256 + 512
+
+
+def without(shape: ModelShape, stem: str) -> ModelShape:
+    """The shape of a file that lacks one weight in one layer."""
+    first, *others = shape.graph.layers
+    lacking = {name: width for name, width in first.items() if not name.startswith(stem)}
+    return replace(shape, graph=replace(shape.graph, layers=(lacking, *others)))
+
+
+@pytest.mark.parametrize("stem", ["attn_q.", "attn_output.", "ffn_up.", "ffn_down."])
+def test_a_graph_that_cannot_be_drawn_is_bounded(stem: str, shape_of: ShapeOf) -> None:
+    shape = shape_of("llama")
+    broken = without(shape, stem)
+    assert computes_exactly(shape) and not computes_exactly(broken)
+    layout, context = Layout(), ContextParams()
+    exact, bound = (footprint(model, layout, context).host.compute_bytes for model in (shape, broken))
+    assert bound >= exact
+
+
+def test_weights_of_the_wrong_size_are_not_drawn(shape_of: ShapeOf) -> None:
+    shape = shape_of("llama")
+    first, *others = shape.graph.layers
+    wide = first | {"attn_k.weight": replace(first["attn_k.weight"], ne=(32, 4096))}
+    assert not computes_exactly(replace(shape, graph=replace(shape.graph, layers=(wide, *others))))
+
+
+def test_no_model_uses_more_experts_than_llama_cpp_knows(shape_of: ShapeOf) -> None:
+    shape = shape_of("mixtral")
+    greedy = replace(shape.graph, arch=replace(shape.arch, n_expert=1 << 30, n_expert_used=1 << 30))
+    assert not computes_exactly(replace(shape, graph=greedy))

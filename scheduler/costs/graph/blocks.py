@@ -13,9 +13,12 @@ from scheduler.costs.architecture import Architecture
 from scheduler.costs.cache import EffectiveContext
 from scheduler.costs.ggml_types import F16, F32, GgmlType
 from scheduler.costs.graph import nodes as g
-from scheduler.costs.graph.nodes import I32, I64, Graph, Node
+from scheduler.costs.graph.nodes import I32, I64, Graph, Node, Undrawable
 from scheduler.costs.header import Tensor
 from scheduler.costs.metadata import Metadata
+
+MAX_EXPERTS = 512
+"""`LLAMA_MAX_EXPERTS` in src/llama-hparams.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,13 @@ class Build:
         place = self._host if self._experts_on_host and "_exps" in stem else self._places[il]
         return self._stored_weight((il, name), self._layers[il].get(name), place)
 
+    def needed(self, il: int, stem: str) -> Node:
+        """The same for a weight that the architecture cannot do without. Raises Undrawable when it is missing."""
+        node = self.layer(il, stem)
+        if node is None:
+            raise Undrawable(f"there is no blk.{il}.{stem}.weight")
+        return node
+
     def _stored_weight(self, key: object, width: Width | None, place: int) -> Node | None:
         if width is None:
             return None
@@ -167,9 +177,7 @@ class Build:
 
     def project(self, il: int, stem: str, x: Node) -> Node:
         """`x` times the matrix, plus its bias where the model has one (`build_lora_mm`)."""
-        matrix = self.layer(il, stem)
-        assert matrix is not None, f"blk.{il}.{stem}"
-        y = g.mul_mat(matrix, x)
+        y = g.mul_mat(self.needed(il, stem), x)
         scale = self.layer(il, stem, "scale")
         y = g.mul(y, scale) if scale else y
         bias = self.layer(il, stem, "bias")
@@ -178,8 +186,7 @@ class Build:
     # ------------------------------------------------------------------ the ends
 
     def embedding(self) -> Node:
-        table = self.weight("token_embd.weight")
-        assert table is not None
+        table = self._table()
         tokens = g.fresh_input((self.tokens,), I32)
         given = g.fresh_input((self.arch.n_embd, self.tokens))
         looked_up = self.graph.expand(g.get_rows(table, tokens))
@@ -208,13 +215,18 @@ class Build:
         y.is_output = True
         self.graph.expand(y)
 
+    def _table(self) -> Node:
+        table = self.weight("token_embd.weight")
+        if table is None:
+            raise Undrawable("there is no token_embd.weight")
+        return table
+
     def _tied(self) -> Node:
-        width = self._weights["token_embd.weight"]
+        """The token embedding, of which the output's device has a copy."""
+        table = self._table()
         if self._places[-1] == self._host:
-            table = self.weight("token_embd.weight")
-            assert table is not None
             return table
-        return g.stored(width.ne, width.type, self._places[-1], weight=True)
+        return g.stored(table.ne, table.type, self._places[-1], weight=True)
 
     def rope_factors(self, il: int) -> Node | None:
         """Long-context factors of RoPE: a copy lies beside every layer."""
@@ -380,6 +392,8 @@ class Build:
     ) -> Node:
         """The routed experts (`build_moe_ffn`). `softmax_weights`: only the chosen experts' weights are soft-maxed."""
         used, n, tokens, expand = self.arch.n_expert_used, self.arch.n_expert, x.ne[1], self.graph.expand
+        if not 0 < used <= n <= MAX_EXPERTS:
+            raise Undrawable(f"{used} of {n} experts are in use; llama.cpp has at most {MAX_EXPERTS}")
         logits = self.project(il, "ffn_gate_inp", x)
         probabilities = logits
         if not softmax_weights:
@@ -425,9 +439,7 @@ class Build:
         return g.reshape(kept, n, tokens)
 
     def _expert(self, il: int, stem: str, x: Node, ids: Node) -> Node:
-        matrix = self.layer(il, stem)
-        assert matrix is not None, f"blk.{il}.{stem}"
-        y = g.mul_mat_id(matrix, x, ids)
+        y = g.mul_mat_id(self.needed(il, stem), x, ids)
         bias = self.layer(il, stem, "bias")
         return g.like("ADD_ID", y, bias, ids) if bias else y
 

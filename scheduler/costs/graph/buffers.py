@@ -18,6 +18,7 @@ from typing import TypeVar
 from scheduler.costs.cache import cache_types, effective_context
 from scheduler.costs.graph.allocate import buffer_sizes
 from scheduler.costs.graph.blocks import Batch, Build, GraphModel
+from scheduler.costs.graph.nodes import Undrawable
 from scheduler.costs.graph.schedule import schedule
 from scheduler.costs.graph.templates import SETTLING, TEMPLATES
 from scheduler.costs.params import ContextParams, DeviceKind, Layout
@@ -36,19 +37,24 @@ _DWARFS = 32
 _REMEMBERED = 4096
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def has_template(model: GraphModel) -> bool:
-    """Whether the model's graph can be drawn."""
+    """Whether the model's graph can be drawn: its architecture has a template, and the weights are those it names."""
     arch = model.arch
     latent_only = arch.name != "deepseek2" or arch.mla
-    return arch.name in TEMPLATES and not model.hparams.scales_attention and latent_only and not arch.pools
+    if arch.name not in TEMPLATES or model.hparams.scales_attention or not latent_only or arch.pools:
+        return False
+    try:
+        exact_compute(model, Layout(), (HOST,) * (arch.n_layer_all + 1), ContextParams(n_ctx=256))
+    except (Undrawable, ArithmeticError, LookupError, ValueError):  # a file may claim anything
+        return False
+    return True
 
 
 def exact_compute(
     model: GraphModel, layout: Layout, places: Sequence[int], context: ContextParams
-) -> tuple[list[int], int] | None:
-    """Compute buffer bytes (per device of the layout, on the host), or None where no template covers the model."""
-    if not has_template(model):
-        return None
+) -> tuple[list[int], int]:
+    """Compute buffer bytes (per device of the layout, on the host) of a model that has a template."""
     arch = model.arch
     cache_types(arch, context)  # refuses what llama.cpp refuses
     kinds = tuple(device.kind for device in layout.devices)

@@ -20,6 +20,10 @@ VIEWS = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
 """Operations that only look at memory (`ggml_is_view_op`)."""
 
 
+class Undrawable(Exception):
+    """The weights do not fit the graph of the architecture: llama.cpp would refuse the file."""
+
+
 class Node:
     """One tensor of a graph. `ne` counts elements and `nb` bytes per step, for four dimensions, rows first."""
 
@@ -141,10 +145,14 @@ def glu(a: Node, b: Node | None = None) -> Node:
 
 
 def mul_mat(a: Node, b: Node) -> Node:
+    if a.ne[0] != b.ne[0]:
+        raise Undrawable(f"rows of {a.ne[0]} and {b.ne[0]} elements cannot be multiplied")
     return Node("MUL_MAT", (a.ne[1], b.ne[1], b.ne[2], b.ne[3]), F32, (a, b))
 
 
 def mul_mat_id(experts: Node, b: Node, ids: Node) -> Node:
+    if experts.ne[0] != b.ne[0]:
+        raise Undrawable(f"rows of {experts.ne[0]} and {b.ne[0]} elements cannot be multiplied")
     return Node("MUL_MAT_ID", (experts.ne[1], ids.ne[0], b.ne[2], 1), F32, (experts, b, ids))
 
 
@@ -193,6 +201,8 @@ def view(a: Node, ne: Sequence[int], nb: Sequence[int]) -> Node:
 
 
 def reshape(a: Node, *ne: int) -> Node:
+    if prod(ne) != prod(a.ne):
+        raise Undrawable(f"{a.ne} elements cannot be shaped as {ne}")
     return Node("RESHAPE", ne, a.type, (a,), a.view_of or a)
 
 

@@ -46,9 +46,7 @@ def _attention(b: Build, il: int, x: Node, positions: Node) -> Node:
     compressed = b.norm(compressed, il, "attn_kv_a_norm")
     q_rope = g.rope(g.view(q, (rope, kind.n_head, tokens), q.nb[1:3]), positions)
     q_plain = g.permute(g.view(q, (head - rope, kind.n_head, tokens), q.nb[1:3]), 0, 2, 1, 3)
-    into = b.layer(il, "attn_k_b")
-    assert into is not None
-    q = g.concat(g.permute(g.mul_mat(into, q_plain), 0, 2, 1, 3), q_rope)
+    q = g.concat(g.permute(g.mul_mat(b.needed(il, "attn_k_b"), q_plain), 0, 2, 1, 3), q_rope)
     v = g.reshape(compressed, latent, 1, tokens)
     return b.attend_latent(il, q, g.concat(v, k_rope), v)
 
