@@ -75,6 +75,10 @@ GOLDEN = {
     "mistral-small-24b": Spec("llama", 5120, 40, 32768, 32, 8, 128, 131072, 32768),
 }  # fmt: skip
 
+_NORM_BIASES = ("phi2", "starcoder2", "stablelm")
+_HYBRIDS = ("granitehybrid", "jamba", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe")
+_LAYER_NORM = (*_NORM_BIASES, "command-r", "cohere2")
+
 _TINY = Spec("llama", 128, 6, 256, 4, 2, 32, 320, 4096, mix="f16")
 _TINY_MOE = replace(_TINY, n_expert=8, n_expert_used=2, n_ff_exp=64)
 SMALL = {
@@ -89,6 +93,31 @@ SMALL = {
     "gemma2": replace(_TINY, arch="gemma2", window=256, tied=True, n_layer=7),
     "gemma3": replace(_TINY, arch="gemma3", window=256, tied=True, qk_norm=True, n_layer=8),
     "gpt-oss": replace(_TINY_MOE, arch="gpt-oss", window=128),
+    "mistral3": replace(_TINY, arch="mistral3"),
+    "mistral3-unscaled": replace(_TINY, arch="mistral3", tied=True),
+    "qwen2moe": replace(_TINY_MOE, arch="qwen2moe", qkv_bias=True, n_ff_shexp=128),
+    "gemma": replace(_TINY, arch="gemma", tied=True),
+    "phi2": replace(_TINY, arch="phi2", qkv_bias=True, n_head_kv=4),
+    "glm4": replace(_TINY, arch="glm4", qkv_bias=True),
+    "glm4moe": replace(_TINY_MOE, arch="glm4moe", qkv_bias=True, n_ff_shexp=64, dense_lead=1, qk_norm=True),
+    "glm4moe-nextn": replace(_TINY_MOE, arch="glm4moe", n_layer=7, n_ff_shexp=64, dense_lead=1, nextn=1),
+    "granite": replace(_TINY, arch="granite", tied=True),
+    "granitemoe": replace(_TINY_MOE, arch="granitemoe", tied=True, n_ff_exp=256, n_ff_shexp=96),
+    "command-r": replace(_TINY, arch="command-r", tied=True),
+    "cohere2": replace(_TINY, arch="cohere2", tied=True, window=256, n_layer=8),
+    "starcoder2": replace(_TINY, arch="starcoder2", qkv_bias=True, tied=True),
+    "stablelm": replace(_TINY, arch="stablelm"),
+    "smollm3": replace(_TINY, arch="smollm3", tied=True, n_layer=9),
+    "ernie4_5": replace(_TINY, arch="ernie4_5", tied=True),
+    "ernie4_5-moe": replace(_TINY_MOE, arch="ernie4_5-moe", dense_lead=1, n_ff_shexp=128),
+    "exaone4": replace(_TINY, arch="exaone4", qk_norm=True, tied=True),
+    "exaone4-windows": replace(_TINY, arch="exaone4", qk_norm=True, n_layer=8, window=256),
+    "hunyuan-moe": replace(_TINY_MOE, arch="hunyuan-moe", qk_norm=True, n_ff_exp=256, n_ff_shexp=128),
+    "seed_oss": replace(_TINY, arch="seed_oss", qkv_bias=True),
+    "dots1": replace(_TINY_MOE, arch="dots1", n_head_kv=4, qk_norm=True, n_ff_shexp=64, dense_lead=1),
+    "bailingmoe2": replace(_TINY_MOE, arch="bailingmoe2", qk_norm=True, n_ff_shexp=64, dense_lead=1),
+    "olmo2": replace(_TINY, arch="olmo2"),
+    "olmoe": replace(_TINY_MOE, arch="olmoe", n_head_kv=4, n_ff_exp=256),
     "fused": replace(_TINY, arch="phi3"),  # llama.cpp wants certain tokens of a model named phi3
     "deepseek2": replace(
         _TINY_MOE, arch="deepseek2", n_layer=4, n_head_kv=1, head=0, n_ff_shexp=64, dense_lead=1, kv_lora=64, rope=32,
@@ -110,6 +139,16 @@ SMALL = {
     ),
     "mamba": replace(_TINY, arch="mamba", n_ff=0, n_head=0, n_head_kv=0, head=0, tied=True, d_state=16, dt_rank=8,
                      d_inner=256),
+    "mamba2": replace(_TINY, arch="mamba2", n_ff=0, n_head=0, n_head_kv=0, head=0, tied=True, d_state=16, dt_rank=8,
+                      d_inner=256, n_group=2),
+    "jamba": replace(_TINY, arch="jamba", d_state=16, dt_rank=8, d_inner=256),
+    "lfm2": replace(_TINY, arch="lfm2", tied=True, qk_norm=True),
+    "lfm2moe": replace(_TINY_MOE, arch="lfm2moe", tied=True, qk_norm=True, dense_lead=2),
+    "falcon-h1": replace(_TINY, arch="falcon-h1", d_state=16, n_group=1, dt_rank=8, d_inner=256),
+    "nemotron_h": replace(_TINY, arch="nemotron_h", d_state=16, n_group=2, dt_rank=8, d_inner=256),
+    "nemotron_h_moe": replace(
+        _TINY_MOE, arch="nemotron_h_moe", d_state=16, n_group=2, dt_rank=8, d_inner=256, n_ff_shexp=96
+    ),
 }  # fmt: skip
 
 
@@ -129,10 +168,12 @@ def write_model(spec: Spec, path: Path, *, version: int = 3, order: str = "<", v
 
 def _hyper_parameters(s: Spec) -> Iterator[tuple[str, object]]:
     yield from (("block_count", s.n_layer), ("context_length", s.n_ctx), ("embedding_length", s.n_embd))
-    yield from (("feed_forward_length", s.n_ff), ("attention.layer_norm_rms_epsilon", 1e-5))
+    dense = [s.n_ff if feeds_forward_only(s, il) else 0 for il in range(s.n_layer)]
+    yield "feed_forward_length", dense if s.arch.startswith("nemotron_h") else s.n_ff
+    yield "attention.layer_norm_rms_epsilon", 1e-5
     heads = [s.n_head_kv if attends(s, il) else 0 for il in range(s.n_layer)]
     yield "attention.head_count", s.n_head
-    yield "attention.head_count_kv", heads if s.arch == "granitehybrid" else s.n_head_kv
+    yield "attention.head_count_kv", heads if s.arch in _HYBRIDS else s.n_head_kv
     if s.kv_lora:
         yield from (("attention.key_length", s.kv_lora + s.rope), ("attention.value_length", s.kv_lora))
         yield from (("attention.key_length_mla", s.nope + s.rope), ("attention.value_length_mla", s.head_v))
@@ -142,7 +183,20 @@ def _hyper_parameters(s: Spec) -> Iterator[tuple[str, object]]:
         yield from (("expert_weights_norm", True), ("expert_gating_func", 1))
     if s.n_group_used:
         yield from (("expert_group_count", s.n_expert // 4), ("expert_group_used_count", s.n_group_used))
-    elif s.head:
+    if s.arch in _LAYER_NORM:
+        yield "attention.layer_norm_epsilon", 1e-5
+    if s.arch in ("glm4moe", "dots1", "bailingmoe2", "nemotron_h_moe"):
+        yield from (("expert_shared_count", 1), ("leading_dense_block_count", s.dense_lead))
+        yield from (("expert_gating_func", 2), ("expert_weights_norm", True), ("expert_weights_scale", 2.5))
+    if s.arch == "ernie4_5-moe":
+        yield from (("interleave_moe_layer_step", 1), ("leading_dense_block_count", s.dense_lead))
+    if s.arch in ("granite", "granitemoe", "command-r", "cohere2"):
+        yield "logit_scale", 8.0
+    if s.arch in ("granite", "granitemoe"):
+        yield from (("residual_scale", 0.2), ("embedding_scale", 12.0), ("rope.scaling.finetuned", True))
+    if s.arch == "mistral3" and not s.tied:
+        yield from (("attention.temperature_scale", 0.1), ("rope.scaling.original_context_length", 1024))
+    if s.head:
         yield from (("attention.key_length", s.head), ("attention.value_length", s.head))
         yield "rope.dimension_count", s.rope or s.head
     if s.n_expert:
@@ -155,6 +209,8 @@ def _hyper_parameters(s: Spec) -> Iterator[tuple[str, object]]:
     if s.d_inner:
         yield from (("ssm.conv_kernel", 4), ("ssm.state_size", s.d_state), ("ssm.time_step_rank", s.dt_rank))
         yield from (("ssm.inner_size", s.d_inner), ("ssm.group_count", s.n_group))
+    if s.arch in ("lfm2", "lfm2moe"):
+        yield from (("shortconv.l_cache", 3), ("leading_dense_block_count", s.dense_lead), ("expert_gating_func", 2))
     if s.nextn:
         yield "nextn_predict_layers", s.nextn
 
@@ -163,17 +219,28 @@ def attends(s: Spec, il: int) -> bool:
     """Whether layer `il` attends; the others are recurrent."""
     if s.arch == "granitehybrid":
         return il % 2 == 1
+    if s.arch in ("jamba", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe"):
+        return il % 3 == 1
     if s.arch == "qwen3next":
         return il >= s.n_layer - s.nextn or (il + 1) % 4 == 0
-    return s.arch != "mamba"
+    return s.arch not in ("mamba", "mamba2")
+
+
+def feeds_forward_only(s: Spec, il: int) -> bool:
+    """Whether layer `il` neither attends nor carries a state."""
+    return s.arch.startswith("nemotron_h") and il % 3 == 2
 
 
 def tensors(s: Spec) -> Iterator[Named]:
     """Names and dimensions of all tensors, in the file's order."""
     yield "token_embd.weight", (s.n_embd, s.n_vocab)
-    yield "output_norm.weight", (s.n_embd,)
+    yield "token_embd_norm.weight" if s.arch.startswith("lfm2") else "output_norm.weight", (s.n_embd,)
+    if s.arch in _NORM_BIASES:
+        yield "output_norm.bias", (s.n_embd,)
     if not s.tied:
         yield "output.weight", (s.n_embd, s.n_vocab)
+    if s.arch == "phi2":
+        yield "output.bias", (s.n_vocab,)
     if s.rope_freqs:
         yield "rope_freqs.weight", (s.head // 2,)
     for il in range(s.n_layer):
@@ -183,18 +250,26 @@ def tensors(s: Spec) -> Iterator[Named]:
 
 def _layer(s: Spec, il: int) -> Iterator[Named]:
     e = s.n_embd
-    yield "attn_norm.weight", (e,)
+    if s.arch not in ("olmo2", "exaone4"):
+        yield "attn_norm.weight", (e,)
     if il >= s.n_layer - s.nextn:
         yield from (("nextn.eh_proj.weight", (2 * e, e)), ("nextn.enorm.weight", (e,)), ("nextn.hnorm.weight", (e,)))
         yield "nextn.shared_head_norm.weight", (e,)
-    yield from _attention(s) if attends(s, il) else _recurrent(s)
-    if s.arch == "mamba":
+    if s.arch == "falcon-h1":
+        yield from _recurrent(s)
+    if not feeds_forward_only(s, il):
+        yield from _attention(s) if attends(s, il) else _recurrent(s)
+    if s.arch in ("mamba", "mamba2") or (s.arch.startswith("nemotron_h") and not feeds_forward_only(s, il)):
         return
-    if s.arch in ("gpt-oss", "qwen3next"):
+    if s.arch in _NORM_BIASES:
+        yield "attn_norm.bias", (e,)
+    if s.arch in ("gpt-oss", "qwen3next", "glm4moe", "seed_oss"):
         yield "post_attention_norm.weight", (e,)
-    else:
+    elif not s.arch.startswith("nemotron_h") and s.arch not in ("command-r", "cohere2", "phi2", "olmo2", "exaone4"):
         yield "ffn_norm.weight", (e,)
-    if s.arch in ("gemma2", "gemma3"):
+        if s.arch in _NORM_BIASES:
+            yield "ffn_norm.bias", (e,)
+    if s.arch in ("gemma2", "gemma3", "glm4", "olmo2", "exaone4"):
         yield from (("post_attention_norm.weight", (e,)), ("post_ffw_norm.weight", (e,)))
     yield from _experts(s) if s.n_expert and il >= s.dense_lead else _dense(s)
 
@@ -214,13 +289,19 @@ def _attention(s: Spec) -> Iterator[Named]:
         )
         yield "attn_output.weight", (s.n_head * s.head_v, e)
         return
-    if s.arch == "phi3":
+    if s.arch in ("phi3", "bailingmoe2"):
         yield from (("attn_qkv.weight", (e, q + 2 * kv)), ("attn_output.weight", (q, e)))
+        if s.qk_norm:
+            yield from (("attn_q_norm.weight", (s.head,)), ("attn_k_norm.weight", (s.head,)))
         return
     yield "attn_q.weight", (e, 2 * q if s.arch == "qwen3next" else q)
     yield from (("attn_k.weight", (e, kv)), ("attn_v.weight", (e, kv)), ("attn_output.weight", (q, e)))
     if s.qkv_bias or s.arch == "gpt-oss":
         yield from (("attn_q.bias", (q,)), ("attn_k.bias", (kv,)), ("attn_v.bias", (kv,)))
+    if s.arch in ("phi2", "starcoder2"):
+        yield "attn_output.bias", (e,)
+    if s.arch in ("olmo2", "olmoe"):
+        yield from (("attn_q_norm.weight", (q,)), ("attn_k_norm.weight", (kv,)))
     if s.arch == "gpt-oss":
         yield from (("attn_output.bias", (e,)), ("attn_sinks.weight", (s.n_head,)))
     if s.qk_norm or s.arch == "qwen3next":
@@ -235,7 +316,10 @@ def _recurrent(s: Spec) -> Iterator[Named]:
         yield from (("ssm_conv1d.weight", (4, channels)), ("ssm_dt.bias", (s.dt_rank,)), ("ssm_a", (s.dt_rank,)))
         yield from (("ssm_ba.weight", (e, 2 * s.dt_rank)), ("ssm_norm.weight", (s.d_state,)))
         yield "ssm_out.weight", (inner, e)
-    elif s.arch == "granitehybrid":
+    elif s.arch in ("lfm2", "lfm2moe"):
+        yield from (("shortconv.conv.weight", (3, e)), ("shortconv.in_proj.weight", (e, 3 * e)))
+        yield "shortconv.out_proj.weight", (e, e)
+    elif s.arch not in ("mamba", "jamba"):
         yield "ssm_in.weight", (e, inner + channels + s.dt_rank)
         yield from (("ssm_conv1d.weight", (4, channels)), ("ssm_conv1d.bias", (channels,)))
         yield from (("ssm_dt.bias", (s.dt_rank,)), ("ssm_a", (1, s.dt_rank)), ("ssm_d", (1, s.dt_rank)))
@@ -245,11 +329,18 @@ def _recurrent(s: Spec) -> Iterator[Named]:
         yield from (("ssm_x.weight", (inner, s.dt_rank + 2 * s.d_state)), ("ssm_dt.weight", (s.dt_rank, inner)))
         yield from (("ssm_dt.bias", (inner,)), ("ssm_a", (s.d_state, inner)), ("ssm_d", (inner,)))
         yield "ssm_out.weight", (inner, e)
+        if s.arch == "jamba":
+            yield from (("ssm_dt_norm.weight", (s.dt_rank,)), ("ssm_b_norm.weight", (s.d_state,)))
+            yield "ssm_c_norm.weight", (s.d_state,)
 
 
 def _dense(s: Spec) -> Iterator[Named]:
-    if s.arch == "phi3":
+    if s.arch in ("phi3", "glm4"):
         yield "ffn_up.weight", (s.n_embd, 2 * s.n_ff)
+    elif s.arch == "nemotron_h":
+        yield "ffn_up.weight", (s.n_embd, s.n_ff)
+    elif s.arch in ("phi2", "starcoder2"):
+        yield from (("ffn_up.weight", (s.n_embd, s.n_ff)), ("ffn_up.bias", (s.n_ff,)), ("ffn_down.bias", (s.n_embd,)))
     else:
         yield from (("ffn_gate.weight", (s.n_embd, s.n_ff)), ("ffn_up.weight", (s.n_embd, s.n_ff)))
     yield "ffn_down.weight", (s.n_ff, s.n_embd)
@@ -257,17 +348,22 @@ def _dense(s: Spec) -> Iterator[Named]:
 
 def _experts(s: Spec) -> Iterator[Named]:
     e, f, n = s.n_embd, s.n_ff_exp, s.n_expert
-    yield from (("ffn_gate_inp.weight", (e, n)), ("ffn_gate_exps.weight", (e, f, n)))
+    gated = s.arch != "nemotron_h_moe"
+    yield "ffn_gate_inp.weight", (e, n)
+    if gated:
+        yield "ffn_gate_exps.weight", (e, f, n)
     yield from (("ffn_up_exps.weight", (e, f, n)), ("ffn_down_exps.weight", (f, e, n)))
     if s.arch == "gpt-oss":
         yield from (("ffn_gate_inp.bias", (n,)), ("ffn_gate_exps.bias", (f, n)))
         yield from (("ffn_up_exps.bias", (f, n)), ("ffn_down_exps.bias", (e, n)))
     if s.n_ff_shexp:
-        yield from (("ffn_gate_shexp.weight", (e, s.n_ff_shexp)), ("ffn_up_shexp.weight", (e, s.n_ff_shexp)))
+        if gated:
+            yield "ffn_gate_shexp.weight", (e, s.n_ff_shexp)
+        yield "ffn_up_shexp.weight", (e, s.n_ff_shexp)
         yield "ffn_down_shexp.weight", (s.n_ff_shexp, e)
-    if s.arch == "qwen3next":
+    if s.arch in ("qwen2moe", "qwen3next"):
         yield "ffn_gate_inp_shexp.weight", (e,)
-    if s.n_group_used:
+    if s.n_group_used or s.arch in ("glm4moe", "dots1", "ernie4_5-moe", "nemotron_h_moe", "lfm2moe"):
         yield "exp_probs_b.bias", (n,)
 
 

@@ -17,6 +17,8 @@ from scheduler.costs.graph.nodes import I32, I64, Graph, Node, Undrawable
 from scheduler.costs.header import Tensor
 from scheduler.costs.metadata import Metadata
 
+_SIGMOID = 2
+"""`LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID`."""
 MAX_EXPERTS = 512
 """`LLAMA_MAX_EXPERTS` in src/llama-hparams.h."""
 
@@ -43,7 +45,19 @@ class Hparams:
     """Experts are chosen from the `n_group_used` best groups; 0 or 1: from all."""
     n_group_used: int
     scales_attention: bool
-    """Attention is scaled by position, which no template draws."""
+    """Attention is scaled by position."""
+    scales_residual: bool
+    scales_logits: bool
+    gates_by_sigmoid: bool
+    """Experts are chosen by their sigmoids, not by a softmax over all."""
+    ropes: bool
+    d_conv: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    n_group: int
+    norms_steps: bool
+    """Mamba's steps and projections are normed even without weights (`ssm_dt_b_c_rms`)."""
 
 
 def read_hparams(meta: Metadata) -> Hparams:
@@ -52,6 +66,9 @@ def read_hparams(meta: Metadata) -> Hparams:
     def factor(key: str) -> object:
         return meta.values.get(f"{meta.arch}.{key}", 0.0)
 
+    sigmoid_by_default = meta.arch.startswith("nemotron_h") or (
+        meta.arch == "glm4moe" and not factor("expert_gating_func")
+    )
     return Hparams(
         scales_experts=factor("expert_weights_scale") not in (0.0, 1.0),
         scales_embedding=meta.arch.startswith("granite") and factor("embedding_scale") != 0.0,
@@ -60,6 +77,16 @@ def read_hparams(meta: Metadata) -> Hparams:
         n_expert_groups=meta.number("expert_group_count", 0),
         n_group_used=meta.number("expert_group_used_count", 0),
         scales_attention=factor("attention.temperature_scale") != 0.0,
+        scales_residual=factor("residual_scale") != 0.0,
+        scales_logits=meta.arch in ("granite", "granitemoe") or factor("logit_scale") != 0.0,
+        gates_by_sigmoid=meta.number("expert_gating_func", 0) == _SIGMOID or sigmoid_by_default,
+        ropes=not meta.arch.startswith("granite") or meta.flag("rope.scaling.finetuned", True),
+        d_conv=meta.number("ssm.conv_kernel", 0) or meta.number("shortconv.l_cache", 0),
+        d_inner=meta.number("ssm.inner_size", 0),
+        d_state=meta.number("ssm.state_size", 0),
+        dt_rank=meta.number("ssm.time_step_rank", 0),
+        n_group=meta.number("ssm.group_count", 0),
+        norms_steps=meta.flag("ssm.dt_b_c_rms", False),
     )
 
 
@@ -153,6 +180,8 @@ class Build:
     def weight(self, name: str) -> Node | None:
         """A weight outside the layers, or None when the model has none of that name."""
         is_input = name.startswith(("token_embd", "position_embd", "token_types", "per_layer_token_embd"))
+        if name == "token_embd_norm.weight" and self.arch.name.startswith("lfm2"):
+            is_input = False  # the name that LFM2 gives to the output's norm
         return self._stored_weight(name, self._weights.get(name), self._host if is_input else self._places[-1])
 
     def layer(self, il: int, stem: str, kind: str = "weight") -> Node | None:
@@ -161,11 +190,18 @@ class Build:
         place = self._host if self._experts_on_host and "_exps" in stem else self._places[il]
         return self._stored_weight((il, name), self._layers[il].get(name), place)
 
-    def needed(self, il: int, stem: str) -> Node:
+    def needed(self, il: int, stem: str, kind: str = "weight") -> Node:
         """The same for a weight that the architecture cannot do without. Raises Undrawable when it is missing."""
-        node = self.layer(il, stem)
+        node = self.layer(il, stem, kind)
         if node is None:
-            raise Undrawable(f"there is no blk.{il}.{stem}.weight")
+            raise Undrawable(f"there is no blk.{il}.{stem}.{kind}")
+        return node
+
+    def bare(self, il: int, name: str) -> Node:
+        """A tensor of layer `il` whose name has no ending. Raises Undrawable when it is missing."""
+        node = self._stored_weight((il, name), self._layers[il].get(name), self._places[il])
+        if node is None:
+            raise Undrawable(f"there is no blk.{il}.{name}")
         return node
 
     def _stored_weight(self, key: object, width: Width | None, place: int) -> Node | None:
@@ -210,6 +246,8 @@ class Build:
         bias = self.weight(f"{stem}.bias")
         y = g.add(y, bias) if bias else y
         x.is_output = True
+        if self.hparams.scales_logits:
+            y = g.scale(y)
         if self.hparams.caps_logits:
             y = g.scale(g.unary(g.scale(y)))
         y.is_output = True
@@ -248,7 +286,21 @@ class Build:
         y = g.mul(y, weight) if weight else y
         return g.add(y, bias) if bias else y
 
+    def head_norm(self, x: Node, il: int, stem: str, *, rms: bool = True) -> Node:
+        """A norm of queries or keys, if the layer has it: of each head, or of all heads as one row."""
+        weight = self.layer(il, stem)
+        if not weight:
+            return x
+        if weight.ne[0] == x.ne[0]:
+            return self.norm(x, il, stem, rms=rms)
+        rows = g.reshape(x, x.ne[0] * x.ne[1], x.ne[2])
+        return g.reshape(self.norm(rows, il, stem, rms=rms), *x.ne)
+
     # ------------------------------------------------------------------ attention
+
+    def slides(self, il: int) -> bool:
+        """Whether layer `il` sees a window only, or no layer does."""
+        return self.arch.layers[il].is_swa or True not in self._caches
 
     def attention_inputs(self) -> None:
         """Inputs for every kind of cache that the model has."""
@@ -271,8 +323,8 @@ class Build:
     def _rotation(self, of: GgmlType, head: int, n: int) -> Node | None:
         return g.fresh_input((n, n)) if of.is_quantized and head % 64 == 0 and not self.arch.mla else None
 
-    def qkv(self, il: int, x: Node) -> tuple[Node, Node, Node]:
-        """Queries, keys and values by head, from one matrix or three (`build_qkv`)."""
+    def qkv(self, il: int, x: Node, *, by_head: bool = True) -> tuple[Node, Node, Node]:
+        """Queries, keys and values by head (or as rows of all heads), from one matrix or three (`build_qkv`)."""
         kind = self.arch.layers[il]
         head_q, head_v, t = kind.head_k, kind.head_v, self.tokens
         n_kv = kind.k_width // head_q
@@ -283,6 +335,8 @@ class Build:
             k = g.view(qkv, (head_q, n_kv, t), nb)
             return q, k, g.view(qkv, (head_v, n_kv, t), (qkv.type.row_bytes(head_v), qkv.nb[1]))
         q, k, v = (self.project(il, stem, x) for stem in ("attn_q", "attn_k", "attn_v"))
+        if not by_head:
+            return q, k, v
         return g.reshape(q, head_q, kind.n_head, t), g.reshape(k, head_q, n_kv, t), g.reshape(v, head_v, n_kv, t)
 
     def attend(self, il: int, q: Node, k: Node, v: Node, *, sinks: Node | None = None, caps: bool = False) -> Node:
@@ -378,26 +432,68 @@ class Build:
         out = g.permute(g.mul_mat(expands_by, out) if expands_by else out, 0, 2, 1, 3)
         return self.graph.expand(g.cont(out, out.ne[0] * out.ne[1], out.ne[2] * out.ne[3]))
 
+    # ------------------------------------------------------------------ recurrent state
+
+    def recurrent_inputs(self) -> None:
+        """Which states of the cache are those of the batch; all of them are, in a graph that is only reserved."""
+        ids = g.fresh_input((self.size.n_seq_max,), I32)
+        self._state_ids = g.view(ids, (self.batch.n_seqs,), ())
+        self._other_ids = g.view(ids, (self.size.n_seq_max - self.batch.n_seqs,), ())
+
+    def states(self, il: int, width: int) -> Node:
+        """A cache of `width` elements per sequence."""
+        return g.stored((width, self.size.n_seq_max), F32, self._places[il], weight=False)
+
+    def read_states(self, cache: Node, by: Callable[[Node, Node], Node] = g.get_rows) -> Node:
+        """The batch's states (`build_rs`): one is cleared, and those of other sequences are moved aside."""
+        expand = self.graph.expand
+        flat = g.reshape(cache, *cache.ne[:2])
+        expand(g.scale_inplace(g.view(flat, (flat.ne[0],), ())))
+        read = expand(by(flat, self._state_ids))
+        moved = g.get_rows(flat, self._other_ids)
+        expand(g.copy(moved, g.view(cache, (flat.ne[0], self._other_ids.ne[0]), (cache.nb[1],))))
+        return read
+
+    def write_states(self, cache: Node, states: Node) -> None:
+        self.graph.expand(g.copy(states, g.view(cache, (cache.ne[0], self.batch.n_seqs), (cache.nb[1],))))
+
     # ------------------------------------------------------------------ feed-forward
 
-    def feed_forward(self, il: int, x: Node, suffix: str = "") -> Node:
-        """Up, gate and down (`build_ffn`); without a gate matrix the one matrix holds both halves."""
+    def feed_forward(self, il: int, x: Node, suffix: str = "", *, plain: bool = False, squared: bool = False) -> Node:
+        """Up, gate and down (`build_ffn`); without a gate matrix the one matrix holds both halves.
+
+        `plain`: nothing is gated. `squared`: the same, and the activation is squared.
+        """
         up = self.project(il, f"ffn_up{suffix}", x)
-        gated = self.layer(il, f"ffn_gate{suffix}") is not None
-        inner = g.glu(self.project(il, f"ffn_gate{suffix}", x), up) if gated else g.glu(up)
+        if plain or squared:
+            inner = g.like("SQR", g.unary(up)) if squared else g.unary(up)
+        elif self.layer(il, f"ffn_gate{suffix}"):
+            inner = g.glu(self.project(il, f"ffn_gate{suffix}", x), up)
+        else:
+            inner = g.glu(up)
         return self.project(il, f"ffn_down{suffix}", inner)
 
     def experts(
-        self, il: int, x: Node, *, normalise: bool = True, sigmoid: bool = False, softmax_weights: bool = False
+        self,
+        il: int,
+        x: Node,
+        *,
+        normalise: bool = True,
+        softmax_weights: bool = False,
+        squared: bool = False,
+        routed_by: Node | None = None,
     ) -> Node:
-        """The routed experts (`build_moe_ffn`). `softmax_weights`: only the chosen experts' weights are soft-maxed."""
+        """The routed experts (`build_moe_ffn`). `softmax_weights`: only the chosen experts' weights are soft-maxed.
+
+        `squared`: experts have no gate, their activation is squared. `routed_by`: what the router sees, if not `x`.
+        """
         used, n, tokens, expand = self.arch.n_expert_used, self.arch.n_expert, x.ne[1], self.graph.expand
         if not 0 < used <= n <= MAX_EXPERTS:
             raise Undrawable(f"{used} of {n} experts are in use; llama.cpp has at most {MAX_EXPERTS}")
-        logits = self.project(il, "ffn_gate_inp", x)
+        logits = self.project(il, "ffn_gate_inp", routed_by or x)
         probabilities = logits
         if not softmax_weights:
-            probabilities = g.unary(logits) if sigmoid else g.soft_max(logits)
+            probabilities = g.unary(logits) if self.hparams.gates_by_sigmoid else g.soft_max(logits)
         bias = self.layer(il, "exp_probs_b", "bias")
         choice = g.add(probabilities, bias) if bias else probabilities
         if self.hparams.n_expert_groups > 1:
@@ -417,10 +513,11 @@ class Build:
             both = self._expert(il, "ffn_gate_up_exps", x, ids)
             half = (both.ne[0] // 2, both.ne[1], both.ne[2])
             gate, up = (g.view(both, half, both.nb[1:3]) for _ in range(2))
+            inner = g.glu(gate, up)
         else:
             up = self._expert(il, "ffn_up_exps", x, ids)
-            gate = self._expert(il, "ffn_gate_exps", x, ids)
-        out = g.mul(self._expert(il, "ffn_down_exps", g.glu(gate, up), ids), weights)
+            inner = g.like("SQR", g.unary(up)) if squared else g.glu(self._expert(il, "ffn_gate_exps", x, ids), up)
+        out = g.mul(self._expert(il, "ffn_down_exps", inner, ids), weights)
         expand(out)
         parts = [expand(g.view(out, (out.ne[0], tokens), (out.nb[2],))) for _ in range(used)]
         total = parts[0]

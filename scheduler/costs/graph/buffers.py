@@ -41,8 +41,8 @@ _REMEMBERED = 4096
 def has_template(model: GraphModel) -> bool:
     """Whether the model's graph can be drawn: its architecture has a template, and the weights are those it names."""
     arch = model.arch
-    latent_only = arch.name != "deepseek2" or arch.mla
-    if arch.name not in TEMPLATES or model.hparams.scales_attention or not latent_only or arch.pools:
+    undrawn = arch.name == "deepseek2" and (model.hparams.scales_attention or not arch.mla)
+    if arch.name not in TEMPLATES or undrawn or arch.pools:
         return False
     try:
         exact_compute(model, Layout(), (HOST,) * (arch.n_layer_all + 1), ContextParams(n_ctx=256))

@@ -133,6 +133,24 @@ def scale(a: Node) -> Node:
     return like("SCALE", a)
 
 
+def scale_inplace(a: Node) -> Node:
+    return Node("SCALE", a.ne, a.type, (a,), a.view_of or a).strided(a.nb)
+
+
+def copy(a: Node, into: Node) -> Node:
+    return Node("CPY", into.ne, into.type, (a, into), into.view_of or into).strided(into.nb)
+
+
+def ssm_conv(rows: Node, kernel: Node) -> Node:
+    return Node("SSM_CONV", (kernel.ne[1], rows.ne[0] - kernel.ne[0] + 1, rows.ne[2]), F32, (rows, kernel))
+
+
+def ssm_scan(states: Node, x: Node, dt: Node, a: Node, b: Node, c: Node, ids: Node) -> Node:
+    """The results of all tokens, and after them the new states, as one row."""
+    n = prod(x.ne) + prod(states.ne[:3]) * ids.ne[0]
+    return Node("SSM_SCAN", (n,), F32, (states, x, dt, a, b, c, ids))
+
+
 def rope(a: Node, positions: Node, factors: Node | None = None) -> Node:
     return like("ROPE", a, positions, *([factors] if factors else []))
 

@@ -7,12 +7,13 @@ with real loads of the installed library and so names the ones that drifted afte
 from __future__ import annotations
 
 from scheduler.costs.graph.blocks import Template
-from scheduler.costs.graph.models.decoders import DECODERS
+from scheduler.costs.graph.models.decoders import COUNTING, DECODERS
 from scheduler.costs.graph.models.latent import LATENT
+from scheduler.costs.graph.models.recurrent import RECURRENT
 
 CHECKED_WITH = "0.3.36"
 
-TEMPLATES: dict[str, Template] = {**DECODERS, **LATENT}
+TEMPLATES: dict[str, Template] = {**DECODERS, **LATENT, **RECURRENT}
 
-SETTLING = frozenset(DECODERS)
+SETTLING = frozenset(DECODERS) - COUNTING
 """Where results leave the same holes after every like layer, so that three of them stand for a long row."""
