@@ -77,6 +77,7 @@ GOLDEN = {
 
 _NORM_BIASES = ("phi2", "starcoder2", "stablelm")
 _HYBRIDS = ("granitehybrid", "jamba", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe")
+_DELTA_NETS = ("qwen3next", "qwen35", "qwen35moe")
 _LAYER_NORM = (*_NORM_BIASES, "command-r", "cohere2")
 
 _TINY = Spec("llama", 128, 6, 256, 4, 2, 32, 320, 4096, mix="f16")
@@ -129,6 +130,12 @@ SMALL = {
     ),
     "qwen3next": replace(
         _TINY_MOE, arch="qwen3next", n_layer=8, n_ff_shexp=64, d_state=32, n_group=2, dt_rank=4, d_inner=128, rope=32
+    ),
+    "qwen35": replace(
+        _TINY, arch="qwen35", n_layer=8, d_state=32, n_group=2, dt_rank=4, d_inner=128, rope=32
+    ),
+    "qwen35moe": replace(
+        _TINY_MOE, arch="qwen35moe", n_layer=8, n_ff_shexp=64, d_state=32, n_group=4, dt_rank=4, d_inner=128, rope=32
     ),
     "qwen3next-nextn": replace(
         _TINY_MOE, arch="qwen3next", n_layer=9, n_ff_shexp=64, d_state=32, n_group=2, dt_rank=4, d_inner=128, rope=32,
@@ -183,7 +190,7 @@ def _hyper_parameters(s: Spec) -> Iterator[tuple[str, object]]:
         yield from (("expert_weights_norm", True), ("expert_gating_func", 1))
     if s.n_group_used:
         yield from (("expert_group_count", s.n_expert // 4), ("expert_group_used_count", s.n_group_used))
-    if s.arch in _LAYER_NORM:
+    if s.arch in _LAYER_NORM or s.arch.startswith("nemotron_h"):
         yield "attention.layer_norm_epsilon", 1e-5
     if s.arch in ("glm4moe", "dots1", "bailingmoe2", "nemotron_h_moe"):
         yield from (("expert_shared_count", 1), ("leading_dense_block_count", s.dense_lead))
@@ -209,6 +216,8 @@ def _hyper_parameters(s: Spec) -> Iterator[tuple[str, object]]:
     if s.d_inner:
         yield from (("ssm.conv_kernel", 4), ("ssm.state_size", s.d_state), ("ssm.time_step_rank", s.dt_rank))
         yield from (("ssm.inner_size", s.d_inner), ("ssm.group_count", s.n_group))
+    if s.arch in ("qwen35", "qwen35moe"):
+        yield "rope.dimension_sections", [4, 4, 8, 0]
     if s.arch in ("lfm2", "lfm2moe"):
         yield from (("shortconv.l_cache", 3), ("leading_dense_block_count", s.dense_lead), ("expert_gating_func", 2))
     if s.nextn:
@@ -221,7 +230,7 @@ def attends(s: Spec, il: int) -> bool:
         return il % 2 == 1
     if s.arch in ("jamba", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe"):
         return il % 3 == 1
-    if s.arch == "qwen3next":
+    if s.arch in _DELTA_NETS:
         return il >= s.n_layer - s.nextn or (il + 1) % 4 == 0
     return s.arch not in ("mamba", "mamba2")
 
@@ -263,10 +272,10 @@ def _layer(s: Spec, il: int) -> Iterator[Named]:
         return
     if s.arch in _NORM_BIASES:
         yield "attn_norm.bias", (e,)
-    if s.arch in ("gpt-oss", "qwen3next", "glm4moe", "seed_oss"):
+    if s.arch in (*_DELTA_NETS, "gpt-oss", "glm4moe", "seed_oss"):
         yield "post_attention_norm.weight", (e,)
     elif not s.arch.startswith("nemotron_h") and s.arch not in ("command-r", "cohere2", "phi2", "olmo2", "exaone4"):
-        yield "ffn_norm.weight", (e,)
+        yield "ffn_norm" if s.arch == "falcon-h1" else "ffn_norm.weight", (e,)
         if s.arch in _NORM_BIASES:
             yield "ffn_norm.bias", (e,)
     if s.arch in ("gemma2", "gemma3", "glm4", "olmo2", "exaone4"):
@@ -294,7 +303,7 @@ def _attention(s: Spec) -> Iterator[Named]:
         if s.qk_norm:
             yield from (("attn_q_norm.weight", (s.head,)), ("attn_k_norm.weight", (s.head,)))
         return
-    yield "attn_q.weight", (e, 2 * q if s.arch == "qwen3next" else q)
+    yield "attn_q.weight", (e, 2 * q if s.arch in _DELTA_NETS else q)
     yield from (("attn_k.weight", (e, kv)), ("attn_v.weight", (e, kv)), ("attn_output.weight", (q, e)))
     if s.qkv_bias or s.arch == "gpt-oss":
         yield from (("attn_q.bias", (q,)), ("attn_k.bias", (kv,)), ("attn_v.bias", (kv,)))
@@ -304,17 +313,21 @@ def _attention(s: Spec) -> Iterator[Named]:
         yield from (("attn_q_norm.weight", (q,)), ("attn_k_norm.weight", (kv,)))
     if s.arch == "gpt-oss":
         yield from (("attn_output.bias", (e,)), ("attn_sinks.weight", (s.n_head,)))
-    if s.qk_norm or s.arch == "qwen3next":
+    if s.qk_norm or s.arch in _DELTA_NETS:
         yield from (("attn_q_norm.weight", (s.head,)), ("attn_k_norm.weight", (s.head,)))
 
 
 def _recurrent(s: Spec) -> Iterator[Named]:
     e, inner = s.n_embd, s.d_inner
     channels = inner + 2 * s.n_group * s.d_state
-    if s.arch == "qwen3next":
+    if s.arch in _DELTA_NETS:
         yield from (("attn_qkv.weight", (e, channels)), ("attn_gate.weight", (e, inner)))
         yield from (("ssm_conv1d.weight", (4, channels)), ("ssm_dt.bias", (s.dt_rank,)), ("ssm_a", (s.dt_rank,)))
-        yield from (("ssm_ba.weight", (e, 2 * s.dt_rank)), ("ssm_norm.weight", (s.d_state,)))
+        if s.arch == "qwen3next":
+            yield "ssm_ba.weight", (e, 2 * s.dt_rank)
+        else:
+            yield from (("ssm_beta.weight", (e, s.dt_rank)), ("ssm_alpha.weight", (e, s.dt_rank)))
+        yield "ssm_norm.weight", (s.d_state,)
         yield "ssm_out.weight", (inner, e)
     elif s.arch in ("lfm2", "lfm2moe"):
         yield from (("shortconv.conv.weight", (3, e)), ("shortconv.in_proj.weight", (e, 3 * e)))
@@ -361,7 +374,7 @@ def _experts(s: Spec) -> Iterator[Named]:
             yield "ffn_gate_shexp.weight", (e, s.n_ff_shexp)
         yield "ffn_up_shexp.weight", (e, s.n_ff_shexp)
         yield "ffn_down_shexp.weight", (s.n_ff_shexp, e)
-    if s.arch in ("qwen2moe", "qwen3next"):
+    if s.arch in ("qwen2moe", "qwen3next", "qwen35moe"):
         yield "ffn_gate_inp_shexp.weight", (e,)
     if s.n_group_used or s.arch in ("glm4moe", "dots1", "ernie4_5-moe", "nemotron_h_moe", "lfm2moe"):
         yield "exp_probs_b.bias", (n,)

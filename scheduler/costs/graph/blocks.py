@@ -185,8 +185,11 @@ class Build:
         return self._stored_weight(name, self._weights.get(name), self._host if is_input else self._places[-1])
 
     def layer(self, il: int, stem: str, kind: str = "weight") -> Node | None:
-        """A weight of layer `il`, without `blk.` and its number, or None when the layer has none of that name."""
-        name = f"{stem}.{kind}"
+        """A weight of layer `il`, without `blk.` and its number, or None when the layer has none of that name.
+
+        A few weights have no ending: `ssm_a`, and the `ffn_norm` of falcon-h1.
+        """
+        name = stem if kind == "weight" and stem in self._layers[il] else f"{stem}.{kind}"
         place = self._host if self._experts_on_host and "_exps" in stem else self._places[il]
         return self._stored_weight((il, name), self._layers[il].get(name), place)
 
@@ -195,13 +198,6 @@ class Build:
         node = self.layer(il, stem, kind)
         if node is None:
             raise Undrawable(f"there is no blk.{il}.{stem}.{kind}")
-        return node
-
-    def bare(self, il: int, name: str) -> Node:
-        """A tensor of layer `il` whose name has no ending. Raises Undrawable when it is missing."""
-        node = self._stored_weight((il, name), self._layers[il].get(name), self._places[il])
-        if node is None:
-            raise Undrawable(f"there is no blk.{il}.{name}")
         return node
 
     def _stored_weight(self, key: object, width: Width | None, place: int) -> Node | None:
@@ -341,6 +337,10 @@ class Build:
 
     def attend(self, il: int, q: Node, k: Node, v: Node, *, sinks: Node | None = None, caps: bool = False) -> Node:
         """Store keys and values, attend to all that is stored, project the result (`build_attn`)."""
+        return self.project(il, "attn_output", self.attended(il, q, k, v, sinks=sinks, caps=caps))
+
+    def attended(self, il: int, q: Node, k: Node, v: Node, *, sinks: Node | None = None, caps: bool = False) -> Node:
+        """The same before the projection."""
         kind = self.arch.layers[il]
         cache = self._caches[kind.is_swa]
         expand = self.graph.expand
@@ -353,9 +353,7 @@ class Build:
             expand(node)
         stored_k, stored_v = self._stored(il, cache, k, v)
         result = self._attend(q, stored_k, stored_v, cache.mask, sinks, caps)
-        if cache.v_rotation:
-            result = g.hadamard(result, cache.v_rotation)
-        return self.project(il, "attn_output", result)
+        return g.hadamard(result, cache.v_rotation) if cache.v_rotation else result
 
     def attend_latent(self, il: int, q: Node, k: Node, v: Node) -> Node:
         """The same where the values are the front of the keys, and are expanded by `attn_v_b` afterwards."""

@@ -151,6 +151,16 @@ def ssm_scan(states: Node, x: Node, dt: Node, a: Node, b: Node, c: Node, ids: No
     return Node("SSM_SCAN", (n,), F32, (states, x, dt, a, b, c, ids))
 
 
+def repeat(a: Node, *ne: int) -> Node:
+    return Node("REPEAT", ne, a.type, (a,))
+
+
+def gated_delta_net(q: Node, k: Node, v: Node, gate: Node, beta: Node, states: Node) -> Node:
+    """The results of all tokens, and after them the new states."""
+    width, heads, tokens, seqs = v.ne
+    return Node("GATED_DELTA_NET", (width * heads, tokens * seqs + width * seqs), F32, (q, k, v, gate, beta, states))
+
+
 def rope(a: Node, positions: Node, factors: Node | None = None) -> Node:
     return like("ROPE", a, positions, *([factors] if factors else []))
 

@@ -43,12 +43,12 @@ def _mamba(b: Build, il: int, x: Node) -> Node:
 
     def scan(cache: Node, ids: Node) -> Node:
         shaped = g.reshape(cache, h.d_state, 1, h.d_inner, b.size.n_seq_max)
-        return g.ssm_scan(shaped, heads, dt, b.bare(il, "ssm_a"), into, out, ids)
+        return g.ssm_scan(shaped, heads, dt, b.needed(il, "ssm_a"), into, out, ids)
 
     both = b.read_states(states, scan)
     b.write_states(states, g.view(both, (h.d_state * h.d_inner * n_seqs,), ()))
     y = g.view(both, (h.d_inner, n_tokens, n_seqs), heads.nb[2:4])
-    y = g.add(y, g.mul(x, b.bare(il, "ssm_d")))
+    y = g.add(y, g.mul(x, b.needed(il, "ssm_d")))
     y = b.project(il, "ssm_out", g.glu(g.cont(z), y))
     return g.reshape(y, y.ne[0], b.tokens)
 
@@ -75,13 +75,13 @@ def _mamba2(b: Build, il: int, x: Node) -> Node:
 
     def scan(cache: Node, ids: Node) -> Node:
         shaped = g.reshape(cache, h.d_state, head, n_head, b.size.n_seq_max)
-        return g.ssm_scan(shaped, heads, dt, b.bare(il, "ssm_a"), into, out, ids)
+        return g.ssm_scan(shaped, heads, dt, b.needed(il, "ssm_a"), into, out, ids)
 
     both = b.read_states(states, scan)
     b.write_states(states, g.view(both, (h.d_state * h.d_inner, n_seqs, 1), (row(h.d_state * h.d_inner),)))
     nb = (row(head), row(head * n_head), row(head * n_head * n_tokens))
     y = g.view(both, (head, n_head, n_tokens, n_seqs), nb)
-    y = g.add(y, g.mul(heads, b.bare(il, "ssm_d")))
+    y = g.add(y, g.mul(heads, b.needed(il, "ssm_d")))
     y = g.glu(g.cont(z), y)
     if b.layer(il, "ssm_norm"):
         y = b.norm(g.reshape(y, h.d_inner // h.n_group, h.n_group, n_tokens, n_seqs), il, "ssm_norm")
@@ -204,6 +204,97 @@ def _nemotron_h(b: Build) -> None:
     b.logits(g.get_rows(x, ids))
 
 
+def _delta_net(b: Build, il: int, x: Node) -> Node:
+    """Linear attention by the gated delta rule, in one operation (`build_layer_attn_linear`)."""
+    h, n_seqs = b.hparams, b.batch.n_seqs
+    n_tokens, k_heads, v_heads = b.tokens // n_seqs, h.n_group, h.dt_rank
+    k_width, v_width = h.d_state, h.d_inner // v_heads
+    mixed = _by_sequence(b, b.project(il, "attn_qkv", x))
+    z = b.project(il, "attn_gate", x)
+    if b.layer(il, "ssm_ba"):
+        both = g.mul_mat(b.needed(il, "ssm_ba"), x)
+        both = g.reshape(both, 2 * v_heads // k_heads, k_heads, n_tokens, n_seqs)
+        beta, alpha = (g.view(both, (v_heads // k_heads, *both.ne[1:]), both.nb[1:]) for _ in range(2))
+        beta = g.reshape(g.unary(g.cont(beta)), 1, v_heads, n_tokens, n_seqs)
+        alpha = g.cont(alpha, v_heads, n_tokens, n_seqs)
+    else:
+        beta = g.unary(g.reshape(b.project(il, "ssm_beta", x), 1, v_heads, n_tokens, n_seqs))
+        alpha = g.reshape(b.project(il, "ssm_alpha", x), v_heads, n_tokens, n_seqs)
+    gate = g.mul(g.unary(g.add(alpha, b.needed(il, "ssm_dt", "bias"))), b.needed(il, "ssm_a"))
+    gate = g.reshape(gate, 1, v_heads, n_tokens, n_seqs)
+    kernel = b.needed(il, "ssm_conv1d")
+    convolved = b.states(il, (kernel.ne[0] - 1) * kernel.ne[1])
+    read = b.read_states(convolved)
+    rows = g.concat(g.reshape(read, kernel.ne[0] - 1, kernel.ne[1], n_seqs), g.transpose(mixed))
+    b.write_states(convolved, g.view(rows, (kernel.ne[0] - 1, kernel.ne[1], n_seqs), rows.nb[1:3]))
+    states = b.states(il, v_width * v_width * v_heads)
+    state = g.reshape(b.read_states(states), v_width, v_width, v_heads, n_seqs)
+    mixed = g.unary(g.ssm_conv(rows, kernel))
+    row = mixed.type.row_bytes
+    after = (row(mixed.ne[0]), row(mixed.ne[0]) * n_tokens)
+    q, k = (g.view(mixed, (k_width, k_heads, n_tokens, n_seqs), (row(k_width), *after)) for _ in range(2))
+    v = g.view(mixed, (v_width, v_heads, n_tokens, n_seqs), (row(v_width), *after))
+    q, k = g.like("L2_NORM", q), g.like("L2_NORM", k)
+    if k_heads != v_heads and b.arch.name == "qwen3next":
+        q, k = (_repeated(y, v_heads // k_heads) for y in (q, k))
+    both = g.gated_delta_net(q, k, v, gate, beta, state)
+    nb = (row(v_width), row(v_width * v_heads), row(v_width * v_heads * n_tokens))
+    y = g.view(both, (v_width, v_heads, n_tokens, n_seqs), nb)
+    nb = (row(v_width), row(v_width * v_width), row(v_width * v_width * v_heads))
+    b.write_states(states, g.view(both, (v_width, v_width, v_heads, n_seqs), nb))
+    z = g.reshape(z, v_width, v_heads, n_tokens, n_seqs)
+    y = g.mul(b.norm(y, il, "ssm_norm"), g.unary(z))
+    y = b.project(il, "ssm_out", g.reshape(y, v_width * v_heads, n_tokens, n_seqs))
+    return g.reshape(y, b.arch.n_embd, b.tokens)
+
+
+def _repeated(x: Node, times: int) -> Node:
+    width, heads, n_tokens, n_seqs = x.ne
+    each = g.repeat(g.reshape(x, width, 1, heads, n_tokens * n_seqs), width, times, heads, n_tokens * n_seqs)
+    return g.reshape(each, width, heads * times, n_tokens, n_seqs)
+
+
+def _gated_attention(b: Build, il: int, x: Node, positions: Node) -> Node:
+    """One matrix makes queries and a gate for what attention returns."""
+    kind, t = b.arch.layers[il], b.tokens
+    both, k, v = b.qkv(il, x, by_head=False)
+    if b.arch.name == "qwen3next":
+        both = g.reshape(both, 2 * kind.head_k, kind.n_head, t)
+    step = both.type.row_bytes(2 * kind.head_k)
+    q, gate = (g.view(both, (kind.head_k, kind.n_head, t), (step, step * kind.n_head)) for _ in range(2))
+    k = g.reshape(k, kind.head_k, k.ne[0] // kind.head_k, t)
+    v = g.reshape(v, kind.head_v, v.ne[0] // kind.head_v, t)
+    q = g.rope(b.norm(q, il, "attn_q_norm"), positions)
+    k = g.rope(b.norm(k, il, "attn_k_norm"), positions)
+    y = b.attended(il, q, k, v)
+    return b.project(il, "attn_output", g.mul(y, g.unary(g.cont(gate, kind.head_k * kind.n_head, t))))
+
+
+def _qwen3next(b: Build) -> None:
+    x = b.embedding()
+    b.recurrent_inputs()
+    b.attention_inputs()
+    positions = b.positions()
+    ids = b.output_ids()
+    for il in range(_last(b) + 1):
+        residual = x
+        x = b.graph.expand(b.norm(x, il, "attn_norm"))
+        x = _delta_net(b, il, x) if b.arch.layers[il].is_recurrent else _gated_attention(b, il, x, positions)
+        residual = g.add(x, residual)
+        x = b.norm(residual, il, "post_attention_norm")
+        if b.layer(il, "ffn_gate_inp"):
+            y = b.experts(il, x)
+            if b.layer(il, "ffn_up_shexp"):
+                shared = b.feed_forward(il, x, "_shexp")
+                y = g.add(y, g.mul(shared, g.unary(g.mul_mat(b.needed(il, "ffn_gate_inp_shexp"), x))))
+        else:
+            y = b.feed_forward(il, x)
+        x = g.add(y, residual)
+    x = b.norm(x, -1, "output_norm")
+    x.is_output = True  # `t_h_nextn`
+    b.logits(g.get_rows(x, ids))
+
+
 RECURRENT: dict[str, Template] = {
     "mamba": _pure,
     "mamba2": _pure,
@@ -214,4 +305,7 @@ RECURRENT: dict[str, Template] = {
     "falcon-h1": _falcon_h1,
     "nemotron_h": _nemotron_h,
     "nemotron_h_moe": _nemotron_h,
+    "qwen3next": _qwen3next,
+    "qwen35": _qwen3next,
+    "qwen35moe": _qwen3next,
 }
