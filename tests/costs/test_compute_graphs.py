@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from gguf_shapes import GOLDEN, SMALL
@@ -115,3 +116,12 @@ def test_no_model_uses_more_experts_than_llama_cpp_knows(shape_of: ShapeOf) -> N
     shape = shape_of("mixtral")
     greedy = replace(shape.graph, arch=replace(shape.arch, n_expert=1 << 30, n_expert_used=1 << 30))
     assert not computes_exactly(replace(shape, graph=greedy))
+
+
+def test_every_template_has_a_small_model_that_llama_cpp_loads() -> None:
+    assert {spec.arch for spec in SMALL.values()} >= TEMPLATES.keys()
+
+
+def test_the_documentation_names_every_template() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "costs.md").read_text(encoding="utf-8")
+    assert {name for name in TEMPLATES if f"`{name}`" not in text} == set()
