@@ -126,7 +126,7 @@ SMALL = {
     ),
     "deepseek2-groups": replace(
         _TINY_MOE, arch="deepseek2", n_ff_shexp=64, dense_lead=1, kv_lora=128, rope=64, nope=64, head_v=64, n_head_kv=1,
-        n_expert=16, n_group_used=2,
+        head=0, n_expert=16, n_group_used=2,
     ),
     "qwen3next": replace(
         _TINY_MOE, arch="qwen3next", n_layer=8, n_ff_shexp=64, d_state=32, n_group=2, dt_rank=4, d_inner=128, rope=32

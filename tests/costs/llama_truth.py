@@ -134,7 +134,7 @@ def connect(endpoint: str) -> None:
 
 
 def main() -> None:
-    request = json.loads(sys.argv[1])
+    request = json.load(sys.stdin)
     log: list[str] = []
     callback = llama_cpp.llama_log_callback(lambda level, text, _: log.append(text.decode("utf-8", "replace")))
     llama_cpp.llama_log_set(callback, None)

@@ -79,7 +79,12 @@ def ask(paths: dict[str, Path], cases: list[Case], *, devices: int, real: bool) 
     }
     program = Path(__file__).with_name("llama_truth.py")
     done = subprocess.run(
-        [sys.executable, str(program), json.dumps(request)], capture_output=True, text=True, timeout=170, check=False
+        [sys.executable, str(program)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
     )
     for line in done.stdout.splitlines():
         if line.startswith("ANSWERS "):

@@ -144,7 +144,9 @@ DECODERS: dict[str, Template] = {
     "gemma3": _Decoder(scales_input=True, scales_q=True, post_norms=True),
     "phi2": _Decoder(rms=False, scales_q=True, parallel="attention first", plain_ffn=True),
     "phi3": _Decoder(scales_q=True),
-    "gpt-oss": _Decoder(sinks=True, ffn_norm="post_attention_norm", softmax_weights=True, picks_last=True),
+    "gpt-oss": _Decoder(
+        sinks=True, ffn_norm="post_attention_norm", normalise=False, softmax_weights=True, picks_last=True
+    ),
     "glm4": _Decoder(post_norms=True, pins_last_norm=True),
     "glm4moe": _Decoder(ffn_norm="post_attention_norm", normalise=None),
     "granite": _Decoder(),
