@@ -48,6 +48,7 @@ class Spec:
     dt_rank: int = 0
     d_inner: int = 0
     nextn: int = 0
+    pooling: int = 0
     mix: str = "q4_k_m"
 
     @property
@@ -131,6 +132,7 @@ SMALL = {
     "qwen3next": replace(
         _TINY_MOE, arch="qwen3next", n_layer=8, n_ff_shexp=64, d_state=32, n_group=2, dt_rank=4, d_inner=128, rope=32
     ),
+    "qwen3-embedding": replace(_TINY, arch="qwen3", qk_norm=True, tied=True, pooling=3),
     "qwen35": replace(
         _TINY, arch="qwen35", n_layer=8, d_state=32, n_group=2, dt_rank=4, d_inner=128, rope=32
     ),
@@ -220,6 +222,8 @@ def _hyper_parameters(s: Spec) -> Iterator[tuple[str, object]]:
         yield "rope.dimension_sections", [4, 4, 8, 0]
     if s.arch in ("lfm2", "lfm2moe"):
         yield from (("shortconv.l_cache", 3), ("leading_dense_block_count", s.dense_lead), ("expert_gating_func", 2))
+    if s.pooling:
+        yield "pooling_type", s.pooling
     if s.nextn:
         yield "nextn_predict_layers", s.nextn
 

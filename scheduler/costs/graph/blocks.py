@@ -17,6 +17,8 @@ from scheduler.costs.graph.nodes import I32, I64, Graph, Node, Undrawable
 from scheduler.costs.header import Tensor
 from scheduler.costs.metadata import Metadata
 
+_MEAN = 1
+"""`LLAMA_POOLING_TYPE_MEAN`."""
 _SIGMOID = 2
 """`LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID`."""
 MAX_EXPERTS = 512
@@ -56,6 +58,8 @@ class Hparams:
     d_state: int
     dt_rank: int
     n_group: int
+    pooling: int
+    """How embeddings of a sequence become one (`llama_pooling_type`); 0: not at all."""
     norms_steps: bool
     """Mamba's steps and projections are normed even without weights (`ssm_dt_b_c_rms`)."""
 
@@ -86,6 +90,7 @@ def read_hparams(meta: Metadata) -> Hparams:
         d_state=meta.number("ssm.state_size", 0),
         dt_rank=meta.number("ssm.time_step_rank", 0),
         n_group=meta.number("ssm.group_count", 0),
+        pooling=meta.number("pooling_type", 0),
         norms_steps=meta.flag("ssm.dt_b_c_rms", False),
     )
 
@@ -160,6 +165,7 @@ class Build:
         places: Sequence[int],
         host: int,
         experts_on_host: bool,
+        embeds: bool,
         pins: bool,
     ) -> None:
         self.graph = Graph()
@@ -171,6 +177,7 @@ class Build:
         self._places = places
         self._host = host
         self._experts_on_host = experts_on_host
+        self._embeds = embeds
         self._pins = pins
         self._made: dict[object, Node] = {}
         self._caches: dict[bool, _Cache] = {}
@@ -248,6 +255,19 @@ class Build:
             y = g.scale(g.unary(g.scale(y)))
         y.is_output = True
         self.graph.expand(y)
+        self.pool(x)
+
+    def pool(self, x: Node) -> None:
+        """Make one embedding of each sequence, in a context that embeds (`build_pooling`)."""
+        pooling, n_seqs = self.hparams.pooling, self.batch.n_seqs
+        if not self._embeds or not pooling:
+            return
+        if pooling == _MEAN:
+            pooled = g.mul_mat(g.cont(g.transpose(x)), g.fresh_input((self.tokens, n_seqs)))
+        else:
+            pooled = g.get_rows(x, g.fresh_input((n_seqs,), I32))
+        pooled.is_output = True
+        self.graph.expand(pooled)
 
     def _table(self) -> Node:
         table = self.weight("token_embd.weight")
@@ -323,9 +343,11 @@ class Build:
         """Queries, keys and values by head (or as rows of all heads), from one matrix or three (`build_qkv`)."""
         kind = self.arch.layers[il]
         head_q, head_v, t = kind.head_k, kind.head_v, self.tokens
-        n_kv = kind.k_width // head_q
         if self.layer(il, "attn_qkv"):
+            if not by_head or self.layer(il, "attn_q", "bias"):
+                raise Undrawable(f"blk.{il}.attn_qkv is one matrix where three were expected")
             qkv = self.project(il, "attn_qkv", x)
+            n_kv = (qkv.ne[0] - kind.n_head * head_q) // (head_q + head_v)
             nb = (qkv.type.row_bytes(head_q), qkv.nb[1])
             q = g.view(qkv, (head_q, kind.n_head, t), nb)
             k = g.view(qkv, (head_q, n_kv, t), nb)
@@ -333,6 +355,7 @@ class Build:
         q, k, v = (self.project(il, stem, x) for stem in ("attn_q", "attn_k", "attn_v"))
         if not by_head:
             return q, k, v
+        n_kv = k.ne[0] // head_q
         return g.reshape(q, head_q, kind.n_head, t), g.reshape(k, head_q, n_kv, t), g.reshape(v, head_v, n_kv, t)
 
     def attend(self, il: int, q: Node, k: Node, v: Node, *, sinks: Node | None = None, caps: bool = False) -> Node:
@@ -416,7 +439,9 @@ class Build:
         q, k, v = (g.permute(x, 0, 2, 1, 3) for x in (q, k, v))
         extra = [sinks] if sinks else []
         if self.flash:
-            out = g.flash_attn_ext(q, k, g.transpose(v) if transposed else v, mask, *extra)
+            v = g.transpose(v) if transposed else v
+            k, v = (g.cast(x, F16) if x.type is F32 else x for x in (k, v))
+            out = g.flash_attn_ext(q, k, v, mask, *extra)
             if expands_by:
                 out = g.cont(g.permute(g.mul_mat(expands_by, g.permute(out, 0, 2, 1, 3)), 0, 2, 1, 3))
             return self.graph.expand(g.reshape(out, out.ne[0] * out.ne[1], out.ne[2] * out.ne[3]))

@@ -32,6 +32,8 @@ _PINS_BELOW_TOKENS = 32
 _REPEATS = 3
 """How many of a row of like layers are drawn: one after something else, one before, one between."""
 _LONGEST_PATTERN = 8
+_LAST = 3
+"""`LLAMA_POOLING_TYPE_LAST`: rerankers, after it, have heads that no template draws."""
 _DWARFS = 32
 """A batch so many times larger than one token per sequence asks for more in every buffer, if run in the same places."""
 _REMEMBERED = 4096
@@ -42,7 +44,7 @@ def has_template(model: GraphModel) -> bool:
     """Whether the model's graph can be drawn: its architecture has a template, and the weights are those it names."""
     arch = model.arch
     undrawn = arch.name == "deepseek2" and (model.hparams.scales_attention or not arch.mla)
-    if arch.name not in TEMPLATES or undrawn or arch.pools:
+    if arch.name not in TEMPLATES or undrawn or model.hparams.pooling > _LAST:
         return False
     try:
         exact_compute(model, Layout(), (HOST,) * (arch.n_layer_all + 1), ContextParams(n_ctx=256))
@@ -119,7 +121,8 @@ def _reserved(
         batches.append(Batch(size.n_seq_max, size.n_seq_max, size.n_seq_max))
     for batch in batches:
         pins = whole or batch.tokens < _PINS_BELOW_TOKENS
-        build = Build(row, size, types, context.flash_attn == "on", batch, places, host, experts_on_host, pins)
+        flash, embeds = context.flash_attn == "on", context.embeddings
+        build = Build(row, size, types, flash, batch, places, host, experts_on_host, embeds, pins)
         TEMPLATES[model.arch.name](build)
         sizes = buffer_sizes(schedule(build.graph, host, copies, offloads_to), kinds)
         totals = [max(pair) for pair in zip(totals, sizes, strict=True)]

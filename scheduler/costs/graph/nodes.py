@@ -141,6 +141,13 @@ def copy(a: Node, into: Node) -> Node:
     return Node("CPY", into.ne, into.type, (a, into), into.view_of or into).strided(into.nb)
 
 
+def cast(a: Node, of: GgmlType) -> Node:
+    """`a` as another type. The node reads itself, too."""
+    node = Node("CPY", a.ne, of, (a,))
+    node.src.append(node)
+    return node
+
+
 def ssm_conv(rows: Node, kernel: Node) -> Node:
     return Node("SSM_CONV", (kernel.ne[1], rows.ne[0] - kernel.ne[0] + 1, rows.ne[2]), F32, (rows, kernel))
 
