@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scheduler.costs.architecture import ENCODERS, Architecture, read_architecture
 from scheduler.costs.demand import ModelDemand, model_demand
-from scheduler.costs.graph.blocks import GraphModel, graph_model
+from scheduler.costs.graph.model import GraphModel, graph_model
 from scheduler.costs.header import Array, Header, Tensor, read_header
 from scheduler.costs.metadata import Metadata
 from scheduler.costs.weights import StoredSums, WeightSums, sum_stored, sum_weights

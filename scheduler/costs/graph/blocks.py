@@ -6,129 +6,19 @@ computed in the order in which they are expanded, and that decides what is alive
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from scheduler.costs.architecture import Architecture
 from scheduler.costs.cache import EffectiveContext
 from scheduler.costs.ggml_types import F16, F32, GgmlType
 from scheduler.costs.graph import nodes as g
+from scheduler.costs.graph.model import GraphModel, Width
 from scheduler.costs.graph.nodes import I32, I64, Graph, Node, Undrawable
-from scheduler.costs.header import Tensor
-from scheduler.costs.metadata import Metadata
 
 _MEAN = 1
 """`LLAMA_POOLING_TYPE_MEAN`."""
-_SIGMOID = 2
-"""`LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID`."""
 MAX_EXPERTS = 512
 """`LLAMA_MAX_EXPERTS` in src/llama-hparams.h."""
-
-
-@dataclass(frozen=True, slots=True)
-class Width:
-    """Elements per dimension of a weight, and its type."""
-
-    ne: tuple[int, ...]
-    type: GgmlType
-
-
-@dataclass(frozen=True, slots=True)
-class Hparams:
-    """Hyper-parameters that only the graph depends on."""
-
-    scales_experts: bool
-    """The weights of the experts in use are multiplied by a factor other than 1."""
-    scales_embedding: bool
-    caps_logits: bool
-    normalises_experts: bool
-    """The weights of the experts in use are made to sum up to 1, for architectures that leave it to the file."""
-    n_expert_groups: int
-    """Experts are chosen from the `n_group_used` best groups; 0 or 1: from all."""
-    n_group_used: int
-    scales_attention: bool
-    """Attention is scaled by position."""
-    scales_residual: bool
-    scales_logits: bool
-    gates_by_sigmoid: bool
-    """Experts are chosen by their sigmoids, not by a softmax over all."""
-    ropes: bool
-    d_conv: int
-    d_inner: int
-    d_state: int
-    dt_rank: int
-    n_group: int
-    pooling: int
-    """How embeddings of a sequence become one (`llama_pooling_type`); 0: not at all."""
-    norms_steps: bool
-    """Mamba's steps and projections are normed even without weights (`ssm_dt_b_c_rms`)."""
-
-
-def read_hparams(meta: Metadata) -> Hparams:
-    """What `meta` says of them, with llama.cpp's defaults."""
-
-    def factor(key: str) -> object:
-        return meta.values.get(f"{meta.arch}.{key}", 0.0)
-
-    sigmoid_by_default = meta.arch.startswith("nemotron_h") or (
-        meta.arch == "glm4moe" and not factor("expert_gating_func")
-    )
-    return Hparams(
-        scales_experts=factor("expert_weights_scale") not in (0.0, 1.0),
-        scales_embedding=meta.arch.startswith("granite") and factor("embedding_scale") != 0.0,
-        caps_logits=meta.arch == "gemma2" or factor("final_logit_softcapping") != 0.0,
-        normalises_experts=meta.flag("expert_weights_norm", False),
-        n_expert_groups=meta.number("expert_group_count", 0),
-        n_group_used=meta.number("expert_group_used_count", 0),
-        scales_attention=factor("attention.temperature_scale") != 0.0,
-        scales_residual=factor("residual_scale") != 0.0,
-        scales_logits=meta.arch in ("granite", "granitemoe") or factor("logit_scale") != 0.0,
-        gates_by_sigmoid=meta.number("expert_gating_func", 0) == _SIGMOID or sigmoid_by_default,
-        ropes=not meta.arch.startswith("granite") or meta.flag("rope.scaling.finetuned", True),
-        d_conv=meta.number("ssm.conv_kernel", 0) or meta.number("shortconv.l_cache", 0),
-        d_inner=meta.number("ssm.inner_size", 0),
-        d_state=meta.number("ssm.state_size", 0),
-        dt_rank=meta.number("ssm.time_step_rank", 0),
-        n_group=meta.number("ssm.group_count", 0),
-        pooling=meta.number("pooling_type", 0),
-        norms_steps=meta.flag("ssm.dt_b_c_rms", False),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class GraphModel:
-    """All that a template asks about a model. Compared by identity, so that it is cheap to use as a key."""
-
-    arch: Architecture
-    hparams: Hparams
-    layers: tuple[Mapping[str, Width], ...]
-    """The weights of each layer, by name without `blk.` and number."""
-    rest: Mapping[str, Width]
-    alike: tuple[int, ...]
-    """Per layer, the first layer that its graph does not differ from."""
-    same: tuple[int, ...]
-    """The same, where also the types of the weights matter."""
-
-
-def graph_model(arch: Architecture, meta: Metadata, tensors: Mapping[str, Tensor]) -> GraphModel:
-    """Sort the tensors by layer, and find the layers that are alike."""
-    layers: list[dict[str, Width]] = [{} for _ in range(arch.n_layer_all)]
-    rest = {}
-    for tensor in tensors.values():
-        width = Width(tensor.ne, tensor.type)
-        prefix, _, name = tensor.name.partition(".")
-        il, _, stem = name.partition(".")
-        if prefix == "blk" and il.isdigit() and int(il) < arch.n_layer_all:
-            layers[int(il)][stem] = width
-        else:
-            rest[tensor.name] = width
-    loose: dict[object, int] = {}
-    strict: dict[object, int] = {}
-    alike, same = [], []
-    for i, (kind, weights) in enumerate(zip(arch.layers, layers, strict=True)):
-        alike.append(loose.setdefault((kind, *sorted((name, w.ne) for name, w in weights.items())), i))
-        same.append(strict.setdefault((kind, *sorted((name, w.ne, w.type.id) for name, w in weights.items())), i))
-    return GraphModel(arch, read_hparams(meta), tuple(layers), rest, tuple(alike), tuple(same))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +62,7 @@ class Build:
         self.arch, self.hparams, self.size, self.batch = model.arch, model.hparams, size, batch
         self.flash = flash
         self.tokens = batch.tokens
+        self.last = len(model.layers) - 1
         self._layers, self._weights = model.layers, model.rest
         self._type_k, self._type_v = types
         self._places = places
@@ -240,13 +131,13 @@ class Build:
     def output_ids(self) -> Node:
         return g.fresh_input((self.batch.outputs,), I32)
 
-    def logits(self, x: Node, stem: str = "output") -> None:
+    def logits(self, x: Node) -> None:
         """The output matrix, or the token embedding a second time."""
-        matrix = self.weight(f"{stem}.weight") or self._tied()
+        matrix = self.weight("output.weight") or self._tied()
         y = g.mul_mat(matrix, x)
-        scale = self.weight(f"{stem}.scale")
+        scale = self.weight("output.scale")
         y = g.mul(y, scale) if scale else y
-        bias = self.weight(f"{stem}.bias")
+        bias = self.weight("output.bias")
         y = g.add(y, bias) if bias else y
         x.is_output = True
         if self.hparams.scales_logits:

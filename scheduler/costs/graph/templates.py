@@ -1,6 +1,6 @@
 """Which architectures have a template of their graph.
 
-Checked against the llama.cpp of llama-cpp-python `CHECKED_WITH`: tests/costs/test_against_llama_cpp.py compares each
+Checked against the llama.cpp of llama-cpp-python 0.3.36: tests/costs/test_against_llama_cpp.py compares each
 with real loads of the installed library and so names the ones that drifted after a version bump.
 """
 
@@ -10,8 +10,6 @@ from scheduler.costs.graph.blocks import Template
 from scheduler.costs.graph.models.decoders import COUNTING, DECODERS
 from scheduler.costs.graph.models.latent import LATENT
 from scheduler.costs.graph.models.recurrent import RECURRENT
-
-CHECKED_WITH = "0.3.36"
 
 TEMPLATES: dict[str, Template] = {**DECODERS, **LATENT, **RECURRENT}
 

@@ -41,7 +41,6 @@ class _Decoder:
     normalise: bool | None = True
     """The weights of the experts in use sum up to 1; None: the file says."""
     softmax_weights: bool = False
-    shared_first: bool = False
     picks_last: bool = False
     """The rows to answer are picked after the last layer, not inside."""
 
@@ -53,12 +52,11 @@ class _Decoder:
         attention_scale = g.fresh_input((1, 1, b.tokens)) if b.hparams.scales_attention else None
         b.attention_inputs()
         ids = b.output_ids()
-        last = sum(layer.is_loaded for layer in b.arch.layers) - 1
-        for il in range(last + 1):
+        for il in range(b.last + 1):
             residual = x
             normed = b.norm(x, il, "attn_norm", rms=self.rms) if b.layer(il, "attn_norm") else x
             x = self._attention(b, il, normed, positions, attention_scale)
-            if il == last and not self.picks_last:
+            if il == b.last and not self.picks_last:
                 x, residual, normed = (g.get_rows(y, ids) for y in (x, residual, normed))
             x = (
                 self._parallel(b, il, x, normed, residual)
@@ -105,7 +103,7 @@ class _Decoder:
         else:
             x = normed if b.layer(il, "attn_norm") else residual
         x = self._feed_forward(b, il, x)
-        if self.post_norms and b.layer(il, "post_ffw_norm"):
+        if self.post_norms:
             x = b.norm(x, il, "post_ffw_norm", rms=self.rms, pinned=self.pins_last_norm)
         if b.hparams.scales_residual:
             x = g.scale(x)
@@ -126,8 +124,6 @@ class _Decoder:
         if shared and gate:
             opened = g.mul_mat(gate, x)
             shared = g.mul(shared, g.like("DIV", g.unary(opened), opened))
-        if shared and self.shared_first:
-            b.graph.expand(shared)
         routed = b.experts(il, x, normalise=normalise, softmax_weights=self.softmax_weights)
         return g.add(routed, shared) if shared else routed
 

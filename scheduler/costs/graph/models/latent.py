@@ -12,11 +12,10 @@ def _deepseek2(b: Build) -> None:
     positions = b.positions()
     b.attention_inputs()
     ids = b.output_ids()
-    last = len(b.arch.layers) - 1
-    for il in range(last + 1):
+    for il in range(b.last + 1):
         residual = x
         x = _attention(b, il, b.norm(x, il, "attn_norm"), positions)
-        if il == last:
+        if il == b.last:
             x, residual = g.get_rows(x, ids), g.get_rows(residual, ids)
         residual = g.add(x, residual)
         x = b.norm(residual, il, "ffn_norm")

@@ -11,7 +11,7 @@ def _by_sequence(b: Build, x: Node) -> Node:
     return g.reshape(x, x.ne[0], b.tokens // b.batch.n_seqs, b.batch.n_seqs)
 
 
-def _convolve(b: Build, il: int, states: Node, read: Node, x: Node, kernel: Node) -> Node:
+def _convolve(b: Build, states: Node, read: Node, x: Node, kernel: Node) -> Node:
     """Put the last inputs before the new ones, store what the next batch needs of them, convolve."""
     rows = g.concat(g.reshape(read, kernel.ne[0] - 1, kernel.ne[1], b.batch.n_seqs), x)
     newest = g.view(rows, (kernel.ne[0] - 1, kernel.ne[1], b.batch.n_seqs), rows.nb[1:3])
@@ -27,7 +27,7 @@ def _mamba(b: Build, il: int, x: Node) -> Node:
     read = b.read_states(convolved)
     xz = g.mul_mat(b.needed(il, "ssm_in"), _by_sequence(b, x))
     x, z = (g.view(xz, (h.d_inner, *xz.ne[1:3]), xz.nb[1:3]) for _ in range(2))
-    x = _convolve(b, il, convolved, read, g.transpose(x), kernel)
+    x = _convolve(b, convolved, read, g.transpose(x), kernel)
     x = g.unary(g.add(x, b.needed(il, "ssm_conv1d", "bias")))
     parts = g.mul_mat(b.needed(il, "ssm_x"), x)
     dt = g.view(parts, (h.dt_rank, n_tokens, n_seqs), parts.nb[1:3])
@@ -65,7 +65,7 @@ def _mamba2(b: Build, il: int, x: Node) -> Node:
     z = g.view(all_, (head, n_head, n_tokens, n_seqs), (row(head), *all_.nb[1:3]))
     mixed = g.view(all_, (channels, n_tokens, n_seqs), all_.nb[1:3])
     dt = g.view(all_, (n_head, n_tokens, n_seqs), all_.nb[1:3])
-    mixed = _convolve(b, il, convolved, read, g.transpose(mixed), b.needed(il, "ssm_conv1d"))
+    mixed = _convolve(b, convolved, read, g.transpose(mixed), b.needed(il, "ssm_conv1d"))
     mixed = g.unary(g.add(mixed, b.needed(il, "ssm_conv1d", "bias")))
     heads = g.view(mixed, (head, n_head, n_tokens, n_seqs), (row(head), *mixed.nb[1:3]))
     nb = (row(h.d_state), *mixed.nb[1:3])
@@ -96,7 +96,7 @@ def _short_convolution(b: Build, il: int, x: Node) -> Node:
     first, gate, last = (g.view(parts, (n_embd, *parts.ne[1:3]), parts.nb[1:3]) for _ in range(3))
     states = b.states(il, (b.hparams.d_conv - 1) * n_embd)
     read = b.read_states(states)
-    y = g.mul(gate, _convolve(b, il, states, read, g.transpose(g.mul(first, last)), kernel))
+    y = g.mul(gate, _convolve(b, states, read, g.transpose(g.mul(first, last)), kernel))
     y = g.mul_mat(b.needed(il, "shortconv.out_proj"), y)
     return g.reshape(y, y.ne[0], b.tokens)
 
@@ -110,18 +110,14 @@ def _attention(b: Build, il: int, x: Node, positions: Node | None) -> Node:
     return b.attend(il, q, k, v)
 
 
-def _last(b: Build) -> int:
-    return sum(layer.is_loaded for layer in b.arch.layers) - 1
-
-
 def _pure(b: Build) -> None:
     x = b.embedding()
     b.recurrent_inputs()
     ids = b.output_ids()
     layer = _mamba2 if b.arch.name == "mamba2" else _mamba
-    for il in range(_last(b) + 1):
+    for il in range(b.last + 1):
         y = layer(b, il, b.norm(x, il, "attn_norm"))
-        if il == _last(b):
+        if il == b.last:
             x, y = g.get_rows(x, ids), g.get_rows(y, ids)
         x = g.add(y, x)
     b.logits(b.norm(x, -1, "output_norm"))
@@ -137,11 +133,11 @@ def _hybrid(b: Build) -> None:
     carry = {"granitehybrid": _mamba2, "jamba": _mamba}.get(b.arch.name, _short_convolution)
     scales = b.hparams.scales_residual
     residual_first = not b.arch.name.startswith("granite")
-    for il in range(_last(b) + 1):
+    for il in range(b.last + 1):
         residual = x
         x = b.norm(x, il, "attn_norm")
         x = carry(b, il, x) if b.arch.layers[il].is_recurrent else _attention(b, il, x, positions)
-        if il == _last(b):
+        if il == b.last:
             x, residual = g.get_rows(x, ids), g.get_rows(residual, ids)
         if scales:
             x = g.scale(x)
@@ -167,11 +163,11 @@ def _falcon_h1(b: Build) -> None:
     b.recurrent_inputs()
     b.attention_inputs()
     ids = b.output_ids()
-    for il in range(_last(b) + 1):
+    for il in range(b.last + 1):
         attended = _attention(b, il, b.norm(x, il, "attn_norm"), positions)
         carried = _mamba2(b, il, b.norm(x, il, "attn_norm"))
         x = g.add(g.add(attended, carried), x)
-        if il == _last(b):
+        if il == b.last:
             x = g.get_rows(x, ids)
         x = g.add(b.feed_forward(il, b.norm(x, il, "ffn_norm")), x)
     b.logits(b.norm(x, -1, "output_norm"))
@@ -183,7 +179,7 @@ def _nemotron_h(b: Build) -> None:
     b.recurrent_inputs()
     b.attention_inputs()
     ids = b.output_ids()
-    for il in range(_last(b) + 1):
+    for il in range(b.last + 1):
         residual = x
         x = b.norm(x, il, "attn_norm")
         if b.arch.layers[il].is_recurrent:
@@ -276,7 +272,7 @@ def _qwen3next(b: Build) -> None:
     b.attention_inputs()
     positions = b.positions()
     ids = b.output_ids()
-    for il in range(_last(b) + 1):
+    for il in range(b.last + 1):
         residual = x
         x = b.graph.expand(b.norm(x, il, "attn_norm"))
         x = _delta_net(b, il, x) if b.arch.layers[il].is_recurrent else _gated_attention(b, il, x, positions)
