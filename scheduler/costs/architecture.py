@@ -202,6 +202,11 @@ def read_architecture(meta: Metadata) -> Architecture:
                 is_loaded=il < n_layer,
             )
         )
+    if owners < n_layer_all and (layers[owners - 1].is_swa or not layers[owners - 2].is_swa):
+        raise meta.refuse(
+            f"layers from {owners} on share the caches of layers {owners - 2} and {owners - 1}, of which llama.cpp "
+            "needs the first to slide a window and the second to see all"
+        )
     return Architecture(
         name=arch,
         known=arch in KNOWN,

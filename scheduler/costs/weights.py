@@ -44,6 +44,8 @@ _HEADLESS = frozenset(
     """.split()
 )
 """Without output.weight these have no output matrix of their own; all others use the token embedding a second time."""
+_COPIED_ON_HOST = frozenset({"gemma3n", "gemma4"})
+"""They ask for the output matrix before the token embedding, and so get both, though both lie on the host."""
 _LAZY_BYTES = 4 * GIB
 _KEPT_IN_PREDICTION_LAYERS = {
     "step35": re.compile(r"ffn_(?!norm)|exp_probs_b|attn_(gate|q_norm|k_norm)|nextn\.(embed_tokens|shared_head)"),
@@ -118,6 +120,8 @@ class WeightSums:
     output: Padded
     tied: Padded
     """The token embedding again, where it serves as output matrix on a device; zero when the output is its own."""
+    tied_on_host: Padded
+    """The same, where the output stays on the host: zero, but for architectures that make the copy there too."""
     rope: Padded
     """RoPE factors: one copy on every device that holds a layer of `rope_layers`."""
     rope_layers: tuple[bool, ...]
@@ -191,6 +195,7 @@ def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor]) -> WeightSums
         experts=tuple(experts),
         output=outputs,
         tied=padded(embedding) if is_tied and embedding else Padded(),
+        tied_on_host=padded(embedding) if is_tied and embedding and arch.name in _COPIED_ON_HOST else Padded(),
         rope=ropes,
         rope_layers=tuple(_takes_rope(arch, il) for il in range(n)),
         experts_bytes=experts_bytes,
@@ -261,7 +266,7 @@ def place_weights(sums: WeightSums, layout: Layout, places: Sequence[int]) -> tu
         else:
             devices[place] += sums.experts[il].on(kinds[place])
     if places[-1] == HOST:
-        host += sums.output.plain  # a tied output shares the embedding that is there already
+        host += sums.output.plain + sums.tied_on_host.plain
     else:
         kind = kinds[places[-1]]
         devices[places[-1]] += sums.output.on(kind) + sums.tied.on(kind)

@@ -49,6 +49,8 @@ class Spec:
     d_inner: int = 0
     nextn: int = 0
     pooling: int = 0
+    per_layer: int = 0
+    shared_kv: int = 0
     mix: str = "q4_k_m"
 
     @property
@@ -79,7 +81,9 @@ GOLDEN = {
 _NORM_BIASES = ("phi2", "starcoder2", "stablelm")
 _HYBRIDS = ("granitehybrid", "jamba", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe")
 _DELTA_NETS = ("qwen3next", "qwen35", "qwen35moe")
-_LAYER_NORM = (*_NORM_BIASES, "command-r", "cohere2")
+_BERTS = ("bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3")
+_LAYER_NORM = (*_NORM_BIASES, "command-r", "cohere2", "modern-bert", *_BERTS)
+_POST_NORMS = ("gemma2", "gemma3", "gemma3n", "gemma4", "gemma-embedding", "glm4", "olmo2", "exaone4")
 
 _TINY = Spec("llama", 128, 6, 256, 4, 2, 32, 320, 4096, mix="f16")
 _TINY_MOE = replace(_TINY, n_expert=8, n_expert_used=2, n_ff_exp=64)
@@ -132,6 +136,22 @@ SMALL = {
     "qwen3next": replace(
         _TINY_MOE, arch="qwen3next", n_layer=8, n_ff_shexp=64, d_state=32, n_group=2, dt_rank=4, d_inner=128, rope=32
     ),
+    "bert": replace(_TINY, arch="bert", n_head_kv=4, qkv_bias=True, tied=True, pooling=2),
+    "nomic-bert": replace(_TINY, arch="nomic-bert", n_head_kv=4, tied=True, pooling=1),
+    "jina-bert-v2": replace(_TINY, arch="jina-bert-v2", n_head_kv=4, qkv_bias=True, tied=True),
+    "jina-bert-v3": replace(_TINY, arch="jina-bert-v3", n_head_kv=4, qkv_bias=True, tied=True, pooling=1),
+    "bert-reranker": replace(_TINY, arch="bert", n_head_kv=4, qkv_bias=True, tied=True, pooling=4),
+    "nomic-bert-moe": replace(_TINY_MOE, arch="nomic-bert-moe", n_head_kv=4, qkv_bias=True, tied=True, pooling=1),
+    "modern-bert": replace(_TINY, arch="modern-bert", n_head_kv=4, tied=True, pooling=2, window=128),
+    "gemma-embedding": replace(_TINY, arch="gemma-embedding", qk_norm=True, tied=True, pooling=1, window=128),
+    "gemma3n": replace(
+        _TINY, arch="gemma3n", n_layer=23, qk_norm=True, tied=True, window=256, per_layer=256, n_head_kv=1
+    ),
+    "gemma4": replace(
+        _TINY, arch="gemma4", n_layer=9, head=64, qk_norm=True, tied=True, window=256, per_layer=64, shared_kv=3,
+        rope_freqs=True,
+    ),
+    "gemma4-moe": replace(_TINY_MOE, arch="gemma4", head=64, qk_norm=True, tied=True, window=256, rope_freqs=True),
     "qwen3-embedding": replace(_TINY, arch="qwen3", qk_norm=True, tied=True, pooling=3),
     "qwen35": replace(
         _TINY, arch="qwen35", n_layer=8, d_state=32, n_group=2, dt_rank=4, d_inner=128, rope=32
@@ -162,17 +182,24 @@ SMALL = {
 
 
 def write_model(spec: Spec, path: Path, *, version: int = 3, order: str = "<", vocabulary: bool = True) -> Path:
-    """Write the model to `path` (sparse). Without its vocabulary it is for our eyes only, but written at once."""
+    """Write the model to `path` (sparse)."""
+    return model_file(spec, path.stem, version=version, order=order, vocabulary=vocabulary).write(path)
+
+
+def model_file(spec: Spec, name: str, *, version: int = 3, order: str = "<", vocabulary: bool = True) -> Gguf:
+    """The model as a file in the making. Without its vocabulary it is for our eyes only, but written at once."""
     gguf = Gguf(version=version, order=order)
     gguf.set("general.architecture", spec.arch)
-    gguf.set("general.name", path.stem)
+    gguf.set("general.name", name)
     per_layer(spec.arch, _hyper_parameters(spec), gguf)
+    if spec.arch in _BERTS:
+        gguf.set("tokenizer.ggml.token_type_count", 2)
     if vocabulary:
         add_vocabulary(gguf, spec.n_vocab)
     else:
         gguf.set(f"{spec.arch}.vocab_size", spec.n_vocab)
     gguf.tensors = [(name, ne, _type(name, ne, spec)) for name, ne in tensors(spec)]
-    return gguf.write(path)
+    return gguf
 
 
 def _hyper_parameters(s: Spec) -> Iterator[tuple[str, object]]:
@@ -213,6 +240,13 @@ def _hyper_parameters(s: Spec) -> Iterator[tuple[str, object]]:
         yield "expert_feed_forward_length", s.n_ff_exp
     if s.n_ff_shexp:
         yield "expert_shared_feed_forward_length", s.n_ff_shexp
+    if s.arch == "gemma4":
+        yield from (("attention.key_length_swa", s.head // 2), ("attention.value_length_swa", s.head // 2))
+        yield from (("rope.dimension_count_swa", s.head // 2), ("final_logit_softcapping", 30.0))
+        yield from (("embedding_length_per_layer_input", s.per_layer), ("attention.shared_kv_layers", s.shared_kv))
+        yield "attention.sliding_window_pattern", [slides(s, il) for il in range(s.n_layer)]
+    if s.arch == "nomic-bert-moe":
+        yield "moe_every_n_layers", 2
     if s.window:
         yield "attention.sliding_window", s.window
     if s.d_inner:
@@ -226,6 +260,11 @@ def _hyper_parameters(s: Spec) -> Iterator[tuple[str, object]]:
         yield "pooling_type", s.pooling
     if s.nextn:
         yield "nextn_predict_layers", s.nextn
+
+
+def slides(s: Spec, il: int) -> bool:
+    """Whether layer `il` of gemma4 sees a window only."""
+    return il % 3 < 2
 
 
 def attends(s: Spec, il: int) -> bool:
@@ -247,9 +286,29 @@ def feeds_forward_only(s: Spec, il: int) -> bool:
 def tensors(s: Spec) -> Iterator[Named]:
     """Names and dimensions of all tensors, in the file's order."""
     yield "token_embd.weight", (s.n_embd, s.n_vocab)
+    if s.arch in _BERTS:
+        yield from (("token_embd_norm.weight", (s.n_embd,)), ("token_embd_norm.bias", (s.n_embd,)))
+        yield "token_types.weight", (s.n_embd, 2)
+        if s.arch == "bert":
+            yield "position_embd.weight", (s.n_embd, s.n_ctx)
+        if s.pooling == 4:
+            yield from (("cls.weight", (s.n_embd, s.n_embd)), ("cls.bias", (s.n_embd,)))
+            yield from (("cls.output.weight", (s.n_embd, 1)), ("cls.output.bias", (1,)))
+        for il in range(s.n_layer):
+            for name, ne in _bert_layer(s, il):
+                yield f"blk.{il}.{name}", ne
+        return
     yield "token_embd_norm.weight" if s.arch.startswith("lfm2") else "output_norm.weight", (s.n_embd,)
     if s.arch in _NORM_BIASES:
         yield "output_norm.bias", (s.n_embd,)
+    if s.arch == "modern-bert":
+        yield "token_embd_norm.weight", (s.n_embd,)
+    if s.per_layer:
+        yield "per_layer_token_embd.weight", (s.per_layer * s.n_layer, s.n_vocab)
+        yield "per_layer_model_proj.weight", (s.n_embd, s.per_layer * s.n_layer)
+        yield "per_layer_proj_norm.weight", (s.per_layer,)
+    if s.arch == "gemma3n":
+        yield from ((f"altup{part}_proj.weight", (s.n_embd, s.n_embd, 3)) for part in ("", "_unembd"))
     if not s.tied:
         yield "output.weight", (s.n_embd, s.n_vocab)
     if s.arch == "phi2":
@@ -263,7 +322,7 @@ def tensors(s: Spec) -> Iterator[Named]:
 
 def _layer(s: Spec, il: int) -> Iterator[Named]:
     e = s.n_embd
-    if s.arch not in ("olmo2", "exaone4"):
+    if s.arch not in ("olmo2", "exaone4") and (s.arch, il) != ("modern-bert", 0):
         yield "attn_norm.weight", (e,)
     if il >= s.n_layer - s.nextn:
         yield from (("nextn.eh_proj.weight", (2 * e, e)), ("nextn.enorm.weight", (e,)), ("nextn.hnorm.weight", (e,)))
@@ -271,7 +330,7 @@ def _layer(s: Spec, il: int) -> Iterator[Named]:
     if s.arch == "falcon-h1":
         yield from _recurrent(s)
     if not feeds_forward_only(s, il):
-        yield from _attention(s) if attends(s, il) else _recurrent(s)
+        yield from _attention(s, il) if attends(s, il) else _recurrent(s)
     if s.arch in ("mamba", "mamba2") or (s.arch.startswith("nemotron_h") and not feeds_forward_only(s, il)):
         return
     if s.arch in _NORM_BIASES:
@@ -282,13 +341,50 @@ def _layer(s: Spec, il: int) -> Iterator[Named]:
         yield "ffn_norm" if s.arch == "falcon-h1" else "ffn_norm.weight", (e,)
         if s.arch in _NORM_BIASES:
             yield "ffn_norm.bias", (e,)
-    if s.arch in ("gemma2", "gemma3", "glm4", "olmo2", "exaone4"):
+    if s.arch in _POST_NORMS:
         yield from (("post_attention_norm.weight", (e,)), ("post_ffw_norm.weight", (e,)))
+    if s.per_layer:
+        yield from (("inp_gate.weight", (e, s.per_layer)), ("proj.weight", (s.per_layer, e)))
+        yield "post_norm.weight", (e,)
+    if s.arch == "gemma3n":
+        yield from (("altup_correct_coef.weight", (4, 4)), ("altup_correct_scale.weight", (e,)))
+        yield from (("altup_predict_coef.weight", (4, 16)), ("altup_router.weight", (e, 4)))
+        yield from (("altup_router_norm.weight", (e,)), ("laurel_l.weight", (e, 64)), ("laurel_r.weight", (64, e)))
+        yield "laurel_post_norm.weight", (e,)
+    if s.arch == "gemma4":
+        yield "layer_output_scale.weight", (1,)
+        if s.n_expert:
+            yield from ((f"{name}.weight", (e,)) for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2"))
+            yield from (("ffn_gate_inp.scale", (e,)), ("ffn_down_exps.scale", (s.n_expert,)))
+            yield from _dense(s)
     yield from _experts(s) if s.n_expert and il >= s.dense_lead else _dense(s)
 
 
-def _attention(s: Spec) -> Iterator[Named]:
+def _bert_layer(s: Spec, il: int) -> Iterator[Named]:
+    e = s.n_embd
+    yield from _attention(s, il)
+    for norm in ("attn_output_norm", "layer_output_norm"):
+        yield from ((f"{norm}.weight", (e,)), (f"{norm}.bias", (e,)))
+    if s.qkv_bias:
+        yield "attn_output.bias", (e,)
+    if s.n_expert and il % 2:
+        yield from (("ffn_gate_inp.weight", (e, s.n_expert)), ("ffn_up_exps.weight", (e, s.n_ff, s.n_expert)))
+        yield "ffn_down_exps.weight", (s.n_ff, e, s.n_expert)
+        return
+    yield from (("ffn_up.weight", (e, s.n_ff)), ("ffn_down.weight", (s.n_ff, e)))
+    if s.qkv_bias:
+        yield "ffn_down.bias", (e,)
+    if s.arch in ("nomic-bert", "jina-bert-v2"):
+        yield "ffn_gate.weight", (e, s.n_ff)
+
+
+def _attention(s: Spec, il: int) -> Iterator[Named]:
+    if s.arch == "gemma4" and slides(s, il):
+        s = replace(s, head=s.head // 2)
     e, q, kv = s.n_embd, s.n_head * s.head, s.n_head_kv * s.head
+    if s.arch == "modern-bert":
+        yield from (("attn_qkv.weight", (e, 3 * e)), ("attn_output.weight", (e, e)))
+        return
     if s.kv_lora:
         lite = s.n_layer in (26, 27)  # llama.cpp tells the lite models by their depth: queries are not compressed
         width = s.n_head * (s.nope + s.rope)
@@ -352,7 +448,7 @@ def _recurrent(s: Spec) -> Iterator[Named]:
 
 
 def _dense(s: Spec) -> Iterator[Named]:
-    if s.arch in ("phi3", "glm4"):
+    if s.arch in ("phi3", "glm4", "modern-bert"):
         yield "ffn_up.weight", (s.n_embd, 2 * s.n_ff)
     elif s.arch == "nemotron_h":
         yield "ffn_up.weight", (s.n_embd, s.n_ff)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from gguf_shapes import GOLDEN, SMALL
+from gguf_shapes import GOLDEN, SMALL, write_model
 
 from scheduler.costs.footprint import computes_exactly, footprint
 from scheduler.costs.graph import buffers
@@ -16,7 +16,7 @@ from scheduler.costs.graph.allocate import Arena
 from scheduler.costs.graph.buffers import shortened
 from scheduler.costs.graph.templates import TEMPLATES
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
-from scheduler.costs.shape import ModelShape
+from scheduler.costs.shape import ModelShape, read_shape
 
 ShapeOf = Callable[[str], ModelShape]
 
@@ -125,3 +125,13 @@ def test_every_template_has_a_small_model_that_llama_cpp_loads() -> None:
 def test_the_documentation_names_every_template() -> None:
     text = (Path(__file__).parents[2] / "docs" / "costs.md").read_text(encoding="utf-8")
     assert {name for name in TEMPLATES if f"`{name}`" not in text} == set()
+
+
+def test_another_llama_cpp_gets_the_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = write_model(SMALL["llama"], tmp_path / "model.gguf")
+    layout, context = Layout(), ContextParams(n_ctx=1024)
+    exact = footprint(read_shape(path), layout, context).host.compute_bytes
+    monkeypatch.setattr("scheduler.costs.graph.templates.version", lambda name: "0.9.0")
+    newer = read_shape(path)
+    assert not computes_exactly(newer)
+    assert footprint(newer, layout, context).host.compute_bytes > exact

@@ -15,8 +15,11 @@ from scheduler.costs.graph import nodes as g
 from scheduler.costs.graph.model import GraphModel, Width
 from scheduler.costs.graph.nodes import I32, I64, Graph, Node, Undrawable
 
-_MEAN = 1
-"""`LLAMA_POOLING_TYPE_MEAN`."""
+_MEAN, _RANK = 1, 4
+"""`LLAMA_POOLING_TYPE_MEAN`, and that of models that rank texts."""
+_OF_INPUT = ("token_embd.", "position_embd.", "token_types.", "per_layer_token_embd.")
+_BEFORE_LAYERS = ("token_embd_norm.", "per_layer_model_proj.", "per_layer_proj_norm.")
+"""Weights that llama.cpp puts with the first layer, though they have no number."""
 MAX_EXPERTS = 512
 """`LLAMA_MAX_EXPERTS` in src/llama-hparams.h."""
 
@@ -72,15 +75,19 @@ class Build:
         self._pins = pins
         self._made: dict[object, Node] = {}
         self._caches: dict[bool, _Cache] = {}
+        self._masks: dict[bool, Node] = {}
+        self._seen: dict[int, Callable[[], tuple[Node, Node]]] = {}
 
     # ------------------------------------------------------------------ weights
 
     def weight(self, name: str) -> Node | None:
         """A weight outside the layers, or None when the model has none of that name."""
-        is_input = name.startswith(("token_embd", "position_embd", "token_types", "per_layer_token_embd"))
-        if name == "token_embd_norm.weight" and self.arch.name.startswith("lfm2"):
-            is_input = False  # the name that LFM2 gives to the output's norm
-        return self._stored_weight(name, self._weights.get(name), self._host if is_input else self._places[-1])
+        place = self._places[-1]
+        if name.startswith(_OF_INPUT):
+            place = self._host
+        elif name.startswith(_BEFORE_LAYERS) and not self.arch.name.startswith("lfm2"):
+            place = self._places[0]  # in LFM2, it is the output's norm that is called token_embd_norm
+        return self._stored_weight(name, self._weights.get(name), place)
 
     def layer(self, il: int, stem: str, kind: str = "weight") -> Node | None:
         """A weight of layer `il`, without `blk.` and its number, or None when the layer has none of that name.
@@ -105,10 +112,10 @@ class Build:
             self._made[key] = g.stored(width.ne, width.type, place, weight=True)
         return self._made[key]
 
-    def project(self, il: int, stem: str, x: Node) -> Node:
-        """`x` times the matrix, plus its bias where the model has one (`build_lora_mm`)."""
+    def project(self, il: int, stem: str, x: Node, *, scaled: bool = True) -> Node:
+        """`x` times the matrix and its scale, plus its bias, where the model has them (`build_lora_mm`)."""
         y = g.mul_mat(self.needed(il, stem), x)
-        scale = self.layer(il, stem, "scale")
+        scale = self.layer(il, stem, "scale") if scaled else None
         y = g.mul(y, scale) if scale else y
         bias = self.layer(il, stem, "bias")
         return g.add(y, bias) if bias else y
@@ -151,14 +158,40 @@ class Build:
     def pool(self, x: Node) -> None:
         """Make one embedding of each sequence, in a context that embeds (`build_pooling`)."""
         pooling, n_seqs = self.hparams.pooling, self.batch.n_seqs
-        if not self._embeds or not pooling:
+        if not self._embeds:
             return
-        if pooling == _MEAN:
+        dense = [self.weight(f"dense_{n}.weight") for n in (2, 3)]
+        if pooling:
+            x = self._pooled(x, pooling, n_seqs)
+        if any(dense):
+            for matrix in filter(None, dense):
+                x = g.mul_mat(matrix, x)
+            x.is_output = True
+            self.graph.expand(x)
+
+    def _pooled(self, x: Node, pooling: int, n_seqs: int) -> Node:
+        if pooling == _MEAN or pooling == _RANK and self.arch.name == "modern-bert":
             pooled = g.mul_mat(g.cont(g.transpose(x)), g.fresh_input((self.tokens, n_seqs)))
         else:
             pooled = g.get_rows(x, g.fresh_input((n_seqs,), I32))
+        if pooling == _RANK:
+            pooled = self._ranked(pooled)
         pooled.is_output = True
-        self.graph.expand(pooled)
+        return self.graph.expand(pooled)
+
+    def _ranked(self, x: Node) -> Node:
+        """The head of a model that ranks texts, of the parts that it has."""
+        head, norm, out = (self.weight(f"{name}.weight") for name in ("cls", "cls.norm", "cls.output"))
+        if head:
+            bias = self.weight("cls.bias")
+            x = g.mul_mat(head, x)
+            x = g.unary(g.add(x, bias) if bias else x)
+            x = g.mul(g.like("NORM", x), norm) if norm else x
+        if out:
+            bias = self.weight("cls.output.bias")
+            x = g.mul_mat(out, x)
+            x = g.add(x, bias) if bias else x
+        return g.soft_max(x) if self.arch.name in ("qwen3", "qwen3vl") else x
 
     def _table(self) -> Node:
         table = self.weight("token_embd.weight")
@@ -203,7 +236,29 @@ class Build:
         rows = g.reshape(x, x.ne[0] * x.ne[1], x.ne[2])
         return g.reshape(self.norm(rows, il, stem, rms=rms), *x.ne)
 
+    def embedding_norm(self, x: Node) -> Node:
+        """The norm of the looked-up tokens, which runs where the first layer does."""
+        y = g.like("NORM", x)
+        if self._pins:
+            y.pin = self._places[0]
+        for combine, kind in ((g.mul, "weight"), (g.add, "bias")):
+            weight = self.weight(f"token_embd_norm.{kind}")
+            y = combine(y, weight) if weight else y
+        return y
+
     # ------------------------------------------------------------------ attention
+
+    def batch_masks(self) -> None:
+        """Who sees whom within the batch, for attention without a cache."""
+        of = F16 if self.flash else F32
+        self._masks = {is_swa: g.fresh_input((self.tokens, self.tokens), of) for is_swa in (False, True)}
+
+    def attend_batch(self, il: int, q: Node, k: Node, v: Node) -> Node:
+        """Attend to the tokens of the batch, project the result."""
+        for node in (q, k, v):
+            self.graph.expand(node)
+        mask = self._masks[self.arch.layers[il].is_swa]
+        return self.project(il, "attn_output", self._attend(q, k, v, mask, None, False))
 
     def slides(self, il: int) -> bool:
         """Whether layer `il` sees a window only, or no layer does."""
@@ -213,21 +268,24 @@ class Build:
         """Inputs for every kind of cache that the model has."""
         kinds = {layer.is_swa for layer in self.arch.layers if layer.is_attention}
         for is_swa in sorted(kinds):
-            self._caches[is_swa] = self._cache(self.size.n_swa_cells if is_swa else self.size.n_ctx_seq)
+            self._caches[is_swa] = self._cache(is_swa)
 
-    def _cache(self, cells: int) -> _Cache:
+    def _cache(self, is_swa: bool) -> _Cache:
         streams, arch = self.size.n_stream, self.arch
+        cells = self.size.n_swa_cells if is_swa else self.size.n_ctx_seq
+        head_k = next(kind.head_k for kind in arch.layers if kind.is_attention and kind.is_swa is is_swa)
         streams = 1 if streams == 1 else self.batch.n_seqs
         return _Cache(
             cells=cells,
             k_ids=g.fresh_input((self.tokens,), I64),
             v_ids=g.fresh_input((self.tokens * (1 if self.flash else arch.v_width_max),), I64),
             mask=g.fresh_input((cells, self.tokens // streams, 1, streams), F16 if self.flash else F32),
-            k_rotation=self._rotation(self._type_k, arch.n_head_k, arch.n_head_k & -arch.n_head_k),
-            v_rotation=self._rotation(self._type_v, arch.n_head_v, 64),
+            k_rotation=self._rotation(self._type_k, arch.layers[0].head_k, max(head_k & -head_k, 64)),
+            v_rotation=self._rotation(self._type_v, arch.layers[0].head_v, 64),
         )
 
     def _rotation(self, of: GgmlType, head: int, n: int) -> Node | None:
+        """What quantised rows are turned by; whether they are is asked of the first layer's heads, for all layers."""
         return g.fresh_input((n, n)) if of.is_quantized and head % 64 == 0 and not self.arch.mla else None
 
     def qkv(self, il: int, x: Node, *, by_head: bool = True) -> tuple[Node, Node, Node]:
@@ -268,6 +326,15 @@ class Build:
         stored_k, stored_v = self._stored(il, cache, k, v)
         result = self._attend(q, stored_k, stored_v, cache.mask, sinks, caps)
         return g.hadamard(result, cache.v_rotation) if cache.v_rotation else result
+
+    def attend_borrowed(self, il: int, q: Node) -> Node:
+        """Attend to what an earlier layer has stored."""
+        cache = self._caches[self.arch.layers[il].is_swa]
+        if cache.k_rotation:
+            q = g.hadamard(q, cache.k_rotation)
+        self.graph.expand(q)
+        result = self._attend(q, *self._seen[self.arch.kv_source(il)](), cache.mask, None, False)
+        return self.project(il, "attn_output", g.hadamard(result, cache.v_rotation) if cache.v_rotation else result)
 
     def attend_latent(self, il: int, q: Node, k: Node, v: Node) -> Node:
         """The same where the values are the front of the keys, and are expanded by `attn_v_b` afterwards."""
@@ -310,14 +377,19 @@ class Build:
             into = g.reshape(v_cache, 1, all_v * cells * streams)
             self.graph.expand(g.set_rows(into, g.reshape(rows, 1, all_v * self.tokens), cache.v_ids))
         used = 1 if streams == 1 else self.batch.n_seqs
-        row = self._type_k.row_bytes
-        seen_k = g.view(k_cache, (head_k, n_kv, cells, used), (row(head_k), row(k_width), row(k_width * cells)))
-        row = self._type_v.row_bytes
-        if self.flash:
-            nb = (row(head_v), row(all_v), row(all_v * cells))
-            return seen_k, g.view(v_cache, (head_v, n_kv, cells, used), nb)
-        nb = (row(cells * head_v), row(cells), row(cells * all_v))
-        return seen_k, g.view(v_cache, (cells, n_kv, head_v, used), nb)
+
+        def seen() -> tuple[Node, Node]:
+            row = self._type_k.row_bytes
+            seen_k = g.view(k_cache, (head_k, n_kv, cells, used), (row(head_k), row(k_width), row(k_width * cells)))
+            row = self._type_v.row_bytes
+            if self.flash:
+                nb = (row(head_v), row(all_v), row(all_v * cells))
+                return seen_k, g.view(v_cache, (head_v, n_kv, cells, used), nb)
+            nb = (row(cells * head_v), row(cells), row(cells * all_v))
+            return seen_k, g.view(v_cache, (cells, n_kv, head_v, used), nb)
+
+        self._seen[il] = seen
+        return seen()
 
     def _attend(
         self, q: Node, k: Node, v: Node, mask: Node, sinks: Node | None, caps: bool, expands_by: Node | None = None
@@ -396,15 +468,17 @@ class Build:
         softmax_weights: bool = False,
         squared: bool = False,
         routed_by: Node | None = None,
+        plain: bool = False,
     ) -> Node:
         """The routed experts (`build_moe_ffn`). `softmax_weights`: only the chosen experts' weights are soft-maxed.
 
-        `squared`: experts have no gate, their activation is squared. `routed_by`: what the router sees, if not `x`.
+        `plain`: experts have no gate. `squared`: neither, and their activation is squared. `routed_by`: what the router
+        sees, if not `x`.
         """
         used, n, tokens, expand = self.arch.n_expert_used, self.arch.n_expert, x.ne[1], self.graph.expand
         if not 0 < used <= n <= MAX_EXPERTS:
             raise Undrawable(f"{used} of {n} experts are in use; llama.cpp has at most {MAX_EXPERTS}")
-        logits = self.project(il, "ffn_gate_inp", routed_by or x)
+        logits = self.project(il, "ffn_gate_inp", routed_by or x, scaled=False)
         probabilities = logits
         if not softmax_weights:
             probabilities = g.unary(logits) if self.hparams.gates_by_sigmoid else g.soft_max(logits)
@@ -430,7 +504,10 @@ class Build:
             inner = g.glu(gate, up)
         else:
             up = self._expert(il, "ffn_up_exps", x, ids)
-            inner = g.like("SQR", g.unary(up)) if squared else g.glu(self._expert(il, "ffn_gate_exps", x, ids), up)
+            if plain or squared:
+                inner = g.like("SQR", g.unary(up)) if squared else g.unary(up)
+            else:
+                inner = g.glu(self._expert(il, "ffn_gate_exps", x, ids), up)
         out = g.mul(self._expert(il, "ffn_down_exps", inner, ids), weights)
         expand(out)
         parts = [expand(g.view(out, (out.ne[0], tokens), (out.nb[2],))) for _ in range(used)]
@@ -451,6 +528,10 @@ class Build:
 
     def _expert(self, il: int, stem: str, x: Node, ids: Node) -> Node:
         y = g.mul_mat_id(self.needed(il, stem), x, ids)
+        scale = self.layer(il, "ffn_up_exps" if stem == "ffn_gate_up_exps" else stem, "scale")
+        if scale:
+            n = scale.ne[0]
+            y = g.mul(y, g.get_rows(g.repeat(g.reshape(scale, 1, n, 1), 1, n, x.ne[2]), ids))
         bias = self.layer(il, stem, "bias")
         return g.like("ADD_ID", y, bias, ids) if bias else y
 

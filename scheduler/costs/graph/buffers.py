@@ -21,7 +21,7 @@ from scheduler.costs.graph.blocks import Batch, Build
 from scheduler.costs.graph.model import GraphModel
 from scheduler.costs.graph.nodes import Undrawable
 from scheduler.costs.graph.schedule import schedule
-from scheduler.costs.graph.templates import SETTLING, TEMPLATES
+from scheduler.costs.graph.templates import SETTLING, TEMPLATES, are_checked
 from scheduler.costs.params import ContextParams, DeviceKind, Layout
 from scheduler.costs.weights import HOST, pad
 
@@ -33,8 +33,6 @@ _PINS_BELOW_TOKENS = 32
 _REPEATS = 3
 """How many of a row of like layers are drawn: one after something else, one before, one between."""
 _LONGEST_PATTERN = 8
-_LAST = 3
-"""`LLAMA_POOLING_TYPE_LAST`: rerankers, after it, have heads that no template draws."""
 _DWARFS = 32
 """A batch so many times larger than one token per sequence asks for more in every buffer, if run in the same places."""
 _REMEMBERED = 4096
@@ -45,7 +43,7 @@ def has_template(model: GraphModel) -> bool:
     """Whether the model's graph can be drawn: its architecture has a template, and the weights are those it names."""
     arch = model.arch
     undrawn = arch.name == "deepseek2" and (model.hparams.scales_attention or not arch.mla)
-    if arch.name not in TEMPLATES or undrawn or model.hparams.pooling > _LAST:
+    if arch.name not in TEMPLATES or undrawn or not are_checked():
         return False
     try:
         exact_compute(model, Layout(), (HOST,) * (arch.n_layer_all + 1), ContextParams(n_ctx=256))

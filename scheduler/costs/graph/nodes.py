@@ -209,6 +209,11 @@ def concat(a: Node, b: Node) -> Node:
     return Node("CONCAT", (a.ne[0] + b.ne[0], *a.ne[1:]), a.type, (a, b))
 
 
+def stack(a: Node, b: Node) -> Node:
+    """Matrices of `a` with those of `b` after them."""
+    return Node("CONCAT", (*a.ne[:2], a.ne[2] + b.ne[2]), a.type, (a, b))
+
+
 def soft_max(a: Node, *others: Node) -> Node:
     return like("SOFT_MAX", a, *others)
 
