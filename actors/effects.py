@@ -23,6 +23,7 @@ from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.inventory import Inventory
 from scheduler.config import Policy
+from scheduler.costs.params import Footprint
 from scheduler.costs.shape import ModelShape
 from scheduler.errors import ArrieroError, InvalidGGUF, Unavailable
 from scheduler.units import NodeId, ReplicaId
@@ -315,8 +316,7 @@ def ready_event(replica_id: ReplicaId, report: LoadReport) -> ev.ReplicaReady:
     return ev.ReplicaReady(
         replica_id=replica_id,
         pid=report.pid,
-        device_bytes=tuple(device.total_bytes for device in buffers.devices),
-        host_bytes=buffers.host.total_bytes,
+        buffers=Footprint(buffers.devices, buffers.host),
         n_ctx=buffers.n_ctx_per_slot,
         load_s=report.load_s,
     )

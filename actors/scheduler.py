@@ -29,6 +29,8 @@ from actors.devices.node import NodeSettings
 from actors.effects import Effects
 from actors.gateway.backend import AcquireRequest, Lease, TokenCounts
 from actors.gateway.wire import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
+from actors.measurements import MeasurementStore, measurements_path
+from actors.metrics import FootprintMetrics
 from actors.names import NAMESPACE
 from actors.nodes import Joined, NodeWatch
 from actors.notices import NoticeBoard
@@ -66,8 +68,12 @@ class SchedulerActor:
     def __init__(self, settings: SchedulerSettings) -> None:
         self._settings = settings
         self._started_at = time.monotonic()
-        self._core = SchedulerCore(settings.catalogue, tag=secrets.token_hex(2))
         self._board = NoticeBoard()
+        self._metrics = FootprintMetrics()
+        self._store = MeasurementStore(measurements_path())
+        self._core = SchedulerCore(settings.catalogue, secrets.token_hex(2), self._store.records)
+        if self._store.trouble:
+            self._announce(cmd.Announce("measurements_lost", self._store.trouble))
         self._answers: dict[RequestId, asyncio.Future[Lease | ArrieroError]] = {}
         self._effects = Effects(self._core.inventory, self._core.policy, settings.namespace, self._post)
         self._survivors: dict[NodeId, list[Survivor]] = defaultdict(list)
@@ -96,6 +102,8 @@ class SchedulerActor:
             match command:
                 case cmd.Announce():
                     self._announce(command)
+                case cmd.Remember():
+                    self._store.put(command.record)
                 case cmd.GrantLease():
                     self._granted(command)
                 case cmd.RefuseRequest():
@@ -106,6 +114,7 @@ class SchedulerActor:
     def _announce(self, notice: cmd.Announce) -> None:
         log.info("%s", notice.message)
         self._board.post(notice)
+        self._metrics.observe(notice)
 
     def _granted(self, grant: cmd.GrantLease) -> None:
         runner = self._effects.runner_name(grant.replica_id)
@@ -309,6 +318,7 @@ class SchedulerActor:
             loop.cancel()
         for request_id in list(self._answers):
             self._answer(request_id, Unavailable("Arriero is shutting down", retry_after_s=10.0))
+        self._store.close()
         await asyncio.sleep(0)  # lets the answers go out
 
 

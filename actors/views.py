@@ -192,12 +192,11 @@ def _replica(
     keep_alive_s = core.models.params(model).keep_alive_s if model else None
     ready = replica.state is ReplicaState.READY
     idle_s = now - replica.last_used_at if ready and not replica.busy else None
-    measured = {
-        _label(core, device_id): count
-        for device_id, count in zip(replica.placement.device_ids, replica.measured_device_bytes, strict=False)
-    }
-    if replica.measured_device_bytes or replica.measured_host_bytes:
-        measured[HOST] = replica.measured_host_bytes
+    measured = {}
+    if replica.measured is not None:
+        shares = zip(replica.placement.device_ids, replica.measured.devices, strict=True)
+        measured = {_label(core, device_id): share.total_bytes for device_id, share in shares}
+        measured[HOST] = replica.measured.host.total_bytes
     return wire.ReplicaStatus(
         replica_id=replica.replica_id,
         model=replica.model,

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from actors.measurements import state_directory
 from scheduler.errors import Rejected, Unavailable
 
 LOCAL = "local"
@@ -55,8 +56,7 @@ class Remembered:
 
 
 def state_path() -> Path:
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "arriero" / "deployment.json"
+    return state_directory() / "deployment.json"
 
 
 def recall() -> Remembered:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Union
 
 from scheduler.cluster.replica import Placement
+from scheduler.costs.measurements import Record
 from scheduler.errors import ArrieroError
 from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
 
@@ -62,6 +63,13 @@ class ReadShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Remember:
+    """Keep what was measured, for after a restart."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
 class GrantLease:
     request_id: RequestId
     lease_id: LeaseId
@@ -89,5 +97,14 @@ class Announce:
 
 
 Command = Union[  # noqa: UP007
-    StartReplica, StopReplica, CheckReplica, SetThreads, CancelAnswer, ReadShape, GrantLease, RefuseRequest, Announce
+    StartReplica,
+    StopReplica,
+    CheckReplica,
+    SetThreads,
+    CancelAnswer,
+    ReadShape,
+    Remember,
+    GrantLease,
+    RefuseRequest,
+    Announce,
 ]

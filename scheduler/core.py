@@ -7,6 +7,8 @@ balances, no replica with a lease is stopping, every request that arrived has be
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.choice.admission import Admission
@@ -16,6 +18,7 @@ from scheduler.cluster.leases import Lease
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import Catalogue
+from scheduler.costs.measurements import Measurements, Record
 from scheduler.dispatch import Dispatch, Plan
 from scheduler.errors import DeadlineExceeded, Rejected, Unavailable
 from scheduler.fleet import Fleet
@@ -24,20 +27,21 @@ from scheduler.units import LeaseId, ReplicaId, RequestId, format_bytes
 
 
 class SchedulerCore:
-    """All of the scheduler's state. `tag` makes replica ids unique across restarts."""
+    """All of the scheduler's state. `tag` makes replica ids unique across restarts; `records` outlived the last."""
 
-    def __init__(self, catalogue: Catalogue, tag: str = "") -> None:
+    def __init__(self, catalogue: Catalogue, tag: str = "", records: Iterable[Record] = ()) -> None:
         self.catalogue = catalogue
         self.policy = catalogue.policy
         self.inventory = Inventory()
         self.models = Models(catalogue)
+        self.measurements = Measurements(records)
         self.queue = RequestQueue(self.policy.queue_limit)
         self._out = Outbox()
-        self.fleet = Fleet(catalogue, self.inventory, self.models, self._out, tag)
+        self.fleet = Fleet(catalogue, self.inventory, self.models, self.measurements, self._out, tag)
         self.replicas = self.fleet.replicas
         self.ledger = self.fleet.ledger
         self.rooms = self.fleet.rooms
-        self._admission = Admission(catalogue, self.inventory, self.models)
+        self._admission = Admission(catalogue, self.inventory, self.models, self.measurements)
         self._dispatch = Dispatch(self.queue, self.fleet, self._admission, self.inventory, self.models, self._out)
         self._now = 0.0
 
@@ -151,6 +155,7 @@ class SchedulerCore:
         if device is None:
             return
         self.rooms.attribute_device(device, self._now)
+        self.fleet.learn_overhead(device)
         if (device.trouble, device.foreign_bytes) != (trouble, foreign_bytes):
             self._dispatch.look_again()
         label = self.inventory.label(device.facts.device_id)
@@ -166,6 +171,8 @@ class SchedulerCore:
         for model in self.models.shaped(event.node_id, event.path, event.shape, event.invalid, event.trouble):
             if event.invalid:
                 self._out.announce("model_invalid", f"{model.name}: {event.invalid}", model.name)
+            elif model.shape is not None and not model.history.pauses:
+                model.history.extra_bytes = self.measurements.extra_bytes(model.shape)
 
     # ------------------------------------------------------------------ requests and leases
 
@@ -270,6 +277,7 @@ class SchedulerCore:
         if event.kind == "out_of_memory":
             model.history.out_of_memory(max(replica.placement.device_bytes, default=0))
         self._count_failure(model, event.message)
+        self.fleet.remember_extra(model)
 
     def _count_failure(self, model: Model, message: str) -> None:
         pauses = model.history.pauses

@@ -171,6 +171,7 @@ class Dispatch:
                     return self._admission.why_not_yet(model)
                 if need.extra_bytes:  # it is only so large because it ran out of memory before
                     model.history.pause(self._policy, self._now)
+                    self._fleet.remember_extra(model)
                     raise self._refusal(Unavailable, model, chooser)
                 raise self._refusal(Impossible, model, chooser)
 

@@ -8,6 +8,7 @@ from typing import Literal, Union
 from scheduler.choice.queue import RequestKind
 from scheduler.cluster.facts import DeviceReading, NodeFacts, NodeReading
 from scheduler.cluster.replica import Placement
+from scheduler.costs.params import Footprint
 from scheduler.costs.shape import ModelShape
 from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
 
@@ -96,12 +97,11 @@ class ReplicaProgressed:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReady:
-    """Loaded. `device_bytes` (parallel to the placement's devices) and `host_bytes` are llama.cpp's own report."""
+    """Loaded. `buffers` is llama.cpp's own report, its devices parallel to the placement's."""
 
     replica_id: ReplicaId
     pid: int
-    device_bytes: tuple[int, ...]
-    host_bytes: int
+    buffers: Footprint
     n_ctx: int  # per slot
     load_s: float
 

@@ -18,24 +18,31 @@ from scheduler.choice.cores import CoreShares
 from scheduler.choice.explain import describe_placement
 from scheduler.choice.placement import Choice
 from scheduler.choice.room import NO_LIMIT, SETTLING_S, Rooms
-from scheduler.cluster.inventory import Inventory, Node
+from scheduler.cluster.inventory import Device, Inventory, Node
 from scheduler.cluster.leases import Leases
 from scheduler.cluster.ledger import ACTIVE, AccountId, Ledger, cores_account, device_account, host_account
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.config import Catalogue
+from scheduler.costs.measurements import ROUNDING_BYTES, Measurements, load_key
+from scheduler.costs.params import Footprint
 from scheduler.errors import InvariantBroken
 from scheduler.outbox import Outbox
-from scheduler.units import MIB, NodeId, ReplicaId, format_bytes
-
-# llama.cpp reports each of a device's buffers (weights, cache, state, compute) to 0.01 MiB, rounded either way.
-REPORT_ROUNDING_BYTES = 4 * (MIB // 200 + 1)
+from scheduler.units import NodeId, ReplicaId, format_bytes
 
 
 class Fleet:
     """Commands go to the outbox. `tag` makes ids unique across restarts."""
 
-    def __init__(self, catalogue: Catalogue, inventory: Inventory, models: Models, outbox: Outbox, tag: str) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        inventory: Inventory,
+        models: Models,
+        measurements: Measurements,
+        outbox: Outbox,
+        tag: str,
+    ) -> None:
         self.replicas: dict[ReplicaId, Replica] = {}
         self.ledger = Ledger()
         self.ledger.open(ACTIVE, catalogue.policy.max_active_models or NO_LIMIT)
@@ -46,6 +53,7 @@ class Fleet:
         self.policy = catalogue.policy
         self._inventory = inventory
         self._models = models
+        self._measurements = measurements
         self._out = outbox
         self._tag = tag
         self._serial = 0
@@ -147,36 +155,80 @@ class Fleet:
         replica.become(ReplicaState.READY)
         replica.ready_at = replica.last_used_at = now
         replica.load_s, replica.pid, replica.n_ctx, replica.progress = event.load_s, event.pid, event.n_ctx, 1.0
-        replica.measured_device_bytes, replica.measured_host_bytes = event.device_bytes, event.host_bytes
+        replica.measured = event.buffers
+        self._learn(replica)
         for account, amount in self._measured(replica.placement, event).items():
             self._book_measured(replica, account, amount)
         self._balance_threads(replica.placement.node_id)
-        self._out.announce("replica_ready", f"{replica.model} is ready after {event.load_s:.1f} s", replica=replica)
+        self._out.announce(
+            "replica_ready",
+            f"{replica.model} is ready after {event.load_s:.1f} s",
+            replica=replica,
+            buffers=self._prediction_and_truth(replica, event.buffers),
+        )
+
+    def _prediction_and_truth(self, replica: Replica, measured: Footprint) -> dict[str, tuple[int, int]]:
+        """Bytes of llama.cpp's buffers as predicted and as reported, per device."""
+        placement = replica.placement
+        shares = zip(placement.device_ids, placement.device_bytes, placement.overhead_bytes, strict=True)
+        return {
+            self._inventory.label(device_id): (need - overhead, truth.total_bytes)
+            for (device_id, need, overhead), truth in zip(shares, measured.devices, strict=True)
+        }
 
     def _measured(self, placement: Placement, event: ev.ReplicaReady) -> dict[AccountId, int]:
         """What the load took, with what llama.cpp does not report."""
         reserves = self._catalogue.reserves
-        host_bytes = event.host_bytes + reserves.runner_overhead_bytes
+        host_bytes = event.buffers.host.total_bytes + reserves.runner_overhead_bytes
         if placement.host_mapped_bytes:  # llama.cpp reports the mapped span, tensors on GPUs in between included
             host_bytes = min(host_bytes, placement.host_bytes)
         amounts = {host_account(placement.node_id): host_bytes}
-        for device_id, measured_bytes in zip(placement.device_ids, event.device_bytes, strict=True):
-            device = self._inventory.device(device_id)
-            overhead = reserves.cuda_overhead_bytes if device and device.facts.kind == "cuda" else 0
-            amounts[device_account(device_id)] = measured_bytes + overhead
+        for device_id, share, overhead in zip(
+            placement.device_ids, event.buffers.devices, placement.overhead_bytes, strict=True
+        ):
+            amounts[device_account(device_id)] = share.total_bytes + overhead
         return amounts
+
+    def _learn(self, replica: Replica) -> None:
+        """Remember what the load took, for the next time and after a restart."""
+        model, placement = self._models.by_name.get(replica.model), replica.placement
+        if model is None or model.shape is None or replica.measured is None:
+            return
+        build = self._inventory.nodes[placement.node_id].facts.llama_build
+        what = model.shape, placement.layout, placement.context, build
+        replica.load_key = load_key(*what)
+        self._out.remember(self._measurements.loaded(*what, replica.measured))
+
+    def remember_extra(self, model: Model) -> None:
+        """Keep what the model is given on top of its prediction, also when that is nothing any more."""
+        if model.shape is not None:
+            self._out.remember(self._measurements.missed(model.shape, model.history.extra_bytes))
+
+    def learn_overhead(self, device: Device) -> None:
+        """From a new reading: what replicas that have served hold on a CUDA device besides llama.cpp's buffers."""
+        reading, facts = device.reading, device.facts
+        if reading is None or reading.processes is None or facts.kind != "cuda":
+            return
+        build = self._inventory.nodes[facts.node_id].facts.llama_build
+        for replica in [r for r in self.replicas.values() if facts.device_id in r.placement.device_ids]:
+            seen, served = reading.processes.get(replica.pid, 0), replica.last_used_at > replica.ready_at
+            if seen and served and replica.measured is not None and replica.load_key is not None:
+                index = replica.placement.device_ids.index(facts.device_id)
+                outside = seen - replica.measured.devices[index].total_bytes
+                self._out.remember(self._measurements.held(replica.load_key, index, outside))
+                self._out.remember(self._measurements.lost(facts.product, build, outside))
 
     def _book_measured(self, replica: Replica, account: AccountId, amount: int) -> None:
         predicted = self.ledger.amount(replica.replica_id, account)
-        if amount > predicted + REPORT_ROUNDING_BYTES:
+        if amount > predicted + ROUNDING_BYTES:
             self._out.announce(
                 "footprint_exceeded",
                 f"{replica.model} took {format_bytes(amount)} on {account}; {format_bytes(predicted)} were predicted",
                 replica=replica,
             )
-            booked = amount + REPORT_ROUNDING_BYTES
+            booked = amount + ROUNDING_BYTES
         else:
-            booked = min(predicted, amount + REPORT_ROUNDING_BYTES)
+            booked = min(predicted, amount + ROUNDING_BYTES)
         # What the books have no room for cannot be booked; live readings show it as foreign, which is as good.
         with contextlib.suppress(InvariantBroken):
             self.ledger.rebook(replica.replica_id, account, booked)

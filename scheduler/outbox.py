@@ -6,6 +6,7 @@ from typing import Any
 
 from scheduler import commands as cmd
 from scheduler.cluster.replica import Replica
+from scheduler.costs.measurements import Record
 
 
 class Outbox:
@@ -23,6 +24,11 @@ class Outbox:
             self.post(cmd.Announce(kind, message, model, "", data))
         else:
             self.post(cmd.Announce(kind, message, replica.model, replica.replica_id, data))
+
+    def remember(self, record: Record | None) -> None:
+        """Have a measurement kept, if it is new."""
+        if record is not None:
+            self.post(cmd.Remember(record))
 
     def take(self) -> list[cmd.Command]:
         commands, self._commands = self._commands, []

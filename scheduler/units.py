@@ -15,6 +15,7 @@ DeviceId = NewType("DeviceId", str)
 ReplicaId = NewType("ReplicaId", str)
 RequestId = NewType("RequestId", str)
 LeaseId = NewType("LeaseId", str)
+LoadKey = NewType("LoadKey", str)
 
 _FACTORS = {
     "": 1, "b": 1,

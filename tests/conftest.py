@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.update(
     RAY_AUTH_MODE="disabled",
@@ -11,4 +12,5 @@ os.environ.update(
     RAY_DEDUP_LOGS="0",
     HF_HUB_OFFLINE="1",
     COLUMNS="120",
+    XDG_STATE_HOME=tempfile.mkdtemp(prefix="arriero-tests-"),  # nothing is remembered from one run to the next
 )

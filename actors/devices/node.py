@@ -22,6 +22,7 @@ from actors.devices.files import find_models, parts_of
 from actors.devices.nvml import list_gpus, unavailable_reason
 from actors.devices.reporting import Reporter, every
 from actors.devices.virtual import create_virtual_gpus, virtual_gpu_holders
+from actors.measurements import llama_build
 from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeFacts, NodeReading
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.errors import ArrieroError, InvalidGGUF, Rejected
@@ -63,6 +64,7 @@ class NodeMonitor:
             physical_cores=host.physical_cores(),
             memory_total_bytes=host.memory_total_bytes(),
             devices=self._devices(node_id),
+            llama_build=llama_build(),
         )
 
     def search(self) -> None:

@@ -15,6 +15,9 @@ import typer
 from scheduler.errors import Rejected
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from scheduler.costs.measurements import MeasuredLoad
     from scheduler.costs.params import ContextParams, Footprint, Layout
     from scheduler.costs.shape import ModelShape
 
@@ -51,10 +54,15 @@ def footprint(
             results.append((layout, cost(shape, layout, context)))
         except Rejected as error:
             raise Rejected(f"grid[{index}]: {error.message}") from None
+    measured = _measured(shape, cases)
     if json:
-        print(jsonlib.dumps([_answer(layout, result) for layout, result in results], indent=2))
+        answers = [
+            _answer(layout, result) | {"sources": _sources(shape), "measured": _measured_answer(layout, load)}
+            for (layout, result), load in zip(results, measured, strict=True)
+        ]
+        print(jsonlib.dumps(answers, indent=2))
     else:
-        _show_costs(shape, cases, [result for _, result in results])
+        _show_costs(shape, cases, [result for _, result in results], measured)
 
 
 def _read(file: Path) -> ModelShape:
@@ -152,6 +160,36 @@ def _typed(value: Any, default: Any, where: str) -> Any:
 def _kind(value: Any) -> str:
     names = {bool: "true or false", int: "a whole number", str: "a text", list: "a list", dict: "an object"}
     return names.get(type(value), repr(value))
+
+
+def _measured(shape: ModelShape, cases: list[tuple[Layout, ContextParams]]) -> list[MeasuredLoad | None]:
+    """What real loads took, where this machine is the head and has seen the same load before."""
+    import sqlite3
+
+    from actors.measurements import llama_build, measurements_path, read_measurements
+    from scheduler.costs.measurements import Measurements
+
+    try:
+        memory = Measurements(read_measurements(measurements_path()))
+    except (OSError, sqlite3.Error):
+        memory = Measurements()  # a service that starts sets a damaged file aside, and says so
+    return [memory.load(shape, layout, context, llama_build()) for layout, context in cases]
+
+
+def _sources(shape: ModelShape) -> dict[str, str]:
+    """Where each figure comes from: llama.cpp's own rules, its graph redrawn, or a bound that no load exceeds."""
+    from scheduler.costs.footprint import computes_exactly
+
+    rules = "rules" if shape.known_architecture else "bound"
+    compute = "graph" if computes_exactly(shape) else "bound"
+    return {"weights": rules, "kv": rules, "compute": compute, "output": rules}
+
+
+def _measured_answer(layout: Layout, load: MeasuredLoad | None) -> dict[str, Any] | None:
+    if load is None:
+        return None
+    outside = {device.name: count for device, count in zip(layout.devices, load.outside_bytes, strict=True)}
+    return _answer(layout, load.buffers) | {"loads": load.loads, "outside_buffers_bytes": outside}
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -254,7 +292,12 @@ def _show_model(shape: ModelShape) -> None:
     )
 
 
-def _show_costs(shape: ModelShape, cases: list[tuple[Layout, ContextParams]], results: list[Footprint]) -> None:
+def _show_costs(
+    shape: ModelShape,
+    cases: list[tuple[Layout, ContextParams]],
+    results: list[Footprint],
+    measured: list[MeasuredLoad | None],
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -265,18 +308,22 @@ def _show_costs(shape: ModelShape, cases: list[tuple[Layout, ContextParams]], re
     if not shape.known_architecture:
         console.print(f"[yellow]{shape.architecture}: {BOUND}[/]")
     table = Table("case", "where", "weights", "cache", "compute", "output", "all")
-    for number, ((layout, context), result) in enumerate(zip(cases, results, strict=True)):
+    for number, ((layout, context), result, load) in enumerate(zip(cases, results, measured, strict=True)):
         size = effective_context(shape, context)
         case = f"{number}: {size.n_seq_max} x {size.n_ctx_seq} tokens"
         for device, b in zip(layout.devices, result.devices, strict=True):
             parts = (b.weights_bytes, b.kv_bytes, b.compute_bytes)
             table.add_row(case, device.name, *map(format_bytes, parts), "", format_bytes(b.total_bytes))
             case = ""
-        host = result.host
-        parts = (host.weights_bytes, host.kv_bytes, host.compute_bytes)
-        table.add_row(
-            case, "host", *map(format_bytes, parts), format_bytes(host.output_bytes), format_bytes(host.total_bytes)
-        )
+        _add_host(table, case, "host", result)
+        if load is not None:
+            times = "once" if load.loads == 1 else f"{load.loads} times"
+            for device, b in zip(layout.devices, load.buffers.devices, strict=True):
+                parts = (b.weights_bytes, b.kv_bytes, b.compute_bytes)
+                table.add_row(
+                    f"measured {times}", device.name, *map(format_bytes, parts), "", format_bytes(b.total_bytes)
+                )
+            _add_host(table, f"measured {times}", "host", load.buffers)
         table.add_section()
     console.print(table)
     if shape.known_architecture:
@@ -284,3 +331,11 @@ def _show_costs(shape: ModelShape, cases: list[tuple[Layout, ContextParams]], re
             "compute buffers too" if computes_exactly(shape) else "compute buffers are a bound that no load exceeds"
         )
         console.print(f"weights, cache and output are to the byte, {compute}")
+
+
+def _add_host(table: Table, case: str, where: str, result: Footprint) -> None:
+    from scheduler.units import format_bytes
+
+    host = result.host
+    parts = (host.weights_bytes, host.kv_bytes, host.compute_bytes, host.output_bytes, host.total_bytes)
+    table.add_row(case, where, *map(format_bytes, parts))

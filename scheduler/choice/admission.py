@@ -11,6 +11,7 @@ from scheduler.choice.queue import Waiting
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.models import Model, Models
 from scheduler.config import Catalogue
+from scheduler.costs.measurements import Measurements
 from scheduler.costs.params import ContextParams
 from scheduler.costs.shape import ModelShape
 from scheduler.errors import InvalidGGUF, Rejected, Unavailable
@@ -19,7 +20,8 @@ from scheduler.errors import InvalidGGUF, Rejected, Unavailable
 class Admission:
     """Reads inventory and models, changes neither."""
 
-    def __init__(self, catalogue: Catalogue, inventory: Inventory, models: Models) -> None:
+    def __init__(self, catalogue: Catalogue, inventory: Inventory, models: Models, measurements: Measurements) -> None:
+        self._measurements = measurements
         self._reserves = catalogue.reserves
         self._inventory = inventory
         self._models = models
@@ -68,6 +70,7 @@ class Admission:
             use_mmap=params.use_mmap is not False,
             use_extra_bufts=bool(params.use_extra_bufts),
             extra_bytes=history.extra_bytes,
+            measurements=self._measurements,
         )
 
     def nodes(self, model: Model) -> list[Node]:

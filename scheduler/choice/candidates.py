@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations
 
@@ -22,6 +22,7 @@ from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement
 from scheduler.config import Reserves
 from scheduler.costs.footprint import footprint
+from scheduler.costs.measurements import Measurements
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
 from scheduler.costs.shape import ModelShape
 
@@ -50,6 +51,7 @@ class Need:
     use_mmap: bool = True
     use_extra_bufts: bool = False
     extra_bytes: int = 0
+    measurements: Measurements = field(default_factory=Measurements)
 
     @property
     def n_layers(self) -> int:
@@ -68,9 +70,17 @@ class Need:
     def placement(self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout) -> Placement:
         """The layout on these devices with all that it needs, overheads included."""
         cost = self.footprint(layout)
+        build = node.facts.llama_build
+        measured = self.measurements.load(self.shape, layout, self.context, build)
+        outside = measured.outside_bytes if measured else (0,) * len(devices)
+        if measured:
+            cost = measured.settle(cost, layout)
+        overheads = tuple(
+            seen or self.overhead_bytes(device, build) for device, seen in zip(devices, outside, strict=True)
+        )
         device_bytes = tuple(
-            share.total_bytes + self.extra_bytes + self.overhead_bytes(device)
-            for share, device in zip(cost.devices, devices, strict=True)
+            share.total_bytes + self.extra_bytes + overhead
+            for share, overhead in zip(cost.devices, overheads, strict=True)
         )
         repacked = cost.host.weights_bytes if self.use_extra_bufts else 0
         return Placement(
@@ -80,6 +90,7 @@ class Need:
             layout=layout,
             context=self.context,
             device_bytes=device_bytes,
+            overhead_bytes=overheads,
             host_bytes=cost.host.total_bytes + repacked + self.reserves.runner_overhead_bytes,
             host_mapped_bytes=cost.host.weights_bytes if self.use_mmap else 0,
             computes_on_cpu=layout.n_gpu_layers < self.n_layers or layout.experts_on_host,
@@ -89,8 +100,12 @@ class Need:
     def with_context(self, context: ContextParams) -> Need:
         return replace(self, context=context)
 
-    def overhead_bytes(self, device: DeviceFacts) -> int:
-        return self.reserves.cuda_overhead_bytes if device.kind == "cuda" else 0
+    def overhead_bytes(self, device: DeviceFacts, build: str) -> int:
+        """What a replica takes on the device besides llama.cpp's buffers: as seen there, or as the reserves say."""
+        if device.kind != "cuda":
+            return 0
+        learned = self.measurements.overhead_bytes(device.product, build)
+        return self.reserves.cuda_overhead_bytes if learned is None else learned
 
 
 def fits(placement: Placement, room: Room) -> bool:
@@ -180,7 +195,7 @@ class Candidate:
         most = self.need.n_layers - 1
         counts = [0] * len(free)
         for i in sorted(range(len(free)), key=lambda i: -free[i]):
-            there = max(0, free[i] - self.need.overhead_bytes(self.devices[i]))
+            there = max(0, free[i] - self.need.overhead_bytes(self.devices[i], self.node.facts.llama_build))
             counts[i] = min(most - sum(counts), there // self._layer_bytes())
         if not any(counts):
             counts[free.index(max(free))] = 1  # the last layer may be a small one

@@ -62,6 +62,7 @@ class NodeFacts:
     physical_cores: int
     memory_total_bytes: int
     devices: tuple[DeviceFacts, ...] = ()
+    llama_build: str = ""  # release of llama-cpp-python there; what was measured holds for it alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from scheduler.costs.params import ContextParams, Layout
+from scheduler.costs.params import ContextParams, Footprint, Layout
 from scheduler.errors import InvariantBroken
-from scheduler.units import DeviceId, LeaseId, NodeId, ReplicaId
+from scheduler.units import DeviceId, LeaseId, LoadKey, NodeId, ReplicaId
 
 
 class ReplicaState(str, Enum):
@@ -44,6 +44,7 @@ class Placement:
     layout: Layout
     context: ContextParams
     device_bytes: tuple[int, ...]
+    overhead_bytes: tuple[int, ...]  # the part of each that is not llama.cpp's buffers
     host_bytes: int
     host_mapped_bytes: int  # the part of host_bytes that is file-backed: MemAvailable never shows it as used
     computes_on_cpu: bool
@@ -77,8 +78,8 @@ class Replica:
     load_s: float = 0.0
     pid: int = 0
     progress: float = 0.0
-    measured_device_bytes: tuple[int, ...] = ()
-    measured_host_bytes: int = 0
+    measured: Footprint | None = None  # llama.cpp's buffers, once loaded
+    load_key: LoadKey | None = None  # under which they are remembered
     room_since: float | None = None  # pending: when the last victim was gone
 
     def become(self, state: ReplicaState) -> None:

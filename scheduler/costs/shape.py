@@ -6,6 +6,7 @@ as a key. Byte sums per layer are made here, so that a footprint costs additions
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class ModelShape:
     """The tensor type that holds most of the bytes, by ggml's name."""
     has_chat_template: bool
     n_tensors: int
+    fingerprint: str
+    """Two files with the same cost the same: a digest of all that their headers say but for the vocabulary."""
 
     @property
     def architecture(self) -> str:
@@ -133,7 +136,16 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         quantization=max(by_type, key=lambda kind: by_type[kind]),
         has_chat_template="tokenizer.chat_template" in first.metadata,
         n_tensors=len(tensors),
+        fingerprint=_fingerprint(meta, tensors, n_vocab),
     )
+
+
+def _fingerprint(meta: Metadata, tensors: dict[str, Tensor], n_vocab: int) -> str:
+    facts = sorted(
+        (key, repr(value)) for key, value in meta.values.items() if not key.startswith(("general.", "tokenizer."))
+    )
+    layout = [(tensor.name, tensor.type.id, tensor.ne) for tensor in tensors.values()]
+    return hashlib.blake2b(repr((meta.arch, n_vocab, facts, layout)).encode(), digest_size=16).hexdigest()
 
 
 def _n_vocab(meta: Metadata, tensors: dict[str, Tensor]) -> int:

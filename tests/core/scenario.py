@@ -24,6 +24,9 @@ from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeF
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import parse_catalogue
 from scheduler.core import SchedulerCore
+from scheduler.costs.footprint import footprint
+from scheduler.costs.measurements import Record
+from scheduler.costs.params import DeviceBytes, Footprint, HostBytes
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.units import DeviceId, NodeId, ReplicaId, RequestId, parse_bytes
 
@@ -87,6 +90,11 @@ LARGE = (32, 4096, 11008)  # 12.1 GiB
 MOE = (24, 2048, 5632, 8)  # 13.6 GiB, of which 12.4 GiB experts
 
 
+def buffers(*device_bytes: int, host_bytes: int = 0) -> Footprint:
+    """A report of llama.cpp in which these are the sums per device."""
+    return Footprint(tuple(DeviceBytes(weights_bytes=count) for count in device_bytes), HostBytes(host_bytes))
+
+
 def gpu(size: str, label: str = "gpu0", kind: Any = "rpc") -> DeviceFacts:
     return DeviceFacts(DeviceId(f"id-{label}"), NodeId("box"), label, "test card", kind, parse_bytes(size))
 
@@ -105,9 +113,10 @@ class Scenario:
     catalogue: dict[str, Any] = field(default_factory=dict)
     auto: bool = True
     tells_processes: bool = False  # whether device readings say which process holds what
+    records: Sequence[Record] = ()  # what an earlier scheduler remembered
 
     def __post_init__(self) -> None:
-        self.core = SchedulerCore(parse_catalogue(self.catalogue))
+        self.core = SchedulerCore(parse_catalogue(self.catalogue), records=self.records)
         self.now = 100.0
         self.log: list[cmd.Command] = []
         self.grants: dict[str, cmd.GrantLease] = {}
@@ -121,6 +130,7 @@ class Scenario:
         self.invalid: dict[str, str] = {}  # model -> why its header cannot be read
         self.reads_headers = True
         self.file_age: dict[str, float] = {}
+        self.reported: dict[str, Footprint] = {}
         self.serial = 0
         self._replies: deque[ev.Event] = deque()
         self._sending = False
@@ -258,21 +268,18 @@ class Scenario:
 
     def loaded(self, command: cmd.StartReplica, n_ctx: int | None = None) -> None:
         """The load succeeds and takes what was predicted."""
-        placement, context = command.placement, command.placement.context
-        overheads = self.core.catalogue.reserves
+        context = command.placement.context
         runner = self.allocate(command)
         self.read_devices()
-        cuda = {
-            d.device_id for node in self.core.inventory.nodes.values() for d in node.facts.devices if d.kind == "cuda"
-        }
-        measured = tuple(
-            count - (overheads.cuda_overhead_bytes if device_id in cuda else 0)
-            for device_id, count in zip(placement.device_ids, placement.device_bytes, strict=True)
-        )
-        host = placement.host_bytes - overheads.runner_overhead_bytes
         per_slot = context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
-        ready = ev.ReplicaReady(command.replica_id, runner.pid, measured, host, n_ctx or per_slot, 0.5)
+        ready = ev.ReplicaReady(command.replica_id, runner.pid, self.report(command), n_ctx or per_slot, 0.5)
         self.send(ready)
+
+    def report(self, command: cmd.StartReplica) -> Footprint:
+        """What llama.cpp says it allocated: what was predicted, unless a test has it say something else."""
+        placement = command.placement
+        predicted = footprint(shape(*self.models[command.model]), placement.layout, placement.context)
+        return self.reported.get(command.model, predicted)
 
     def allocate(self, command: cmd.StartReplica, share: float = 1.0) -> Runner:
         """The runner's process takes `share` of its memory."""
@@ -387,6 +394,11 @@ class Scenario:
 
     def evicted(self) -> list[str]:
         return [notice.model for notice in self.announced("replica_evicted")]
+
+    def remembered(self) -> list[Record]:
+        """What would be in the database now: the newest record of each kind and key."""
+        newest = {(c.record.kind, c.record.key): c.record for c in self.log if isinstance(c, cmd.Remember)}
+        return [*self.records, *newest.values()]
 
     def threads(self) -> dict[str, int]:
         return {r.model: r.n_threads for r in self.core.replicas.values() if r.placement.computes_on_cpu}

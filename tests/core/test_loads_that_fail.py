@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scenario import Scenario, gpu
+from scenario import Scenario, buffers, gpu
 
 from scheduler import events as ev
 from scheduler.cluster.history import LONGEST_PAUSE_S, LoadHistory
@@ -188,7 +188,7 @@ def test_news_of_replicas_that_are_gone_changes_nothing() -> None:
         ev.ReplicaDied(replica_id, "too late"),
         ev.ReplicaDied(ReplicaId("nobody"), "?"),
         ev.ReplicaFailed(ReplicaId("nobody"), "crashed", "?"),
-        ev.ReplicaReady(ReplicaId("nobody"), 1, (), 0, 0, 0.0),
+        ev.ReplicaReady(ReplicaId("nobody"), 1, buffers(), 0, 0.0),
         ev.ReplicaStarted(ReplicaId("nobody"), 1),
     ):
         s.send(event)
@@ -203,7 +203,7 @@ def test_what_a_load_really_took_is_booked() -> None:
     command = s.started[0]
     predicted = command.placement.device_bytes[0]
     s.allocate(command)
-    s.send(ev.ReplicaReady(command.replica_id, 7, (predicted + 100 * MIB,), 10 * MIB, 8192, 1.0))
+    s.send(ev.ReplicaReady(command.replica_id, 7, buffers(predicted + 100 * MIB, host_bytes=10 * MIB), 8192, 1.0))
     booked = s.core.ledger.totals("held")["device:id-gpu0"]  # type: ignore[index]
     assert 0 <= booked - (predicted + 100 * MIB) < MIB  # llama.cpp's figures are rounded
     assert "2.7 GiB" in s.announced("footprint_exceeded")[0].message
@@ -215,7 +215,7 @@ def test_what_the_books_have_no_room_for_is_not_booked() -> None:
     command = s.started[0]
     predicted = command.placement.device_bytes[0]
     s.allocate(command)
-    s.send(ev.ReplicaReady(command.replica_id, 7, (predicted * 2,), 10 * MIB, 8192, 1.0))
+    s.send(ev.ReplicaReady(command.replica_id, 7, buffers(predicted * 2, host_bytes=10 * MIB), 8192, 1.0))
     assert s.core.ledger.totals("held")["device:id-gpu0"] == predicted  # type: ignore[index]
 
 

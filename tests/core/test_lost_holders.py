@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from scenario import SMALL, Scenario, gpu
+from scenario import SMALL, Scenario, buffers, gpu
 
 from scheduler import commands as cmd
 from scheduler import events as ev
@@ -62,7 +62,7 @@ def test_a_survivor_is_adopted_with_its_leases_and_not_evicted_under_them() -> N
     before.ask("a")
     (start,) = before.started
     placement = start.placement
-    ready = ev.ReplicaReady(start.replica_id, 77, placement.device_bytes, 0, placement.context.n_ctx, 0.5)
+    ready = ev.ReplicaReady(start.replica_id, 77, buffers(*placement.device_bytes), placement.context.n_ctx, 0.5)
     lease = LeaseId("lease-of-before")
     adopted = ev.ReplicaAdopted(start.replica_id, "a", start.path, placement, 1, ready, (lease,))
 
@@ -85,7 +85,7 @@ def test_a_survivor_is_booked_with_what_it_took_not_with_what_was_predicted() ->
     placement = start.placement
     total = gpu("1GiB").total_bytes
     predicted = replace(placement, device_bytes=(total + 1,))
-    ready = ev.ReplicaReady(start.replica_id, 77, (total // 2,), 0, placement.context.n_ctx, 0.5)
+    ready = ev.ReplicaReady(start.replica_id, 77, buffers(total // 2), placement.context.n_ctx, 0.5)
     after = Scenario(**BOX)
     after.send(ev.ReplicaAdopted(start.replica_id, "a", start.path, predicted, 1, ready))
     assert not after.stopped

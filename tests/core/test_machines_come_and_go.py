@@ -179,7 +179,7 @@ def test_a_runner_that_outlived_a_restart_goes_on_serving() -> None:
     before = Scenario([gpu("3GiB")], {"a": M})
     before.run("a")
     old = before.replica("a")
-    ready = ev.ReplicaReady(old.replica_id, old.pid, old.measured_device_bytes, old.measured_host_bytes, old.n_ctx, 1.0)
+    ready = ev.ReplicaReady(old.replica_id, old.pid, old.measured, old.n_ctx, 1.0)
     adopted = ev.ReplicaAdopted(old.replica_id, "a", old.path, old.placement, 1, ready)
 
     s = Scenario([gpu("3GiB")], {"a": M})
@@ -196,7 +196,7 @@ def test_a_runner_for_which_there_is_no_room_is_ended() -> None:
     before = Scenario([gpu("3GiB")], {"a": M})
     before.run("a")
     old = before.replica("a")
-    ready = ev.ReplicaReady(old.replica_id, old.pid, old.measured_device_bytes, old.measured_host_bytes, old.n_ctx, 1.0)
+    ready = ev.ReplicaReady(old.replica_id, old.pid, old.measured, old.n_ctx, 1.0)
     s = Scenario([gpu("3GiB")], {"a": M})
     s.run("a")
     s.send(ev.ReplicaAdopted(ReplicaId("older"), "a", old.path, old.placement, 1, ready))

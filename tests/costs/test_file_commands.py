@@ -13,8 +13,10 @@ import typer
 from gguf_shapes import SMALL, write_model
 from typer.testing import CliRunner
 
+from actors.measurements import MeasurementStore, llama_build, measurements_path
 from arriero.cli import files
 from scheduler.costs.footprint import footprint
+from scheduler.costs.measurements import Measurements, load_key
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import read_shape
 from scheduler.errors import Rejected
@@ -61,7 +63,9 @@ def test_the_contract_in_full(model: Path) -> None:
         "swa_full": True,
     }  # fmt: skip
     [answer] = costs(model, [case])
-    assert list(answer) == ["devices", "host"]
+    assert list(answer) == ["devices", "host", "sources", "measured"]
+    assert answer["sources"] == {"weights": "rules", "kv": "rules", "compute": "graph", "output": "rules"}
+    assert answer["measured"] is None
     assert list(answer["devices"]) == ["left", "right"]
     assert list(answer["devices"]["left"]) == ["weights_bytes", "kv_bytes", "compute_bytes"]
     assert list(answer["host"]) == ["weights_bytes", "kv_bytes", "compute_bytes", "output_bytes"]
@@ -131,3 +135,36 @@ print(sorted({{"ray", "llama_cpp", "numpy", "pydantic"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_real_loads_took_is_shown_beside_the_prediction(model: Path) -> None:
+    shape, context = read_shape(model), ContextParams()
+    layout = Layout((DeviceSpec("d0", "cuda"),), -1, (1.0,))
+    memory = Measurements()
+    took = footprint(shape, layout, context)
+    memory.loaded(shape, layout, context, llama_build(), took)
+    store = MeasurementStore(measurements_path())
+    store.put(memory.loaded(shape, layout, context, llama_build(), took))
+    held = memory.held(load_key(shape, layout, context, llama_build()), 0, 300 << 20)
+    assert held is not None
+    store.put(held)
+    store.close()
+    try:
+        card, host = costs(model, [{"devices": [{"name": "my card", "kind": "cuda"}]}, {"n_gpu_layers": 0}])
+        shown = run("footprint", str(model)).stdout
+    finally:
+        measurements_path().unlink()
+    assert host["measured"] is None
+    assert card["measured"]["loads"] == 2
+    assert card["measured"]["devices"]["my card"] == card["devices"]["my card"]
+    assert card["measured"]["outside_buffers_bytes"] == {"my card": 300 << 20}
+    assert "measured 2 times" in shown
+
+
+def test_a_damaged_database_is_no_matter_of_this_command(model: Path) -> None:
+    measurements_path().parent.mkdir(parents=True, exist_ok=True)
+    measurements_path().write_bytes(b"x" * 4096)
+    try:
+        assert costs(model, [{}])[0]["measured"] is None
+    finally:
+        measurements_path().unlink()
