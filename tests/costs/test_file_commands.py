@@ -151,7 +151,7 @@ def test_what_real_loads_took_is_shown_beside_the_prediction(model: Path) -> Non
     store.close()
     try:
         card, host = costs(model, [{"devices": [{"name": "my card", "kind": "cuda"}]}, {"n_gpu_layers": 0}])
-        shown = run("footprint", str(model)).stdout
+        shown = run("footprint", str(model))
     finally:
         measurements_path().unlink()
     assert host["measured"] is None

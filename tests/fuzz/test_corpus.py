@@ -1,4 +1,4 @@
-"""The inputs that the fuzzer kept, each a way through the code that no other takes: refused in our own words, or read."""
+"""The inputs that the fuzzer kept, each a way through the code that no other takes: refused in our words, or read."""
 
 from __future__ import annotations
 
