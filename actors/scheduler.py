@@ -217,7 +217,7 @@ class SchedulerActor:
             raise
 
     async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
-        self._post(ev.LeaseReleased(lease_id, failed))
+        self._post(ev.LeaseReleased(lease_id, failed, usage.pace))
 
     async def renew(self, lease_ids: tuple[LeaseId, ...]) -> None:
         self._post(ev.LeasesRenewed(lease_ids))

@@ -11,6 +11,7 @@ from scheduler.cluster.ledger import cores_account, device_account, host_account
 from scheduler.cluster.models import Model
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.core import SchedulerCore
+from scheduler.costs.paces import Estimate
 from scheduler.dispatch import Plan
 from scheduler.errors import Rejected
 from scheduler.units import DeviceId, ReplicaId
@@ -91,6 +92,7 @@ def plan(core: SchedulerCore, model: str, found: Plan, now: float) -> wire.Plan:
             node=_hostname(core, replica.placement),
             n_ctx=replica.n_ctx,
             n_threads=replica.n_threads,
+            speed=_speed(core, model, replica.placement),
             reasons=[
                 f"{replica.replica_id} is {replica.state.value}, "
                 f"{replica.slots - len(replica.leases)} of {replica.slots} slots free"
@@ -98,6 +100,25 @@ def plan(core: SchedulerCore, model: str, found: Plan, now: float) -> wire.Plan:
         )
     assert found.choice is not None
     return _choice_plan(core, model, found.choice, now)
+
+
+def _speed(core: SchedulerCore, name: str, placement: Placement) -> wire.PlanSpeed | None:
+    model = core.models.by_name.get(name)
+    copy = model.copies.get(placement.node_id) if model else None
+    if model is None or model.shape is None or copy is None:
+        return None
+    found = core.speeds.predict(model.shape, placement, copy.file.cached_fraction)
+    return wire.PlanSpeed(answer=_rate(found.answer), prompt=_rate(found.prompt), load=_duration(found.load))
+
+
+def _rate(estimate: Estimate | None) -> wire.PlanPace | None:
+    if estimate is None or estimate.seconds <= 0:
+        return None
+    return wire.PlanPace(per_s=1 / estimate.seconds, error=estimate.error, samples=estimate.samples)
+
+
+def _duration(estimate: Estimate) -> wire.PlanPace:
+    return wire.PlanPace(seconds=estimate.seconds, error=estimate.error, samples=estimate.samples)
 
 
 def _choice_plan(core: SchedulerCore, model: str, choice: Choice, now: float) -> wire.Plan:
@@ -141,6 +162,7 @@ def _choice_plan(core: SchedulerCore, model: str, choice: Choice, now: float) ->
         if placement
         else None,
         n_threads=n_threads,
+        speed=_speed(core, model, placement) if placement else None,
         reasons=[
             *([f"with n_ctx {choice.n_ctx_that_fits} it would fit"] if choice.n_ctx_that_fits else []),
             *map(str, choice.rejections),

@@ -18,7 +18,9 @@ from actors.gateway.wire import (
     PinRequest,
     PinResult,
     Plan,
+    PlanPace,
     PlanShare,
+    PlanSpeed,
     PlanVictim,
     QueueEntry,
     RejectedCandidate,
@@ -62,6 +64,8 @@ __all__ = [
     # plan
     "Plan",
     "PlanShare",
+    "PlanSpeed",
+    "PlanPace",
     "PlanVictim",
     "RejectedCandidate",
     # orders

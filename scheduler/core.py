@@ -7,18 +7,20 @@ balances, no replica with a lease is stopping, every request that arrived has be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.choice.admission import Admission
 from scheduler.choice.queue import RequestQueue, Waiting
+from scheduler.choice.speeds import Speeds
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.leases import Lease
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import Catalogue
 from scheduler.costs.measurements import Measurements, Record
+from scheduler.costs.paces import Pace, Paces
 from scheduler.dispatch import Dispatch, Plan
 from scheduler.errors import DeadlineExceeded, Rejected, Unavailable
 from scheduler.fleet import Fleet
@@ -29,7 +31,7 @@ from scheduler.units import LeaseId, ReplicaId, RequestId, format_bytes
 class SchedulerCore:
     """All of the scheduler's state. `tag` makes replica ids unique across restarts; `records` outlived the last."""
 
-    def __init__(self, catalogue: Catalogue, tag: str = "", records: Iterable[Record] = ()) -> None:
+    def __init__(self, catalogue: Catalogue, tag: str = "", records: Sequence[Record] = ()) -> None:
         self.catalogue = catalogue
         self.policy = catalogue.policy
         self.inventory = Inventory()
@@ -41,6 +43,7 @@ class SchedulerCore:
         self.replicas = self.fleet.replicas
         self.ledger = self.fleet.ledger
         self.rooms = self.fleet.rooms
+        self.speeds = Speeds(self.inventory, Paces(records))
         self._admission = Admission(catalogue, self.inventory, self.models, self.measurements)
         self._dispatch = Dispatch(self.queue, self.fleet, self._admission, self.inventory, self.models, self._out)
         self._now = 0.0
@@ -193,9 +196,17 @@ class SchedulerCore:
     def _lease_released(self, event: ev.LeaseReleased) -> None:
         """Whoever holds a lease sees a replica fail before anybody else: its next request must not go there too."""
         replica = self._release_lease(event.lease_id, served=not event.failed)
+        if replica is not None and event.pace is not None:
+            self._learn_speed(replica, event.pace)
         if replica is not None and event.failed and not replica.doubted:
             replica.doubted = True
             self._out.post(cmd.CheckReplica(replica.replica_id))
+
+    def _learn_speed(self, replica: Replica, pace: Pace) -> None:
+        model = self.models.by_name.get(replica.model)
+        if model is not None and model.shape is not None and replica.placement.node_id in self.inventory.nodes:
+            for record in self.speeds.answered(model.shape, replica, pace):
+                self._out.remember(record)
 
     def _release_lease(self, lease_id: LeaseId, *, served: bool) -> Replica | None:
         lease = self.fleet.leases.take_back(lease_id)
@@ -259,6 +270,10 @@ class SchedulerCore:
             self._replica_failed(ev.ReplicaFailed(event.replica_id, "failed", message))
             return
         self.fleet.ready(replica, event, self._now)
+        model = self.models.by_name.get(replica.model)
+        if model is not None and model.shape is not None:
+            for record in self.speeds.loaded(model.shape, replica, event.load_s):
+                self._out.remember(record)
         self._dispatch.look_again()
 
     def _replica_failed(self, event: ev.ReplicaFailed) -> None:

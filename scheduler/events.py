@@ -8,6 +8,7 @@ from typing import Literal, Union
 from scheduler.choice.queue import RequestKind
 from scheduler.cluster.facts import DeviceReading, NodeFacts, NodeReading
 from scheduler.cluster.replica import Placement
+from scheduler.costs.paces import Pace
 from scheduler.costs.params import Footprint
 from scheduler.costs.shape import ModelShape
 from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
@@ -69,6 +70,7 @@ class LeaseReleased:
 
     lease_id: LeaseId
     failed: bool = False
+    pace: Pace | None = None  # how fast it was, if that was seen
 
 
 @dataclass(frozen=True, slots=True)

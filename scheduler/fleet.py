@@ -93,8 +93,9 @@ class Fleet:
             self.stop(victim, f"evicted for {model.name}")
         self._serial += 1
         slug = re.sub(r"[^A-Za-z0-9.-]+", "-", model.name)
-        path = model.copies[placement.node_id].file.path
-        replica = self._new(ReplicaId(f"{slug}-{self._tag}{self._serial}"), model.name, path, placement, now)
+        file = model.copies[placement.node_id].file
+        replica = self._new(ReplicaId(f"{slug}-{self._tag}{self._serial}"), model.name, file.path, placement, now)
+        replica.cached_fraction = file.cached_fraction or 0.0
         freed = [(victim.model, now - victim.last_used_at) for victim in victims]
         words = describe_placement(placement, model.name, freed, self._inventory)
         self._out.announce("placed", words, replica=replica, tier=placement.tier)

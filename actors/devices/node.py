@@ -20,6 +20,7 @@ import ray
 from actors.devices import host, processes
 from actors.devices.files import find_models, parts_of
 from actors.devices.nvml import list_gpus, unavailable_reason
+from actors.devices.rates import cpu_rates
 from actors.devices.reporting import Reporter, every
 from actors.devices.virtual import create_virtual_gpus, virtual_gpu_holders
 from actors.measurements import llama_build
@@ -64,6 +65,7 @@ class NodeMonitor:
             physical_cores=host.physical_cores(),
             memory_total_bytes=host.memory_total_bytes(),
             devices=self._devices(node_id),
+            rates=cpu_rates(host.physical_cores()),
             llama_build=llama_build(),
         )
 

@@ -20,6 +20,7 @@ import pynvml
 
 from actors.devices.processes import sees_host_pids
 from scheduler.cluster.facts import DeviceFacts, DeviceReading
+from scheduler.costs.params import NO_RATES, Rates
 from scheduler.units import DeviceId, NodeId
 
 _log = logging.getLogger(__name__)
@@ -96,10 +97,24 @@ def _facts(node_id: NodeId, index: int) -> DeviceFacts:
             product=pynvml.nvmlDeviceGetName(handle),
             kind="cuda",
             total_bytes=_memory(handle)[0],
+            rates=_rates(handle),
         )
     except (_Unsuitable, pynvml.NVMLError) as error:
         _log.warning("GPU %d is left out: %s", index, error)
         raise _Unsuitable(str(error)) from error
+
+
+def _rates(handle: Any) -> Rates:
+    """What the card's clocks promise: two transfers per memory clock over the whole bus, and a multiplication with its
+    addition per core and clock. Zeros where the driver does not say."""
+
+    def at_best() -> Rates:
+        memory_hz = 1e6 * pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)
+        core_hz = 1e6 * pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
+        bus_bytes = pynvml.nvmlDeviceGetMemoryBusWidth(handle) / 8
+        return Rates(2 * memory_hz * bus_bytes, 2 * core_hz * pynvml.nvmlDeviceGetNumGpuCores(handle))
+
+    return _if_known(at_best) or NO_RATES
 
 
 def _memory(handle: Any) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 from actors.gateway.wire import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
+from scheduler.costs.paces import Pace
 from scheduler.units import LeaseId, ReplicaId, RequestId
 
 
@@ -52,6 +53,7 @@ class TokenCounts:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    pace: Pace | None = None
 
 
 class Backend(Protocol):

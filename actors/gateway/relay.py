@@ -74,7 +74,7 @@ class Relay:
             async for chunk in chunks:
                 if chunk.finish_reason is not None:
                     finished = True
-                    usage = TokenCounts(chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens)
+                    usage = TokenCounts(chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens, chunk.pace)
                 yield chunk
             if not finished:
                 raise EngineFailed(f"replica {lease.replica_id} of {lease.model} broke its answer off")

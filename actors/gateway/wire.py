@@ -181,6 +181,24 @@ class RejectedCandidate(Record):
     reason: str
 
 
+class PlanPace(Record):
+    """A predicted speed: `per_s` tokens, or `seconds` of a load. `error` is the mean relative error of such predictions
+    so far, null before two measurements; `samples` counts them."""
+
+    per_s: float | None = None
+    seconds: float | None = None
+    error: float | None = None
+    samples: int = 0
+
+
+class PlanSpeed(Record):
+    """How fast the model would be: tokens of an answer, tokens of a prompt, the load. Null where nothing is known."""
+
+    answer: PlanPace | None = None
+    prompt: PlanPace | None = None
+    load: PlanPace | None = None
+
+
 class Plan(Record):
     """What a request for `model` would cause now. Nothing is started by asking.
 
@@ -197,6 +215,7 @@ class Plan(Record):
     victims: list[PlanVictim] = Field(default_factory=list)
     n_ctx: int | None = None
     n_threads: int | None = None
+    speed: PlanSpeed | None = None
     reasons: list[str] = Field(default_factory=list)
     rejected: list[RejectedCandidate] = Field(default_factory=list)
 

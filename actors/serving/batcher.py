@@ -14,6 +14,7 @@ Cost of a turn besides the decode: some microseconds per row.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -177,7 +178,10 @@ class Batcher:
             parts.append((slot, job, tokens, len(rows) - 1 if samples else None))
         if not rows:
             return
+        began = time.perf_counter()
         code = self._decode(rows, [job for _, job, _, _ in parts])
+        if len(parts) == 1 and code == 0:
+            parts[0][1].took(len(rows), time.perf_counter() - began)
         if code != 0:
             self._decode_failed(code, [(slot, job) for slot, job, _, _ in parts])
             return

@@ -13,6 +13,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from actors.serving.protocol import Chunk, FinishReason
 from actors.serving.text import TextStream
+from scheduler.costs.paces import Pace
+
+TELLING_TOKENS = 32
+"""From so many tokens on, a piece of a prompt shows how fast prompts are read."""
 
 Result = TypeVar("Result")
 
@@ -58,6 +62,21 @@ class Generation(Job[Chunk]):
         self._text = text
         self._max_tokens = max_tokens
         self._n_tokens = 0
+        self._prompt_alone, self._prompt_s = 0, 0.0
+        self._answer_alone, self._answer_s = 0, 0.0
+
+    def took(self, n_tokens: int, seconds: float) -> None:
+        """A batch with nothing but `n_tokens` of this job was decoded. Short pieces of a prompt say little."""
+        if self.pending is not None:
+            self._answer_alone, self._answer_s = self._answer_alone + n_tokens, self._answer_s + seconds
+        elif n_tokens >= TELLING_TOKENS:
+            self._prompt_alone, self._prompt_s = self._prompt_alone + n_tokens, self._prompt_s + seconds
+
+    def _pace(self) -> Pace | None:
+        if not self._prompt_alone and not self._answer_alone:
+            return None
+        n_past = len(self.prompt) + self._n_tokens // 2
+        return Pace(self._prompt_alone, self._prompt_s, self._answer_alone, self._answer_s, n_past)
 
     def accept(self, token: int, piece: bytes, *, ends: bool) -> bool:
         """Takes the sampled token and says its text; True when it was the answer's last."""
@@ -89,6 +108,7 @@ class Generation(Job[Chunk]):
                 prompt_tokens=len(self.prompt),
                 cached_tokens=self.cached_tokens,
                 completion_tokens=self._n_tokens,
+                pace=self._pace(),
             )
         )
         self.end()

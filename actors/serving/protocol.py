@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from scheduler.cluster.replica import Placement
+from scheduler.costs.paces import Pace
 from scheduler.costs.params import ContextParams, DeviceBytes, DeviceKind, HostBytes
 
 FinishReason = Literal["stop", "length"]
@@ -87,6 +88,7 @@ class Chunk:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the slot's KV cache
     completion_tokens: int = 0
+    pace: Pace | None = None  # how fast it went while no other answer was in the batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from arriero.api import GpuStatus, Notice, Plan, ReplicaStatus
+from arriero.api import GpuStatus, Notice, Plan, PlanSpeed, ReplicaStatus
 from arriero.cli.service import AsJson, Url, client, console, print_json
 from scheduler.units import format_bytes
 
@@ -154,11 +154,25 @@ def print_plan(found: Plan) -> None:
             free = (format_bytes(share.free_before_bytes), format_bytes(share.free_after_bytes))
             table.add_row(share.device, str(share.layers), format_bytes(share.bytes), *free)
         console.print(table)
+    if found.speed:
+        print_speed(found.speed)
     for victim in found.victims:
         frees = ", ".join(f"{format_bytes(count)} on {device}" for device, count in victim.frees.items())
         console.print(f"evicts {victim.model} (idle {victim.idle_s:.0f} s), which frees {frees}")
     for reason in found.reasons:
         console.print(f"[dim]- {reason}[/]", soft_wrap=True)
+
+
+def print_speed(speed: PlanSpeed) -> None:
+    """Predicted speeds with their error so far, or "not measured yet"."""
+    parts = []
+    for what, pace in (("answers", speed.answer), ("prompts", speed.prompt), ("loads in", speed.load)):
+        if pace is not None:
+            figure = f"{pace.seconds:.1f} s" if pace.seconds is not None else f"{pace.per_s:,.1f} tokens/s"
+            times = "once" if pace.samples == 1 else f"{pace.samples} times"
+            known = f"measured {times}" if pace.samples else "not measured yet"
+            parts.append(f"{what} {figure} ({known}{'' if pace.error is None else f', off by {pace.error:.0%}'})")
+    console.print("predicted: " + ", ".join(parts), soft_wrap=True)
 
 
 def where(replica: ReplicaStatus) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from scheduler.costs.params import DeviceKind
+from scheduler.costs.params import NO_RATES, DeviceKind, Rates
 from scheduler.units import DeviceId, NodeId
 
 
@@ -23,6 +23,7 @@ class DeviceFacts:
     product: str
     kind: DeviceKind
     total_bytes: int
+    rates: Rates = NO_RATES  # virtual GPUs have none: they compute on their node's CPU
     state_path: str = ""  # virtual GPUs: the shared byte count, a path on the node
 
 
@@ -62,6 +63,7 @@ class NodeFacts:
     physical_cores: int
     memory_total_bytes: int
     devices: tuple[DeviceFacts, ...] = ()
+    rates: Rates = NO_RATES  # of its CPU and RAM
     llama_build: str = ""  # release of llama-cpp-python there; what was measured holds for it alone
 
 

@@ -79,6 +79,7 @@ class Replica:
     pid: int = 0
     progress: float = 0.0
     measured: Footprint | None = None  # llama.cpp's buffers, once loaded
+    cached_fraction: float = 0.0  # of its file, in the page cache when it was placed
     load_key: LoadKey | None = None  # under which they are remembered
     room_since: float | None = None  # pending: when the last victim was gone
 

@@ -15,6 +15,19 @@ FlashAttn = Literal["on", "off"]
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """What a device, or a node's CPU with its RAM, does at best; zeros: not known."""
+
+    bytes_per_s: float = 0.0
+    """Read from its memory."""
+    flops: float = 0.0
+    """F32 operations per second; a multiplication with its addition counts two."""
+
+
+NO_RATES = Rates()
+
+
+@dataclass(frozen=True, slots=True)
 class ContextParams:
     """`llama_context_params`, as far as they cost memory. `n_ctx` counts all `n_seq_max` sequences together."""
 

@@ -13,6 +13,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from scheduler.costs.architecture import Architecture
 from scheduler.costs.header import Tensor
@@ -78,6 +79,8 @@ class StoredLayer:
     weights: int
     """Without its experts."""
     experts: int
+    weights_elements: int
+    experts_elements: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +95,20 @@ class StoredSums:
 def sum_stored(arch: Architecture, tensors: Mapping[str, Tensor]) -> StoredSums:
     """Add up what the file holds, prediction layers included."""
     inputs = outputs = 0
-    weights, experts = [0] * arch.n_layer_all, [0] * arch.n_layer_all
+    n = arch.n_layer_all
+    weights, experts = ([0] * n, [0] * n), ([0] * n, [0] * n)  # bytes, elements
     for tensor in tensors.values():
         match = _LAYER.fullmatch(tensor.name)
         if match:
             into = experts if _EXPERTS.search(tensor.name) else weights
-            into[min(int(match[1]), arch.n_layer_all - 1)] += tensor.n_bytes
+            il = min(int(match[1]), n - 1)
+            into[0][il] += tensor.n_bytes
+            into[1][il] += prod(tensor.ne)
         elif _OUTPUT.fullmatch(_stem(tensor.name)):
             outputs += tensor.n_bytes
         else:
             inputs += tensor.n_bytes
-    return StoredSums(inputs, tuple(map(StoredLayer, weights, experts)), outputs)
+    return StoredSums(inputs, tuple(map(StoredLayer, weights[0], experts[0], weights[1], experts[1])), outputs)
 
 
 def _stem(name: str) -> str:

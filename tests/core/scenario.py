@@ -10,7 +10,7 @@ import pickle
 import tempfile
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from scheduler.config import parse_catalogue
 from scheduler.core import SchedulerCore
 from scheduler.costs.footprint import footprint
 from scheduler.costs.measurements import Record
-from scheduler.costs.params import DeviceBytes, Footprint, HostBytes
+from scheduler.costs.params import NO_RATES, DeviceBytes, Footprint, HostBytes, Rates
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.units import DeviceId, NodeId, ReplicaId, RequestId, parse_bytes
 
@@ -114,6 +114,7 @@ class Scenario:
     auto: bool = True
     tells_processes: bool = False  # whether device readings say which process holds what
     records: Sequence[Record] = ()  # what an earlier scheduler remembered
+    rates: Rates = NO_RATES  # of the CPU and RAM of every machine
 
     def __post_init__(self) -> None:
         self.core = SchedulerCore(parse_catalogue(self.catalogue), records=self.records)
@@ -147,8 +148,9 @@ class Scenario:
         self.report_node(name, has)
 
     def join(self, name: str, gpus: Sequence[DeviceFacts] = (), ram: str = "64GiB", cores: int = 8) -> None:
-        devices = tuple(DeviceFacts(g.device_id, NodeId(name), g.label, g.product, g.kind, g.total_bytes) for g in gpus)
-        self.send(ev.NodeJoined(NodeFacts(NodeId(name), name, "127.0.0.1", cores, parse_bytes(ram), devices)))
+        devices = tuple(replace(g, node_id=NodeId(name)) for g in gpus)
+        facts = NodeFacts(NodeId(name), name, "127.0.0.1", cores, parse_bytes(ram), devices, self.rates)
+        self.send(ev.NodeJoined(facts))
 
     def report_node(self, name: str = "box", has: Any = None) -> None:
         node_id = NodeId(name)

@@ -87,6 +87,14 @@ def test_answers_the_same_wherever_the_layers_lie(
     assert (buffers.host.weights_bytes > 0.25 * path.stat().st_size) == (layout != "two")
 
 
+def test_an_answer_says_how_fast_it_was_while_it_was_alone(sample: Any, engine: Any, ask: Any) -> None:
+    *_, last = engine(sample("llama")).generate(ask("Who carries the salt over the pass?" * 5))
+    pace = last.pace
+    assert 32 <= pace.prompt_tokens <= last.prompt_tokens and pace.prompt_s > 0
+    assert pace.answer_tokens == last.completion_tokens - 1 and pace.answer_s > 0  # the prompt's batch gives the first
+    assert last.prompt_tokens <= pace.n_past <= last.prompt_tokens + last.completion_tokens
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_of_several_at_once_are_those_of_each_alone(
     kind: str, sample: Any, engine: Any, ask: Any, baseline: Callable[..., str]

@@ -1,0 +1,100 @@
+"""Tokens per second and load times of placements: predicted, and learned from what replicas really did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scheduler.cluster.inventory import Inventory, Node
+from scheduler.cluster.replica import Placement, Replica
+from scheduler.costs.measurements import Record
+from scheduler.costs.paces import Estimate, Pace, Paces
+from scheduler.costs.params import NO_RATES
+from scheduler.costs.shape import ModelShape
+from scheduler.costs.speed import load_seconds, seconds_per_token
+
+USUAL_TOKENS = 512
+"""Tokens in the context for which an answer's speed is said, or half the context if that is less."""
+MOSTLY = 0.5
+"""From this share of a file in the page cache on, its load is compared with other cached loads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Seconds per token of an answer and of a prompt, and of a load. None where a device's rates are not known."""
+
+    answer: Estimate | None
+    prompt: Estimate | None
+    load: Estimate
+
+
+class Speeds:
+    """Reads the inventory; keeps what was learned."""
+
+    def __init__(self, inventory: Inventory, paces: Paces) -> None:
+        self._inventory = inventory
+        self._paces = paces
+
+    def predict(self, shape: ModelShape, placement: Placement, cached_fraction: float | None) -> Speed:
+        """Of a model in a place, `cached_fraction` of whose file is in the page cache (None: not known, none of it)."""
+        context = placement.context
+        n_past = min(USUAL_TOKENS, context.n_ctx // context.n_seq_max // 2)
+        node = self._inventory.nodes[placement.node_id]
+        fraction = cached_fraction or 0.0
+        load = self._paces.corrected(load_seconds(shape.file_bytes, fraction), _load_keys(shape, node, fraction))
+        formulas = self._seconds(shape, placement, n_past)
+        if formulas is None:
+            return Speed(None, None, load)
+        answer, prompt = (
+            self._paces.corrected(seconds, self._keys(phase, shape, placement))
+            for phase, seconds in zip(("answer", "prompt"), formulas, strict=True)
+        )
+        return Speed(answer, prompt, load)
+
+    def answered(self, shape: ModelShape, replica: Replica, pace: Pace) -> list[Record]:
+        """Learn from an answer that had the replica to itself."""
+        formulas = self._seconds(shape, replica.placement, pace.n_past)
+        if formulas is None:
+            return []
+        records = []
+        timed = (("answer", pace.answer_tokens, pace.answer_s), ("prompt", pace.prompt_tokens, pace.prompt_s))
+        for (phase, tokens, seconds), formula in zip(timed, formulas, strict=True):
+            if tokens and seconds > 0:
+                keys = self._keys(phase, shape, replica.placement)
+                records += self._paces.learn(formula, seconds / tokens, keys)
+        return records
+
+    def loaded(self, shape: ModelShape, replica: Replica, load_s: float) -> list[Record]:
+        """Learn from a load."""
+        node = self._inventory.nodes[replica.placement.node_id]
+        fraction = replica.cached_fraction
+        return self._paces.learn(load_seconds(shape.file_bytes, fraction), load_s, _load_keys(shape, node, fraction))
+
+    def _seconds(self, shape: ModelShape, placement: Placement, n_past: int) -> tuple[float, float] | None:
+        """By the formulas alone: (per token of an answer, of a prompt); None where a device does not tell its rates."""
+        host = self._inventory.nodes[placement.node_id].facts.rates
+        rates = []
+        for device_id in placement.device_ids:
+            device = self._inventory.device(device_id)
+            if device is None:
+                return None
+            rates.append(host if device.facts.kind == "rpc" else device.facts.rates)
+        if any(each == NO_RATES for each in (host, *rates)):
+            return None
+        return seconds_per_token(shape, placement.layout, placement.context, rates, host, n_past)
+
+    def _keys(self, phase: str, shape: ModelShape, placement: Placement) -> Sequence[str]:
+        """This model on such hardware, in this layout; then any model there."""
+        node = self._inventory.nodes[placement.node_id].facts
+        found = (self._inventory.device(device_id) for device_id in placement.device_ids)
+        products = "+".join(device.facts.product for device in found if device) or "CPU"
+        if placement.computes_on_cpu or not placement.device_ids:
+            products += f" with RAM of {node.hostname}"
+        hardware = f"{phase} on {products}, llama-cpp-python {node.llama_build}"
+        layers = "+".join(map(str, placement.layers)) or "0"
+        return f"{hardware}: {shape.fingerprint} {layers} {placement.layout.experts_on_host}", hardware
+
+
+def _load_keys(shape: ModelShape, node: Node, cached_fraction: float) -> Sequence[str]:
+    tier = f"load from {'page cache' if cached_fraction >= MOSTLY else 'disk'} on {node.facts.hostname}"
+    return f"{tier}: {shape.fingerprint}", tier
