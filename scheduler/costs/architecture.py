@@ -12,76 +12,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scheduler.costs.families import (
+    CACHELESS,
+    HYBRID_BY_HEADS,
+    HYBRID_BY_INTERVAL,
+    HYPER_CONNECTED,
+    KDA,
+    KNOWN,
+    MLA,
+    MROPE,
+    MROPE_IF_SECTIONS,
+    NEMOTRON_H,
+    RECURRENT,
+    SHIFTED,
+    SSM,
+    UNUSABLE,
+    WINDOWS,
+)
 from scheduler.costs.metadata import Metadata
 
 MAX_LAYERS = 512
 """`LLAMA_MAX_LAYERS`."""
-
-KNOWN = frozenset(
-    """
-    llama llama4 llama-embed deci falcon grok gpt2 gptneox mpt baichuan starcoder starcoder2 refact bloom stablelm
-    bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding
-    qwen qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3next qwen3vl qwen3vlmoe qwen35 qwen35moe
-    phi2 phi3 phimoe plamo plamo2 plamo3 codeshell orion internlm2 minicpm minicpm3
-    gemma gemma2 gemma3 gemma3n gemma4 mamba mamba2 jamba falcon-h1 xverse command-r cohere2 cohere2moe dbrx
-    olmo olmo2 olmoe openelm arctic deepseek deepseek2 deepseek2-ocr deepseek32 glm-dsa chatglm glm4 glm4moe bitnet
-    jais jais2 nemotron nemotron_h nemotron_h_moe exaone exaone4 exaone-moe rwkv6 rwkv6qwen2 rwkv7 arwkv7
-    granite granitemoe granitehybrid granite_swa plm bailingmoe bailingmoe2 bailingmoe3 dots1 arcee afmoe laguna
-    ernie4_5 ernie4_5-moe paddleocr hunyuan-moe hunyuan-dense hunyuan_vl hy_v3 smollm3 gpt-oss lfm2 lfm2moe
-    dream llada llada-moe rnd1 smallthinker seed_oss grovemoe apertus minimax-01 minimax-m2 minimax-m3 cogvlm
-    pangu-embedded mistral3 mistral4 mimo2 step35 spark2_5 maincoder kimi-linear talkie mellum maple muse-glimmer
-    """.split()
-)
-
-CACHELESS = frozenset(
-    """
-    bert jina-bert-v2 jina-bert-v3 nomic-bert nomic-bert-moe neo-bert eurobert modern-bert gemma-embedding
-    wavtokenizer-dec dream llada llada-moe rnd1
-    """.split()
-)
-"""No memory at all: `create_memory` returns nullptr."""
-
-ENCODERS = CACHELESS - {"dream", "llada", "llada-moe", "rnd1"} | {"t5encoder", "llama-embed"}
-"""They embed texts; they do not write any."""
-
-_RECURRENT = frozenset("mamba mamba2 rwkv6 rwkv6qwen2 rwkv7 arwkv7".split())
-_HYBRID_BY_HEADS = frozenset("jamba plamo2 granitehybrid lfm2 lfm2moe kimi-linear bailingmoe3".split())
-_HYBRID_BY_INTERVAL = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "minimax-01": 8}
-_NEMOTRON_H = frozenset({"nemotron_h", "nemotron_h_moe"})
-_HYBRID = _HYBRID_BY_HEADS | _HYBRID_BY_INTERVAL.keys() | _NEMOTRON_H | {"falcon-h1"}
-_MLA = frozenset("deepseek2 mistral4 deepseek32 glm-dsa kimi-linear bailingmoe3".split())
-_GROUPED_SSM = frozenset(
-    "mamba2 falcon-h1 granitehybrid nemotron_h nemotron_h_moe plamo2 qwen3next qwen35 qwen35moe".split()
-)
-_SSM = _GROUPED_SSM | {"mamba", "jamba"}
-_SHIFTED = frozenset("rwkv6 rwkv6qwen2 rwkv7 arwkv7".split())
-_MROPE = frozenset("qwen2vl paddleocr qwen3vl qwen3vlmoe qwen35 qwen35moe qwen3tts".split())
-_MROPE_IF_SECTIONS = frozenset("glm4 glm4moe hunyuan_vl".split())
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """How an architecture declares its sliding window: default period of full layers, and where the size comes from."""
-
-    period: int | None
-    """Every n-th layer is full unless the file says otherwise; None: the file must carry the list of layers."""
-    dense_first: bool = False
-    default: int = 0
-    """Window where the file gives none; 0: then there are no window layers at all."""
-    forced: int = 0
-    """Window whatever the file says."""
-
-
-_WINDOWS = {
-    "afmoe": _Window(4), "cohere2": _Window(4), "cohere2moe": _Window(4, dense_first=True),
-    "exaone-moe": _Window(4, default=128), "exaone4": _Window(4, default=4096), "gemma2": _Window(2, default=4096),
-    "gemma3": _Window(6), "gemma3n": _Window(5), "gemma4": _Window(None), "gemma-embedding": _Window(6),
-    "granite_swa": _Window(None), "laguna": _Window(4, dense_first=True),
-    "llama4": _Window(4, default=8192, forced=8192), "maple": _Window(None), "mellum": _Window(4),
-    "mimo2": _Window(None), "modern-bert": _Window(3, dense_first=True),
-    "muse-glimmer": _Window(4), "olmo2": _Window(4), "gpt-oss": _Window(2), "plamo3": _Window(8),
-    "smallthinker": _Window(4, dense_first=True, forced=4096), "spark2_5": _Window(None), "step35": _Window(None),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +55,12 @@ class LayerKind:
     """Attends, be it to a cache of its own, to another layer's, or to none."""
     is_loaded: bool
     """False for the prediction layers at the end (nextn, MTP): they take a place in the split, and no memory."""
+    compression: int = 0
+    """Tokens to a cell of the compressed cache that the layer keeps besides its own (deepseek4); 0: it has none."""
+    state_extra: int = 0
+    """F32 elements of state per sequence besides those of all recurrent layers (qwen4exp's n-gram embeddings)."""
+    runs: int = -1
+    """The layer whose weights are run; -1: its own. Some architectures run the same ones several times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +98,14 @@ class Architecture:
     """Position entries per token: 4 with multi-section RoPE."""
     index_heads: int
     """Heads of the sparse-attention indexer; 0 when there is none."""
+    index_width: int
+    """Elements per key of the indexer over compressed caches (deepseek4)."""
     conv_width: int
     """Channels that the convolution of a recurrent layer runs over, for the compute bound."""
+    residual_streams: int
+    """Activations that are carried from layer to layer."""
+    streams_apart: bool
+    """Sequences never share a cache, not even a unified one (deepseek4)."""
     layers: tuple[LayerKind, ...]
 
     def kv_source(self, il: int) -> int:
@@ -155,16 +118,16 @@ class Architecture:
 def read_architecture(meta: Metadata) -> Architecture:
     """The architecture that `meta` describes. Raises InvalidGGUF when keys are missing or absurd."""
     arch = meta.arch
-    n_layer_all = meta.number("block_count")
-    if not 0 < n_layer_all <= MAX_LAYERS:
-        raise meta.refuse(f"block_count is {n_layer_all}; llama.cpp takes 1 to {MAX_LAYERS}")
-    n_layer = n_layer_all - min(meta.number("nextn_predict_layers", 0), n_layer_all)
+    if arch == "clip":
+        raise meta.refuse(UNUSABLE[arch])
+    n_layer_all, n_layer = _depth(meta)
     n_embd = meta.number("embedding_length")
     if n_embd == 0:
         raise meta.refuse("embedding_length is 0")
-    heads = meta.per_layer("attention.head_count", n_layer_all, 0)
-    kv_heads = meta.per_layer("attention.head_count_kv", n_layer_all, heads)
-    n_ff = meta.per_layer("feed_forward_length", n_layer_all, 0)
+    heads = _deepened(meta, meta.per_layer("attention.head_count", meta.number("block_count"), 0), 1)
+    default = heads[: meta.number("block_count")]
+    kv_heads = _deepened(meta, meta.per_layer("attention.head_count_kv", meta.number("block_count"), default), 1)
+    n_ff = _deepened(meta, meta.per_layer("feed_forward_length", meta.number("block_count"), 0), 0)
 
     head_k = head_v = n_embd // heads[0] if heads[0] else 0
     if heads[0] or arch == "plamo2":
@@ -176,33 +139,40 @@ def read_architecture(meta: Metadata) -> Architecture:
     recurrent = _recurrent(meta, n_layer_all, n_layer, kv_heads, n_ff)
     attends = _attending(meta, n_layer_all, n_layer, recurrent, n_ff)
     owners = _owners(meta, n_layer_all)
-    mla = arch in _MLA and bool(
+    mla = arch in MLA and bool(
         meta.number("attention.key_length_mla", 0) and meta.number("attention.value_length_mla", 0)
     )
-    index = _indexer(meta, n_layer_all, n_layer)
+    index, index_has_v = _indexer(meta, n_layer_all, n_layer, recurrent)
+    compressions = _compressions(meta, n_layer_all)
+    extras = _extra_states(meta, n_layer_all, n_embd)
+    runs = _runs(meta, n_layer_all)
     state_r, state_s, conv_width = _state(meta, n_embd, heads[0], head_k)
     has_cache = arch not in CACHELESS
 
     v_widths = [(head_v_swa if s else head_v) * n for s, n in zip(swa, kv_heads, strict=True)]
     layers = []
     for il in range(n_layer_all):
-        cached = has_cache and attends[il] and il < owners and arch not in _RECURRENT
+        cached = has_cache and attends[il] and il < owners and arch not in RECURRENT
+        has_v = cached and not mla and arch != "deepseek4"
         layers.append(
             LayerKind(
                 n_head=heads[il],
                 head_k=head_k_swa if swa[il] else head_k,
                 head_v=head_v_swa if swa[il] else head_v,
                 k_width=(head_k_swa if swa[il] else head_k) * kv_heads[il] if cached else 0,
-                v_width=v_widths[il] if cached and not mla else 0,
+                v_width=v_widths[il] if has_v else 0,
                 index_k_width=index[il],
-                index_v_width=index[il] and (0 if mla else head_v),
+                index_v_width=head_v if index[il] and index_has_v else 0,
                 is_swa=swa[il],
                 is_recurrent=recurrent[il],
                 is_attention=attends[il],
-                is_loaded=il < n_layer,
+                is_loaded=il < n_layer or arch == "gemma4-assistant",
+                compression=compressions[il],
+                state_extra=extras[il],
+                runs=runs[il],
             )
         )
-    if owners < n_layer_all and (layers[owners - 1].is_swa or not layers[owners - 2].is_swa):
+    if 0 < owners < n_layer_all and (layers[owners - 1].is_swa or not layers[owners - 2].is_swa):
         raise meta.refuse(
             f"layers from {owners} on share the caches of layers {owners - 2} and {owners - 1}, of which llama.cpp "
             "needs the first to slide a window and the second to see all"
@@ -213,9 +183,11 @@ def read_architecture(meta: Metadata) -> Architecture:
         n_layer_all=n_layer_all,
         n_ctx_train=meta.number("context_length"),
         n_embd=n_embd,
-        n_embd_out=meta.number("embedding_length_out", 0) or n_embd,
+        n_embd_out=n_embd * meta.number("hyper_connection.count")
+        if arch in HYPER_CONNECTED
+        else meta.number("embedding_length_out", 0) or n_embd,
         n_expert=meta.number("expert_count", 0),
-        n_expert_used=max(meta.per_layer("expert_used_count", n_layer_all, 0)),
+        n_expert_used=max(meta.per_layer("expert_used_count", meta.number("block_count"), 0)),
         n_head_k=head_k,
         n_head_v=head_v,
         causal=meta.flag("attention.causal", True)
@@ -230,10 +202,74 @@ def read_architecture(meta: Metadata) -> Architecture:
         state_r=state_r,
         state_s=state_s,
         n_pos=_positions(meta),
-        index_heads=meta.number("attention.indexer.head_count") if any(index) else 0,
+        index_heads=meta.number("attention.indexer.head_count") if any((*index, *compressions)) else 0,
+        index_width=meta.number("attention.indexer.key_length") if any(compressions) else 0,
         conv_width=conv_width,
+        residual_streams=_residual_streams(meta, n_layer),
+        streams_apart=arch == "deepseek4",
         layers=tuple(layers),
     )
+
+
+def _depth(meta: Metadata) -> tuple[int, int]:
+    """(layers that take part in the split, those without prediction layers)."""
+    n_block = meta.number("block_count")
+    n_layer_all = n_block
+    if meta.arch == "nanbeige":  # runs the same layers several times, each time with a cache of its own
+        n_layer_all = n_block * max(meta.number("num_loops", 1), 1)
+    elif meta.arch == "graniteswitch":  # the last layer routes between adapters
+        n_layer_all = n_block + 1
+    if not 0 < n_layer_all <= MAX_LAYERS:
+        raise meta.refuse(f"block_count makes {n_layer_all} layers; llama.cpp takes 1 to {MAX_LAYERS}")
+    return n_layer_all, n_layer_all - min(meta.number("nextn_predict_layers", 0), n_layer_all)
+
+
+def _deepened(meta: Metadata, values: tuple[int, ...], router: int) -> tuple[int, ...]:
+    """Per block of the file, turned to per layer; `router` is the value of a layer that routes."""
+    if meta.arch == "nanbeige":
+        return values * max(meta.number("num_loops", 1), 1)
+    return (*values, router) if meta.arch == "graniteswitch" else values
+
+
+def _runs(meta: Metadata, n_layer_all: int) -> list[int]:
+    """Per layer, the one whose weights it runs where that is another, else -1."""
+    if meta.arch == "nanbeige":
+        n_block = meta.number("block_count")
+        return [il % n_block if il >= n_block else -1 for il in range(n_layer_all)]
+    if meta.arch == "hrm_text":  # a low stack some times, then the high stack, and all that again
+        stack, cycles = max(meta.number("hrm.layers_per_stack"), 1), meta.number("hrm.l_cycles")
+        first = [(il // stack % (cycles + 1) == cycles) * stack + il % stack for il in range(n_layer_all)]
+        return [run if run != il else -1 for il, run in enumerate(first)]
+    return [-1] * n_layer_all
+
+
+def _residual_streams(meta: Metadata, n_layer: int) -> int:
+    if meta.arch == "gemma3n":
+        return 4  # AltUp
+    if meta.arch == "kimi-k3":  # each block of layers attends to the results of all before it
+        return 1 + -(-n_layer // max(meta.number("attn_res.block_size", 1), 1))
+    return max(meta.number("hyper_connection.count", 1), 1)
+
+
+def _compressions(meta: Metadata, n_layer_all: int) -> list[int]:
+    """Compression ratios of deepseek4; other than these two get no cache (`filter_csa`, `filter_hca`)."""
+    if meta.arch != "deepseek4":
+        return [0] * n_layer_all
+    ratios = meta.array("attention.compress_ratios") or ()
+    if len(ratios) < n_layer_all:
+        raise meta.refuse("attention.compress_ratios is shorter than block_count")
+    return [ratio if ratio in (4, 128) else 0 for ratio in ratios[:n_layer_all]]
+
+
+def _extra_states(meta: Metadata, n_layer_all: int, n_embd: int) -> list[int]:
+    """The history of qwen4exp's n-gram embeddings (`ple_conv_state`)."""
+    layers = (meta.array("ple.layers") or ()) if meta.arch == "qwen4exp" else ()
+    if not layers:
+        return [0] * n_layer_all
+    history = (max(meta.number("ple.conv_kernel"), 1) - 1) * meta.number("ple.ngram_size")
+    return [
+        history * meta.number("hyper_connection.count") * n_embd if il in layers else 0 for il in range(n_layer_all)
+    ]
 
 
 def _sliding(meta: Metadata, n_layer_all: int, n_layer: int, kv_heads: Sequence[int]) -> tuple[int, list[bool]]:
@@ -242,20 +278,22 @@ def _sliding(meta: Metadata, n_layer_all: int, n_layer: int, kv_heads: Sequence[
     if meta.arch == "lfm2":
         window = meta.number("attention.sliding_window", 0)
         return (window, [il < n_layer and kv_heads[il] != 0 for il in range(n_layer_all)]) if window else none
-    rule = _WINDOWS.get(meta.arch)
+    rule = WINDOWS.get(meta.arch)
     if rule is None or meta.arch == "exaone4" and n_layer != 64:
         return none
     window = meta.number("attention.sliding_window", rule.default)
     if window == 0:
         return none
     window = rule.forced or window
-    listed = meta.array("attention.sliding_window_pattern")
+    listed = None if rule.fixed else meta.array("attention.sliding_window_pattern")
     if listed is not None:
         flags = [bool(v) for v in listed[:n_layer_all]]
         return window, flags + [False] * (n_layer_all - len(flags))
     if rule.period is None:
         raise meta.refuse(f"metadata key {meta.arch}.attention.sliding_window_pattern is missing")
-    period = meta.number("attention.sliding_window_pattern", rule.period)
+    period = rule.period if rule.fixed else meta.number("attention.sliding_window_pattern", rule.period)
+    if meta.arch == "deepseek4":  # its prediction layers slide too
+        return window, [True] * n_layer_all
     return window, [il < n_layer and _slides(il, period, rule.dense_first) for il in range(n_layer_all)]
 
 
@@ -268,14 +306,14 @@ def _slides(il: int, period: int, dense_first: bool) -> bool:
 def _recurrent(meta: Metadata, n_all: int, n_layer: int, kv_heads: Sequence[int], n_ff: Sequence[int]) -> list[bool]:
     """Which layers carry recurrent state; prediction layers never do."""
     arch = meta.arch
-    if arch in _RECURRENT or arch == "falcon-h1":
+    if arch in RECURRENT or arch == "falcon-h1":
         flags = [True] * n_all
-    elif arch in _NEMOTRON_H:
+    elif arch in NEMOTRON_H:
         flags = [heads == 0 and width == 0 for heads, width in zip(kv_heads, n_ff, strict=True)]
-    elif arch in _HYBRID_BY_HEADS or arch not in KNOWN:
+    elif arch in HYBRID_BY_HEADS or arch not in KNOWN:
         flags = [heads == 0 for heads in kv_heads]
-    elif arch in _HYBRID_BY_INTERVAL:
-        interval = meta.number("full_attention_interval", _HYBRID_BY_INTERVAL[arch])
+    elif arch in HYBRID_BY_INTERVAL:
+        interval = meta.number("full_attention_interval", HYBRID_BY_INTERVAL[arch])
         if interval == 0:
             raise meta.refuse("full_attention_interval is 0")
         periodic = [int((il + 1) % interval != 0) for il in range(n_all)]
@@ -288,13 +326,13 @@ def _recurrent(meta: Metadata, n_all: int, n_layer: int, kv_heads: Sequence[int]
 def _attending(meta: Metadata, n_all: int, n_layer: int, recurrent: Sequence[bool], n_ff: Sequence[int]) -> list[bool]:
     """Which layers attend and so get a cache (the layer filters of `create_memory`)."""
     arch = meta.arch
-    if arch in _RECURRENT:
+    if arch in RECURRENT:
         return [False] * n_all
-    if arch in ("falcon-h1", "minimax-m3"):
+    if arch in ("falcon-h1", "minimax-m3", "deepseek4", "gemma4-assistant"):
         return [True] * n_all
-    if arch in _NEMOTRON_H:
+    if arch in NEMOTRON_H:
         return [not recurrent[il] and n_ff[il] == 0 for il in range(n_all)]
-    if arch in _HYBRID_BY_HEADS:
+    if arch in HYBRID_BY_HEADS:
         return [not r for r in recurrent]
     return [(il < n_layer or n_layer == 0) and not recurrent[il] for il in range(n_all)]
 
@@ -308,41 +346,44 @@ def _owners(meta: Metadata, n_layer_all: int) -> int:
         if n_layer_all - shared < 2 and shared:
             raise meta.refuse(f"attention.shared_kv_layers is {shared} of {n_layer_all} layers; two must own a cache")
         return n_layer_all - shared
-    return n_layer_all
+    return 0 if meta.arch == "gemma4-assistant" else n_layer_all  # which reads the caches of its target
 
 
-def _indexer(meta: Metadata, n_layer_all: int, n_layer: int) -> list[int]:
-    """Indexer key width per layer (sparse attention; one key head each)."""
-    if meta.arch == "minimax-m3":
+def _indexer(meta: Metadata, n_all: int, n_layer: int, recurrent: Sequence[bool]) -> tuple[list[int], bool]:
+    """Indexer key width per layer (sparse attention; one key head each), and whether values are cached as well."""
+    arch = meta.arch
+    if arch == "minimax-m3":
         first = meta.number("leading_dense_block_count", 0)
-        return [meta.number("attention.indexer.key_length") if il >= first else 0 for il in range(n_layer_all)]
-    if meta.arch not in ("deepseek32", "glm-dsa"):
-        return [0] * n_layer_all
+        return [meta.number("attention.indexer.key_length") if il >= first else 0 for il in range(n_all)], True
+    sparse = arch in ("deepseek32", "glm-dsa", "dots3note", "hy_v4", "glm5-next", "qwen4exp")
+    if not sparse or arch == "hy_v4" and not meta.number("attention.indexer.top_k", 0):
+        return [0] * n_all, False
     width = meta.number("attention.indexer.key_length")
     full = (1,) * n_layer
-    if meta.arch == "glm-dsa":
-        if (
-            meta.number("context_length") >= 1 << 20
-        ):  # GLM 5.2: files may lack the list, llama.cpp then assumes this one
+    if arch == "glm5-next":
+        width *= 3  # key, gate and pooled value
+    if arch in ("glm-dsa", "dots3note", "hy_v4", "glm5-next"):
+        if arch == "glm-dsa" and meta.number("context_length") >= 1 << 20:
+            # GLM 5.2: files may lack the list, llama.cpp then assumes this one
             full = tuple(int(il < 2 or il % 4 == 2) for il in range(n_layer))
         full = meta.per_layer("attention.indexer.types", n_layer, full)
-    return [width if il < n_layer and full[il] else 0 for il in range(n_layer_all)]
+    return [width if il < n_layer and full[il] and not recurrent[il] else 0 for il in range(n_all)], False
 
 
 def _state(meta: Metadata, n_embd: int, n_head: int, head_k: int) -> tuple[int, int, int]:
     """(`n_embd_r`, `n_embd_s`, convolution channels): F32 elements per sequence of a recurrent layer."""
     arch = meta.arch
-    if arch in _SHIFTED:
+    if arch in SHIFTED:
         head = meta.number("wkv.head_size")
         return meta.number("token_shift_count", 2) * n_embd, n_embd * head, n_embd
     if arch in ("lfm2", "lfm2moe"):
         return n_embd * (meta.number("shortconv.l_cache") - 1), 0, n_embd
-    if arch in ("kimi-linear", "bailingmoe3") or (arch not in KNOWN and f"{arch}.kda.head_dim" in meta.values):
+    if arch in KDA or (arch not in KNOWN and f"{arch}.kda.head_dim" in meta.values):
         head, d_conv = meta.number("kda.head_dim"), meta.number("ssm.conv_kernel")
         return 3 * (d_conv - 1 if d_conv else 3) * n_head * head, head * head * n_head, 3 * n_head * head
     if arch == "minimax-01":
         return 0, head_k * head_k * n_head, n_head * head_k
-    if arch in _SSM or (arch not in KNOWN and f"{arch}.ssm.inner_size" in meta.values):
+    if arch in SSM or (arch not in KNOWN and f"{arch}.ssm.inner_size" in meta.values):
         d_inner, d_state = meta.number("ssm.inner_size"), meta.number("ssm.state_size")
         groups = meta.number("ssm.group_count", 0) if arch not in ("mamba", "jamba") else 0
         channels = d_inner + 2 * groups * d_state
@@ -352,6 +393,6 @@ def _state(meta: Metadata, n_embd: int, n_head: int, head_k: int) -> tuple[int, 
 
 def _positions(meta: Metadata) -> int:
     sections = meta.array("rope.dimension_sections") or ()
-    if meta.arch in _MROPE or meta.arch in _MROPE_IF_SECTIONS and len(sections) > 1 and sections[0] and sections[1]:
+    if meta.arch in MROPE or meta.arch in MROPE_IF_SECTIONS and len(sections) > 1 and sections[0] and sections[1]:
         return 4
     return 1

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.costs.architecture import Architecture
+from scheduler.costs.architecture import Architecture, LayerKind
+from scheduler.costs.families import UNUSABLE
 from scheduler.costs.ggml_types import F32, KV_TYPES, GgmlType
 from scheduler.costs.params import ContextParams, DeviceKind, Layout
 from scheduler.costs.weights import HOST, kv_bytes, pad
 from scheduler.errors import Rejected
 
+_INDEXED_RATIO = 4
+"""`DSV4_CSA_RATIO`: layers compressed so little look for what matters with an indexer, and their windows overlap."""
 MAX_SEQUENCES = 256
 """`LLAMA_MAX_SEQ`."""
 
@@ -56,14 +59,15 @@ def effective_context(arch: Architecture, context: ContextParams) -> EffectiveCo
     if not n_ctx_seq:
         raise Rejected(f"n_ctx {asked} leaves nothing for each of {context.n_seq_max} sequences; ask for more context")
     n_ctx = n_ctx if context.kv_unified else n_ctx_seq * context.n_seq_max
+    shares = context.kv_unified and not arch.streams_apart
     swa = 0
     if arch.n_swa:
-        window = arch.n_swa * (context.n_seq_max if context.kv_unified else 1)
+        window = arch.n_swa * (context.n_seq_max if shares else 1)
         swa = n_ctx_seq if context.swa_full else pad(min(n_ctx_seq, window + n_ubatch), 256)
     return EffectiveContext(
         n_ctx=n_ctx,
         n_ctx_seq=n_ctx_seq,
-        n_stream=1 if context.kv_unified else context.n_seq_max,
+        n_stream=1 if shares else context.n_seq_max,
         n_swa_cells=swa,
         n_batch=n_batch,
         n_ubatch=n_ubatch,
@@ -74,6 +78,12 @@ def effective_context(arch: Architecture, context: ContextParams) -> EffectiveCo
 
 def cache_types(arch: Architecture, context: ContextParams) -> tuple[GgmlType, GgmlType]:
     """(type_k, type_v). Raises Rejected for types that llama.cpp does not take, alone or with this model."""
+    if arch.name in UNUSABLE:
+        raise Rejected(f"{arch.name} models cannot be run: {UNUSABLE[arch.name]}")
+    if arch.name in ("eagle3", "gemma4-assistant") and context.embeddings:
+        raise Rejected(
+            f"llama.cpp aborts on embeddings of {arch.name} models: they only guess ahead; set embeddings false"
+        )
     for name, wanted in (("type_k", context.type_k), ("type_v", context.type_v)):
         if wanted not in KV_TYPES:
             raise Rejected(f"{name} is {wanted!r}; llama.cpp takes {', '.join(sorted(KV_TYPES))}")
@@ -96,13 +106,28 @@ def cache_types(arch: Architecture, context: ContextParams) -> tuple[GgmlType, G
             raise Rejected(
                 f"{name} {kind.name} needs heads of a multiple of {kind.block} elements, this model has {head}; use f16"
             )
-    streams = context.n_seq_max > 1 and not context.kv_unified
-    if arch.name == "phi3" and streams and (type_k.is_quantized or type_v.is_quantized):
+    if context.n_seq_max > 1 and not context.kv_unified:
+        _refuse_streams(arch, context, type_k.is_quantized or type_v.is_quantized)
+    return type_k, type_v
+
+
+def _refuse_streams(arch: Architecture, context: ContextParams, is_quantized: bool) -> None:
+    """Raise Rejected where llama.cpp ends the process over a stream per sequence."""
+    tokens = min(context.n_ubatch, context.n_batch)
+    if arch.name == "phi3" and is_quantized:
         raise Rejected(
             "llama.cpp aborts on phi3 models with a quantised cache and several sequences in separate streams; "
             "set kv_unified, n_seq_max 1, or type_k and type_v f16"
         )
-    return type_k, type_v
+    if arch.name == "t5":
+        raise Rejected(
+            "llama.cpp aborts on t5 models with sequences in separate streams; set kv_unified or n_seq_max 1"
+        )
+    if arch.name in ("kimi-linear", "minimax-01") and tokens % context.n_seq_max:
+        raise Rejected(
+            f"llama.cpp aborts on {arch.name} models when n_ubatch ({tokens}) is no multiple of n_seq_max "
+            f"({context.n_seq_max}); set n_ubatch {tokens - tokens % context.n_seq_max}, or kv_unified"
+        )
 
 
 def place_cache(
@@ -130,10 +155,32 @@ def place_cache(
             )
             total = sum(_tensor_bytes(width, of, rows, kind) for width, of in widths if width)
             if layer.is_recurrent and layer.is_loaded:
-                total += sum(_tensor_bytes(n, F32, size.n_seq_max, kind) for n in (arch.state_r, arch.state_s))
+                states = (arch.state_r, arch.state_s, layer.state_extra)
+                total += sum(_tensor_bytes(n, F32, size.n_seq_max, kind) for n in states if n)
+            total += _compressed_bytes(arch, layer, size, type_k, kind)
             memo[key] = total if arch.known else 4 * total
         devices[place] += memo[key]
     return devices[:-1], devices[-1]
+
+
+def _compressed_bytes(
+    arch: Architecture, layer: LayerKind, size: EffectiveContext, type_k: GgmlType, kind: DeviceKind | None
+) -> int:
+    """deepseek4's cache of compressed keys, with the states of its compressors (`llama_kv_cache_dsv4`)."""
+    ratio = layer.compression
+    if not ratio:
+        return 0
+    rows = pad(-(-size.n_ctx_seq // ratio), 256) * size.n_stream
+    widths = [layer.k_width]
+    if ratio == _INDEXED_RATIO:
+        widths.append(arch.index_width)
+    held = 2 * ratio if ratio == _INDEXED_RATIO else ratio
+    factor = 2 if ratio == _INDEXED_RATIO else 1
+    states = [factor * width for width in (layer.head_k, arch.index_width)[: len(widths)]]
+    total = sum(_tensor_bytes(width, type_k, rows, kind) for width in widths)
+    if layer.is_loaded:
+        total += sum(2 * _tensor_bytes(width, F32, held * size.n_stream, kind) for width in states)
+    return total
 
 
 def _tensor_bytes(width: int, of: GgmlType, rows: int, kind: DeviceKind | None) -> int:

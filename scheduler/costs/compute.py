@@ -28,6 +28,10 @@ OFFLOAD_TOKENS = 32
 """From this batch size on, CUDA multiplies by weights that lie in host RAM, after copying them over (`offload_op`)."""
 _SMALL_INPUTS_BYTES = 1536
 """Padding of each input, and the indices of recurrent states."""
+_BUCKETED = frozenset({"t5", "t5encoder"})
+"""They add a bias by distance to the scores, the same for all layers."""
+_INDEX_INPUTS = {"glm5-next": 2, "deepseek4": 1.5}
+"""Floats per cell and token of the masks over pooled or compressed keys."""
 _SCALED = frozenset("llama4 mistral3 mistral4 deepseek2".split())
 """They may scale attention by position: one more float per token."""
 
@@ -54,6 +58,11 @@ class _Graph:
             return self.tokens
         return self.size.n_swa_cells if is_swa else self.size.n_ctx_seq
 
+    def seen(self, is_swa: bool) -> int:
+        """Cells that a layer attends to; the decoder of t5 attends to the encoder's results as well."""
+        cells = self.cells(is_swa)
+        return max(cells, self.arch.n_ctx_train) if self.arch.name == "t5" else cells
+
     def inputs(self, layers: Iterable[int], with_output: bool) -> int:
         """Bytes of the inputs that these layers read: masks, cell indices, positions, rows to output."""
         masks = {layer.is_swa for layer in map(self.arch.layers.__getitem__, layers) if layer.is_attention}
@@ -65,6 +74,11 @@ class _Graph:
             total += self.tokens * (self.cells(is_swa) * (2 if self.flash else 4) + indices) + self.rotation_bytes
         if self.arch.index_heads or not self.arch.known:
             total += self.tokens * (self.cells(False) * (4 if self.arch.known else 32) + 16)
+        total += self.floats(round(_INDEX_INPUTS.get(self.arch.name, 0) * self.cells(False)))
+        if self.arch.name in _BUCKETED:
+            total += self.floats(self.seen(False))
+        if self.arch.name == "t5":  # what the encoder has made of the question
+            total += self.arch.n_ctx_train * 4 * self.arch.n_embd + self.floats(self.arch.n_ctx_train)
         if self.arch.name == "minimax-01":
             total += self.floats(self.tokens * max(layer.n_head for layer in self.arch.layers) + 64)
         return total + (self.floats(1) if with_output else 0)
@@ -75,7 +89,9 @@ class _Graph:
         if not kind.is_attention:
             return 0
         total = self.floats(layer.attention)
-        cells = self.cells(kind.is_swa)
+        cells = self.seen(kind.is_swa)
+        if self.arch.name in _BUCKETED:
+            total += self.floats(5 * cells * kind.n_head)  # a bias by distance, for every head, beside the scores
         if layer.score_heads and (not self.flash or layer.always_scores):
             total += self.floats(cells * layer.score_heads) + 2 * cells * self.size.n_stream * layer.value_cells
         if self.rotation_bytes:
@@ -178,12 +194,26 @@ def place_compute(
     return devices, _host(graph, layout, places, layers, copies)
 
 
+def _run_elsewhere(graph: _Graph, places: Sequence[int]) -> dict[int, int]:
+    """Floats per token that reach a place because layers run there whose cache or weights lie elsewhere."""
+    arriving: dict[int, int] = {}
+    for il, kind in enumerate(graph.arch.layers):
+        weights = places[kind.runs] if kind.runs >= 0 else places[il]
+        if weights != places[il]:
+            heads = kind.n_head * max(kind.head_k, kind.head_v)
+            width = heads + (6 if graph.arch.name == "hrm_text" else 3) * graph.arch.n_embd
+            arriving[places[il]] = arriving.get(places[il], 0) + width + kind.k_width + kind.v_width
+            arriving[weights] = arriving.get(weights, 0) + width
+    return arriving
+
+
 def _devices(
     graph: _Graph, layout: Layout, places: Sequence[int], layers: dict[int, list[int]], copies: int
 ) -> list[int]:
     totals = [0] * len(layout.devices)
     used = sorted(set(places) - {HOST})
     e = graph.arch.n_embd
+    elsewhere = _run_elsewhere(graph, places)
     for place in used:
         here = layers.get(place, [])
         with_output = places[-1] == place
@@ -207,10 +237,17 @@ def _devices(
             later = place != used[0]
             arriving = graph.demand.streams * e + graph.demand.host_lookups
             arriving += graph.demand.per_layer_inputs if later else 0
+            if later and graph.arch.name in ("deepseek4", "hy_v4"):
+                arriving += graph.demand.streams * e
+            if later and graph.arch.name in _BUCKETED:
+                arriving += graph.seen(False) * graph.arch.layers[0].n_head
             total = copies * (inputs + graph.floats(arriving)) + max(max(moments, default=0), end)
             if later:
                 # only `no_alloc` counts this, a real load does without; it keeps the bound above both
                 total += copies * graph.floats(e * graph.demand.streams)
+        if place != used[0] and graph.demand.borrows_index(here):
+            total += copies * graph.floats(3 * graph.cells(False))
+        total += copies * graph.floats(elsewhere.get(place, 0))
         totals[place] = total + graph.floats(3 * graph.demand.per_layer_inputs)
     return totals
 
@@ -249,6 +286,7 @@ def _host(graph: _Graph, layout: Layout, places: Sequence[int], layers: dict[int
     e = graph.arch.n_embd
     every = graph.inputs(range(graph.arch.n_layer_all), True)
     every += sum(graph.borrowed(il, places) for il in layers.get(HOST, []))
+    every += graph.floats(_run_elsewhere(graph, places).get(HOST, 0))
     start = graph.floats(e + 1 + graph.demand.host_lookups + (8 if graph.demand.per_layer_inputs else 0))
     total = copies * (every + graph.floats(e + 1)) + start
     moments = [graph.moment(il) + graph.floats(3 * graph.demand.per_layer_inputs) for il in layers.get(HOST, [])]

@@ -10,12 +10,19 @@ delta-net-base.cpp in src/models, and from ggml-alloc's rule that element-wise s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scheduler.costs.architecture import ENCODERS, Architecture, LayerKind
+from scheduler.costs.architecture import Architecture, LayerKind
+from scheduler.costs.families import DRAFTS, ENCODERS
 from scheduler.costs.header import Tensor
 
+_LIGHTNING = frozenset("deepseek32 glm-dsa dots3note hy_v4 glm5-next deepseek4".split())
+"""Indexers whose heads are summed up within one step (`ggml_lightning_indexer`)."""
+_CONVOLVED = {"wavtokenizer-dec": 20}
+"""Activations that a convolution over time has unfolded before it multiplies."""
+_LOGITS_AGAIN = {"chameleon": 3}
+"""How often logits are alive at once: chameleon takes those of images out again."""
 UNKNOWN_FACTOR = 8
 """By which moments of architectures outside `KNOWN` are multiplied; enough for the greediest in llama.cpp today."""
 _ABOVE_MASKS = frozenset("phi3 talkie plamo plamo2 plamo3 jamba lfm2 granite_swa".split())
@@ -79,7 +86,12 @@ class ModelDemand:
     per_layer_inputs: int
     """Floats per token of per-layer embeddings (gemma3n, gemma4), which travel with the activations."""
     streams: int
-    """Copies of the residual stream (gemma3n's AltUp; architectures that the formulas do not know may have several)."""
+    """Copies of the residual stream; architectures that the formulas do not know may have several."""
+
+    def borrows_index(self, layers: Sequence[int]) -> bool:
+        """Whether any of `layers` attends to what the indexer of an earlier layer has found."""
+        indexed = [layer.index > 0 for layer in self.layers]
+        return any(not indexed[il] and any(indexed[:il]) for il in layers)
 
 
 def model_demand(arch: Architecture, tensors: Mapping[str, Tensor], n_vocab: int) -> ModelDemand:
@@ -104,11 +116,11 @@ def model_demand(arch: Architecture, tensors: Mapping[str, Tensor], n_vocab: int
     per_layer = tensors["per_layer_token_embd.weight"].ne[0] if "per_layer_token_embd.weight" in tensors else 0
     return ModelDemand(
         layers=tuple(layers),
-        logits=0 if arch.name in ENCODERS else n_vocab,
+        logits=0 if arch.name in ENCODERS else n_vocab * _LOGITS_AGAIN.get(arch.name, 1),
         logits_on_host=arch.name == "bitnet",
         host_lookups=sum(lookups) + per_layer,
         per_layer_inputs=per_layer,
-        streams=4 if arch.name == "gemma3n" or not arch.known else 1,
+        streams=arch.residual_streams if arch.known else max(arch.residual_streams, 4),
     )
 
 
@@ -134,9 +146,10 @@ class _Layer:
         if arch.name == "llama4":  # the experts' input is repeated and weighted first
             routed += gathered
         dense = max(self.gated(""), self.gated("_shexp"), self.gated("_chexps"))
-        stream = (2 + _WAITING.get(arch.name, 0)) * e + max(self.heads_width, e)
+        waiting = _WAITING.get(arch.name, 0) + _CONVOLVED.get(arch.name, 0)
+        stream = (2 + waiting) * e + max(self.heads_width, e)
         beside = stream + dense + (2 * e if width and dense else 0)
-        unknown = 1 if arch.known else UNKNOWN_FACTOR
+        unknown = UNKNOWN_FACTOR if not arch.known else 2 if arch.name in DRAFTS else 1
         return LayerDemand(
             feed_forward=unknown * max(beside, stream + routed + (e if width and dense else 0)),
             routed=routed,
@@ -180,17 +193,23 @@ class _Layer:
             projected += self.heads_width
         if "attn_kv_a_mqa" not in self.weights:
             waiting = (3 + _WAITING.get(self.arch.name, 0)) * self.e
-            return waiting + projected + 2 * out + self.kind.k_width + self.kind.v_width + 4 * self.arch.n_expert
+            waiting += 4 * self.arch.n_expert + self.index_queries()
+            return waiting + projected + 2 * out + self.kind.k_width + self.kind.v_width
         latent = self.rows("attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b")
         absorbed = (
             self.kind.n_head * (2 * self.arch.n_head_k + self.arch.kv_lora_rank) if self.arch.mla else 2 * projected
         )
-        return 3 * self.e + projected + latent + absorbed + out
+        return 3 * self.e + projected + latent + absorbed + out + self.index_queries()
 
     def index(self) -> int:
-        if not self.kind.index_k_width:
+        if not self.kind.index_k_width and not self.kind.compression:
             return 0
-        return 2 * self.kind.n_head + 16
+        if self.arch.name in _LIGHTNING:  # scores, their order and the mask that follows from it
+            return 8
+        return 2 * max(self.kind.n_head, self.arch.index_heads) + 16
+
+    def index_queries(self) -> int:
+        return 3 * self.arch.index_heads * max(self.kind.index_k_width, self.arch.index_width)
 
     def recurrent(self) -> int:
         """Input projections, the convolution's input and output, and the scan's operands and result."""

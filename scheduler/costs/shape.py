@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from scheduler.costs.architecture import ENCODERS, Architecture, read_architecture
+from scheduler.costs.architecture import Architecture, read_architecture
 from scheduler.costs.demand import ModelDemand, model_demand
+from scheduler.costs.families import ENCODERS
 from scheduler.costs.graph.model import GraphModel, graph_model
 from scheduler.costs.header import Array, Header, Tensor, read_header
 from scheduler.costs.metadata import Metadata

@@ -47,9 +47,10 @@ def seconds_per_token(
     work = {place: _Work() for place in {*places, HOST}}
     in_use = shape.n_expert_used / shape.n_expert if shape.n_expert else 1.0
     type_k, type_v = cache_types(shape.arch, context)
-    for il, (kind, stored) in enumerate(zip(shape.arch.layers, shape.stored.layers, strict=True)):
+    for il, kind in enumerate(shape.arch.layers):
         if not kind.is_loaded:
             continue
+        stored = shape.stored.layers[kind.runs if kind.runs >= 0 else il]
         here = work[places[il]]
         there = work[HOST] if layout.experts_on_host else here
         seen = min(n_past, shape.arch.n_swa) if kind.is_swa else n_past

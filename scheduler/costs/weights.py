@@ -35,7 +35,7 @@ _OUTPUT = re.compile(
     r"output|output_norm|(dec|enc)\.output_norm|cls(\.output|\.norm)?|dense_[23]|altup(_unembd)?_proj|output_hc_\w+"
     r"|output_res_score|nextn\.post_projection|fc|d2t|markov_w[12]|conf_proj|selector_\w+"
 )
-_LAYER = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:(?:enc\.|dec\.)?blk|posnet|convnext)\.(\d+)\.(.+)")
 _ROPE = frozenset({"rope_freqs", "rope_factors_long", "rope_factors_short"})
 _UNUSED = re.compile(r"masked_embd_\w+|dec\.blk\.\d+\.cross_attn_rel_b")
 _EXPERTS = re.compile(EXPERTS_PATTERN)
@@ -203,7 +203,7 @@ def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor]) -> WeightSums
         tied=padded(embedding) if is_tied and embedding else Padded(),
         tied_on_host=padded(embedding) if is_tied and embedding and arch.name in _COPIED_ON_HOST else Padded(),
         rope=ropes,
-        rope_layers=tuple(_takes_rope(arch, il) for il in range(n)),
+        rope_layers=tuple(_takes_rope(arch, il, layers[il]) for il in range(n)),
         experts_bytes=experts_bytes,
         largest_layer_tensor_bytes=tuple(largest),
         largest_expert_tensor_bytes=tuple(largest_expert),
@@ -211,8 +211,10 @@ def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor]) -> WeightSums
     )
 
 
-def _takes_rope(arch: Architecture, il: int) -> bool:
-    if arch.name == "gemma4":
+def _takes_rope(arch: Architecture, il: int, weights: Padded) -> bool:
+    if arch.name == "nanbeige":  # its layers are run again as others, which have no weights of their own
+        return weights.plain > 0
+    if arch.name in ("gemma4", "gemma4-assistant"):
         return not arch.layers[il].is_swa
     return arch.layers[il].is_loaded or arch.name == "step35"
 

@@ -98,6 +98,11 @@ def answer(request: dict[str, Any], case: dict[str, Any], log: list[str]) -> dic
         setattr(wanted, key, asked[key])
     wanted.type_k, wanted.type_v = asked["type_k"], asked["type_v"]
     wanted.flash_attn_type = 1 if asked["flash_attn"] == "on" else 0
+    target = target_context = None
+    if case.get("target"):  # a draft reads the vocabulary, or the cache, of the model that it guesses for
+        target = llama_cpp.llama_model_load_from_file(case["target"].encode(), params)
+        target_context = llama_cpp.llama_init_from_model(target, wanted)
+        wanted.ctx_other = target_context
     log.clear()
     context = llama_cpp.llama_init_from_model(model, wanted)
     if not context:
@@ -110,6 +115,9 @@ def answer(request: dict[str, Any], case: dict[str, Any], log: list[str]) -> dic
     }
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)
+    if target:
+        llama_cpp.llama_free(target_context)
+        llama_cpp.llama_model_free(target)
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,17 @@ def cases_on_two_devices(name: str) -> list[Case]:
     return [(name, layout, context) for layout in layouts for context in CONTEXTS[:3]]
 
 
-def ask(paths: dict[str, Path], cases: list[Case], *, devices: int, real: bool) -> list[dict[str, Any]]:
-    """What llama.cpp says about each case, all in one process."""
+def ask(
+    paths: dict[str, Path], cases: list[Case], *, devices: int, real: bool, targets: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """What llama.cpp says about each case, all in one process. `targets`: which models are drafts, and for whom."""
     request = {
         "real": real,
         "devices": devices,
         "cases": [
             {
                 "path": str(paths[name]),
+                "target": str(paths[targets[name]]) if targets and name in targets else None,
                 "n_gpu_layers": layout.n_gpu_layers,
                 "tensor_split": layout.tensor_split,
                 "experts_pattern": EXPERTS_PATTERN if layout.experts_on_host else None,

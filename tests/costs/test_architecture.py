@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from scheduler.costs.architecture import CACHELESS, ENCODERS, KNOWN, Architecture, read_architecture
+from scheduler.costs.architecture import Architecture, read_architecture
+from scheduler.costs.families import CACHELESS, ENCODERS, KNOWN
 from scheduler.costs.header import Array, Scalar
 from scheduler.costs.metadata import Metadata
 from scheduler.errors import InvalidGGUF

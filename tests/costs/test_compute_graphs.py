@@ -122,11 +122,6 @@ def test_every_template_has_a_small_model_that_llama_cpp_loads() -> None:
     assert {spec.arch for spec in SMALL.values()} >= TEMPLATES.keys()
 
 
-def test_the_documentation_names_every_template() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "costs.md").read_text(encoding="utf-8")
-    assert {name for name in TEMPLATES if f"`{name}`" not in text} == set()
-
-
 def test_another_llama_cpp_gets_the_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = write_model(SMALL["llama"], tmp_path / "model.gguf")
     layout, context = Layout(), ContextParams(n_ctx=1024)

@@ -20,7 +20,11 @@ _MEAN, _RANK = 1, 4
 _OF_INPUT = ("token_embd.", "position_embd.", "token_types.", "per_layer_token_embd.")
 _BEFORE_LAYERS = ("token_embd_norm.", "per_layer_model_proj.", "per_layer_proj_norm.")
 """Weights that llama.cpp puts with the first layer, though they have no number."""
-MAX_EXPERTS = 512
+_SCALED_DENSE = frozenset("llama mistral3 qwen3 qwen35 gemma4 cohere2 nemotron_h nemotron_h_moe".split())
+_SCALED_SHARED = frozenset("qwen3next qwen35moe nemotron_h nemotron_h_moe".split())
+_SCALED_EXPERTS = frozenset("llama mistral3 qwen3moe qwen3next qwen35moe gemma4 nemotron_h nemotron_h_moe".split())
+"""Whose feed-forward blocks multiply by the scale that comes with a matrix (NVFP4); the others leave it out."""
+MAX_EXPERTS = 1024
 """`LLAMA_MAX_EXPERTS` in src/llama-hparams.h."""
 
 
@@ -115,10 +119,17 @@ class Build:
     def project(self, il: int, stem: str, x: Node, *, scaled: bool = True) -> Node:
         """`x` times the matrix and its scale, plus its bias, where the model has them (`build_lora_mm`)."""
         y = g.mul_mat(self.needed(il, stem), x)
-        scale = self.layer(il, stem, "scale") if scaled else None
+        scale = self.layer(il, stem, "scale") if scaled and self._scales(stem) else None
         y = g.mul(y, scale) if scale else y
         bias = self.layer(il, stem, "bias")
         return g.add(y, bias) if bias else y
+
+    def _scales(self, stem: str) -> bool:
+        """Whether the graph multiplies by the scale of such a matrix, if it has one."""
+        if not stem.startswith("ffn_"):
+            return True
+        kind = _SCALED_EXPERTS if "_exps" in stem else _SCALED_SHARED if "_shexp" in stem else _SCALED_DENSE
+        return self.arch.name in kind
 
     # ------------------------------------------------------------------ the ends
 
@@ -529,7 +540,7 @@ class Build:
     def _expert(self, il: int, stem: str, x: Node, ids: Node) -> Node:
         y = g.mul_mat_id(self.needed(il, stem), x, ids)
         scale = self.layer(il, "ffn_up_exps" if stem == "ffn_gate_up_exps" else stem, "scale")
-        if scale:
+        if scale and self._scales(stem):
             n = scale.ne[0]
             y = g.mul(y, g.get_rows(g.repeat(g.reshape(scale, 1, n, 1), 1, n, x.ne[2]), ids))
         bias = self.layer(il, stem, "bias")

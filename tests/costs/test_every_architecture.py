@@ -1,0 +1,136 @@
+"""Every architecture that the installed llama.cpp knows: a small model of each, made by llama.cpp, loaded for real.
+
+Weights, caches, states and outputs have to be equal to the byte, compute buffers never below, and equal where a
+template draws the graph. docs/architectures.md says the same in words, and is held to it here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_file import Gguf
+from test_against_llama_cpp import Case, ask, on_devices
+
+from scheduler.costs.families import CACHELESS, DRAFTS, KNOWN, UNUSABLE
+from scheduler.costs.footprint import computes_exactly, effective_context, footprint
+from scheduler.costs.graph.templates import TEMPLATES
+from scheduler.costs.params import ContextParams, Layout
+from scheduler.costs.shape import ModelShape, read_shape
+from scheduler.errors import InvalidGGUF, Rejected
+
+pytestmark = pytest.mark.llama
+
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+CONTEXTS = [
+    ContextParams(n_ctx=1024),
+    ContextParams(n_ctx=3000, n_seq_max=3, flash_attn="off"),
+    ContextParams(n_ctx=2048, n_seq_max=4, n_ubatch=64, kv_unified=True),
+    ContextParams(n_ctx=2048, n_ubatch=1024, swa_full=True, embeddings=True),
+    ContextParams(n_ctx=512, type_k="bf16", type_v="bf16"),
+]
+ONE_OF_THREE = Layout(on_devices(1, 1).devices, 3, (2, 1))
+TARGETS = {"eagle3-dense": "llama-dense", "gemma4-assistant-dense": "gemma4-dense", "dflash-dense": "llama-dense"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What became of each architecture: its model's path, or why there is none."""
+    program = Path(__file__).with_name("every_architecture.py")
+    folder = tmp_path_factory.mktemp("architectures")
+    done = subprocess.run([sys.executable, program, folder], capture_output=True, text=True, timeout=170, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def paths(made: list[dict[str, Any]]) -> dict[str, Path]:
+    return {Path(each["path"]).stem: Path(each["path"]) for each in made if "path" in each}
+
+
+@pytest.fixture(scope="module")
+def shapes(paths: dict[str, Path]) -> dict[str, ModelShape]:
+    return {name: read_shape(path) for name, path in paths.items()}
+
+
+def test_llama_cpp_knows_no_architecture_that_we_do_not(made: list[dict[str, Any]]) -> None:
+    names = {each["arch"] for each in made}
+    assert names - KNOWN == {"clip", "gptj"}
+    assert names >= KNOWN | set(UNUSABLE)
+    assert {each["arch"] for each in made if "error" in each} == {"clip", "gptj"}
+    assert len(names) > 150
+
+
+def may_be_run(shape: ModelShape, layout: Layout, context: ContextParams) -> bool:
+    """False where we say that llama.cpp refuses, or ends the process."""
+    try:
+        footprint(shape, layout, context)
+    except Rejected:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("layouts", "contexts", "devices"),
+    [([Layout()], CONTEXTS, 0), ([on_devices(1, 1), ONE_OF_THREE], CONTEXTS[:3], 2)],
+    ids=["on the CPU", "on two devices"],
+)
+def test_every_architecture_takes_what_is_predicted(
+    layouts: list[Layout],
+    contexts: list[ContextParams],
+    devices: int,
+    paths: dict[str, Path],
+    shapes: dict[str, ModelShape],
+) -> None:
+    cases: list[Case] = [
+        (name, layout, context)
+        for name in paths
+        for layout in layouts
+        for context in contexts
+        if may_be_run(shapes[name], layout, context)
+    ]
+    assert {name for name, _, _ in cases} >= {name for name, shape in shapes.items() if shape.architecture != "plm"}
+    answers = ask(paths, cases, devices=devices, real=True, targets=TARGETS)
+    for (name, layout, context), truth in zip(cases, answers, strict=True):
+        what, shape = f"{name}, {layout}, {context}", shapes[name]
+        assert "error" not in truth, f"{what}: {truth}"
+        result = footprint(shape, layout, context)
+        assert truth["n_ctx"] == effective_context(shape, context).n_ctx, what
+        assert result.host.output_bytes / 2**20 == pytest.approx(truth["output_mib"], abs=0.0051), what
+        got = {f"RPC{i}": device for i, device in enumerate(result.devices)} | {"host": result.host}
+        for place, ours in got.items():
+            weights, cache, compute = truth["bytes"].get(place, [0, 0, 0])
+            assert (ours.weights_bytes, ours.kv_bytes) == (weights, cache), f"{place} of {what}"
+            if computes_exactly(shape):
+                assert ours.compute_bytes == compute, f"the graph of {name} has changed: {place} of {what}"
+            elif shape.architecture != "gemma4-assistant":  # copies the cache of its target, wherever that may lie
+                assert ours.compute_bytes >= compute, f"{place} of {what}"
+
+
+def section(title: str) -> set[str]:
+    """The architectures that the page names under a heading."""
+    text = PAGE.read_text()
+    body = re.split(r"^## ", text.split(f"\n## {title}\n")[1], maxsplit=1, flags=re.M)[0]
+    return set(re.findall(r"`([a-z0-9_.-]+)`", body))
+
+
+def test_the_page_lists_every_architecture_once() -> None:
+    assert section("All exact") == set(TEMPLATES)
+    assert section("Compute bounded") == KNOWN - set(TEMPLATES) - set(UNUSABLE) - DRAFTS
+    assert section("Only beside another model") == DRAFTS
+    assert section("Refused") == set(UNUSABLE)
+    assert CACHELESS <= KNOWN
+
+
+def test_what_cannot_be_run_is_refused_with_the_reason(tmp_path: Path, paths: dict[str, Path]) -> None:
+    projector = Gguf()
+    projector.set("general.architecture", "clip")
+    projector.tensors = [("v.patch_embd.weight", (14, 14, 3, 64), "f16")]
+    with pytest.raises(InvalidGGUF, match="give it as mmproj"):
+        read_shape(projector.write(tmp_path / "mmproj.gguf"))
+    with pytest.raises(Rejected, match="ends the process"):
+        footprint(read_shape(paths["plm-dense"]), Layout(), ContextParams())
