@@ -101,7 +101,9 @@ class Reserves(_Strict):
         600 * MIB,
         description="per replica and CUDA GPU: context, cuBLAS workspace, pool; none of it in llama.cpp's report",
     )
-    runner_overhead_bytes: Bytes = Field(256 * MIB, description="per replica: the runner process itself, in host RAM")
+    runner_overhead_bytes: Bytes = Field(
+        128 * MIB, description="per replica: the runner's interpreter and libraries, in host RAM"
+    )
 
 
 class Server(_Strict):

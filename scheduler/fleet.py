@@ -179,8 +179,7 @@ class Fleet:
 
     def _measured(self, placement: Placement, event: ev.ReplicaReady) -> dict[AccountId, int]:
         """What the load took, with what llama.cpp does not report."""
-        reserves = self._catalogue.reserves
-        host_bytes = event.buffers.host.total_bytes + reserves.runner_overhead_bytes
+        host_bytes = event.buffers.host.total_bytes + placement.host_outside_bytes
         if placement.host_mapped_bytes:  # llama.cpp reports the mapped span, tensors on GPUs in between included
             host_bytes = min(host_bytes, placement.host_bytes)
         amounts = {host_account(placement.node_id): host_bytes}
@@ -227,20 +226,18 @@ class Fleet:
                 f"{replica.model} took {format_bytes(amount)} on {account}; {format_bytes(predicted)} were predicted",
                 replica=replica,
             )
-            booked = amount + ROUNDING_BYTES
-        else:
-            booked = min(predicted, amount + ROUNDING_BYTES)
         # What the books have no room for cannot be booked; live readings show it as foreign, which is as good.
         with contextlib.suppress(InvariantBroken):
-            self.ledger.rebook(replica.replica_id, account, booked)
+            self.ledger.rebook(replica.replica_id, account, _to_book(predicted, amount))
 
     def adopt(self, event: ev.ReplicaAdopted, now: float) -> bool:
         """Take a runner into the books that outlived a restart; False when they have no room for it."""
         replica = self._new(event.replica_id, event.model, event.path, event.placement, now)
         replica.n_threads, replica.pid = event.n_threads, event.ready.pid
         try:
-            amounts = self._amounts(replica) | self._measured(event.placement, event.ready)
-            self.ledger.promise(replica.replica_id, amounts)
+            measured, predicted = self._measured(event.placement, event.ready), self._amounts(replica)
+            measured = {account: _to_book(predicted[account], amount) for account, amount in measured.items()}
+            self.ledger.promise(replica.replica_id, predicted | measured)
             self.ledger.hold(replica.replica_id)
         except InvariantBroken:
             if self.ledger.state(replica.replica_id) is not None:
@@ -335,3 +332,12 @@ class Fleet:
         for replica in self.cores.balance(node_id):
             if replica.state in (ReplicaState.READY, ReplicaState.LOADING):
                 self._out.post(cmd.SetThreads(replica.replica_id, replica.n_threads))
+
+
+def _to_book(predicted: int, measured: int) -> int:
+    """What is kept for a loaded replica: what was measured to the report's rounding, or less if it was known exactly."""
+    return (
+        measured + ROUNDING_BYTES
+        if measured > predicted + ROUNDING_BYTES
+        else min(predicted, measured + ROUNDING_BYTES)
+    )

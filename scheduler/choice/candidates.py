@@ -22,6 +22,7 @@ from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement
 from scheduler.config import Reserves
 from scheduler.costs.footprint import footprint
+from scheduler.costs.host import host_memory
 from scheduler.costs.measurements import Measurements
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
 from scheduler.costs.shape import ModelShape
@@ -82,7 +83,15 @@ class Need:
             share.total_bytes + self.extra_bytes + overhead
             for share, overhead in zip(cost.devices, overheads, strict=True)
         )
-        repacked = cost.host.weights_bytes if self.use_extra_bufts else 0
+        host = host_memory(
+            self.shape,
+            layout,
+            self.context,
+            cost,
+            use_mmap=self.use_mmap,
+            use_extra_bufts=self.use_extra_bufts,
+            process_bytes=self.reserves.runner_overhead_bytes,
+        )
         return Placement(
             tier=tier,
             node_id=node.facts.node_id,
@@ -91,8 +100,9 @@ class Need:
             context=self.context,
             device_bytes=device_bytes,
             overhead_bytes=overheads,
-            host_bytes=cost.host.total_bytes + repacked + self.reserves.runner_overhead_bytes,
-            host_mapped_bytes=cost.host.weights_bytes if self.use_mmap else 0,
+            host_bytes=host.peak_bytes + host.mapped_bytes,
+            host_mapped_bytes=host.mapped_bytes,
+            host_outside_bytes=host.outside_bytes,
             computes_on_cpu=layout.n_gpu_layers < self.n_layers or layout.experts_on_host,
             n_layers=self.n_layers,
         )

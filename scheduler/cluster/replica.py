@@ -45,8 +45,9 @@ class Placement:
     context: ContextParams
     device_bytes: tuple[int, ...]
     overhead_bytes: tuple[int, ...]  # the part of each that is not llama.cpp's buffers
-    host_bytes: int
+    host_bytes: int  # at the most, loading included
     host_mapped_bytes: int  # the part of host_bytes that is file-backed: MemAvailable never shows it as used
+    host_outside_bytes: int  # the part of host_bytes that is not llama.cpp's buffers, and stays
     computes_on_cpu: bool
     n_layers: int  # layers in all, the output counted as one
 

@@ -39,11 +39,12 @@ Scalar = int | float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """A metadata array. `values` is None where only its type and length are kept."""
+    """A metadata array. `values` is None where only its type and length are kept; `n_bytes`: of its elements' data."""
 
     type: str
     length: int
     values: tuple[int | float | bool, ...] | None
+    n_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +175,9 @@ class _Walk:
             if length > self._strings_left:
                 self._fail(f"array {key!r} claims {length} strings; more than {MAX_STRINGS} is absurd", at)
             self._strings_left -= length
+            start = self._offset()
             self._skip_strings(length, at)
-            return Array("string", length, None)
+            return Array("string", length, None, self._offset() - start - 8 * length)
         if kind == _ARRAY:
             self._fail(f"array {key!r} holds arrays, which llama.cpp does not read", at)
         if kind not in _SCALARS:
@@ -185,8 +187,8 @@ class _Walk:
         self._need(size, f"the {length} elements of array {key!r}", at)
         if length > MAX_KEPT_ARRAY or key.startswith("tokenizer."):
             self._pos += size
-            return Array(name, length, None)
-        return Array(name, length, struct.unpack(f"{self._order}{length}{code}", self._take(size)))
+            return Array(name, length, None, size)
+        return Array(name, length, struct.unpack(f"{self._order}{length}{code}", self._take(size)), size)
 
     def _tensors(self, count: int, alignment: int) -> tuple[Tensor, ...]:
         tensors: dict[str, Tensor] = {}

@@ -19,6 +19,7 @@ from scheduler.costs.families import ENCODERS
 from scheduler.costs.graph.model import GraphModel, graph_model
 from scheduler.costs.header import Array, Header, Tensor, read_header
 from scheduler.costs.metadata import Metadata
+from scheduler.costs.vocabulary import Vocabulary, read_vocabulary
 from scheduler.costs.weights import StoredSums, WeightSums, sum_stored, sum_weights
 from scheduler.errors import InvalidGGUF
 
@@ -35,6 +36,7 @@ class ModelShape:
     name: str | None
     arch: Architecture
     n_vocab: int
+    vocabulary: Vocabulary
     stored: StoredSums
     weights: WeightSums
     demand: ModelDemand
@@ -44,6 +46,9 @@ class ModelShape:
     experts_bytes: int
     quantization: str
     """The tensor type that holds most of the bytes, by ggml's name."""
+    largest_tensor_bytes: int
+    widest_row: int
+    """Elements of the longest row that a matrix of a layer is multiplied by, for all experts in use together."""
     has_chat_template: bool
     n_tensors: int
     fingerprint: str
@@ -128,6 +133,7 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         name=name if isinstance(name, str) else None,
         arch=arch,
         n_vocab=n_vocab,
+        vocabulary=read_vocabulary(meta, n_vocab),
         stored=sum_stored(arch, tensors),
         weights=weights,
         demand=model_demand(arch, tensors, n_vocab),
@@ -135,10 +141,18 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         weights_bytes=sum(by_type.values()),
         experts_bytes=weights.experts_bytes,
         quantization=max(by_type, key=lambda kind: by_type[kind]),
+        largest_tensor_bytes=max(tensor.n_bytes for tensor in tensors.values()),
+        widest_row=max(_row(arch, tensor) for tensor in tensors.values()),
         has_chat_template="tokenizer.chat_template" in first.metadata,
         n_tensors=len(tensors),
         fingerprint=_fingerprint(meta, tensors, n_vocab),
     )
+
+
+def _row(arch: Architecture, tensor: Tensor) -> int:
+    if len(tensor.ne) < 2 or not tensor.name.startswith("blk."):
+        return 0
+    return tensor.ne[0] * (max(arch.n_expert_used, 1) if len(tensor.ne) > 2 else 1)
 
 
 def _fingerprint(meta: Metadata, tensors: dict[str, Tensor], n_vocab: int) -> str:

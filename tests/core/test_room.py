@@ -6,6 +6,7 @@ import pytest
 from scenario import SMALL, Scenario, gpu
 
 from scheduler.choice.room import Room, View, _estimate
+from scheduler.cluster.ledger import host_account
 from scheduler.units import GIB, DeviceId, NodeId, ReplicaId
 
 M = (24, 2048, 5632)
@@ -81,7 +82,7 @@ def test_an_empty_machine_keeps_its_reserve_and_its_pinned_models() -> None:
     replica = s.replica("a")
     kept = s.core.rooms.empty(BOX, [replica])
     assert kept.devices[GPU0] == 2 * GIB - replica.placement.device_bytes[0]
-    assert kept.host_bytes == 14 * GIB - replica.placement.host_bytes
+    assert kept.host_bytes == 14 * GIB - s.core.ledger.amount(replica.replica_id, host_account(BOX))
 
 
 def test_replicas_of_other_machines_count_as_active_only() -> None:

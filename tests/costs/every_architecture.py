@@ -175,7 +175,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek4": {
         "attention.head_count_kv": 1, "attention.key_length": 64, "attention.value_length": 64,
         "rope.dimension_count": 32, "attention.q_lora_rank": 64, "attention.output_group_count": 8,
-        "attention.output_lora_rank": 32, "attention.compress_ratios": [0, 0, 4, 128], "attention.compress_rope_freq_base": 160000.0,
+        "attention.output_lora_rank": 32, "attention.compress_ratios": [0, 0, 4, 128],
+        "attention.compress_rope_freq_base": 160000.0,
         "hyper_connection.count": 4, "hyper_connection.sinkhorn_iterations": 2, "hyper_connection.epsilon": 1e-6,
         "hash_layer_count": 0, "swiglu_clamp_exp": 10.0,
     },
