@@ -335,9 +335,6 @@ class Fleet:
 
 
 def _to_book(predicted: int, measured: int) -> int:
-    """What is kept for a loaded replica: what was measured to the report's rounding, or less if it was known exactly."""
-    return (
-        measured + ROUNDING_BYTES
-        if measured > predicted + ROUNDING_BYTES
-        else min(predicted, measured + ROUNDING_BYTES)
-    )
+    """What is kept for a loaded replica: what was measured, to the report's rounding, unless less was predicted."""
+    most = measured + ROUNDING_BYTES
+    return most if measured > predicted + ROUNDING_BYTES else min(predicted, most)

@@ -127,14 +127,14 @@ def test_the_impossible_is_refused_before_anybody_is_evicted() -> None:
 
 
 def test_a_refusal_names_the_context_that_would_fit() -> None:
-    s = Scenario([gpu("600MiB")], ALL, ram="2320MiB")
+    s = Scenario([gpu("600MiB")], ALL, ram="2340MiB")
     request = s.ask("small", n_ctx=32768)
     assert isinstance(s.error(request), Impossible) and "with n_ctx 16384 it would fit" in s.why(request)
     assert s.ask("small", n_ctx=16384) in s.grants
 
 
 def test_an_impossible_request_does_not_take_others_of_its_model_with_it() -> None:
-    s = Scenario([gpu("600MiB")], ALL, ram="2320MiB", auto=False)
+    s = Scenario([gpu("600MiB")], ALL, ram="2340MiB", auto=False)
     s.ask("medium")  # keeps nothing: it does not fit at all
     first = s.ask("small")
     huge, small = s.ask("small", n_ctx=32768), s.ask("small", n_ctx=1024)
@@ -144,7 +144,7 @@ def test_an_impossible_request_does_not_take_others_of_its_model_with_it() -> No
 
 
 def test_who_waits_behind_an_impossible_request_is_served_when_it_is_refused() -> None:
-    s = Scenario([gpu("600MiB")], ALL, ram="2320MiB")
+    s = Scenario([gpu("600MiB")], ALL, ram="2340MiB")
     s.run("small")
     s.join("attic")  # nobody knows yet what it has
     huge, small = s.ask("small", n_ctx=32768), s.ask("small")
