@@ -75,7 +75,31 @@ def breakdown(context: Any) -> dict[str, list[int]]:
     return found
 
 
-def answer(request: dict[str, Any], case: dict[str, Any], log: list[str]) -> dict[str, Any]:
+def attach(model: Any, context: Any, paths: list[str], log: list[str], endpoints: list[str]) -> dict[str, float]:
+    """Attach adapters and decode a token, for that is when the graph is reserved anew; MiB of adapters per device."""
+    if not paths:
+        return {}
+    started = len(log)
+    adapters = [llama_cpp.llama_adapter_lora_init(model, path.encode()) for path in paths]
+    if not all(adapters):
+        return {"refused": 1.0}
+    array = (llama_cpp.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
+    llama_cpp.llama_set_adapters_lora(
+        context, array, len(adapters), (c.c_float * len(adapters))(*[1.0] * len(adapters))
+    )
+    batch = llama_cpp.llama_batch_init(1, 0, 1)
+    batch.n_tokens, batch.token[0], batch.pos[0], batch.n_seq_id[0], batch.seq_id[0][0] = 1, 1, 0, 1, 0
+    batch.logits[0] = 1
+    assert llama_cpp.llama_decode(context, batch) == 0
+    llama_cpp.llama_batch_free(batch)
+    found: dict[str, float] = {}
+    for name, mib in re.findall(r"(\S+) LoRA buffer size = +([\d.]+) MiB", "".join(log[started:])):
+        place = next((f"RPC{i}" for i, endpoint in enumerate(endpoints) if endpoint in name), "host")
+        found[place] = found.get(place, 0.0) + float(mib)
+    return found
+
+
+def answer(request: dict[str, Any], case: dict[str, Any], log: list[str], endpoints: list[str]) -> dict[str, Any]:
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = case["n_gpu_layers"]
     params.no_alloc, params.load_mode, params.use_extra_bufts = not request["real"], 0, False
@@ -107,11 +131,13 @@ def answer(request: dict[str, Any], case: dict[str, Any], log: list[str]) -> dic
     context = llama_cpp.llama_init_from_model(model, wanted)
     if not context:
         return {"error": "".join(log[-8:])}
+    lora = attach(model, context, case.get("adapters") or [], log, endpoints)
     output = re.search(r"output buffer size =\s+([\d.]+)", "".join(log))
     result = {
         "bytes": breakdown(context),
         "n_ctx": llama_cpp.llama_n_ctx(context),
         "output_mib": float(output[1]) if output else 0.0,
+        "lora_mib": lora,
     }
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)
@@ -155,7 +181,7 @@ def main() -> None:
     try:
         for endpoint in endpoints:
             connect(endpoint)
-        answers = [answer(request, case, log) for case in request["cases"]]
+        answers = [answer(request, case, log, endpoints) for case in request["cases"]]
     finally:
         for server in servers:
             server.kill()

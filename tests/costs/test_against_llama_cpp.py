@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,18 @@ def cases_on_two_devices(name: str) -> list[Case]:
 
 
 def ask(
-    paths: dict[str, Path], cases: list[Case], *, devices: int, real: bool, targets: Mapping[str, str] | None = None
+    paths: dict[str, Path],
+    cases: list[Case],
+    *,
+    devices: int,
+    real: bool,
+    targets: Mapping[str, str] | None = None,
+    adapters: Mapping[str, Sequence[Path]] | None = None,
 ) -> list[dict[str, Any]]:
-    """What llama.cpp says about each case, all in one process. `targets`: which models are drafts, and for whom."""
+    """What llama.cpp says about each case, all in one process. `targets`: which models are drafts, and for whom.
+
+    `adapters`: the LoRA adapters of models.
+    """
     request = {
         "real": real,
         "devices": devices,
@@ -71,6 +80,7 @@ def ask(
             {
                 "path": str(paths[name]),
                 "target": str(paths[targets[name]]) if targets and name in targets else None,
+                "adapters": [str(path) for path in (adapters or {}).get(name, ())],
                 "n_gpu_layers": layout.n_gpu_layers,
                 "tensor_split": layout.tensor_split,
                 "experts_pattern": EXPERTS_PATTERN if layout.experts_on_host else None,

@@ -6,7 +6,7 @@ computed in the order in which they are expanded, and that decides what is alive
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from scheduler.costs.cache import EffectiveContext
@@ -20,6 +20,8 @@ _MEAN, _RANK = 1, 4
 _OF_INPUT = ("token_embd.", "position_embd.", "token_types.", "per_layer_token_embd.")
 _BEFORE_LAYERS = ("token_embd_norm.", "per_layer_model_proj.", "per_layer_proj_norm.")
 """Weights that llama.cpp puts with the first layer, though they have no number."""
+_WITHOUT_ADAPTERS = frozenset("attn_q_a attn_q_b attn_kv_a_mqa attn_k_b attn_v_b".split())
+"""Latent attention multiplies by these without looking for adapters."""
 _SCALED_DENSE = frozenset("llama mistral3 qwen3 qwen35 gemma4 cohere2 nemotron_h nemotron_h_moe".split())
 _SCALED_SHARED = frozenset("qwen3next qwen35moe nemotron_h nemotron_h_moe".split())
 _SCALED_EXPERTS = frozenset("llama mistral3 qwen3moe qwen3next qwen35moe gemma4 nemotron_h nemotron_h_moe".split())
@@ -70,7 +72,7 @@ class Build:
         self.flash = flash
         self.tokens = batch.tokens
         self.last = len(model.layers) - 1
-        self._layers, self._weights = model.layers, model.rest
+        self._layers, self._weights, self._n_adapters = model.layers, model.rest, model.n_adapters
         self._type_k, self._type_v = types
         self._places = places
         self._host = host
@@ -121,8 +123,19 @@ class Build:
         y = g.mul_mat(self.needed(il, stem), x)
         scale = self.layer(il, stem, "scale") if scaled and self._scales(stem) else None
         y = g.mul(y, scale) if scale else y
+        if stem not in _WITHOUT_ADAPTERS:
+            for a, b in self._adapters(lambda kind: self.layer(il, stem, kind)):
+                y = g.add(y, g.scale(g.mul_mat(b, g.mul_mat(a, x))))
         bias = self.layer(il, stem, "bias")
         return g.add(y, bias) if bias else y
+
+    def _adapters(self, find: Callable[[str], Node | None]) -> Iterator[tuple[Node, Node]]:
+        """The matrices that adapters bring for a weight; they are no weights to the scheduler."""
+        for no in range(self._n_adapters):
+            a, b = find(f"weight.lora_a.{no}"), find(f"weight.lora_b.{no}")
+            if a and b:
+                a.is_weight = b.is_weight = False
+                yield a, b
 
     def _scales(self, stem: str) -> bool:
         """Whether the graph multiplies by the scale of such a matrix, if it has one."""
@@ -137,7 +150,10 @@ class Build:
         table = self._table()
         tokens = g.fresh_input((self.tokens,), I32)
         given = g.fresh_input((self.arch.n_embd, self.tokens))
-        looked_up = self.graph.expand(g.get_rows(table, tokens))
+        looked_up = g.get_rows(table, tokens)
+        for a, b in self._adapters(lambda kind: self.weight(f"token_embd.{kind}")):
+            looked_up = g.add(looked_up, g.scale(g.mul_mat(b, g.get_rows(a, tokens))))
+        looked_up = self.graph.expand(looked_up)
         self.graph.expand(given)
         if self.hparams.scales_embedding:
             looked_up = g.scale(looked_up)
@@ -155,6 +171,9 @@ class Build:
         y = g.mul_mat(matrix, x)
         scale = self.weight("output.scale")
         y = g.mul(y, scale) if scale else y
+        if self.arch.name != "deepseek2":
+            for a, b in self._adapters(lambda kind: self.weight(f"output.{kind}")):
+                y = g.add(y, g.scale(g.mul_mat(b, g.mul_mat(a, x))))
         bias = self.weight("output.bias")
         y = g.add(y, bias) if bias else y
         x.is_output = True
@@ -543,6 +562,8 @@ class Build:
         if scale and self._scales(stem):
             n = scale.ne[0]
             y = g.mul(y, g.get_rows(g.repeat(g.reshape(scale, 1, n, 1), 1, n, x.ne[2]), ids))
+        for a, b in self._adapters(lambda kind: self.layer(il, stem, kind)):
+            y = g.add(y, g.scale(g.mul_mat_id(b, g.mul_mat_id(a, x, ids), ids)))
         bias = self.layer(il, stem, "bias")
         return g.like("ADD_ID", y, bias, ids) if bias else y
 

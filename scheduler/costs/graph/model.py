@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from scheduler.costs.architecture import Architecture
 from scheduler.costs.ggml_types import GgmlType
@@ -97,6 +97,8 @@ class GraphModel:
     """Per layer, the first layer that its graph does not differ from."""
     same: tuple[int, ...]
     """The same, where also the types of the weights matter."""
+    n_adapters: int = 0
+    """LoRA adapters: their matrices lie beside the weights, as `attn_q.weight.lora_a.0` and so on."""
 
 
 def graph_model(arch: Architecture, meta: Metadata, tensors: Mapping[str, Tensor]) -> GraphModel:
@@ -111,10 +113,29 @@ def graph_model(arch: Architecture, meta: Metadata, tensors: Mapping[str, Tensor
             layers[int(il)][stem] = width
         else:
             rest[tensor.name] = width
+    return GraphModel(arch, read_hparams(meta), tuple(layers), rest, *_likeness(arch, layers))
+
+
+def adapted_graph_model(model: GraphModel, pairs: Sequence[Mapping[str, tuple[Width, Width]]]) -> GraphModel:
+    """`model` with a LoRA adapter for each of `pairs`: two matrices by the name of the weight that they belong to."""
+    layers: list[dict[str, Width]] = [dict(weights) for weights in model.layers]
+    rest = dict(model.rest)
+    for no, adapter in enumerate(pairs):
+        for name, both in adapter.items():
+            prefix, _, tail = name.partition(".")
+            il, _, stem = tail.partition(".")
+            into, key = (layers[int(il)], stem) if prefix == "blk" else (rest, name)
+            into[f"{key}.lora_a.{no}"], into[f"{key}.lora_b.{no}"] = both
+    alike, same = _likeness(model.arch, layers)
+    return replace(model, layers=tuple(layers), rest=rest, alike=alike, same=same, n_adapters=len(pairs))
+
+
+def _likeness(arch: Architecture, layers: Sequence[Mapping[str, Width]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Per layer, the first like it: in shapes, and in types as well."""
     loose: dict[object, int] = {}
     strict: dict[object, int] = {}
     alike, same = [], []
     for i, (kind, weights) in enumerate(zip(arch.layers, layers, strict=True)):
         alike.append(loose.setdefault((kind, *sorted((name, w.ne) for name, w in weights.items())), i))
         same.append(strict.setdefault((kind, *sorted((name, w.ne, w.type.id) for name, w in weights.items())), i))
-    return GraphModel(arch, read_hparams(meta), tuple(layers), rest, tuple(alike), tuple(same))
+    return tuple(alike), tuple(same)
