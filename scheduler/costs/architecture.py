@@ -10,7 +10,7 @@ Widths are elements per cell (one token of one sequence), never bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scheduler.costs.families import (
     CACHELESS,
@@ -107,6 +107,8 @@ class Architecture:
     streams_apart: bool
     """Sequences never share a cache, not even a unified one (deepseek4)."""
     layers: tuple[LayerKind, ...]
+    predictors: tuple[LayerKind, ...]
+    """The prediction layers at the end as a context of their own sees them: loaded, with a cache."""
 
     def kv_source(self, il: int) -> int:
         """The layer whose cache layer `il` reads (the `reuse` callback of `create_memory`)."""
@@ -208,6 +210,17 @@ def read_architecture(meta: Metadata) -> Architecture:
         residual_streams=_residual_streams(meta, n_layer),
         streams_apart=arch == "deepseek4",
         layers=tuple(layers),
+        predictors=tuple(
+            replace(
+                layers[il],
+                k_width=layers[il].head_k * kv_heads[il],
+                v_width=0 if mla else v_widths[il],
+                is_attention=True,
+                is_loaded=True,
+                compression=0,
+            )
+            for il in range(n_layer, n_layer_all)
+        ),
     )
 
 

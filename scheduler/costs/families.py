@@ -44,6 +44,14 @@ UNUSABLE = {
 }
 """Architectures that llama.cpp lists and cannot run, and what follows."""
 
+PREDICTING = frozenset(
+    """
+    deepseek2 deepseek32 glm-dsa glm4moe qwen3next qwen35 qwen35moe bailingmoe3 nemotron_h_moe step35 mimo2 cohere2moe
+    hy_v3 deepseek4
+    """.split()
+)
+"""Whose prediction layers (nextn, MTP) llama.cpp can run in a context of their own; others carry them in vain."""
+
 DRAFTS = frozenset({"dflash", "eagle3", "gemma4-assistant"})
 """They guess ahead for another model, whose context (`ctx_other`) they cannot do without."""
 

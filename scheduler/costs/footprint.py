@@ -7,13 +7,17 @@ and some milliseconds the first time a graph is drawn.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from scheduler.costs import cache
 from scheduler.costs.cache import EffectiveContext, output_bytes, place_cache
 from scheduler.costs.compute import place_compute
 from scheduler.costs.graph.buffers import exact_compute, has_template
 from scheduler.costs.params import ContextParams, DeviceBytes, Footprint, HostBytes, Layout
+from scheduler.costs.predictor import Predictor
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.weights import assign_layers, place_weights
+from scheduler.errors import Rejected
 
 
 def effective_context(shape: ModelShape, context: ContextParams) -> EffectiveContext:
@@ -27,6 +31,32 @@ def effective_context(shape: ModelShape, context: ContextParams) -> EffectiveCon
 def computes_exactly(shape: ModelShape) -> bool:
     """Whether the compute bytes of `footprint` are llama.cpp's own, and not a bound that no load exceeds."""
     return has_template(shape.graph)
+
+
+def with_mtp(shape: ModelShape) -> ModelShape:
+    """`shape` with its prediction layers loaded (`load_mtp`). Raises Rejected where it has none that llama.cpp runs."""
+    return replace(shape, weights=_predictor(shape).weights)
+
+
+def mtp_footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:
+    """What a second context that runs the prediction layers takes besides the first; weights are `with_mtp`'s.
+
+    Cache and logits are exact, compute buffers a bound. Raises Rejected as `with_mtp` and `footprint`.
+    """
+    predictor = _predictor(shape)
+    places = assign_layers(layout, shape.n_layer_all)
+    kv, host_kv = place_cache(predictor.arch, layout, places, context)
+    compute, host_compute = place_compute(predictor.arch, predictor.demand, predictor.weights, layout, places, context)
+    return Footprint(
+        devices=tuple(DeviceBytes(0, k, c) for k, c in zip(kv, compute, strict=True)),
+        host=HostBytes(0, host_kv, host_compute, output_bytes(predictor.arch, shape.n_vocab, context)),
+    )
+
+
+def _predictor(shape: ModelShape) -> Predictor:
+    if shape.predictor is None:
+        raise Rejected(f"this {shape.architecture} model has no prediction layers that llama.cpp can run")
+    return shape.predictor
 
 
 def footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:

@@ -19,6 +19,7 @@ from scheduler.costs.families import ENCODERS
 from scheduler.costs.graph.model import GraphModel, graph_model
 from scheduler.costs.header import Array, Header, Tensor, read_header
 from scheduler.costs.metadata import Metadata
+from scheduler.costs.predictor import Predictor, read_predictor
 from scheduler.costs.vocabulary import Vocabulary, read_vocabulary
 from scheduler.costs.weights import StoredSums, WeightSums, sum_stored, sum_weights
 from scheduler.errors import InvalidGGUF
@@ -39,6 +40,8 @@ class ModelShape:
     vocabulary: Vocabulary
     stored: StoredSums
     weights: WeightSums
+    predictor: Predictor | None
+    """The prediction layers (nextn, MTP), where the model has some that llama.cpp can run."""
     demand: ModelDemand
     """What the compute buffers are bounded from, where no template draws the model's graph."""
     graph: GraphModel
@@ -136,6 +139,7 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         vocabulary=read_vocabulary(meta, n_vocab),
         stored=sum_stored(arch, tensors),
         weights=weights,
+        predictor=read_predictor(arch, tensors, n_vocab),
         demand=model_demand(arch, tensors, n_vocab),
         graph=graph_model(arch, meta, tensors),
         weights_bytes=sum(by_type.values()),

@@ -157,8 +157,8 @@ def kv_bytes(row_bytes: int, row_pad_bytes: int, rows: int, kind: DeviceKind | N
     return pad(row_bytes * rows, _ALIGNMENT["host"])
 
 
-def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor]) -> WeightSums:
-    """Sort the tensors by place and add up their padded sizes."""
+def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor], *, load_mtp: bool = False) -> WeightSums:
+    """Sort the tensors by place and add up their padded sizes; with `load_mtp` those of prediction layers, too."""
     n = arch.n_layer_all
     inputs, outputs, ropes = Padded(), Padded(), Padded()
     layers, experts = [Padded()] * n, [Padded()] * n
@@ -172,7 +172,7 @@ def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor]) -> WeightSums
             continue
         if match:
             il = min(int(match[1]), n - 1)
-            if not arch.layers[il].is_loaded and not (kept and kept.match(match[2])):
+            if not (load_mtp or arch.layers[il].is_loaded) and not (kept and kept.match(match[2])):
                 continue
             if _EXPERTS.search(tensor.name):
                 experts[il] += padded(tensor)
@@ -203,7 +203,7 @@ def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor]) -> WeightSums
         tied=padded(embedding) if is_tied and embedding else Padded(),
         tied_on_host=padded(embedding) if is_tied and embedding and arch.name in _COPIED_ON_HOST else Padded(),
         rope=ropes,
-        rope_layers=tuple(_takes_rope(arch, il, layers[il]) for il in range(n)),
+        rope_layers=tuple(_takes_rope(arch, il, layers[il]) or load_mtp for il in range(n)),
         experts_bytes=experts_bytes,
         largest_layer_tensor_bytes=tuple(largest),
         largest_expert_tensor_bytes=tuple(largest_expert),

@@ -113,6 +113,7 @@ def answer(request: dict[str, Any], case: dict[str, Any], log: list[str], endpoi
         overrides = (Override * 2)(Override(case["experts_pattern"].encode(), cpu), Override(None, None))
         params.tensor_buft_overrides = c.cast(overrides, P)
         keep.append(overrides)
+    params.load_mtp = bool(case.get("mtp"))
     model = llama_cpp.llama_model_load_from_file(case["path"].encode(), params)
     if not model:
         return {"error": "".join(log[-8:])}
@@ -122,6 +123,7 @@ def answer(request: dict[str, Any], case: dict[str, Any], log: list[str], endpoi
         setattr(wanted, key, asked[key])
     wanted.type_k, wanted.type_v = asked["type_k"], asked["type_v"]
     wanted.flash_attn_type = 1 if asked["flash_attn"] == "on" else 0
+    wanted.ctx_type = 1 if case.get("mtp") else 0
     target = target_context = None
     if case.get("target"):  # a draft reads the vocabulary, or the cache, of the model that it guesses for
         target = llama_cpp.llama_model_load_from_file(case["target"].encode(), params)

@@ -68,10 +68,11 @@ def ask(
     real: bool,
     targets: Mapping[str, str] | None = None,
     adapters: Mapping[str, Sequence[Path]] | None = None,
+    mtp: bool = False,
 ) -> list[dict[str, Any]]:
     """What llama.cpp says about each case, all in one process. `targets`: which models are drafts, and for whom.
 
-    `adapters`: the LoRA adapters of models.
+    `adapters`: the LoRA adapters of models. `mtp`: the context is one for the prediction layers.
     """
     request = {
         "real": real,
@@ -81,6 +82,7 @@ def ask(
                 "path": str(paths[name]),
                 "target": str(paths[targets[name]]) if targets and name in targets else None,
                 "adapters": [str(path) for path in (adapters or {}).get(name, ())],
+                "mtp": mtp,
                 "n_gpu_layers": layout.n_gpu_layers,
                 "tensor_split": layout.tensor_split,
                 "experts_pattern": EXPERTS_PATTERN if layout.experts_on_host else None,
