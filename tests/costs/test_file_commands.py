@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import typer
 from gguf_shapes import SMALL, write_model
+from test_adapters import adapter_file
+from test_projectors import gemma3
 from typer.testing import CliRunner
 
 from actors.measurements import MeasurementStore, llama_build, measurements_path
@@ -63,7 +65,7 @@ def test_the_contract_in_full(model: Path) -> None:
         "swa_full": True,
     }  # fmt: skip
     [answer] = costs(model, [case])
-    assert list(answer) == ["devices", "host", "sources", "measured"]
+    assert list(answer) == ["devices", "host", "host_ram", "sources", "measured"]
     assert answer["sources"] == {"weights": "rules", "kv": "rules", "compute": "graph", "output": "rules"}
     assert answer["measured"] is None
     assert list(answer["devices"]) == ["left", "right"]
@@ -129,7 +131,7 @@ def test_neither_ray_nor_llama_cpp_is_imported(model: Path) -> None:
     program = f"""
 import sys
 from arriero.cli import files
-files.footprint({str(model)!r}, None, True)
+files.footprint({str(model)!r}, json=True)
 files.inspect({str(model)!r}, False)
 print(sorted({{"ray", "llama_cpp", "numpy", "pydantic"}} & set(sys.modules)))
 """
@@ -168,3 +170,42 @@ def test_a_damaged_database_is_no_matter_of_this_command(model: Path) -> None:
         assert costs(model, [{}])[0]["measured"] is None
     finally:
         measurements_path().unlink()
+
+
+def test_host_ram_is_told_steady_and_at_its_peak(model: Path) -> None:
+    [mapped, read] = costs(model, [{"n_gpu_layers": 0}, {"n_gpu_layers": 0, "use_mmap": False}])
+    parts = mapped["host_ram"]["parts"]
+    assert mapped["host_ram"]["mapped_bytes"] == mapped["host"]["weights_bytes"]
+    assert mapped["host_ram"]["steady_bytes"] + mapped["host"]["weights_bytes"] == read["host_ram"]["steady_bytes"]
+    assert mapped["host_ram"]["peak_bytes"] >= mapped["host_ram"]["steady_bytes"] > parts["process_bytes"]
+    with pytest.raises(Rejected, match="use_mmap must be true or false"):
+        costs(model, [{"use_mmap": 1}])
+
+
+def test_what_comes_with_a_model_is_costed_with_it(tmp_path: Path) -> None:
+    spec = SMALL["glm4moe-nextn"]
+    model = write_model(spec, tmp_path / "model.gguf", vocabulary=False)
+    draft = write_model(SMALL["llama"], tmp_path / "draft.gguf", vocabulary=False)
+    lora = adapter_file(spec, 8, r"blk\.[0-5]\.attn_q\.weight").write(tmp_path / "style.gguf")
+    mmproj = gemma3().write(tmp_path / "mmproj.gguf")
+    [alone, _] = json.loads(run("footprint", model, "--json"))
+    companions = ["--lora", lora, "--mmproj", mmproj, "--draft", draft, "--mtp"]
+    [all_of_it, on_host] = json.loads(run("footprint", model, *companions, "--json"))
+    assert list(all_of_it["beside"]) == ["mtp", "draft", "mmproj"]
+    for name in ("draft", "mmproj"):
+        assert all_of_it["beside"][name]["devices"]["gpu0"]["weights_bytes"] > 0
+        assert on_host["beside"][name]["host"]["weights_bytes"] > 0
+    assert all_of_it["beside"]["mtp"]["devices"]["gpu0"]["kv_bytes"] > 0
+    device = all_of_it["devices"]["gpu0"]
+    assert device["weights_bytes"] > alone["devices"]["gpu0"]["weights_bytes"]
+    assert device["kv_bytes"] == alone["devices"]["gpu0"]["kv_bytes"]
+    assert all_of_it["host_ram"]["steady_bytes"] > alone["host_ram"]["steady_bytes"]
+    table = run("footprint", model, *companions)
+    assert all(f"+ {name}" in table for name in ("mtp", "draft", "mmproj"))
+
+
+def test_companions_that_cannot_be_are_refused(model: Path) -> None:
+    with pytest.raises(Rejected, match="no prediction layers"):
+        run("footprint", model, "--mtp")
+    with pytest.raises(Rejected, match="No such file"):
+        run("footprint", model, "--mmproj", model.with_name("missing.gguf"))

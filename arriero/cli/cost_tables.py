@@ -1,0 +1,93 @@
+"""What `arriero inspect` and `arriero footprint` print for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from arriero.cli.bill import Bill
+from scheduler.costs.footprint import computes_exactly, effective_context
+from scheduler.costs.measurements import MeasuredLoad
+from scheduler.costs.params import Footprint
+from scheduler.costs.shape import ModelShape
+from scheduler.units import format_bytes
+
+BOUND = "an architecture that Arriero's formulas do not know: every figure is a cautious upper bound"
+
+
+def layer_kind(shape: ModelShape, il: int) -> str:
+    layer = shape.arch.layers[il]
+    if layer.is_recurrent:
+        return "recurrent and attention" if layer.is_attention else "recurrent"
+    if layer.is_attention:
+        return "sliding window" if layer.is_swa else "attention"
+    return "feed forward"
+
+
+def show_model(shape: ModelShape) -> None:
+    console = Console()
+    facts = [
+        f"{shape.architecture}, mostly {shape.quantization}",
+        f"{format_bytes(shape.weights_bytes)} of weights in {shape.n_tensors} tensors and {len(shape.paths)} file(s)",
+        f"trained on {shape.n_ctx_train} tokens of context",
+        f"{shape.n_vocab} tokens in the vocabulary",
+    ]
+    if shape.is_moe:
+        experts = format_bytes(shape.experts_bytes)
+        facts.append(f"{shape.n_expert_used} of {shape.n_expert} experts used, {experts} in all")
+    console.print(f"[bold]{shape.name or Path(shape.paths[0]).name}[/]: " + "; ".join(facts))
+    if not shape.known_architecture:
+        console.print(f"[yellow]{BOUND}[/]")
+    table = Table("layers", "kind", "weights each", "experts each", title=f"{shape.n_layer_all} layers")
+    rows = [
+        (layer_kind(shape, il), format_bytes(stored.weights), format_bytes(stored.experts) if stored.experts else "")
+        for il, stored in enumerate(shape.stored.layers)
+    ]
+    first = 0
+    for il in range(1, len(rows) + 1):
+        if il == len(rows) or rows[il] != rows[first]:
+            table.add_row(f"{first}" if il - first == 1 else f"{first} to {il - 1}", *rows[first])
+            first = il
+    console.print(table)
+    console.print(
+        f"before the layers {format_bytes(shape.stored.input)}, after them {format_bytes(shape.stored.output)}"
+    )
+
+
+def show_costs(shape: ModelShape, bills: list[Bill], measured: list[MeasuredLoad | None]) -> None:
+    """A table with a section per case, and what host RAM the process takes."""
+    console = Console()
+    if not shape.known_architecture:
+        console.print(f"[yellow]{shape.architecture}: {BOUND}[/]")
+    table = Table("case", "where", "weights", "cache", "compute", "output", "all")
+    for number, (bill, load) in enumerate(zip(bills, measured, strict=True)):
+        size = effective_context(shape, bill.context)
+        names = [device.name for device in bill.layout.devices]
+        _add_rows(table, f"{number}: {size.n_seq_max} x {size.n_ctx_seq} tokens", names, bill.cost)
+        for companion, cost in bill.beside.items():
+            _add_rows(table, f"+ {companion}", names, cost)
+        if load is not None:
+            times = "once" if load.loads == 1 else f"{load.loads} times"
+            _add_rows(table, f"measured {times}", names, load.buffers)
+        host = bill.host
+        parts = f"at most {format_bytes(bill.peak_bytes)} while loading, and {format_bytes(host.mapped_bytes)} mapped"
+        table.add_row("", "process", "", "", "", "", f"{format_bytes(bill.steady_bytes)}; {parts}")
+        table.add_section()
+    console.print(table)
+    if shape.known_architecture:
+        compute = (
+            "compute buffers too" if computes_exactly(shape) else "compute buffers are a bound that no load exceeds"
+        )
+        console.print(f"weights, cache and output are to the byte, {compute}")
+
+
+def _add_rows(table: Table, case: str, names: list[str], cost: Footprint) -> None:
+    for name, device in zip(names, cost.devices, strict=True):
+        parts = (device.weights_bytes, device.kv_bytes, device.compute_bytes)
+        table.add_row(case, name, *map(format_bytes, parts), "", format_bytes(device.total_bytes))
+        case = ""
+    host = cost.host
+    shares = (host.weights_bytes, host.kv_bytes, host.compute_bytes, host.output_bytes, host.total_bytes)
+    table.add_row(case, "host", *map(format_bytes, shares))
