@@ -144,7 +144,9 @@ class Effects:
         finally:
             reporting.cancel()
         if isinstance(outcome, LoadFailure):
-            return ev.ReplicaFailed(replica_id, outcome.kind, outcome.message)
+            buffers = outcome.buffers
+            would_take = Footprint(buffers.devices, buffers.host) if buffers else None
+            return ev.ReplicaFailed(replica_id, outcome.kind, outcome.message, would_take)
         return ready_event(replica_id, outcome)
 
     async def _start_runner(self, command: cmd.StartReplica) -> tuple[Any, int]:
@@ -186,6 +188,7 @@ class Effects:
             host_required_bytes=placement.host_bytes,
             use_mmap=command.use_mmap,
             use_extra_bufts=command.use_extra_bufts,
+            preflight=command.preflight,
             placement=placement,
         )
 

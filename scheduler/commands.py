@@ -26,6 +26,7 @@ class StartReplica:
     n_threads: int
     use_mmap: bool
     use_extra_bufts: bool
+    preflight: bool = False  # ask llama.cpp first what it would allocate
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,11 @@ class Policy(_Strict):
     lease_ttl_s: float = Field(
         60.0, gt=0, description="a slot is taken back when its lease is not renewed in this time"
     )
+    preflight: Literal["unverified", "always", "never"] = Field(
+        "unverified",
+        description="ask llama.cpp what it would allocate before a first load: of models whose architecture or "
+        "llama.cpp the formulas were not checked with, of all, or never",
+    )
     load_timeout_s: float = Field(900.0, gt=0, description="a load that takes longer has failed")
     release_timeout_s: float = Field(20.0, gt=0, description="how long evicted memory may take to come back")
     max_load_attempts: int = Field(3, ge=1, description="loads tried for one model before its requests are refused")

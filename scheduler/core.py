@@ -286,6 +286,9 @@ class SchedulerCore:
         model = self.models.by_name.get(replica.model)
         if model is None:
             return
+        if event.kind == "underestimated" and event.buffers is not None:
+            self.fleet.learn_prediction(replica, event.buffers)
+            return  # no failure of the model: the next plan reserves what llama.cpp wants
         if event.kind == "invalid_model":
             self.models.shaped(replica.placement.node_id, replica.path, None, invalid=event.message)
             return

@@ -13,7 +13,7 @@ from scheduler.costs.params import Footprint
 from scheduler.costs.shape import ModelShape
 from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
 
-FailureKind = Literal["refused", "out_of_memory", "invalid_model", "crashed", "failed"]
+FailureKind = Literal["refused", "underestimated", "out_of_memory", "invalid_model", "crashed", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +110,15 @@ class ReplicaReady:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFailed:
-    """A load that did not happen; its runner still has to be cleaned up."""
+    """A load that did not happen; its runner still has to be cleaned up.
+
+    `buffers`: what llama.cpp would allocate, of a load that was "underestimated".
+    """
 
     replica_id: ReplicaId
     kind: FailureKind
     message: str
+    buffers: Footprint | None = None
 
 
 @dataclass(frozen=True, slots=True)

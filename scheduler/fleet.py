@@ -24,6 +24,7 @@ from scheduler.cluster.ledger import ACTIVE, AccountId, Ledger, cores_account, d
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.config import Catalogue
+from scheduler.costs.footprint import is_verified
 from scheduler.costs.measurements import ROUNDING_BYTES, Measurements, load_key
 from scheduler.costs.params import Footprint
 from scheduler.errors import InvariantBroken
@@ -148,8 +149,19 @@ class Fleet:
                 n_threads=replica.n_threads,
                 use_mmap=params.use_mmap is not False,
                 use_extra_bufts=bool(params.use_extra_bufts),
+                preflight=self._asks_first(model, replica),
             )
         )
+
+    def _asks_first(self, model: Model | None, replica: Replica) -> bool:
+        """Whether llama.cpp is asked before this load: never twice for the same."""
+        if self.policy.preflight == "never" or model is None or model.shape is None:
+            return False
+        placement = replica.placement
+        build = self._inventory.nodes[placement.node_id].facts.llama_build
+        if self._measurements.load(model.shape, placement.layout, placement.context, build) is not None:
+            return False
+        return self.policy.preflight == "always" or not is_verified(model.shape, build)
 
     def ready(self, replica: Replica, event: ev.ReplicaReady, now: float) -> None:
         """Loaded. Books what the load really took instead of what was predicted."""
@@ -189,7 +201,7 @@ class Fleet:
             amounts[device_account(device_id)] = share.total_bytes + overhead
         return amounts
 
-    def _learn(self, replica: Replica) -> None:
+    def _learn(self, replica: Replica, times: int = 1) -> None:
         """Remember what the load took, for the next time and after a restart."""
         model, placement = self._models.by_name.get(replica.model), replica.placement
         if model is None or model.shape is None or replica.measured is None:
@@ -197,7 +209,12 @@ class Fleet:
         build = self._inventory.nodes[placement.node_id].facts.llama_build
         what = model.shape, placement.layout, placement.context, build
         replica.load_key = load_key(*what)
-        self._out.remember(self._measurements.loaded(*what, replica.measured))
+        self._out.remember(self._measurements.loaded(*what, replica.measured, times=times))
+
+    def learn_prediction(self, replica: Replica, buffers: Footprint) -> None:
+        """Remember what llama.cpp would have allocated, so that the next plan is made with it."""
+        replica.measured = buffers
+        self._learn(replica, times=0)
 
     def remember_extra(self, model: Model) -> None:
         """Keep what the model is given on top of its prediction, also when that is nothing any more."""

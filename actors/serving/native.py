@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp._internals import LlamaBatch, LlamaSampler
 
+from actors.serving.breakdown import memory_breakdown
 from actors.serving.buffers import parse_buffers
 from actors.serving.journal import LogLine, error_text, llama_log
 from actors.serving.model import Row
 from actors.serving.protocol import BufferSizes, LoadFailed, LoadFailureKind, LoadSpec, Sampling
 from actors.serving.sampling import build_sampler
-from scheduler.costs.params import ContextParams
+from scheduler.costs.params import ContextParams, Footprint
 
 EXPERTS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 """Names of the MoE expert tensors, as llama.cpp's own --cpu-moe matches them (common/common.h, LLM_FFN_EXPS_REGEX)."""
@@ -55,7 +56,16 @@ def _ggml(name: str, result: Any, *arguments: Any) -> Any:
 class NativeModel:
     """A loaded model with its context. `close()` frees both; a failed load raises LoadFailed and leaves nothing."""
 
-    def __init__(self, spec: LoadSpec, rpc_endpoints: Sequence[str], on_progress: Callable[[float], object]) -> None:
+    def __init__(
+        self,
+        spec: LoadSpec,
+        rpc_endpoints: Sequence[str],
+        on_progress: Callable[[float], object],
+        *,
+        no_alloc: bool = False,
+    ) -> None:
+        """`no_alloc`: nothing is loaded, and all that can be asked is the `breakdown`."""
+        self._no_alloc = no_alloc
         self._model: Any = None
         self._context: Any = None
         self._batch: LlamaBatch | None = None
@@ -88,6 +98,7 @@ class NativeModel:
     ) -> list[str]:
         """Loads the weights; returns the name of each device's buffers as llama.cpp logs them."""
         devices, device_buffers = _find_devices(spec, rpc_endpoints)
+        self._devices = devices
         if len(spec.tensor_split) not in ({len(devices)} if len(devices) > 1 else {0, len(devices)}):
             raise LoadFailed("failed", f"tensor_split has {len(spec.tensor_split)} shares for {len(devices)} devices")
         params = llama_cpp.llama_model_default_params()
@@ -99,6 +110,8 @@ class NativeModel:
         params.tensor_split = split
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if spec.use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         params.use_extra_bufts = spec.use_extra_bufts
+        if self._no_alloc:
+            params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
         overrides = (_BufferOverride * 2)()
         if spec.experts_on_host:
             overrides[0].pattern = EXPERTS
@@ -164,6 +177,10 @@ class NativeModel:
         self._batch = LlamaBatch(n_tokens=self.n_batch, embd=0, n_seq_max=1, verbose=False)
         # Embeddings are computed only in the turns that want them: they make every token of a batch an output.
         llama_cpp.llama_set_embeddings(self._context, False)
+
+    def breakdown(self) -> Footprint | None:
+        """llama.cpp's own sums, to the byte; None where it cannot be asked."""
+        return memory_breakdown(self._context, self._devices, self.buffers.host.output_bytes)
 
     def close(self) -> None:
         """Frees the context and the model; safe to call twice."""

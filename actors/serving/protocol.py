@@ -40,6 +40,7 @@ class LoadSpec:
     use_mmap: bool = True
     use_extra_bufts: bool = False
     placement: Placement | None = None  # the scheduler's own record, kept for one that restarts
+    preflight: bool = False  # ask llama.cpp first what it would allocate
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,23 +104,27 @@ class EmbedResult:
     prompt_tokens: int
 
 
-LoadFailureKind = Literal["refused", "out_of_memory", "invalid_model", "crashed", "failed"]
+LoadFailureKind = Literal["refused", "underestimated", "out_of_memory", "invalid_model", "crashed", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadFailure:
-    """Why a load did not happen. "refused": live memory was below the reservation, nothing was loaded."""
+    """Why a load did not happen. "refused": live memory was below the reservation, nothing was loaded.
+
+    "underestimated": the pre-flight says that the load would take more than was reserved, namely `buffers`.
+    """
 
     kind: LoadFailureKind
     message: str
+    buffers: BufferSizes | None = None
 
 
 class LoadFailed(Exception):
     """A load that did not happen, inside the runner's process; across processes it travels as its `LoadFailure`."""
 
-    def __init__(self, kind: LoadFailureKind, message: str) -> None:
+    def __init__(self, kind: LoadFailureKind, message: str, buffers: BufferSizes | None = None) -> None:
         super().__init__(message)
-        self.failure = LoadFailure(kind, message)
+        self.failure = LoadFailure(kind, message, buffers)
 
 
 @dataclass(frozen=True, slots=True)

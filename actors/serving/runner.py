@@ -11,6 +11,7 @@ crosses Ray costs a traceback and its class.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import time
@@ -27,6 +28,7 @@ from actors.devices.nvml import read_gpu
 from actors.devices.processes import started_at_s
 from actors.devices.virtual import DeviceProcess, read_virtual_gpu, start_device_process
 from actors.serving.engine import Engine
+from actors.serving.preflight import PreflightUnavailable, ask_llama_cpp, check_prediction
 from actors.serving.protocol import (
     Chunk,
     EmbedRequest,
@@ -46,6 +48,8 @@ from scheduler.units import DeviceId, NodeId, format_bytes
 
 Result = TypeVar("Result")
 EngineLoader = Callable[[LoadSpec, Sequence[str], Callable[[float], object]], Engine]
+
+log = logging.getLogger(__name__)
 
 STREAMS = 64
 """Answers one runner actor can stream at once: more than any sensible number of slots, so that waiting for a slot
@@ -105,6 +109,8 @@ class Runner:
         started = time.monotonic()
         try:
             check_memory(spec)
+            if spec.preflight:
+                preflight(spec)
             self._start_devices(spec)
             self._engine = self._load_engine(spec, [device.endpoint for device in self._devices], self._advance)
         except LoadFailed as error:
@@ -236,6 +242,14 @@ def check_memory(spec: LoadSpec) -> None:
             f"the host has {format_bytes(available_bytes)} of memory available; "
             f"{spec.model} needs {format_bytes(spec.host_required_bytes)} there",
         )
+
+
+def preflight(spec: LoadSpec) -> None:
+    """Raises LoadFailed where llama.cpp says that this load would take more than was reserved, or end the process."""
+    try:
+        check_prediction(spec, ask_llama_cpp(spec))
+    except PreflightUnavailable as reason:
+        log.warning("%s is loaded without a pre-flight: %s", spec.model, reason)
 
 
 def _read_device(device: LoadDevice) -> DeviceReading:

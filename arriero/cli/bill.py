@@ -22,6 +22,10 @@ class Bill:
     cost: Footprint
     beside: Mapping[str, Footprint]
     host: HostMemory
+    verified: Footprint | None = None
+    """What llama.cpp says, where it was asked and did answer."""
+    unverified: str = ""
+    """Why it did not."""
 
     @property
     def beside_host_bytes(self) -> int:

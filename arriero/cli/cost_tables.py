@@ -70,12 +70,17 @@ def show_costs(shape: ModelShape, bills: list[Bill], measured: list[MeasuredLoad
             _add_rows(table, f"+ {companion}", names, cost)
         if load is not None:
             times = "once" if load.loads == 1 else f"{load.loads} times"
-            _add_rows(table, f"measured {times}", names, load.buffers)
-        host = bill.host
-        parts = f"at most {format_bytes(bill.peak_bytes)} while loading, and {format_bytes(host.mapped_bytes)} mapped"
-        table.add_row("", "process", "", "", "", "", f"{format_bytes(bill.steady_bytes)}; {parts}")
+            _add_rows(table, f"measured {times}" if load.loads else "asked llama.cpp", names, load.buffers)
+        if bill.verified is not None:
+            _add_rows(table, "llama.cpp says", names, bill.verified)
         table.add_section()
     console.print(table)
+    for number, bill in enumerate(bills):
+        ram, most = format_bytes(bill.steady_bytes), format_bytes(bill.peak_bytes)
+        mapped = format_bytes(bill.host.mapped_bytes)
+        console.print(f"case {number}: the process keeps {ram} of host RAM, {most} while loading, and maps {mapped}")
+        if bill.unverified:
+            console.print(f"[yellow]case {number}: {bill.unverified}[/]")
     if shape.known_architecture:
         compute = (
             "compute buffers too" if computes_exactly(shape) else "compute buffers are a bound that no load exceeds"

@@ -44,6 +44,9 @@ def footprint(
     mmproj: Annotated[Path | None, typer.Option(help="A projector for images or sounds.")] = None,
     draft: Annotated[Path | None, typer.Option(help="A small model that guesses ahead for this one.")] = None,
     mtp: Annotated[bool, typer.Option("--mtp", help="Load and run the model's own prediction layers.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Ask the llama.cpp of this machine, which must have the devices, as well.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Bytes that a model takes per device and in host RAM, with what comes with it."""
@@ -61,6 +64,10 @@ def footprint(
             bills.append(make_bill(shape, companions, case))
         except Rejected as error:
             raise Rejected(f"grid[{index}]: {error.message}") from None
+    if verify:
+        from arriero.cli.verify import verified
+
+        bills = [verified(file, bill, case) for bill, case in zip(bills, cases, strict=True)]
     measured = _measured(shape, bills)
     if json:
         answers = [_answer_bill(shape, bill, load) for bill, load in zip(bills, measured, strict=True)]
@@ -136,6 +143,10 @@ def _answer_bill(shape: ModelShape, bill: Bill, load: MeasuredLoad | None) -> di
         "mapped_bytes": bill.host.mapped_bytes,
         "parts": asdict(bill.host),
     }
+    if bill.verified is not None:
+        answer["verified"] = _answer(bill.layout, bill.verified)
+    elif bill.unverified:
+        answer["verified"] = {"error": bill.unverified}
     return answer | {"sources": _sources(shape), "measured": _measured_answer(bill.layout, load)}
 
 

@@ -13,6 +13,7 @@ from scheduler.costs import cache
 from scheduler.costs.cache import EffectiveContext, output_bytes, place_cache
 from scheduler.costs.compute import place_compute
 from scheduler.costs.graph.buffers import exact_compute, has_template
+from scheduler.costs.graph.templates import CHECKED_WITH
 from scheduler.costs.params import ContextParams, DeviceBytes, Footprint, HostBytes, Layout
 from scheduler.costs.predictor import Predictor
 from scheduler.costs.shape import ModelShape
@@ -31,6 +32,11 @@ def effective_context(shape: ModelShape, context: ContextParams) -> EffectiveCon
 def computes_exactly(shape: ModelShape) -> bool:
     """Whether the compute bytes of `footprint` are llama.cpp's own, and not a bound that no load exceeds."""
     return has_template(shape.graph)
+
+
+def is_verified(shape: ModelShape, build: str) -> bool:
+    """Whether the formulas were checked with this architecture and this release of llama-cpp-python."""
+    return shape.known_architecture and build.partition("+")[0] in CHECKED_WITH
 
 
 def with_mtp(shape: ModelShape) -> ModelShape:

@@ -136,13 +136,20 @@ class Measurements:
         return self._loads.get(load_key(shape, layout, context, build))
 
     def loaded(
-        self, shape: ModelShape, layout: Layout, context: ContextParams, build: str, buffers: Footprint
+        self,
+        shape: ModelShape,
+        layout: Layout,
+        context: ContextParams,
+        build: str,
+        buffers: Footprint,
+        *,
+        times: int = 1,
     ) -> Record:
-        """A load succeeded, with these buffers."""
+        """A load succeeded, with these buffers; `times` 0: llama.cpp only said that it would take them."""
         key = load_key(shape, layout, context, build)
         before = self._loads.get(key)
         outside = before.outside_bytes if before else (0,) * len(buffers.devices)
-        load = MeasuredLoad(buffers, outside, (before.loads if before else 0) + 1)
+        load = MeasuredLoad(buffers, outside, (before.loads if before else 0) + times)
         self._remember(key, load)
         return Record("load", key, asdict(load))
 

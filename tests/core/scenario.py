@@ -297,11 +297,13 @@ class Scenario:
         self.send(ev.ReplicaStarted(command.replica_id, runner.pid))
         return runner
 
-    def fail_load(self, model: str, kind: Any = "crashed", message: str = "it crashed") -> None:
+    def fail_load(
+        self, model: str, kind: Any = "crashed", message: str = "it crashed", buffers: Footprint | None = None
+    ) -> None:
         """The newest load of `model` fails; its process is gone at once."""
         command = next(c for c in reversed(self.started) if c.model == model)
         self.runners.pop(command.replica_id, None)
-        self.send(ev.ReplicaFailed(command.replica_id, kind, message))
+        self.send(ev.ReplicaFailed(command.replica_id, kind, message, buffers))
         if not self.auto:
             self.gone(command.replica_id)
 

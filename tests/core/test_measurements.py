@@ -94,13 +94,13 @@ def test_a_second_load_is_given_what_the_first_really_took() -> None:
     s = Scenario([gpu("8GiB")], {"a": M})
     s.run("a")
     first = s.replica("a").placement
-    s.reported["a"] = Footprint((DeviceBytes(first.device_bytes[0] + 512 * MIB),), HostBytes())
+    s.reported["a"] = Footprint((DeviceBytes(first.device_bytes[0] + 32 * MIB),), HostBytes())
     s.unload("a")
     s.run("a")  # takes half a GiB more than was predicted
     assert s.announced("footprint_exceeded")
     s.unload("a")
     s.run("a")
-    assert s.replica("a").placement.device_bytes[0] >= first.device_bytes[0] + 512 * MIB
+    assert s.replica("a").placement.device_bytes[0] >= first.device_bytes[0] + 32 * MIB
     again = Scenario([gpu("8GiB")], {"a": M}, records=s.remembered())
     again.run("a")
     assert again.replica("a").placement.device_bytes == s.replica("a").placement.device_bytes
@@ -143,3 +143,37 @@ def test_what_a_card_loses_besides_the_buffers_is_learned_from_replicas_that_ser
     s.unload("a")
     s.run("a")
     assert s.replica("a").placement.overhead_bytes == (seen,)
+
+
+@pytest.mark.parametrize(("preflight", "asks"), [("unverified", True), ("always", True), ("never", False)])
+def test_llama_cpp_is_asked_before_a_first_load_where_the_formulas_were_not_checked(preflight: str, asks: bool) -> None:
+    s = Scenario([gpu("3GiB")], {"a": M}, catalogue={"policy": {"preflight": preflight}})  # of no known llama.cpp
+    s.run("a")
+    assert [command.preflight for command in s.started] == [asks]
+    s.unload("a")
+    s.run("a")
+    assert [command.preflight for command in s.started] == [asks, False]  # it is known by now
+
+
+def test_what_llama_cpp_would_take_is_reserved_the_next_time_and_no_failure() -> None:
+    s = Scenario([gpu("3GiB")], {"a": M}, auto=False)
+    request = s.ask("a")
+    first = s.started[-1]
+    would_take = s.report(first)
+    [share] = would_take.devices
+    more = replace(would_take, devices=(replace(share, compute_bytes=share.compute_bytes + 32 * MIB),))
+    s.fail_load("a", "underestimated", "it would take more", more)
+    second = s.started[-1]
+    assert second is not first and not second.preflight
+    assert second.placement.device_bytes[0] >= first.placement.device_bytes[0] + 32 * MIB
+    assert not s.core.models.by_name["a"].history.pauses and s.waits(request)
+    s.finish_load("a")
+    assert request in s.grants
+
+
+def test_an_answer_of_llama_cpp_is_not_counted_as_a_load() -> None:
+    memory = Measurements()
+    memory.loaded(MODEL, ONE, CONTEXT, "1.0", PREDICTED, times=0)
+    memory.loaded(MODEL, ONE, CONTEXT, "1.0", PREDICTED)
+    load = memory.load(MODEL, ONE, CONTEXT, "1.0")
+    assert load is not None and load.loads == 1

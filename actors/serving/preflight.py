@@ -1,0 +1,117 @@
+"""The pre-flight: llama.cpp is asked what a load would take, before it is loaded, in a process of its own.
+
+A load with `no_alloc` reads the header, places every tensor and reserves the graph, but allocates next to nothing. It
+happens in a process with a time limit, because llama.cpp ends the process over some files. With CUDA devices that
+process needs their contexts for as long as it lives: no more than the load itself will need, in the same places.
+What it says is never below what a load takes; on later devices of a pipeline it is an activation per copy above.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from actors.devices.virtual import start_device_process
+from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec
+from scheduler.costs.measurements import ROUNDING_BYTES
+from scheduler.costs.params import DeviceBytes, HostBytes
+
+TIMEOUT_S = 60.0
+_ANSWER = "PREFLIGHT "
+_SOURCE_ROOT = Path(__file__).parents[2]
+
+
+class PreflightUnavailable(Exception):
+    """llama.cpp gave no answer, for a reason that says nothing about the load."""
+
+
+def ask_llama_cpp(spec: LoadSpec, timeout_s: float = TIMEOUT_S) -> BufferSizes:
+    """What llama.cpp would allocate for `spec`.
+
+    Raises LoadFailed when llama.cpp refuses the file or ends over it, PreflightUnavailable when it cannot be asked here
+    or does not answer in time.
+    """
+    paths = os.pathsep.join(filter(None, [str(_SOURCE_ROOT), *sys.path]))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "actors.serving.preflight"],
+            input=pickle.dumps(spec),
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+            env=os.environ | {"PYTHONPATH": paths},
+        )
+    except subprocess.TimeoutExpired:
+        raise PreflightUnavailable(f"llama.cpp did not say within {timeout_s:.0f} s what it would allocate") from None
+    words = done.stdout.decode("utf-8", "replace").splitlines()
+    line = next((line for line in words if line.startswith(_ANSWER)), None)
+    if line is None:
+        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+        why = next((word for word in done.stderr.decode("utf-8", "replace").splitlines() if "GGML_ASSERT" in word), "")
+        raise LoadFailed(
+            "failed",
+            f"llama.cpp ends its process over this model (exit status {done.returncode}): {why or ' '.join(last)}",
+        )
+    answer = json.loads(line.removeprefix(_ANSWER))
+    if "unavailable" in answer:
+        raise PreflightUnavailable(answer["unavailable"])
+    if "failure" in answer:
+        raise LoadFailed(**answer["failure"])
+    devices = tuple(DeviceBytes(**device) for device in answer["devices"])
+    return BufferSizes(devices, HostBytes(**answer["host"]), answer["n_ctx_per_slot"])
+
+
+def check_prediction(spec: LoadSpec, truth: BufferSizes) -> None:
+    """Raises LoadFailed("underestimated") with `truth` when a device was reserved less than the load would take."""
+    placement = spec.placement
+    overheads = placement.overhead_bytes if placement else (0,) * len(spec.devices)
+    for device, there, overhead in zip(spec.devices, truth.devices, overheads, strict=True):
+        needed = there.total_bytes + overhead
+        if needed > device.required_bytes + ROUNDING_BYTES:
+            raise LoadFailed(
+                "underestimated",
+                f"llama.cpp would take {needed} bytes on {device.device_id}; {device.required_bytes} were reserved",
+                truth,
+            )
+
+
+def _answer(spec: LoadSpec) -> dict[str, object]:
+    from actors.serving.native import NativeModel
+
+    with ExitStack() as devices:
+        endpoints = [
+            devices.enter_context(start_device_process(device.state_path, device.total_bytes)).endpoint
+            for device in spec.devices
+            if device.kind == "rpc"
+        ]
+        try:
+            model = NativeModel(spec, endpoints, lambda progress: None, no_alloc=True)
+        except LoadFailed as error:
+            return {"failure": {"kind": error.failure.kind, "message": error.failure.message}}
+        truth = model.breakdown()
+        if truth is None:
+            return {"unavailable": "this llama.cpp has no llama_get_memory_breakdown that could be called"}
+        return {
+            "devices": [asdict(device) for device in truth.devices],
+            "host": asdict(truth.host),
+            "n_ctx_per_slot": model.n_ctx_per_slot,
+        }
+
+
+def main() -> None:
+    from actors.serving.runner import show_only
+
+    spec: LoadSpec = pickle.load(sys.stdin.buffer)
+    show_only(spec.devices)
+    print(_ANSWER + json.dumps(_answer(spec)), flush=True)
+    os._exit(0)  # freeing buffers on devices that are gone is one of the things llama.cpp aborts for
+
+
+if __name__ == "__main__":
+    main()

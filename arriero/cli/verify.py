@@ -1,0 +1,45 @@
+"""`arriero footprint --verify`: the llama.cpp of this machine is asked the same question, without loading anything.
+
+Devices of kind "rpc" are started for the purpose; "cuda" means the cards of this machine, in its own order.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from actors.devices.byte_count import ByteCount
+from actors.serving.preflight import PreflightUnavailable, ask_llama_cpp
+from actors.serving.protocol import LoadDevice, LoadFailed, LoadSpec
+from arriero.cli.bill import Bill
+from arriero.cli.grid import Case
+from scheduler.costs.params import Footprint
+from scheduler.units import TIB
+
+
+def verified(file: Path, bill: Bill, case: Case) -> Bill:
+    """`bill` with llama.cpp's answer, or with why there is none. Companions are not part of the question."""
+    with tempfile.TemporaryDirectory() as folder:
+        devices = []
+        for index, device in enumerate(case.layout.devices):
+            state = ""
+            if device.kind == "rpc":
+                state = str(ByteCount.create(Path(folder) / f"device-{index}").path)
+            devices.append(LoadDevice(str(index), device.kind, 0, state, TIB))
+        spec = LoadSpec(
+            model=file.name,
+            path=str(file),
+            devices=tuple(devices),
+            n_gpu_layers=case.layout.n_gpu_layers,
+            tensor_split=case.layout.tensor_split,
+            experts_on_host=case.layout.experts_on_host,
+            context=case.context,
+            n_threads=1,
+            host_required_bytes=0,
+        )
+        try:
+            answer = ask_llama_cpp(spec)
+        except (LoadFailed, PreflightUnavailable) as error:
+            return replace(bill, unverified=str(error))
+    return replace(bill, verified=Footprint(answer.devices, answer.host))

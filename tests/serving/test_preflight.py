@@ -1,0 +1,86 @@
+"""llama.cpp is asked before a load, in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.devices.byte_count import ByteCount
+from actors.serving.preflight import PreflightUnavailable, ask_llama_cpp, check_prediction
+from actors.serving.protocol import BufferSizes, LoadDevice, LoadFailed, LoadFailure, LoadReport
+from actors.serving.runner import Runner
+from scheduler.costs.footprint import footprint
+from scheduler.costs.measurements import ROUNDING_BYTES
+from scheduler.costs.params import DeviceBytes, DeviceSpec, HostBytes, Layout
+from scheduler.costs.shape import read_shape
+
+pytestmark = pytest.mark.llama
+
+
+def test_it_answers_what_is_predicted_without_taking_memory(
+    sample: Callable[..., Path], spec: Any, virtual_gpus: tuple[LoadDevice, ...]
+) -> None:
+    path = sample("llama", n_layer=8)
+    wanted = spec(path, devices=virtual_gpus, n_gpu_layers=-1, tensor_split=(4.0, 5.0))
+    truth = ask_llama_cpp(wanted)
+    devices = tuple(DeviceSpec(f"gpu{i}", "rpc") for i in range(2))
+    ours = footprint(read_shape(path), Layout(devices, -1, (4, 5)), wanted.context)
+    for predicted, said in zip(ours.devices, truth.devices, strict=True):
+        assert (said.weights_bytes, said.kv_bytes) == (predicted.weights_bytes, predicted.kv_bytes)
+        assert said.compute_bytes >= predicted.compute_bytes
+    assert truth.host.weights_bytes == ours.host.weights_bytes
+    assert not any(holder.held_bytes for gpu in virtual_gpus for holder in ByteCount(gpu.state_path).holders())
+
+
+def test_on_the_cpu_it_is_equal(sample: Callable[..., Path], spec: Any) -> None:
+    path = sample("llama")
+    wanted = spec(path)
+    truth = ask_llama_cpp(wanted)
+    ours = footprint(read_shape(path), Layout(), wanted.context)
+    assert replace(truth.host, output_bytes=0) == replace(ours.host, output_bytes=0)
+
+
+def test_a_load_that_was_underestimated_is_refused_with_the_truth(
+    sample: Callable[..., Path], spec: Any, virtual_gpus: tuple[LoadDevice, ...]
+) -> None:
+    small = tuple(replace(gpu, required_bytes=1024) for gpu in virtual_gpus[:1])
+    wanted = replace(spec(sample("llama"), devices=small, n_gpu_layers=-1, tensor_split=(1.0,)), preflight=True)
+    with closing(Runner()) as runner:
+        failure = runner.load("r", wanted)
+    assert isinstance(failure, LoadFailure)
+    assert failure.kind == "underestimated" and "1024 were reserved" in failure.message
+    assert failure.buffers is not None
+    enough = replace(small[0], required_bytes=failure.buffers.devices[0].total_bytes)
+    with closing(Runner()) as runner:
+        assert isinstance(runner.load("r", replace(wanted, devices=(enough,))), LoadReport)
+
+
+def test_a_prediction_within_the_rounding_will_do(spec: Any, virtual_gpus: tuple[LoadDevice, ...]) -> None:
+    wanted = spec(Path("m"), devices=(replace(virtual_gpus[0], required_bytes=1000),))
+    truth = BufferSizes((DeviceBytes(1000 + ROUNDING_BYTES),), HostBytes(), 256)
+    check_prediction(wanted, truth)
+    more = replace(truth, devices=(DeviceBytes(1001 + ROUNDING_BYTES),))
+    with pytest.raises(LoadFailed, match="1000 were reserved"):
+        check_prediction(wanted, more)
+
+
+def test_a_file_that_llama_cpp_refuses_or_ends_over(sample: Callable[..., Path], spec: Any, tmp_path: Path) -> None:
+    with pytest.raises(LoadFailed, match="could not load"):
+        ask_llama_cpp(spec(tmp_path / "missing.gguf"))
+    broken = tmp_path / "broken.gguf"
+    data = sample("llama").read_bytes()
+    key = b"llama.block_count" + (4).to_bytes(4, "little")
+    at = data.index(key) + len(key)
+    broken.write_bytes(data[:at] + (100_000).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(LoadFailed, match="GGML_ASSERT"):
+        ask_llama_cpp(spec(broken))
+
+
+def test_it_is_limited_in_time(sample: Callable[..., Path], spec: Any) -> None:
+    with pytest.raises(PreflightUnavailable, match="did not say"):
+        ask_llama_cpp(spec(sample("llama")), timeout_s=0.01)
