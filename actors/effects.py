@@ -113,6 +113,8 @@ class Effects:
         try:
             event = await self._load(command)
         except Exception as error:
+            if isinstance(error, RayError) and not await self._outlives(command.placement.node_id):
+                return  # the node took the replica with it: that says nothing of the model
             event = ev.ReplicaFailed(command.replica_id, *self._failure(error))
         runner = self._runners.get(command.replica_id)
         if runner is not None and isinstance(event, ev.ReplicaFailed):
@@ -122,6 +124,14 @@ class Effects:
             self._spares.stand_by(command.placement.node_id)  # not earlier: it would slow this load down
         if runner is not None and isinstance(event, ev.ReplicaReady):
             await self._watch(command.replica_id, runner)
+
+    async def _outlives(self, node_id: NodeId) -> bool:
+        """Whether a node is still there after a runner on it has ended: Ray takes a while to notice that it is not."""
+        while node_id in self._inventory.nodes:
+            if await self._sample(node_name(node_id)) is not None:
+                return True
+            await asyncio.sleep(ASK_AGAIN_S)
+        return False
 
     def _failure(self, error: Exception) -> tuple[ev.FailureKind, str]:
         if isinstance(error, asyncio.TimeoutError):

@@ -1,8 +1,8 @@
 """Predicted footprints against what the installed llama.cpp allocates, per architecture, and what knowing them costs.
 
-The models are small ones of many architectures, each loaded for real with several layouts and contexts; an error is
-(predicted - allocated) / allocated, per buffer. Reading a header and asking for one footprint is timed beside
-`gguf.GGUFReader` on the same files, and beside `llama-fit-params` when its path is given. Run:
+The models are a small one of every architecture that llama.cpp can run, each loaded for real with several layouts and
+contexts; an error is (predicted - allocated) / allocated, per buffer. Reading a header and asking for one footprint is
+timed beside `gguf.GGUFReader` on the same files, and beside `llama-fit-params` when its path is given. Run:
 python -m benchmarks.footprint [--fit-params PATH]
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from scheduler.costs.shape import read_shape
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "costs"))
 shapes: Any = importlib.import_module("gguf_shapes")
 truth: Any = importlib.import_module("test_against_llama_cpp")
+every: Any = importlib.import_module("test_every_architecture")
 
 ROUNDS = 5
 ON_ONE_GPU = Layout((DeviceSpec("gpu0"),), -1, (1.0,))
@@ -42,12 +44,24 @@ def main() -> None:
     parser.add_argument("--fit-params", type=Path, help="llama-fit-params, to be timed on the same files")
     fit_params: Path | None = parser.parse_args().fit_params
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: shapes.write_model(spec, Path(folder) / f"{name}.gguf") for name, spec in shapes.SMALL.items()}
-        errors(paths)
+        errors(make_all(Path(folder)))
         golden = {
             name: shapes.write_model(spec, Path(folder) / f"golden-{name}.gguf") for name, spec in shapes.GOLDEN.items()
         }
         times(golden, fit_params)
+
+
+def make_all(folder: Path) -> dict[str, Path]:
+    """The models of gguf_shapes, and one of every architecture that has none there."""
+    paths = {name: shapes.write_model(spec, folder / f"{name}.gguf") for name, spec in shapes.SMALL.items()}
+    drawn = {spec.arch for spec in shapes.SMALL.values()}
+    program = Path(shapes.__file__).with_name("every_architecture.py")
+    made = subprocess.run([sys.executable, program, folder], capture_output=True, text=True, check=True)
+    for line in made.stdout.splitlines():
+        model = json.loads(line)
+        if "path" in model and model["arch"] not in drawn:
+            paths[Path(model["path"]).stem] = Path(model["path"])
+    return paths
 
 
 def errors(paths: dict[str, Path]) -> None:
@@ -55,8 +69,8 @@ def errors(paths: dict[str, Path]) -> None:
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)
     fixed: dict[str, list[bool]] = defaultdict(list)
     models = {name: read_shape(path) for name, path in paths.items()}
-    for make, devices in ((truth.cases_on_the_cpu, 0), (truth.cases_on_two_devices, 2)):
-        cases = [case for name in paths for case in make(name)]
+    for devices in (0, 2):
+        cases = [case for name in paths for case in _cases(name, devices) if every.may_be_run(models[name], *case[1:])]
         answers = truth.ask(paths, cases, devices=devices, real=True)
         for (name, layout, context), answer in zip(cases, answers, strict=True):
             ours = footprint(models[name], layout, context)
@@ -66,7 +80,7 @@ def errors(paths: dict[str, Path]) -> None:
                 fixed[name].append((got.weights_bytes, got.kv_bytes) == (weights, cache))
                 found[name].append((got.compute_bytes, compute))
     rows = []
-    for name, pairs in found.items():
+    for name, pairs in sorted(found.items(), key=lambda item: (models[item[0]].architecture not in TEMPLATES, item[0])):
         above = [predicted / allocated - 1 for predicted, allocated in pairs if allocated]
         rows.append(
             (
@@ -81,6 +95,13 @@ def errors(paths: dict[str, Path]) -> None:
         )
     header = ("model", "compute by", "weights and cache equal", "compute equal", "least", "median", "most")
     print_table("Predicted against allocated, real loads on the CPU and on two devices", header, rows)
+
+
+def _cases(name: str, devices: int) -> list[Any]:
+    layouts = [truth.on_devices(1, 1), every.ONE_OF_THREE] if devices else [Layout()]
+    if name in every.TARGETS:  # cannot be loaded alone
+        return []
+    return [(name, layout, context) for layout in layouts for context in every.CONTEXTS[:3]]
 
 
 def times(paths: dict[str, Path], fit_params: Path | None) -> None:

@@ -100,6 +100,8 @@ class Architecture:
     """Heads of the sparse-attention indexer; 0 when there is none."""
     index_width: int
     """Elements per key of the indexer over compressed caches (deepseek4)."""
+    index_pool: int
+    """Keys that an indexer looks at together, at least (qwen4exp); 0: one by one."""
     conv_width: int
     """Channels that the convolution of a recurrent layer runs over, for the compute bound."""
     residual_streams: int
@@ -206,6 +208,7 @@ def read_architecture(meta: Metadata) -> Architecture:
         n_pos=_positions(meta),
         index_heads=meta.number("attention.indexer.head_count") if any((*index, *compressions)) else 0,
         index_width=meta.number("attention.indexer.key_length") if any(compressions) else 0,
+        index_pool=_index_pool(meta, n_layer_all),
         conv_width=conv_width,
         residual_streams=_residual_streams(meta, n_layer),
         streams_apart=arch == "deepseek4",
@@ -272,6 +275,13 @@ def _compressions(meta: Metadata, n_layer_all: int) -> list[int]:
     if len(ratios) < n_layer_all:
         raise meta.refuse("attention.compress_ratios is shorter than block_count")
     return [ratio if ratio in (4, 128) else 0 for ratio in ratios[:n_layer_all]]
+
+
+def _index_pool(meta: Metadata, n_layer_all: int) -> int:
+    if meta.arch != "qwen4exp":
+        return 0
+    ratios = meta.per_layer("attention.compress_ratios", n_layer_all, 0)
+    return min((ratio for ratio in ratios if ratio), default=0) if any(ratios) else 0
 
 
 def _extra_states(meta: Metadata, n_layer_all: int, n_embd: int) -> list[int]:

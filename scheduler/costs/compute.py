@@ -28,6 +28,8 @@ OFFLOAD_TOKENS = 32
 """From this batch size on, CUDA multiplies by weights that lie in host RAM, after copying them over (`offload_op`)."""
 _SMALL_INPUTS_BYTES = 1536
 """Padding of each input, and the indices of recurrent states."""
+_SEES_BATCH = frozenset({"llama-embed", "t5encoder"})
+"""They have a cache, and attend to nothing but the batch."""
 _BUCKETED = frozenset({"t5", "t5encoder"})
 """They add a bias by distance to the scores, the same for all layers."""
 _INDEX_INPUTS = {"glm5-next": 2, "deepseek4": 1.5}
@@ -54,7 +56,7 @@ class _Graph:
         return 4 * self.tokens * per_token
 
     def cells(self, is_swa: bool) -> int:
-        if not self.arch.has_cache:
+        if not self.arch.has_cache or self.arch.name in _SEES_BATCH:
             return self.tokens
         return self.size.n_swa_cells if is_swa else self.size.n_ctx_seq
 
@@ -89,6 +91,8 @@ class _Graph:
         if not kind.is_attention:
             return 0
         total = self.floats(layer.attention)
+        if not self.flash and any(each.shared for each in self.demand.layers):  # holes that nothing fits
+            total += self.floats(2 * self.arch.n_embd)
         cells = self.seen(kind.is_swa)
         if self.arch.name in _BUCKETED:
             total += self.floats(5 * cells * kind.n_head)  # a bias by distance, for every head, beside the scores
@@ -194,17 +198,20 @@ def place_compute(
     return devices, _host(graph, layout, places, layers, copies)
 
 
-def _run_elsewhere(graph: _Graph, places: Sequence[int]) -> dict[int, int]:
-    """Floats per token that reach a place because layers run there whose cache or weights lie elsewhere."""
-    arriving: dict[int, int] = {}
+def _run_elsewhere(graph: _Graph, places: Sequence[int], copies: int) -> dict[int, int]:
+    """Floats per token that reach a place because layers run there whose cache or weights lie elsewhere.
+
+    They stay where everything is copied for a pipeline; else they make room for those of the next layer.
+    """
+    arriving: dict[int, list[int]] = {}
     for il, kind in enumerate(graph.arch.layers):
         weights = places[kind.runs] if kind.runs >= 0 else places[il]
         if weights != places[il]:
             heads = kind.n_head * max(kind.head_k, kind.head_v)
             width = heads + (6 if graph.arch.name == "hrm_text" else 3) * graph.arch.n_embd
-            arriving[places[il]] = arriving.get(places[il], 0) + width + kind.k_width + kind.v_width
-            arriving[weights] = arriving.get(weights, 0) + width
-    return arriving
+            arriving.setdefault(places[il], []).append(width + kind.k_width + kind.v_width)
+            arriving.setdefault(weights, []).append(width)
+    return {place: copies * sum(each) if copies > 1 else 2 * max(each) for place, each in arriving.items()}
 
 
 def _devices(
@@ -213,7 +220,7 @@ def _devices(
     totals = [0] * len(layout.devices)
     used = sorted(set(places) - {HOST})
     e = graph.arch.n_embd
-    elsewhere = _run_elsewhere(graph, places)
+    elsewhere = _run_elsewhere(graph, places, copies)
     for place in used:
         here = layers.get(place, [])
         with_output = places[-1] == place
@@ -237,8 +244,12 @@ def _devices(
             later = place != used[0]
             arriving = graph.demand.streams * e + graph.demand.host_lookups
             arriving += graph.demand.per_layer_inputs if later else 0
+            if later and graph.arch.name == "minimax-m3":  # masks of what the indexer has chosen
+                arriving += 4 * graph.cells(False)
             if later and graph.arch.name in ("deepseek4", "hy_v4"):
                 arriving += graph.demand.streams * e
+            if graph.arch.name == "graniteswitch":  # which adapter a token takes is found out behind the last layer
+                arriving += 4 * graph.arch.n_head_k
             if later and graph.arch.name in _BUCKETED:
                 arriving += graph.seen(False) * graph.arch.layers[0].n_head
             total = copies * (inputs + graph.floats(arriving)) + max(max(moments, default=0), end)
@@ -247,7 +258,7 @@ def _devices(
                 total += copies * graph.floats(e * graph.demand.streams)
         if place != used[0] and graph.demand.borrows_index(here):
             total += copies * graph.floats(3 * graph.cells(False))
-        total += copies * graph.floats(elsewhere.get(place, 0))
+        total += graph.floats(elsewhere.get(place, 0))
         totals[place] = total + graph.floats(3 * graph.demand.per_layer_inputs)
     return totals
 
@@ -286,7 +297,7 @@ def _host(graph: _Graph, layout: Layout, places: Sequence[int], layers: dict[int
     e = graph.arch.n_embd
     every = graph.inputs(range(graph.arch.n_layer_all), True)
     every += sum(graph.borrowed(il, places) for il in layers.get(HOST, []))
-    every += graph.floats(_run_elsewhere(graph, places).get(HOST, 0))
+    every += graph.floats(_run_elsewhere(graph, places, 1).get(HOST, 0))
     start = graph.floats(e + 1 + graph.demand.host_lookups + (8 if graph.demand.per_layer_inputs else 0))
     total = copies * (every + graph.floats(e + 1)) + start
     moments = [graph.moment(il) + graph.floats(3 * graph.demand.per_layer_inputs) for il in layers.get(HOST, [])]
@@ -295,7 +306,8 @@ def _host(graph: _Graph, layout: Layout, places: Sequence[int], layers: dict[int
             graph.floats(2 * e + layer.routed + layer.gathered) for layer in graph.demand.layers if layer.routed
         ]
     if moments:
-        total = max(total, every + start + max(moments))
+        streams = graph.demand.streams if graph.arch.name == "deepseek4" else 0
+        total = max(total, every + start + max(moments) + graph.floats(streams * e))
     if graph.demand.logits_on_host and copies > 1:
         return total + graph.logits(0)
     if places[-1] == HOST or graph.demand.logits_on_host:

@@ -21,8 +21,8 @@ _LIGHTNING = frozenset("deepseek32 glm-dsa dots3note hy_v4 glm5-next deepseek4".
 """Indexers whose heads are summed up within one step (`ggml_lightning_indexer`)."""
 _CONVOLVED = {"wavtokenizer-dec": 20}
 """Activations that a convolution over time has unfolded before it multiplies."""
-_LOGITS_AGAIN = {"chameleon": 3}
-"""How often logits are alive at once: chameleon takes those of images out again."""
+_LOGITS_AGAIN = {"chameleon": 3, "qwen3tts": 3}
+"""How often logits are alive at once, where some of them are taken out again."""
 UNKNOWN_FACTOR = 8
 """By which moments of architectures outside `KNOWN` are multiplied; enough for the greediest in llama.cpp today."""
 _ABOVE_MASKS = frozenset("phi3 talkie plamo plamo2 plamo3 jamba lfm2 granite_swa".split())
@@ -206,6 +206,10 @@ class _Layer:
             return 0
         if self.arch.name in _LIGHTNING:  # scores, their order and the mask that follows from it
             return 8
+        if self.arch.name == "minimax-m3":  # an indexer's head for each head of keys
+            return 2 * self.arch.index_heads + 8
+        if self.arch.name == "qwen4exp":  # keys are pooled first
+            return 2 * self.arch.index_heads // max(self.arch.index_pool, 1) + 16
         return 2 * max(self.kind.n_head, self.arch.index_heads) + 16
 
     def index_queries(self) -> int:
