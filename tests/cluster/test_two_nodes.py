@@ -64,6 +64,7 @@ def test_two_machines_share_the_work_and_one_is_lost(cluster: Any, service: Serv
         assert service.complete(model, prompt) == answer
 
     ask("alba")
+    eventually(lambda: service.client.plan("bruma").verdict == "free", "the second node's files and memory to be known")
     ask("bruma")
     used = {model: node_of(cluster, service, model) for model in ("alba", "bruma")}
     assert used["alba"] is not used["bruma"], "each has room for one"
@@ -86,6 +87,7 @@ def test_two_machines_share_the_work_and_one_is_lost(cluster: Any, service: Serv
 
     newcomer = cluster.add_node(num_cpus=1, object_store_memory=100 * MIB)
     eventually(lambda: len(service.client.status().nodes) == 2, "the new node to join")
+    eventually(lambda: service.client.plan("cumbre").verdict == "free", "the new node's files and memory to be known")
     ask("cumbre")
     assert node_of(cluster, service, "cumbre") is newcomer
     service.unload_all()

@@ -60,6 +60,14 @@ def cases_on_two_devices(name: str) -> list[Case]:
     return [(name, layout, context) for layout in layouts for context in CONTEXTS[:3]]
 
 
+def cases_on_eight_devices(name: str) -> list[Case]:
+    if name not in ("llama", "gemma3", "qwen3moe", "deepseek2", "granitehybrid", "qwen3next", "gemma3n"):
+        return []
+    layouts = [on_devices(1, 1, 1, 1, 1, 1, 1, 1), on_devices(2, 0, 1, 0, 0, 3, 1, 1)]
+    layouts.append(Layout(layouts[0].devices, 4, (1, 0, 1, 0, 1, 1, 0, 1)))
+    return [(name, layout, context) for layout in layouts for context in CONTEXTS[:2]]
+
+
 def ask(
     paths: dict[str, Path],
     cases: list[Case],
@@ -110,8 +118,13 @@ def ask(
 
 @pytest.mark.parametrize(
     ("make", "devices", "real"),
-    [(cases_on_the_cpu, 0, True), (cases_on_one_device, 1, False), (cases_on_two_devices, 2, True)],
-    ids=["real loads on the CPU", "one device without allocating", "real loads on two devices"],
+    [
+        (cases_on_the_cpu, 0, True),
+        (cases_on_one_device, 1, False),
+        (cases_on_two_devices, 2, True),
+        (cases_on_eight_devices, 8, True),
+    ],
+    ids=["real loads on the CPU", "one device without allocating", "real loads on two devices", "on eight devices"],
 )
 def test_footprints_are_what_llama_cpp_allocates(
     make: Callable[[str], list[Case]], devices: int, real: bool, small_models: dict[str, Path]
