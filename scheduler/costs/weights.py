@@ -47,6 +47,7 @@ _HEADLESS = frozenset(
 """Without output.weight these have no output matrix of their own; all others use the token embedding a second time."""
 _COPIED_ON_HOST = frozenset({"gemma3n", "gemma4"})
 """They ask for the output matrix before the token embedding, and so get both, though both lie on the host."""
+_LAZY = frozenset({"gemma4", "qwen4exp"})
 _LAZY_BYTES = 4 * GIB
 _KEPT_IN_PREDICTION_LAYERS = {
     "step35": re.compile(r"ffn_(?!norm)|exp_probs_b|attn_(gate|q_norm|k_norm)|nextn\.(embed_tokens|shared_head)"),
@@ -185,7 +186,7 @@ def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor], *, load_mtp: 
             ropes += padded(tensor)  # also tensors of unknown purpose in unknown architectures: counted on every device
         elif stem in _INPUT:
             # A lazily read table is mapped from the file whatever the load mode, and never becomes resident as a whole.
-            if not (stem == "per_layer_token_embd" and arch.name == "gemma4" and tensor.n_bytes > _LAZY_BYTES):
+            if not (stem == "per_layer_token_embd" and arch.name in _LAZY and tensor.n_bytes > _LAZY_BYTES):
                 inputs += padded(tensor)
         elif _OUTPUT.fullmatch(stem) or stem == "token_embd_norm" and arch.name.startswith("lfm2"):
             outputs += padded(tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.costs.weights import HOST, assign_layers
 from scheduler.errors import InvalidGGUF, Rejected
+from scheduler.units import GIB, MIB
 
 ShapeOf = Callable[[str], ModelShape]
 
@@ -275,3 +277,16 @@ def test_what_embeds_only(shape_of: ShapeOf, tmp_path: Path) -> None:
     bert = write_model(replace(SMALL["llama"], arch="bert"), tmp_path / "bert.gguf", vocabulary=False)
     assert read_shape(bert).is_embedding_only
     assert footprint(read_shape(bert), on(1), ContextParams()).devices[0].kv_bytes == 0
+
+
+def test_a_table_that_is_read_lazily_is_not_resident(tmp_path: Path) -> None:
+    """Above 4 GiB, llama.cpp maps gemma4's embeddings per layer, and touches the rows that it needs."""
+    spec = replace(SMALL["gemma4"], n_vocab=3_000_000)
+    smaller, larger = (
+        read_shape(write_model(replace(spec, per_layer=width), tmp_path / f"{width}.gguf", vocabulary=False))
+        for width in (64, 128)
+    )
+    small, large = (footprint(shape, Layout(), ContextParams()).host.weights_bytes for shape in (smaller, larger))
+    table_bytes = 2 * 9 * 64 * 3_000_000
+    assert table_bytes < 4 * GIB < 2 * table_bytes
+    assert large < small - table_bytes + 2 * MIB
