@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.costs.architecture import Architecture, LayerKind
+from scheduler.costs.architecture import Architecture
 from scheduler.costs.families import UNUSABLE
 from scheduler.costs.ggml_types import F32, KV_TYPES, GgmlType
+from scheduler.costs.layer_kinds import LayerKind
 from scheduler.costs.params import ContextParams, DeviceKind, Layout
 from scheduler.costs.weights import HOST, kv_bytes, pad
 from scheduler.errors import Rejected

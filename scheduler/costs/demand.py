@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scheduler.costs.architecture import Architecture, LayerKind
+from scheduler.costs.architecture import Architecture
 from scheduler.costs.families import DRAFTS, ENCODERS
 from scheduler.costs.header import Tensor
+from scheduler.costs.layer_kinds import LayerKind
 
 _LIGHTNING = frozenset("deepseek32 glm-dsa dots3note hy_v4 glm5-next deepseek4".split())
 """Indexers whose heads are summed up within one step (`ggml_lightning_indexer`)."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from scheduler.costs.architecture import Architecture, LayerKind
+from scheduler.costs.architecture import Architecture
 from scheduler.costs.demand import ModelDemand, model_demand
 from scheduler.costs.families import PREDICTING
 from scheduler.costs.header import Tensor
+from scheduler.costs.layer_kinds import LayerKind
 from scheduler.costs.weights import WeightSums, sum_weights
 
 _NOTHING = LayerKind(
