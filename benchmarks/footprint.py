@@ -1,9 +1,10 @@
 """Predicted footprints against what the installed llama.cpp allocates, per architecture, and what knowing them costs.
 
 The models are a small one of every architecture that llama.cpp can run, each loaded for real with several layouts and
-contexts; an error is (predicted - allocated) / allocated, per buffer. Reading a header and asking for one footprint is
-timed beside `gguf.GGUFReader` on the same files, and beside `llama-fit-params` when its path is given. Run:
-python -m benchmarks.footprint [--fit-params PATH]
+contexts, and a wide one of each, which llama.cpp sizes without allocating: the small ones tell whether a figure is
+equal, the wide ones what an error is worth, (predicted - allocated) / allocated of all that a device holds. Reading a
+header and asking for one footprint is timed beside `gguf.GGUFReader` on the same files, and beside `llama-fit-params`
+when its path is given. Run: python -m benchmarks.footprint [--fit-params PATH]
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,9 @@ from typing import Any
 from gguf import GGUFReader
 
 from benchmarks.table import print_table
-from scheduler.costs.footprint import footprint
-from scheduler.costs.graph.templates import TEMPLATES
+from scheduler.costs.footprint import computes_exactly, footprint
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
-from scheduler.costs.shape import read_shape
+from scheduler.costs.shape import ModelShape, read_shape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "costs"))
 shapes: Any = importlib.import_module("gguf_shapes")
@@ -36,6 +36,12 @@ truth: Any = importlib.import_module("test_against_llama_cpp")
 every: Any = importlib.import_module("test_every_architecture")
 
 ROUNDS = 5
+WIDE_CONTEXTS = [
+    ContextParams(n_ctx=4096),
+    ContextParams(n_ctx=32768),
+    ContextParams(n_ctx=8192, flash_attn="off"),
+    ContextParams(n_ctx=16384, n_seq_max=4),
+]
 ON_ONE_GPU = Layout((DeviceSpec("gpu0"),), -1, (1.0,))
 
 
@@ -44,64 +50,81 @@ def main() -> None:
     parser.add_argument("--fit-params", type=Path, help="llama-fit-params, to be timed on the same files")
     fit_params: Path | None = parser.parse_args().fit_params
     with tempfile.TemporaryDirectory() as folder:
-        errors(make_all(Path(folder)))
+        exactness(small_models(Path(folder)))
+        Path(folder, "wide").mkdir()
+        errors(architectures(Path(folder, "wide"), "--wide"))
         golden = {
             name: shapes.write_model(spec, Path(folder) / f"golden-{name}.gguf") for name, spec in shapes.GOLDEN.items()
         }
         times(golden, fit_params)
 
 
-def make_all(folder: Path) -> dict[str, Path]:
+def small_models(folder: Path) -> dict[str, Path]:
     """The models of gguf_shapes, and one of every architecture that has none there."""
-    paths = {name: shapes.write_model(spec, folder / f"{name}.gguf") for name, spec in shapes.SMALL.items()}
     drawn = {spec.arch for spec in shapes.SMALL.values()}
+    others = {name: path for name, path in architectures(folder).items() if name.rsplit("-", 1)[0] not in drawn}
+    return {name: shapes.write_model(spec, folder / f"{name}.gguf") for name, spec in shapes.SMALL.items()} | others
+
+
+def architectures(folder: Path, *options: str) -> dict[str, Path]:
+    """A model of every architecture, by its name."""
     program = Path(shapes.__file__).with_name("every_architecture.py")
-    made = subprocess.run([sys.executable, program, folder], capture_output=True, text=True, check=True)
-    for line in made.stdout.splitlines():
-        model = json.loads(line)
-        if "path" in model and model["arch"] not in drawn:
-            paths[Path(model["path"]).stem] = Path(model["path"])
-    return paths
+    made = subprocess.run([sys.executable, program, *options, folder], capture_output=True, text=True, check=True)
+    paths = (Path(model["path"]) for model in map(json.loads, made.stdout.splitlines()) if "path" in model)
+    # drafts cannot be loaded alone
+    return {path.stem: path for path in paths if path.stem not in every.TARGETS}
+
+
+def exactness(paths: dict[str, Path]) -> None:
+    """One row per model: places compared, and in how many the figures are equal."""
+    found: dict[str, list[tuple[bool, bool, bool]]] = defaultdict(list)
+    models = {name: read_shape(path) for name, path in paths.items()}
+    for devices, layouts in ((0, [Layout()]), (2, [truth.on_devices(1, 1), every.ONE_OF_THREE])):
+        for case, places in _compared(models, paths, layouts, every.CONTEXTS[:3], devices, real=True):
+            for ours, (weights, cache, compute) in places:
+                fixed = (ours.weights_bytes, ours.kv_bytes) == (weights, cache)
+                found[case[0]].append((fixed, ours.compute_bytes == compute, ours.compute_bytes >= compute))
+    rows = []
+    for name, equal in sorted(found.items(), key=lambda item: (not computes_exactly(models[item[0]]), item[0])):
+        counts = [f"{sum(place[column] for place in equal)} of {len(equal)}" for column in range(3)]
+        rows.append((name, "template" if computes_exactly(models[name]) else "bound", *counts))
+    header = ("model", "compute by", "weights and cache equal", "compute equal", "compute not below")
+    print_table("Small models, loaded for real on the CPU and on two devices", header, rows)
 
 
 def errors(paths: dict[str, Path]) -> None:
-    """One row per model: buffers compared, how many are equal, and by how much the others lie above."""
-    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    fixed: dict[str, list[bool]] = defaultdict(list)
+    """One row per model: by how much a device's total lies above what llama.cpp would allocate."""
+    found: dict[str, list[float]] = defaultdict(list)
     models = {name: read_shape(path) for name, path in paths.items()}
-    for devices in (0, 2):
-        cases = [case for name in paths for case in _cases(name, devices) if every.may_be_run(models[name], *case[1:])]
-        answers = truth.ask(paths, cases, devices=devices, real=True)
-        for (name, layout, context), answer in zip(cases, answers, strict=True):
-            ours = footprint(models[name], layout, context)
+    for devices, layouts in ((1, [truth.on_devices(1)]), (2, [truth.on_devices(1, 1), truth.on_devices(3, 1)])):
+        for case, places in _compared(models, paths, layouts, WIDE_CONTEXTS, devices, real=False):
+            for ours, allocated in places[:devices]:
+                if sum(allocated):
+                    found[case[0]].append(ours.total_bytes / sum(allocated) - 1)
+    rows = [
+        (name, str(len(above)), *(f"{value:+.1%}" for value in (min(above), statistics.median(above), max(above))))
+        for name, above in sorted(found.items(), key=lambda item: -max(item[1]))
+    ]
+    print_table("Wide models, all that a device holds", ("model", "devices", "least", "median", "most"), rows)
+
+
+def _compared(
+    models: dict[str, ModelShape],
+    paths: dict[str, Path],
+    layouts: list[Layout],
+    contexts: list[ContextParams],
+    devices: int,
+    *,
+    real: bool,
+) -> Iterator[tuple[Any, list[tuple[Any, list[int]]]]]:
+    """Per case, and per device and then the host: what is predicted, and llama.cpp's (weights, cache, compute)."""
+    for name in paths:
+        asked = [(name, layout, context) for layout in layouts for context in contexts]
+        cases = [case for case in asked if every.may_be_run(models[name], *case[1:])]
+        for case, answer in zip(cases, truth.ask(paths, cases, devices=devices, real=real), strict=True):
+            ours = footprint(models[name], *case[1:])
             places = {f"RPC{i}": device for i, device in enumerate(ours.devices)} | {"host": ours.host}
-            for place, got in places.items():
-                weights, cache, compute = answer["bytes"].get(place, [0, 0, 0])
-                fixed[name].append((got.weights_bytes, got.kv_bytes) == (weights, cache))
-                found[name].append((got.compute_bytes, compute))
-    rows = []
-    for name, pairs in sorted(found.items(), key=lambda item: (models[item[0]].architecture not in TEMPLATES, item[0])):
-        above = [predicted / allocated - 1 for predicted, allocated in pairs if allocated]
-        rows.append(
-            (
-                name,
-                "template" if models[name].architecture in TEMPLATES else "bound",
-                f"{sum(fixed[name])} of {len(fixed[name])}",
-                f"{sum(predicted == allocated for predicted, allocated in pairs)} of {len(pairs)}",
-                f"{min(above):+.1%}",
-                f"{statistics.median(above):+.1%}",
-                f"{max(above):+.1%}",
-            )
-        )
-    header = ("model", "compute by", "weights and cache equal", "compute equal", "least", "median", "most")
-    print_table("Predicted against allocated, real loads on the CPU and on two devices", header, rows)
-
-
-def _cases(name: str, devices: int) -> list[Any]:
-    layouts = [truth.on_devices(1, 1), every.ONE_OF_THREE] if devices else [Layout()]
-    if name in every.TARGETS:  # cannot be loaded alone
-        return []
-    return [(name, layout, context) for layout in layouts for context in every.CONTEXTS[:3]]
+            yield case, [(got, answer["bytes"].get(place, [0, 0, 0])) for place, got in places.items()]
 
 
 def times(paths: dict[str, Path], fit_params: Path | None) -> None:

@@ -51,8 +51,8 @@ def depth(meta: Metadata) -> tuple[int, int]:
         n_layer_all = n_block * max(meta.number("num_loops", 1), 1)
     elif meta.arch == "graniteswitch":  # the last layer routes between adapters
         n_layer_all = n_block + 1
-    if not 0 < n_layer_all <= MAX_LAYERS:
-        raise meta.refuse(f"block_count makes {n_layer_all} layers; llama.cpp takes 1 to {MAX_LAYERS}")
+    if n_block == 0 or n_layer_all > MAX_LAYERS:
+        raise meta.refuse(f"block_count {n_block} makes {n_layer_all} layers; llama.cpp takes 1 to {MAX_LAYERS}")
     return n_layer_all, n_layer_all - min(meta.number("nextn_predict_layers", 0), n_layer_all)
 
 

@@ -1,23 +1,25 @@
-"""A program that makes a tiny model of every architecture that the installed llama.cpp knows.
+"""A program that makes a model of every architecture that the installed llama.cpp knows, tiny ones or `--wide` ones.
 
 llama.cpp builds models from metadata alone (`llama_model_init_from_user`) and names every tensor it wants, optional
 ones too: so no list of tensors is kept here, only hyper-parameters that satisfy every `load_arch_hparams`. What each
 needs was learned from tests/test-llama-archs.cpp of llama.cpp.
 
-    every_architecture.py DIRECTORY
+    every_architecture.py [--wide] DIRECTORY [ARCHITECTURE ...]
 
 writes `<architecture>-dense.gguf` or `-moe.gguf` (headers on sparse files) and prints one JSON line per model:
 `{"arch", "moe", "path"}`, or `{"arch", "moe", "error"}` with llama.cpp's last words where it has no such model. Each
-model is made in a process of its own, because llama.cpp ends the process over what it does not like.
+model is made in a process of its own, because llama.cpp ends the process over what it does not like. Wide models have
+the widths, the vocabulary and the quantized weights of a small real one, so that what is predicted for them can be
+judged as a share of the memory; they are too big to be loaded for real.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes as c
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,10 @@ _HYBRID_BY_HEADS = frozenset(
 )
 _LISTED_WINDOWS = frozenset("mimo2 step35 spark2_5 granite_swa dots3note maple gemma4-assistant gemma4 dflash".split())
 _DELTA_NETS = frozenset("qwen3next qwen35 qwen35moe qwen4exp".split())
+_MANY_KV_HEADS = frozenset("rwkv6 rwkv7 arwkv7 rwkv6qwen2 phi2 mpt gpt2 bloom baichuan qwen plm".split())
+"""Architectures without grouped heads."""
+_ONE_WIDTH = frozenset("phimoe dbrx olmoe arctic hunyuan-moe minimax-m2 minimax-01".split())
+"""Architectures whose experts are as wide as other feed-forward parts."""
 _DENSE_TOO = frozenset("llama refact minicpm granite granitemoe mistral3 llama-embed gemma4".split())
 
 
@@ -63,7 +69,10 @@ def known_architectures() -> list[str]:
     return names
 
 
-def widths(arch: str) -> dict[str, int]:
+def widths(arch: str, wide: bool) -> dict[str, int]:
+    if wide:
+        depths = {"gemma3n": 30, "eagle3": 1, "hrm_text": 24, "nanbeige": N_LAYER, "wavtokenizer-dec": 6}
+        return {"n_embd": 2048, "n_head": 16, "n_ff": 5632, "n_layer": depths.get(arch, 12)}
     n_embd, n_head, n_ff, n_layer = 256, 4, 384, N_LAYER
     if arch in _LATENT:
         n_embd, n_head, n_ff = 128, 1, 192
@@ -82,15 +91,15 @@ def widths(arch: str) -> dict[str, int]:
     return {"n_embd": n_embd, "n_head": n_head, "n_ff": n_ff, "n_layer": n_layer}
 
 
-def hyper_parameters(arch: str, moe: bool) -> dict[str, Any]:
+def hyper_parameters(arch: str, moe: bool, wide: bool) -> dict[str, Any]:
     """Keys without the architecture's prefix."""
-    w = widths(arch)
+    w = widths(arch, wide)
     n_embd, n_head, n_ff, n_layer = w["n_embd"], w["n_head"], w["n_ff"], w["n_layer"]
     head = n_embd // n_head
     by_turns = [il % 2 for il in range(n_layer)]
     keys: dict[str, Any] = {
-        "vocab_size": vocabulary(arch), "context_length": N_CTX, "embedding_length": n_embd, "features_length": n_embd,
-        "block_count": n_layer, "leading_dense_block_count": 1, "feed_forward_length": n_ff,
+        "vocab_size": vocabulary(arch, wide), "context_length": N_CTX, "embedding_length": n_embd,
+        "features_length": n_embd, "block_count": n_layer, "leading_dense_block_count": 1, "feed_forward_length": n_ff,
         "use_parallel_residual": False, "logit_scale": 1.0, "time_mix_extra_dim": 64, "time_decay_extra_dim": 128,
         "full_attention_interval": 2, "attention.head_count": n_head, "attention.head_count_kv": n_head,
         "attention.max_alibi_bias": 8.0, "attention.clamp_kqv": 1.0, "attention.layer_norm_epsilon": 1e-5,
@@ -136,7 +145,36 @@ def hyper_parameters(arch: str, moe: bool) -> dict[str, Any]:
         keys["ssm.inner_size"] = 512
     if arch in ("qwen4exp", "glm5-next"):
         keys |= _embeddings_per_layer(n_embd, n_layer)
-    return keys | _SPECIAL.get(arch, {})
+    keys |= _SPECIAL.get(arch, {})
+    return keys | _widened(arch, moe, keys) if wide else keys
+
+
+def _widened(arch: str, moe: bool, keys: dict[str, Any]) -> dict[str, Any]:
+    """What a wide model has otherwise."""
+    changed: dict[str, Any] = {"context_length": 32768, "attention.sliding_window": 1024, "wkv.head_size": 64}
+    n_layer, kv_heads = keys["block_count"], keys["attention.head_count_kv"]
+    if arch not in _LATENT | _MANY_KV_HEADS:
+        per_layer = isinstance(kv_heads, list)
+        changed["attention.head_count_kv"] = [min(n, 4) for n in kv_heads] if per_layer else min(kv_heads, 4)
+    if moe:
+        changed |= {
+            "expert_count": 16, "expert_used_count": 6, "expert_feed_forward_length": 1408,
+            "expert_shared_feed_forward_length": 2816, "expert_latent_length": 1408,
+            "expert_chunk_feed_forward_length": 704,
+        }  # fmt: skip
+        if arch in _ONE_WIDTH:
+            changed["feed_forward_length"] = 1408
+    if arch in _DELTA_NETS:
+        changed |= {"ssm.inner_size": 2048, "ssm.time_step_rank": 16, "ssm.group_count": 16}
+    special: dict[str, dict[str, Any]] = {
+        "hrm_text": {"hrm.layers_per_stack": 4},
+        "t5": {"decoder_block_count": n_layer},
+        "deepseek4": {
+            "attention.key_length": 128, "attention.value_length": 128, "rope.dimension_count": 64,
+            "attention.compress_ratios": [0, 0] + [4, 128] * 5,
+        },
+    }  # fmt: skip
+    return changed | special.get(arch, {})
 
 
 def _embeddings_per_layer(n_embd: int, n_layer: int) -> dict[str, Any]:
@@ -154,9 +192,9 @@ _ABSENT = {"rwkv6qwen2": re.compile(r"blk\.\d+\.time_mix_first.*"), "nanbeige": 
 """Optional tensors that no file has, because they tell another family of models, or belong to layers run again."""
 
 
-def vocabulary(arch: str) -> int:
+def vocabulary(arch: str, wide: bool) -> int:
     """Tokens: some architectures reckon with more than a few."""
-    return {"chameleon": 10240, "qwen3tts": 3072}.get(arch, 512)
+    return 64_000 if wide else {"chameleon": 10240, "qwen3tts": 3072}.get(arch, 512)
 
 
 _SPECIAL: dict[str, dict[str, Any]] = {
@@ -205,11 +243,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def header(arch: str, moe: bool) -> Gguf:
+def header(arch: str, moe: bool, wide: bool) -> Gguf:
     """The model without its tensors."""
     gguf = Gguf()
     gguf.set("general.architecture", arch)
-    for key, value in hyper_parameters(arch, moe).items():
+    for key, value in hyper_parameters(arch, moe, wide).items():
         if isinstance(value, tuple):
             gguf.metadata[f"{arch}.{key}"] = (ARRAY, (U64, value))
         else:
@@ -217,17 +255,17 @@ def header(arch: str, moe: bool) -> Gguf:
     for part in ("alpha_n", "alpha_p", "beta", "eps"):
         gguf.set(f"xielu.{part}", 1.0)
     gguf.set("tokenizer.ggml.token_type_count", 2)
-    add_vocabulary(gguf, vocabulary(arch))
+    add_vocabulary(gguf, vocabulary(arch, wide))
     return gguf
 
 
-def assistant_tensors() -> list[tuple[str, tuple[int, ...], str]]:
+def assistant_tensors(wide: bool) -> list[tuple[str, tuple[int, ...], str]]:
     """Those of gemma4-assistant, which llama.cpp cannot make up: it asks for two that it does not load."""
-    w = widths("gemma4-assistant")
+    w = widths("gemma4-assistant", wide)
     e, ff, heads = w["n_embd"], w["n_ff"], w["n_head"]
     wide, head = (_SPECIAL["gemma4-assistant"][key] for key in ("embedding_length_out", "attention.key_length"))
     found: list[tuple[str, tuple[int, ...], str]] = [
-        ("token_embd.weight", (e, vocabulary("gemma4-assistant")), "f16"), ("output_norm.weight", (e,), "f32"),
+        ("token_embd.weight", (e, vocabulary("gemma4-assistant", wide)), "f16"), ("output_norm.weight", (e,), "f32"),
         ("nextn.post_projection.weight", (e, wide), "f16"), ("nextn.pre_projection.weight", (2 * wide, e), "f16"),
         ("rope_freqs.weight", (head // 2,), "f32"),
     ]  # fmt: skip
@@ -241,15 +279,15 @@ def assistant_tensors() -> list[tuple[str, tuple[int, ...], str]]:
     return found
 
 
-def make(arch: str, moe: bool, path: Path) -> None:
+def make(arch: str, moe: bool, wide: bool, path: Path) -> None:
     """Ask llama.cpp which tensors the model has, and write it."""
-    gguf = header(arch, moe)
+    gguf = header(arch, moe, wide)
     if arch == "gemma4-assistant":
-        gguf.tensors = assistant_tensors()
+        gguf.tensors = assistant_tensors(wide)
         gguf.write(path)
         os._exit(0)
     if arch == "wavtokenizer-dec":  # convolutions want F16 weights, which their entry in the file says
-        for il in range(widths(arch)["n_layer"]):
+        for il in range(widths(arch, wide)["n_layer"]):
             names = (f"conv{il}d", f"posnet.{il}.conv1", f"posnet.{il}.conv2", f"convnext.{il}.dw")
             gguf.tensors += [(f"{name}.weight", (1,), "f16") for name in names]
     gguf.write(path)
@@ -274,9 +312,18 @@ def make(arch: str, moe: bool, path: Path) -> None:
     if not model:
         raise SystemExit("llama.cpp does not load it")
     absent = _ABSENT.get(arch)
-    gguf.tensors = [(name, ne, kind) for name, (ne, kind) in found.items() if not (absent and absent.fullmatch(name))]
+    gguf.tensors = [
+        (name, ne, "q4_K" if wide and _is_quantized(name, ne, kind) else kind)
+        for name, (ne, kind) in found.items()
+        if not (absent and absent.fullmatch(name))
+    ]
     gguf.write(path)
     os._exit(0)  # nothing to put away
+
+
+def _is_quantized(name: str, ne: tuple[int, ...], kind: str) -> bool:
+    small = re.search(r"norm|conv1d|ssm_a|ssm_d|position|gate_inp", name)
+    return kind == "f32" and len(ne) > 1 and ne[0] % 256 == 0 and not small
 
 
 class GgufParams(c.Structure):
@@ -288,7 +335,7 @@ class GgufParams(c.Structure):
 MODEL_PARAMS = llama_cpp.llama_model_params
 
 
-def attempt(arch: str, moe: bool, directory: Path) -> dict[str, Any]:
+def attempt(arch: str, moe: bool, wide: bool, directory: Path) -> dict[str, Any]:
     """Make the model in a child of this process, which has llama_cpp loaded already."""
     path = directory / f"{arch}-{'moe' if moe else 'dense'}.gguf"
     report = directory / "report"
@@ -298,7 +345,7 @@ def attempt(arch: str, moe: bool, directory: Path) -> dict[str, Any]:
             os.dup2(words.fileno(), 1)
             os.dup2(words.fileno(), 2)
             try:
-                make(arch, moe, path)
+                make(arch, moe, wide, path)
             except SystemExit as error:
                 print(error, flush=True)
             os._exit(1)
@@ -314,16 +361,21 @@ def attempt(arch: str, moe: bool, directory: Path) -> dict[str, Any]:
 
 def routes(path: Path) -> bool:
     """Whether the model in the file has experts."""
-    return b"exps." in path.read_bytes()[: 1 << 20]
+    with path.open("rb") as file:
+        return b"exps." in file.read(8 << 20)
 
 
 def main() -> None:
-    directory = Path(sys.argv[1])
-    for arch in sys.argv[2:] or known_architectures():
-        sparse = attempt(arch, True, directory)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wide", action="store_true")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("architectures", nargs="*")
+    asked = parser.parse_args()
+    for arch in asked.architectures or known_architectures():
+        sparse = attempt(arch, True, asked.wide, asked.directory)
         models = [sparse] if "path" in sparse and routes(Path(sparse["path"])) else []
         if not models or arch in _DENSE_TOO:
-            models.append(attempt(arch, False, directory))
+            models.append(attempt(arch, False, asked.wide, asked.directory))
         for model in models:
             print(json.dumps(model), flush=True)
 
