@@ -1,4 +1,4 @@
-"""Carries commands out and posts what came of them: every command ends in exactly one event, whatever goes wrong.
+"""Carries commands out and posts what came of them: every command ends in exactly one event, or with its node.
 
 A replica's runner is the node's spare (see `runners`) or a fresh one. It ends by `ray.kill`; its memory counts as free
 only after its process is gone (SIGKILL by the node actor as a backstop) and its devices have been read again.

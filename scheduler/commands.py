@@ -1,4 +1,4 @@
-"""What to do. Frozen, picklable records; each one that acts on a runner or a file ends in exactly one event.
+"""What to do. Frozen, picklable records; each one that acts on a runner or a file ends in one event, or with its node.
 
 StartReplica  -> ReplicaReady | ReplicaFailed         StopReplica -> ReplicaGone
 ReadShape     -> ShapeRead                            CheckReplica -> ReplicaVouched | ReplicaDied

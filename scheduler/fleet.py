@@ -158,6 +158,8 @@ class Fleet:
         if self.policy.preflight == "never" or model is None or model.shape is None:
             return False
         placement = replica.placement
+        if not placement.device_ids:  # host RAM that was misjudged is no failed load
+            return False
         build = self._inventory.nodes[placement.node_id].facts.llama_build
         if self._measurements.load(model.shape, placement.layout, placement.context, build) is not None:
             return False

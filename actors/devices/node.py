@@ -7,6 +7,7 @@ headers for the scheduler, and is its hand on the node: sees processes end, and 
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -28,6 +29,8 @@ from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeFacts, NodeReadi
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.errors import ArrieroError, InvalidGGUF, Rejected
 from scheduler.units import NodeId
+
+log = logging.getLogger(__name__)
 
 REPORT_S = 1.0
 SEARCH_S = 10.0
@@ -125,6 +128,11 @@ def _shape_or_fault(path: str) -> ModelShape | ArrieroError:
         return read_shape(path)
     except InvalidGGUF as fault:
         return fault
+    except OSError:
+        raise
+    except Exception as error:  # a file may claim anything; asked again, it would say the same
+        log.exception("the header of %s was not understood", path)
+        return InvalidGGUF(f"{path}: its header was not understood ({type(error).__name__}: {error})", path=path)
 
 
 # Three pools of threads: waiting for processes must not keep anybody from a header, nor headers from the rest.

@@ -23,6 +23,7 @@ from typing import Any
 from actors.serving.jobs import Embedding, Generation, Job
 from actors.serving.model import Model, Row
 from actors.serving.slots import Slot, best_slot
+from scheduler.costs.host import embedding_rows
 from scheduler.errors import EngineFailed
 
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
@@ -273,6 +274,5 @@ class Batcher:
 
 
 def embed_step(model: Model) -> int:
-    """Tokens per embedding turn: each costs a row of logits in the output buffer, which is held to about 16 MiB."""
-    row_bytes = 4 * (model.n_vocab + model.n_embd)
-    return max(1, min(model.n_ubatch, 16 * 2**20 // row_bytes))
+    """Tokens per embedding turn."""
+    return embedding_rows(4 * (model.n_vocab + model.n_embd), model.n_ubatch)

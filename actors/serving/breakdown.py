@@ -1,12 +1,14 @@
 """llama.cpp's own sums of what a model and its context take, also of a load that allocates nothing.
 
 `llama_get_memory_breakdown` is C++ and returns a std::map by value. The bindings leave it out, so libstdc++'s layout of
-the map is walked here, as x86-64 and AArch64 Linux pass it; elsewhere there is no such symbol, and no answer.
+the map is walked here, as x86-64 and AArch64 Linux pass it; elsewhere there is no answer. Whether the sums are what
+they seem is for the caller to judge: another release may have another struct.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +44,7 @@ def memory_breakdown(context: Any, devices: Sequence[int], output_bytes: int) ->
     The logits buffer is not part of llama.cpp's sums: `output_bytes` is passed through.
     """
     library = llama_cpp.llama_cpp._lib
-    if not hasattr(library, _SYMBOL):
+    if sys.platform != "linux" or not hasattr(library, _SYMBOL):
         return None
     ask = library[_SYMBOL]
     ask.restype, ask.argtypes = _Map, [ctypes.c_void_p]

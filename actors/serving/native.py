@@ -23,6 +23,7 @@ from actors.serving.journal import LogLine, error_text, llama_log
 from actors.serving.model import Row
 from actors.serving.protocol import BufferSizes, LoadFailed, LoadFailureKind, LoadSpec, Sampling
 from actors.serving.sampling import build_sampler
+from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import ContextParams, Footprint
 
 EXPERTS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
@@ -179,8 +180,14 @@ class NativeModel:
         llama_cpp.llama_set_embeddings(self._context, False)
 
     def breakdown(self) -> Footprint | None:
-        """llama.cpp's own sums, to the byte; None where it cannot be asked."""
-        return memory_breakdown(self._context, self._devices, self.buffers.host.output_bytes)
+        """llama.cpp's own sums, to the byte; None where it cannot be asked, or its log says otherwise."""
+        sums = memory_breakdown(self._context, self._devices, self.buffers.host.output_bytes)
+        if sums is None:
+            return None
+        told = [device.compute_bytes for device in self.buffers.devices] + [self.buffers.host.compute_bytes]
+        summed = [device.compute_bytes for device in sums.devices] + [sums.host.compute_bytes]
+        agree = all(abs(a - b) <= ROUNDING_BYTES for a, b in zip(told, summed, strict=True))
+        return sums if agree else None
 
     def close(self) -> None:
         """Frees the context and the model; safe to call twice."""

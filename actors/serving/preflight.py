@@ -4,17 +4,20 @@ A load with `no_alloc` reads the header, places every tensor and reserves the gr
 happens in a process with a time limit, because llama.cpp ends the process over some files. With CUDA devices that
 process needs their contexts for as long as it lives: no more than the load itself will need, in the same places.
 What it says is never below what a load takes; on later devices of a pipeline it is an activation per copy above.
+The process ends with its parent, and after the time limit even without one: nobody else knows of the memory it holds.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from actors.devices.virtual import start_device_process
@@ -24,7 +27,10 @@ from scheduler.costs.params import DeviceBytes, HostBytes
 
 TIMEOUT_S = 60.0
 _ANSWER = "PREFLIGHT "
+_PR_SET_PDEATHSIG = 1
 _SOURCE_ROOT = Path(__file__).parents[2]
+_LLAMA_CPP_ENDED = {-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGFPE, -signal.SIGILL, -signal.SIGBUS}
+"""Exit statuses that a file brings about: an assertion that fails, or arithmetic gone wrong."""
 
 
 class PreflightUnavailable(Exception):
@@ -37,27 +43,27 @@ def ask_llama_cpp(spec: LoadSpec, timeout_s: float = TIMEOUT_S) -> BufferSizes:
     Raises LoadFailed when llama.cpp refuses the file or ends over it, PreflightUnavailable when it cannot be asked here
     or does not answer in time.
     """
-    paths = os.pathsep.join(filter(None, [str(_SOURCE_ROOT), *sys.path]))
+    asked = replace(spec, path=str(Path(spec.path).absolute()))
     try:
         done = subprocess.run(
             [sys.executable, "-m", "actors.serving.preflight"],
-            input=pickle.dumps(spec),
+            input=pickle.dumps(asked),
             capture_output=True,
             timeout=timeout_s,
             check=False,
-            env=os.environ | {"PYTHONPATH": paths},
+            cwd=_SOURCE_ROOT,  # "-m" looks here first, wherever this process was started
         )
     except subprocess.TimeoutExpired:
         raise PreflightUnavailable(f"llama.cpp did not say within {timeout_s:.0f} s what it would allocate") from None
     words = done.stdout.decode("utf-8", "replace").splitlines()
     line = next((line for line in words if line.startswith(_ANSWER)), None)
     if line is None:
-        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        why = next((word for word in done.stderr.decode("utf-8", "replace").splitlines() if "GGML_ASSERT" in word), "")
-        raise LoadFailed(
-            "failed",
-            f"llama.cpp ends its process over this model (exit status {done.returncode}): {why or ' '.join(last)}",
-        )
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        why = next((words for words in said if "GGML_ASSERT" in words), " ".join(said[-1:]))
+        if done.returncode in _LLAMA_CPP_ENDED:
+            name = signal.Signals(-done.returncode).name
+            raise LoadFailed("failed", f"llama.cpp ends its process over this model ({name}): {why}")
+        raise PreflightUnavailable(f"llama.cpp could not be asked (exit status {done.returncode}): {why}")
     answer = json.loads(line.removeprefix(_ANSWER))
     if "unavailable" in answer:
         raise PreflightUnavailable(answer["unavailable"])
@@ -96,7 +102,7 @@ def _answer(spec: LoadSpec) -> dict[str, object]:
             return {"failure": {"kind": error.failure.kind, "message": error.failure.message}}
         truth = model.breakdown()
         if truth is None:
-            return {"unavailable": "this llama.cpp has no llama_get_memory_breakdown that could be called"}
+            return {"unavailable": "this llama.cpp has no llama_get_memory_breakdown that could be read"}
         return {
             "devices": [asdict(device) for device in truth.devices],
             "host": asdict(truth.host),
@@ -104,7 +110,14 @@ def _answer(spec: LoadSpec) -> dict[str, object]:
         }
 
 
+def _end_with_parent() -> None:
+    signal.alarm(int(TIMEOUT_S))  # its default action ends the process in the middle of C too
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    _end_with_parent()
     from actors.serving.runner import show_only
 
     spec: LoadSpec = pickle.load(sys.stdin.buffer)

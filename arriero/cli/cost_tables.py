@@ -77,7 +77,7 @@ def show_costs(shape: ModelShape, bills: list[Bill], measured: list[MeasuredLoad
     console.print(table)
     for number, bill in enumerate(bills):
         ram, most = format_bytes(bill.steady_bytes), format_bytes(bill.peak_bytes)
-        mapped = format_bytes(bill.host.mapped_bytes)
+        mapped = format_bytes(bill.mapped_bytes)
         console.print(f"case {number}: the process keeps {ram} of host RAM, {most} while loading, and maps {mapped}")
         if bill.unverified:
             console.print(f"[yellow]case {number}: {bill.unverified}[/]")

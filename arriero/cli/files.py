@@ -64,6 +64,8 @@ def footprint(
             bills.append(make_bill(shape, companions, case))
         except Rejected as error:
             raise Rejected(f"grid[{index}]: {error.message}") from None
+    if verify and (lora or mtp):
+        raise Rejected("--verify asks llama.cpp about the model alone: leave out --lora and --mtp")
     if verify:
         from arriero.cli.verify import verified
 
@@ -140,7 +142,7 @@ def _answer_bill(shape: ModelShape, bill: Bill, load: MeasuredLoad | None) -> di
     answer["host_ram"] = {
         "steady_bytes": bill.steady_bytes,
         "peak_bytes": bill.peak_bytes,
-        "mapped_bytes": bill.host.mapped_bytes,
+        "mapped_bytes": bill.mapped_bytes,
         "parts": asdict(bill.host),
     }
     if bill.verified is not None:

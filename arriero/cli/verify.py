@@ -1,10 +1,12 @@
 """`arriero footprint --verify`: the llama.cpp of this machine is asked the same question, without loading anything.
 
-Devices of kind "rpc" are started for the purpose; "cuda" means the cards of this machine, in its own order.
+Devices of kind "rpc" are started for the purpose; "cuda" means the cards of this machine, in its own order. The
+question is about the model alone, without adapters or prediction layers.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +21,16 @@ from scheduler.units import TIB
 
 
 def verified(file: Path, bill: Bill, case: Case) -> Bill:
-    """`bill` with llama.cpp's answer, or with why there is none. Companions are not part of the question."""
+    """`bill` with llama.cpp's answer, or with why there is none."""
+    cards = itertools.count()
     with tempfile.TemporaryDirectory() as folder:
         devices = []
         for index, device in enumerate(case.layout.devices):
             state = ""
             if device.kind == "rpc":
                 state = str(ByteCount.create(Path(folder) / f"device-{index}").path)
-            devices.append(LoadDevice(str(index), device.kind, 0, state, TIB))
+            name = str(next(cards)) if device.kind == "cuda" else f"device-{index}"
+            devices.append(LoadDevice(name, device.kind, 0, state, TIB))
         spec = LoadSpec(
             model=file.name,
             path=str(file),
@@ -37,6 +41,7 @@ def verified(file: Path, bill: Bill, case: Case) -> Bill:
             context=case.context,
             n_threads=1,
             host_required_bytes=0,
+            use_extra_bufts=case.use_extra_bufts,
         )
         try:
             answer = ask_llama_cpp(spec)

@@ -91,6 +91,7 @@ class Need:
             use_mmap=self.use_mmap,
             use_extra_bufts=self.use_extra_bufts,
             process_bytes=self.reserves.runner_overhead_bytes,
+            n_threads=node.facts.physical_cores,
         )
         return Placement(
             tier=tier,
@@ -103,6 +104,7 @@ class Need:
             host_bytes=host.peak_bytes + host.mapped_bytes,
             host_mapped_bytes=host.mapped_bytes,
             host_outside_bytes=host.outside_bytes,
+            host_resting_bytes=host.resting_bytes,
             computes_on_cpu=layout.n_gpu_layers < self.n_layers or layout.experts_on_host,
             n_layers=self.n_layers,
         )

@@ -178,8 +178,9 @@ class Rooms:
         for replica in self._replicas.values():
             if replica.placement.node_id == node.facts.node_id and replica.state is not ReplicaState.PENDING:
                 booked = self._ledger.amount(replica.replica_id, host_account(node.facts.node_id))
-                amount = min(booked, replica.anonymous_bytes)
-                least, most = least + (amount if _settled(replica, now) else 0), most + amount
+                if _settled(replica, now):
+                    least += min(booked, replica.placement.host_resting_bytes)
+                most += min(booked, replica.anonymous_bytes)
         used = node.facts.memory_total_bytes - node.reading.memory_available_bytes
         node.foreign_bytes = _estimate(node.foreign_bytes, used, least, most)
 

@@ -48,6 +48,7 @@ class Placement:
     host_bytes: int  # at the most, loading included
     host_mapped_bytes: int  # the part of host_bytes that is file-backed: MemAvailable never shows it as used
     host_outside_bytes: int  # the part of host_bytes that is not llama.cpp's buffers, and stays
+    host_resting_bytes: int  # the part of host_bytes that is anonymous and there before the first request
     computes_on_cpu: bool
     n_layers: int  # layers in all, the output counted as one
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from scheduler.costs.demand import ModelDemand
 from scheduler.costs.graph.model import Width, adapted_graph_model
-from scheduler.costs.header import Tensor, read_header
+from scheduler.costs.header import Tensor, read_header, split_name
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.weights import Padded, WeightSums, sum_weights
 from scheduler.errors import InvalidGGUF, Rejected
@@ -28,7 +28,6 @@ class Adapter:
 
     path: str
     architecture: str
-    file_bytes: int
     pairs: Mapping[str, tuple[Tensor, Tensor]]
 
     @property
@@ -68,7 +67,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         pairs[name] = (a, b)
     if not pairs:
         raise refuse("the adapter changes nothing: it has no pairs")
-    return Adapter(header.path, architecture, header.file_bytes, pairs)
+    return Adapter(header.path, architecture, pairs)
 
 
 def _is_table(name: str) -> bool:
@@ -89,10 +88,7 @@ def adapted(shape: ModelShape, adapters: Sequence[Adapter]) -> ModelShape:
     rank = max(adapter.rank for adapter in adapters)
     unlike = len({adapter.rank for adapter in adapters}) > 1  # their order is chance: all are drawn as large as any
     pairs = [_widths(adapter, rank if unlike else 0) for adapter in adapters]
-    extra = [
-        sum_weights(shape.arch, {tensor.name: replace(tensor, name=base) for base, tensor in _matrices(adapter)})
-        for adapter in adapters
-    ]
+    extra = [half for adapter in adapters for half in _halves(shape, adapter)]
     graph = adapted_graph_model(shape.graph, pairs)
     digest = hashlib.blake2b(shape.fingerprint.encode(), digest_size=16)
     for adapter in adapters:
@@ -103,9 +99,17 @@ def adapted(shape: ModelShape, adapters: Sequence[Adapter]) -> ModelShape:
         demand=_demand(shape, adapters),
         graph=graph,
         weights_bytes=shape.weights_bytes + sum(t.n_bytes for adapter in adapters for _, t in _matrices(adapter)),
-        n_tensors=shape.n_tensors + sum(6 * len(adapter.pairs) for adapter in adapters),
+        adapter_weights=tuple(extra),
+        n_adapter_pairs=sum(len(adapter.pairs) for adapter in adapters),
         fingerprint=digest.hexdigest(),
     )
+
+
+def _halves(shape: ModelShape, adapter: Adapter) -> Iterable[WeightSums]:
+    """Both halves where the weights lie that they belong to; nothing of them is tied."""
+    for half in range(len(_HALVES)):
+        tensors = {name: replace(pair[half], name=name) for name, pair in adapter.pairs.items()}
+        yield replace(sum_weights(shape.arch, tensors), tied=Padded(), tied_on_host=Padded())
 
 
 def _matrices(adapter: Adapter) -> Iterable[tuple[str, Tensor]]:
@@ -115,7 +119,7 @@ def _matrices(adapter: Adapter) -> Iterable[tuple[str, Tensor]]:
 def _check(shape: ModelShape, adapter: Adapter) -> None:
     if adapter.architecture != shape.architecture:
         raise Rejected(f"{adapter.path} adapts {adapter.architecture} models, this one is {shape.architecture}")
-    is_tied = "output.weight" not in shape.graph.rest
+    is_tied = shape.weights.tied != Padded()
     for name, (a, b) in adapter.pairs.items():
         width = _weight(shape, name)
         if width is None:
@@ -134,12 +138,11 @@ def _check(shape: ModelShape, adapter: Adapter) -> None:
 
 
 def _weight(shape: ModelShape, name: str) -> Width | None:
-    prefix, _, tail = name.partition(".")
-    il, _, stem = tail.partition(".")
-    if prefix == "blk" and il.isdigit():
-        known = int(il) < shape.n_layer_all and shape.arch.layers[int(il)].is_loaded
-        return shape.graph.layers[int(il)].get(stem) if known else None
-    return shape.graph.rest.get(name)
+    il, stem = split_name(name)
+    if il < 0:
+        return shape.graph.rest.get(name)
+    known = il < shape.n_layer_all and shape.arch.layers[il].is_loaded
+    return shape.graph.layers[il].get(stem) if known else None
 
 
 def _widths(adapter: Adapter, rank: int) -> dict[str, tuple[Width, Width]]:

@@ -39,16 +39,24 @@ def companion_footprints(
     Raises Rejected as `footprint`.
     """
     found: dict[str, Footprint] = {}
-    on_device = bool(layout.devices) and layout.n_gpu_layers != 0
+    on_device = _on_device(layout)
     if companions.mtp:
         found["mtp"] = mtp_footprint(shape, layout, context)
     if companions.draft is not None:
-        shares = (1.0,) + (0.0,) * (len(layout.devices) - 1) if layout.devices else ()
-        whole = Layout(layout.devices, -1 if on_device else 0, shares)
-        found["draft"] = footprint(companions.draft, whole, context)
+        found["draft"] = footprint(companions.draft, draft_layout(layout), context)
     if companions.projector is not None:
         found["mmproj"] = _projector_footprint(companions.projector, layout, on_device, context)
     return found
+
+
+def draft_layout(layout: Layout) -> Layout:
+    """Where the draft of a model in `layout` lies."""
+    shares = (1.0,) + (0.0,) * (len(layout.devices) - 1) if layout.devices else ()
+    return Layout(layout.devices, -1 if _on_device(layout) else 0, shares)
+
+
+def _on_device(layout: Layout) -> bool:
+    return bool(layout.devices) and layout.n_gpu_layers != 0
 
 
 def _projector_footprint(projector: Projector, layout: Layout, on_device: bool, context: ContextParams) -> Footprint:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from scheduler.costs.architecture import Architecture
 from scheduler.costs.families import DRAFTS, ENCODERS
-from scheduler.costs.header import Tensor
+from scheduler.costs.header import Tensor, split_name
 from scheduler.costs.layer_kinds import LayerKind
 
 _LIGHTNING = frozenset("deepseek32 glm-dsa dots3note hy_v4 glm5-next deepseek4".split())
@@ -99,11 +99,9 @@ def model_demand(arch: Architecture, tensors: Mapping[str, Tensor], n_vocab: int
     """The demand of a model with these hyper-parameters and weight matrices."""
     rows: list[dict[str, Tensor]] = [{} for _ in range(arch.n_layer_all)]
     for tensor in tensors.values():
-        name = tensor.name.removeprefix("enc.").removeprefix("dec.").removesuffix(".weight")
-        if name.startswith("blk.") and name.count(".") > 1:
-            _, il, stem = name.split(".", 2)
-            if il.isdigit() and int(il) < arch.n_layer_all:
-                rows[int(il)][stem] = tensor
+        il, stem = split_name(tensor.name.removeprefix("enc.").removeprefix("dec.").removesuffix(".weight"))
+        if 0 <= il < arch.n_layer_all:
+            rows[il][stem] = tensor
     memo: dict[tuple[object, ...], LayerDemand] = {}
     layers = []
     for kind, weights in zip(arch.layers, rows, strict=True):
@@ -183,7 +181,7 @@ class _Layer:
         down = self.weights.get("ffn_down_exps")
         if down is None:
             return 0, 0
-        return down.ne[0] * self.arch.n_expert_used, down.ne[1] * self.arch.n_expert_used
+        return down.ne[0] * self.arch.n_expert_used, self.rows("ffn_down_exps") * self.arch.n_expert_used
 
     def attention(self) -> int:
         if not self.kind.is_attention:

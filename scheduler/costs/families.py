@@ -59,7 +59,6 @@ RECURRENT = frozenset("mamba mamba2 rwkv6 rwkv6qwen2 rwkv7 arwkv7".split())
 HYBRID_BY_HEADS = frozenset("jamba plamo2 granitehybrid lfm2 lfm2moe kimi-linear bailingmoe3 kimi-k3 glm5-next".split())
 HYBRID_BY_INTERVAL = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "qwen4exp": 4, "minimax-01": 8}
 NEMOTRON_H = frozenset({"nemotron_h", "nemotron_h_moe"})
-HYBRID = HYBRID_BY_HEADS | HYBRID_BY_INTERVAL.keys() | NEMOTRON_H | {"falcon-h1"}
 MLA = frozenset(
     "deepseek2 mistral4 deepseek32 glm-dsa kimi-linear bailingmoe3 kimi-k3 glm5-next dots3note hy_v4".split()
 )

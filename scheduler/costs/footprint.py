@@ -7,6 +7,7 @@ and some milliseconds the first time a graph is drawn.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 from scheduler.costs import cache
@@ -41,7 +42,8 @@ def is_verified(shape: ModelShape, build: str) -> bool:
 
 def with_mtp(shape: ModelShape) -> ModelShape:
     """`shape` with its prediction layers loaded (`load_mtp`). Raises Rejected where it has none that llama.cpp runs."""
-    return replace(shape, weights=_predictor(shape).weights)
+    marked = hashlib.blake2b(f"{shape.fingerprint} with its prediction layers".encode(), digest_size=16)
+    return replace(shape, weights=_predictor(shape).weights, fingerprint=marked.hexdigest())
 
 
 def mtp_footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:

@@ -44,7 +44,7 @@ class Array:
     type: str
     length: int
     values: tuple[int | float | bool, ...] | None
-    n_bytes: int = field(default=0, compare=False)
+    n_bytes: int = field(default=0, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,14 @@ class Tensor:
     ne: tuple[int, ...]
     offset: int
     n_bytes: int
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """(3, "attn_q.weight") of `blk.3.attn_q.weight`; -1 and the whole name for a tensor outside of layers."""
+    prefix, _, tail = name.partition(".")
+    il, _, stem = tail.partition(".")
+    in_layer = prefix == "blk" and il.isascii() and il.isdigit() and len(il) < 10
+    return (int(il), stem) if in_layer else (-1, name)
 
 
 @dataclass(frozen=True, slots=True)

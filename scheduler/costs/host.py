@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from scheduler.costs.architecture import Architecture
 from scheduler.costs.cache import effective_context
-from scheduler.costs.families import CACHELESS, DRAFTS, KDA
+from scheduler.costs.families import CACHELESS, DRAFTS
 from scheduler.costs.params import ContextParams, Footprint, Layout
 from scheduler.costs.shape import ModelShape
+from scheduler.costs.weights import assign_layers, place_weights
 from scheduler.units import KIB, MIB
 
-PROCESS_BYTES = 128 * MIB
-"""The interpreter with Ray, numpy and llama.cpp's libraries (the default of `runner_overhead_bytes`)."""
+EMBEDDED_AT_ONCE_BYTES = 16 * MIB
 _NODE_BYTES = 368
 """`ggml_tensor_overhead()`."""
 _CELL_BYTES = 52
@@ -30,8 +30,8 @@ _STAGING_BYTES = 4 * MIB
 """Four pinned buffers of 1 MiB through which a card is filled when the file is not mapped."""
 _TILED_BYTES = 576 * KIB
 """Per thread: what the CPU's matrix products unpack their tiles to."""
-_THREADS = 16
-_ATTENTION_BYTES = 128 * KIB
+_TILE = 64
+"""Queries and keys that the CPU's attention looks at together (`GGML_FA_TILE_Q`, `GGML_FA_TILE_KV`)."""
 _BUSY = frozenset(
     "qwen3next kimi-linear bailingmoe3 qwen35 qwen35moe qwen4exp deepseek4 nanbeige minimax-01 minimax-m3 hy_v4".split()
 )
@@ -45,7 +45,7 @@ class HostMemory:
     buffers_bytes: int
     """What llama.cpp reports on the host, without mapped weights."""
     repacked_bytes: int
-    """At most: a second copy of host weights in the CPU's own order (`use_extra_bufts`)."""
+    """At most: a second copy of host weights in the CPU's own order (`use_extra_bufts`), beside mapped or tied ones."""
     vocabulary_bytes: int
     tables_bytes: int
     growing_bytes: int
@@ -64,13 +64,18 @@ class HostMemory:
         return self.vocabulary_bytes + self.tables_bytes + self.growing_bytes + self.process_bytes
 
     @property
+    def resting_bytes(self) -> int:
+        """Anonymous memory of a replica that is loaded and has served nothing yet."""
+        return self.steady_bytes - self.growing_bytes
+
+    @property
     def steady_bytes(self) -> int:
         return self.buffers_bytes + self.repacked_bytes + self.outside_bytes
 
     @property
     def peak_bytes(self) -> int:
         """The most at any time: loading is over before requests make anything grow."""
-        return max(self.steady_bytes, self.steady_bytes - self.growing_bytes + self.loading_bytes)
+        return max(self.steady_bytes, self.resting_bytes + self.loading_bytes)
 
 
 def host_memory(
@@ -81,18 +86,25 @@ def host_memory(
     *,
     use_mmap: bool = True,
     use_extra_bufts: bool = False,
-    process_bytes: int = PROCESS_BYTES,
+    process_bytes: int,
+    n_threads: int = 16,
 ) -> HostMemory:
-    """Host RAM of the model in this layout and context, whose buffers are `cost`. Raises Rejected as `footprint`."""
+    """Host RAM of the model in this layout and context, whose buffers are `cost`. Raises Rejected as `footprint`.
+
+    `n_threads`: the most that ever compute on the CPU. `process_bytes`: the interpreter and its libraries.
+    """
     host = cost.host
     repacks = use_extra_bufts and all(device.kind != "cuda" for device in layout.devices)
-    mapped = host.weights_bytes if use_mmap else 0
+    places = assign_layers(layout, shape.n_layer_all)
+    adapters = sum(place_weights(sums, layout, places)[1] for sums in shape.adapter_weights)
+    mapped = host.weights_bytes - adapters if use_mmap else 0
+    copied = shape.weights.tied.plain if not use_mmap else host.weights_bytes - adapters
     return HostMemory(
         buffers_bytes=host.total_bytes - mapped,
-        repacked_bytes=host.weights_bytes if repacks else 0,
+        repacked_bytes=copied if repacks else 0,
         vocabulary_bytes=shape.vocabulary.resident_bytes,
         tables_bytes=_tables(shape, layout, context),
-        growing_bytes=_growing(shape, layout, context),
+        growing_bytes=_growing(shape, layout, context, n_threads),
         process_bytes=process_bytes,
         loading_bytes=max(_staging(shape, layout, use_mmap, repacks), shape.vocabulary.loading_bytes),
         mapped_bytes=mapped,
@@ -103,26 +115,34 @@ def host_memory(
 def _staging(shape: ModelShape, layout: Layout, use_mmap: bool, repacks: bool) -> int:
     """The largest buffer through which weights pass on their way to a device, or into another order."""
     kinds = {device.kind for device in layout.devices}
-    largest = max(shape.largest_tensor_bytes, 0)
+    largest = shape.largest_tensor_bytes
     through = (2 if "rpc" in kinds else 1) * largest if "rpc" in kinds or repacks else 0
     if use_mmap:  # straight from the file; an RPC device is sent a message with a copy
         return largest if "rpc" in kinds else 0
     return max(through, _STAGING_BYTES if "cuda" in kinds else 0)
 
 
-def _growing(shape: ModelShape, layout: Layout, context: ContextParams) -> int:
+def _growing(shape: ModelShape, layout: Layout, context: ContextParams, n_threads: int) -> int:
     """Later growth: a row of logits per token of an embedding batch (`output_reserve`), and the CPU's work buffer."""
     size = effective_context(shape.arch, context)
-    rows = 0
-    if context.embeddings or shape.is_embedding_only:
-        at_once = size.n_ubatch if shape.is_embedding_only else size.n_batch  # what is pooled goes through in one piece
-        rows = max(0, at_once - size.n_seq_max)
-    total = 4 * rows * (shape.n_vocab + shape.arch.n_embd_out)
+    row = 4 * (shape.n_vocab + shape.arch.n_embd_out)
+    at_once = 0
+    if shape.is_embedding_only:  # what is pooled goes through in one piece
+        at_once = size.n_ubatch
+    elif context.embeddings:
+        at_once = embedding_rows(row, size.n_ubatch)
+    total = row * max(0, at_once - size.n_seq_max)
     offloaded = layout.n_gpu_layers < 0 or layout.n_gpu_layers > shape.n_layer_all
     if not layout.devices or not offloaded or layout.experts_on_host:
         total += 2 * size.n_tokens * shape.widest_row
-        total += _THREADS * (_TILED_BYTES + _ATTENTION_BYTES)
+        widths = max((layer.head_k + layer.head_v for layer in shape.arch.layers if layer.is_attention), default=0)
+        total += n_threads * (_TILED_BYTES + 4 * 2 * _TILE * (widths + _TILE))
     return total
+
+
+def embedding_rows(row_bytes: int, n_ubatch: int) -> int:
+    """Tokens that are embedded one by one in a turn: each costs a row of logits, which are held to about 16 MiB."""
+    return max(1, min(n_ubatch, EMBEDDED_AT_ONCE_BYTES // row_bytes))
 
 
 def _tables(shape: ModelShape, layout: Layout, context: ContextParams) -> int:
@@ -130,7 +150,7 @@ def _tables(shape: ModelShape, layout: Layout, context: ContextParams) -> int:
     size = effective_context(shape.arch, context)
     n_backends = len(layout.devices) + 1
     copies = _COPIES if len(layout.devices) > 1 else 1
-    nodes = _max_nodes(shape.arch, shape.n_tensors, size.n_tokens)
+    nodes = _max_nodes(shape.arch, shape.n_tensors, size.n_tokens) + 6 * shape.n_adapter_pairs
     slots = _hash_slots(2 * nodes)
     graph = _NODE_BYTES * nodes + 16 * nodes + 12 * slots + slots // 8
     scheduler = _hash_slots(nodes) * (12 + 8 * n_backends * copies) + 352 * nodes + 48 * _hash_slots(2 * nodes)
@@ -138,7 +158,8 @@ def _tables(shape: ModelShape, layout: Layout, context: ContextParams) -> int:
     caches = cells + size.n_swa_cells * size.n_stream
     if shape.arch.index_heads:
         caches += cells
-    records = 2 * _NODE_BYTES * (shape.n_tensors + 2 * shape.n_layer_all) + 128 * shape.n_tensors
+    n_tensors = shape.n_tensors + 2 * shape.n_adapter_pairs
+    records = 2 * _NODE_BYTES * (n_tensors + 2 * shape.n_layer_all) + 128 * n_tensors
     batch = 96 * size.n_batch + 16 * shape.n_vocab  # rows of a batch; candidates of a sampler
     return _GRAPHS * graph + scheduler + _CELL_BYTES * caches + records + batch
 
@@ -149,11 +170,11 @@ def _max_nodes(arch: Architecture, n_tensors: int, n_tokens: int) -> int:
         return max(160 * n_tokens, 64 * n_tensors)
     if arch.name == "hrm_text":
         return max(80 * n_tokens, 64 * n_tensors)
-    if arch.name in _BUSY or arch.name in KDA or arch.name in DRAFTS:
+    if arch.name in _BUSY or arch.name in DRAFTS:
         return max(40 * n_tokens, 32 * n_tensors)
     return max(1024, 8 * n_tensors)
 
 
 def _hash_slots(n: int) -> int:
-    """At least: ggml's primes are near the powers of two."""
+    """At most: ggml's primes are near the powers of two, and the next one is taken."""
     return 1 << max(n, 2).bit_length()

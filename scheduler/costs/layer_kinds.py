@@ -69,7 +69,10 @@ def runs(meta: Metadata, n_layer_all: int) -> list[int]:
         n_block = meta.number("block_count")
         return [il % n_block if il >= n_block else -1 for il in range(n_layer_all)]
     if meta.arch == "hrm_text":  # a low stack some times, then the high stack, and all that again
-        stack, cycles = max(meta.number("hrm.layers_per_stack"), 1), meta.number("hrm.l_cycles")
+        stack, cycles = meta.number("hrm.layers_per_stack"), meta.number("hrm.l_cycles")
+        n_run = stack * meta.number("hrm.h_cycles") * (cycles + 1)
+        if not cycles or n_run != n_layer_all:
+            raise meta.refuse(f"hrm.layers_per_stack, h_cycles and l_cycles make {n_run} layers of {n_layer_all}")
         first = [(il // stack % (cycles + 1) == cycles) * stack + il % stack for il in range(n_layer_all)]
         return [run if run != il else -1 for il, run in enumerate(first)]
     return [-1] * n_layer_all

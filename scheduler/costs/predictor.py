@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from scheduler.costs.architecture import Architecture
 from scheduler.costs.demand import ModelDemand, model_demand
 from scheduler.costs.families import PREDICTING
-from scheduler.costs.header import Tensor
+from scheduler.costs.header import Tensor, split_name
 from scheduler.costs.layer_kinds import LayerKind
 from scheduler.costs.weights import WeightSums, sum_weights
 
@@ -63,6 +63,5 @@ def read_predictor(arch: Architecture, tensors: Mapping[str, Tensor], n_vocab: i
 
 
 def _belongs(name: str, first: int) -> bool:
-    prefix, _, tail = name.partition(".")
-    il = tail.partition(".")[0]
-    return prefix != "blk" or il.isdigit() and int(il) >= first
+    il, _ = split_name(name)
+    return il < 0 or il >= first

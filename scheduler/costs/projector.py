@@ -2,8 +2,7 @@
 
 All weights go to one device, or to host RAM: to the byte where the file holds one encoder. Compute buffers are reserved
 for a warm-up input when the projector is loaded; they are bounded here from the widths of the first layer, one moment
-after the other: patches, attention, feed-forward block, projection. Larger inputs make the buffer grow later, up to
-`image_max_pixels` of the file; `tokens` asks for that.
+after the other: patches, attention, feed-forward block, projection. A larger image than that makes the buffer grow.
 Source in llama.cpp: tools/mtmd/clip.cpp (`warmup`, `load_tensors`), tools/mtmd/models/. Checked with libmtmd's own
 `mtmd_get_memory_usage` (tests/costs/test_projectors.py; 2,000 random shapes once: none below).
 """
@@ -79,12 +78,10 @@ class Encoder:
     feed_forward: int
     """Values per position while the block feeds forward."""
     merge: int
-    patch: int
     positions: int
     """At warm-up."""
     raw: int
     """Values of the input at warm-up."""
-    extra_positions: int
     patching: int
     """Values per position while patches are made, on top of what is said here."""
     patching_once: int
@@ -105,15 +102,9 @@ class Encoder:
         """False: the kind was not looked at, and its bound is several times what the others need."""
         return self.kind in _BOUNDED
 
-    def compute_bytes(self, *, flash_attn: bool, tokens: int | None = None) -> tuple[int, int]:
-        """(the compute buffer where the weights are, the inputs' share in host RAM when that is a device).
-
-        `tokens`: of the largest image; None: what is reserved when the projector is loaded.
-        """
+    def compute_bytes(self, *, flash_attn: bool) -> tuple[int, int]:
+        """(the compute buffer where the weights are, the inputs' share in host RAM when that is a device)."""
         n, raw = self.positions, self.raw
-        if tokens is not None and not self.is_audio and self.patch:
-            side = (isqrt(max(tokens - 1, 0)) + 1) * self.merge
-            n, raw = side * side + self.extra_positions, 3 * (side * self.patch) ** 2
         w, square = self.width, n * n
         inputs, kept = raw + 8 * n + 64, self.kept
         if self.has_window:
@@ -140,26 +131,22 @@ class Projector:
     """A projector file."""
 
     path: str
-    file_bytes: int
     weights: Padded
-    largest_tensor_bytes: int
-    """What it is read through on its way to a device; it is never mapped."""
+    """Never mapped."""
     encoders: tuple[Encoder, ...]
 
-    def on_device(self, kind: DeviceKind, *, flash_attn: bool = False, tokens: int | None = None) -> DeviceBytes:
+    def on_device(self, kind: DeviceKind, *, flash_attn: bool = False) -> DeviceBytes:
         """Bytes on the device that holds the projector."""
-        compute_bytes = sum(e.compute_bytes(flash_attn=flash_attn, tokens=tokens)[0] for e in self.encoders)
+        compute_bytes = sum(e.compute_bytes(flash_attn=flash_attn)[0] for e in self.encoders)
         return DeviceBytes(self.weights.on(kind), 0, compute_bytes)
 
-    def beside_device(self, *, flash_attn: bool = False, tokens: int | None = None) -> HostBytes:
+    def beside_device(self, *, flash_attn: bool = False) -> HostBytes:
         """Bytes in host RAM when a device holds the projector."""
-        return HostBytes(
-            compute_bytes=sum(e.compute_bytes(flash_attn=flash_attn, tokens=tokens)[1] for e in self.encoders)
-        )
+        return HostBytes(compute_bytes=sum(e.compute_bytes(flash_attn=flash_attn)[1] for e in self.encoders))
 
-    def on_host(self, *, flash_attn: bool = False, tokens: int | None = None) -> HostBytes:
+    def on_host(self, *, flash_attn: bool = False) -> HostBytes:
         """Bytes in host RAM when that holds the projector."""
-        compute_bytes = sum(e.compute_bytes(flash_attn=flash_attn, tokens=tokens)[0] for e in self.encoders)
+        compute_bytes = sum(e.compute_bytes(flash_attn=flash_attn)[0] for e in self.encoders)
         return HostBytes(self.weights.plain, 0, compute_bytes)
 
 
@@ -172,8 +159,7 @@ def read_projector(path: str | os.PathLike[str]) -> Projector:
     if len(encoders) > 1:  # the encoder of sounds loads what both have names for a second time
         shared = ("v.class_embd", "v.patch_embd.", "v.norm_embd.", "v.deepstack.")
         weights += sum((padded(t) for t in header.tensors if t.name.startswith(shared)), Padded())
-    largest = max((tensor.n_bytes for tensor in header.tensors), default=0)
-    return Projector(header.path, header.file_bytes, weights, largest, encoders)
+    return Projector(header.path, weights, encoders)
 
 
 @dataclass
@@ -224,7 +210,7 @@ class _Reader:
         w = max(width, q)
         feed_forward = 3 * wide + 2 * w if "ffn_gate" in block else wide + 3 * w
         merge = 1 if is_audio else self.merge(kind)
-        patch, positions, raw, extra, patching, once = self.sound(kind, w) if is_audio else self.image(kind, merge, w)
+        positions, raw, patching, once = self.sound(kind, w) if is_audio else self.image(kind, merge)
         if not positions:
             raise self.refuse(f"the input of {kind} has no positions: image or patch size is 0")
         prefixes = ("mm.a.",) if is_audio else ("mm.", "resampler.", "v.deepstack")
@@ -243,11 +229,9 @@ class _Reader:
             k=k,
             is_fused=fused is not None,
             feed_forward=feed_forward,
-            merge=merge,
-            patch=patch,
+            merge=1 if kind == "gemma4uv" else merge,  # its patches are merged as they are cut
             positions=positions,
             raw=raw,
-            extra_positions=extra,
             patching=patching,
             patching_once=once,
             has_window=kind in _WINDOWED or kind in _WINDOWED_BY_KEY and self.number(f"{part}.n_wa_pattern", 0) > 0,
@@ -265,7 +249,7 @@ class _Reader:
         key = next((key for key, kinds in _MERGES_BY_KEY.items() if kind in kinds), None)
         return max(1, self.number(f"vision.{key}", default) if key else default)
 
-    def image(self, kind: str, merge: int, w: int) -> tuple[int, int, int, int, int, int]:
+    def image(self, kind: str, merge: int) -> tuple[int, int, int, int]:
         patch = self.number("vision.patch_size")
         if kind == "gemma4uv":
             patch *= merge
@@ -284,14 +268,14 @@ class _Reader:
         unfolded = 3 * patch * patch * (2 if kernel and kernel.type.name == "bf16" else 1) // 2
         twice = 2 if "v.patch_embd.weight.1" in self.tensors else 1
         raw = 3 * side * side
-        return patch, positions, raw, extra, unfolded * twice, raw if kind == "gemma4v" else 0
+        return positions, raw, unfolded * twice, raw if kind == "gemma4v" else 0
 
-    def sound(self, kind: str, w: int) -> tuple[int, int, int, int, int, int]:
+    def sound(self, kind: str, w: int) -> tuple[int, int, int, int]:
         bins = self.number("audio.num_mel_bins")
         raw, positions = _FRAMES * bins, _FRAMES // 2
         if kind != "qwen3a":
-            return 0, positions, raw, 0, 3 * w // 2, 0
+            return positions, raw, 3 * w // 2, 0
         kernel = self.tensors.get("a.conv2d.1.weight")
         channels = max(kernel.ne) if kernel else w
         first = channels * 50 * (bins // 2) * (_FRAMES // 100)
-        return 0, _FRAMES // 100 * 13, raw, 0, 0, 2 * first + 9 * first // 8 + 4 * raw
+        return _FRAMES // 100 * 13, raw, 0, 2 * first + 9 * first // 8 + 4 * raw

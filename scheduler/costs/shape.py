@@ -54,8 +54,12 @@ class ModelShape:
     """Elements of the longest row that a matrix of a layer is multiplied by, for all experts in use together."""
     has_chat_template: bool
     n_tensors: int
+    """Of the model's own file."""
     fingerprint: str
     """Two files with the same cost the same: a digest of all that their headers say but for the vocabulary."""
+    adapter_weights: tuple[WeightSums, ...] = ()
+    """The part of `weights` that LoRA adapters add, which is never mapped."""
+    n_adapter_pairs: int = 0
 
     @property
     def architecture(self) -> str:

@@ -115,6 +115,7 @@ class Scenario:
     tells_processes: bool = False  # whether device readings say which process holds what
     records: Sequence[Record] = ()  # what an earlier scheduler remembered
     rates: Rates = NO_RATES  # of the CPU and RAM of every machine
+    llama_build: str = ""
 
     def __post_init__(self) -> None:
         self.core = SchedulerCore(parse_catalogue(self.catalogue), records=self.records)
@@ -149,7 +150,9 @@ class Scenario:
 
     def join(self, name: str, gpus: Sequence[DeviceFacts] = (), ram: str = "64GiB", cores: int = 8) -> None:
         devices = tuple(replace(g, node_id=NodeId(name)) for g in gpus)
-        facts = NodeFacts(NodeId(name), name, "127.0.0.1", cores, parse_bytes(ram), devices, self.rates)
+        facts = NodeFacts(
+            NodeId(name), name, "127.0.0.1", cores, parse_bytes(ram), devices, self.rates, self.llama_build
+        )
         self.send(ev.NodeJoined(facts))
 
     def report_node(self, name: str = "box", has: Any = None) -> None:
@@ -291,7 +294,7 @@ class Scenario:
             pid=1000 + self.serial,
             node_id=placement.node_id,
             device_bytes={d: int(b * share) for d, b in zip(placement.device_ids, placement.device_bytes, strict=True)},
-            anonymous_bytes=int((placement.host_bytes - placement.host_mapped_bytes) * share),
+            anonymous_bytes=int(placement.host_resting_bytes * share),
         )
         self.runners[command.replica_id] = runner
         self.send(ev.ReplicaStarted(command.replica_id, runner.pid))

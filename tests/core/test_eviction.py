@@ -12,7 +12,7 @@ from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.costs.params import ContextParams, Layout
 from scheduler.units import LeaseId, NodeId, ReplicaId
 
-HERE = Placement("one GPU", NodeId("box"), (), Layout(), ContextParams(), (), (), 0, 0, 0, False, 1)
+HERE = Placement("one GPU", NodeId("box"), (), Layout(), ContextParams(), (), (), 0, 0, 0, 0, False, 1)
 
 
 def replica(name: str, used_at: float = 0.0, **more: object) -> Replica:

@@ -96,7 +96,7 @@ def test_a_second_load_is_given_what_the_first_really_took() -> None:
     first = s.replica("a").placement
     s.reported["a"] = Footprint((DeviceBytes(first.device_bytes[0] + 32 * MIB),), HostBytes())
     s.unload("a")
-    s.run("a")  # takes half a GiB more than was predicted
+    s.run("a")  # takes 32 MiB more than was predicted
     assert s.announced("footprint_exceeded")
     s.unload("a")
     s.run("a")
@@ -153,6 +153,22 @@ def test_llama_cpp_is_asked_before_a_first_load_where_the_formulas_were_not_chec
     s.unload("a")
     s.run("a")
     assert [command.preflight for command in s.started] == [asks, False]  # it is known by now
+
+
+@pytest.mark.parametrize(
+    ("build", "preflight", "asks"),
+    [("0.3.36", "unverified", False), ("0.3.36", "always", True), ("0.3.99", "unverified", True)],
+)
+def test_what_was_checked_with_this_release_is_not_asked_about(build: str, preflight: str, asks: bool) -> None:
+    s = Scenario([gpu("3GiB")], {"a": M}, catalogue={"policy": {"preflight": preflight}}, llama_build=build)
+    s.run("a")
+    assert [command.preflight for command in s.started] == [asks]
+
+
+def test_llama_cpp_is_not_asked_about_what_lies_in_host_ram_alone() -> None:
+    s = Scenario([], {"a": M}, catalogue={"policy": {"preflight": "always"}})
+    s.run("a")
+    assert [command.preflight for command in s.started] == [False]
 
 
 def test_what_llama_cpp_would_take_is_reserved_the_next_time_and_no_failure() -> None:

@@ -110,6 +110,22 @@ def test_host_ram_counts_mapped_pages_as_ours() -> None:
     s.now += 5
     s.report_node()  # the kernel shows mapped pages as available
     assert s.core.rooms.now(BOX).host_bytes == 14 * GIB - s.replica("a").placement.host_bytes
+
+
+def test_host_ram_that_a_replica_will_need_later_is_not_given_away() -> None:
+    s = Scenario([], {"a": M}, ram="16GiB")
     s.host_foreign[BOX] = GIB
     s.report_node()
-    assert s.core.rooms.now(BOX).host_bytes == 13 * GIB - s.replica("a").placement.host_bytes
+    s.run("a")
+    s.now += 5
+    s.report_node()
+    placement = s.replica("a").placement
+    later = placement.host_bytes - placement.host_mapped_bytes - placement.host_resting_bytes
+    assert later > 0
+    assert s.core.rooms.now(BOX).host_bytes == 13 * GIB - placement.host_bytes
+    s.runners[s.replica("a").replica_id].anonymous_bytes += later
+    s.report_node()
+    assert s.core.rooms.now(BOX).host_bytes == 13 * GIB - placement.host_bytes
+    s.host_foreign[BOX] = 2 * GIB
+    s.report_node()
+    assert s.core.rooms.now(BOX).host_bytes == 12 * GIB - placement.host_bytes

@@ -41,7 +41,9 @@ _HYBRID_BY_HEADS = frozenset(
 )
 _LISTED_WINDOWS = frozenset("mimo2 step35 spark2_5 granite_swa dots3note maple gemma4-assistant gemma4 dflash".split())
 _DELTA_NETS = frozenset("qwen3next qwen35 qwen35moe qwen4exp".split())
-_MANY_KV_HEADS = frozenset("rwkv6 rwkv7 arwkv7 rwkv6qwen2 phi2 mpt gpt2 bloom baichuan qwen plm".split())
+_MANY_KV_HEADS = frozenset(
+    "rwkv6 rwkv7 arwkv7 rwkv6qwen2 phi2 mpt gpt2 bloom baichuan qwen plm deepseek2-ocr minicpm3 t5 t5encoder".split()
+)
 """Architectures without grouped heads."""
 _ONE_WIDTH = frozenset("phimoe dbrx olmoe arctic hunyuan-moe minimax-m2 minimax-01".split())
 """Architectures whose experts are as wide as other feed-forward parts."""
@@ -151,11 +153,12 @@ def hyper_parameters(arch: str, moe: bool, wide: bool) -> dict[str, Any]:
 
 def _widened(arch: str, moe: bool, keys: dict[str, Any]) -> dict[str, Any]:
     """What a wide model has otherwise."""
-    changed: dict[str, Any] = {"context_length": 32768, "attention.sliding_window": 1024, "wkv.head_size": 64}
+    changed: dict[str, Any] = {"context_length": 32768, "attention.sliding_window": 1024}
     n_layer, kv_heads = keys["block_count"], keys["attention.head_count_kv"]
-    if arch not in _LATENT | _MANY_KV_HEADS:
+    if arch not in _MANY_KV_HEADS:
+        most = 1 if arch in _LATENT else 4
         per_layer = isinstance(kv_heads, list)
-        changed["attention.head_count_kv"] = [min(n, 4) for n in kv_heads] if per_layer else min(kv_heads, 4)
+        changed["attention.head_count_kv"] = [min(n, most) for n in kv_heads] if per_layer else min(kv_heads, most)
     if moe:
         changed |= {
             "expert_count": 16, "expert_used_count": 6, "expert_feed_forward_length": 1408,

@@ -13,6 +13,7 @@ from test_against_llama_cpp import Case, ask, on_devices
 
 from scheduler.costs.adapter import adapted, read_adapter
 from scheduler.costs.footprint import computes_exactly, footprint
+from scheduler.costs.host import host_memory
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import read_shape
 from scheduler.errors import InvalidGGUF, Rejected
@@ -75,6 +76,27 @@ def test_adapted_models_take_what_is_predicted(devices: int, tmp_path: Path) -> 
             assert added == pytest.approx(truth["lora_mib"].get(place, 0.0), abs=0.0101), f"{place} of {what}"
 
 
+def test_an_adapter_is_never_mapped(tmp_path: Path) -> None:
+    spec, context = SMALL["llama"], ContextParams(n_ctx=512)
+    shape = read_shape(write_model(spec, tmp_path / "model.gguf"))
+    adapter = read_adapter(adapter_file(spec, 16).write(tmp_path / "style.gguf"))
+    costs = [
+        host_memory(each, Layout(), context, footprint(each, Layout(), context), process_bytes=0)
+        for each in (shape, adapted(shape, [adapter]))
+    ]
+    before, after = costs
+    assert after.mapped_bytes == before.mapped_bytes
+    assert after.buffers_bytes - before.buffers_bytes >= sum(t.n_bytes for pair in adapter.pairs.values() for t in pair)
+    assert 0 < after.tables_bytes - before.tables_bytes < 1 << 20
+
+
+def test_the_embedding_of_a_model_without_an_output_can_be_adapted(tmp_path: Path) -> None:
+    spec = SMALL["bert"]
+    shape = read_shape(write_model(spec, tmp_path / "model.gguf"))
+    adapter = read_adapter(adapter_file(spec, 8, r"^token_embd\.weight").write(tmp_path / "style.gguf"))
+    assert adapted(shape, [adapter]).weights_bytes > shape.weights_bytes
+
+
 def test_unlike_ranks_and_graphs_that_are_not_drawn_are_bounded(tmp_path: Path) -> None:
     spec = SMALL["llama"]
     shape = read_shape(write_model(spec, tmp_path / "model.gguf"))
@@ -106,7 +128,7 @@ def test_adapters_of_other_models_are_refused(change: dict[str, object], words: 
 def test_an_embedding_that_is_the_output_too_cannot_be_adapted(tmp_path: Path) -> None:
     spec = SMALL["llama-tied"]
     shape = read_shape(write_model(spec, tmp_path / "model.gguf"))
-    adapter = read_adapter(adapter_file(spec, 8, "token_embd").write(tmp_path / "a.lora"))
+    adapter = read_adapter(adapter_file(spec, 8, r"^token_embd\.weight").write(tmp_path / "a.lora"))
     with pytest.raises(Rejected, match="ends the process"):
         adapted(shape, [adapter])
 

@@ -151,6 +151,10 @@ def test_encoders_have_no_cache() -> None:
         ("mamba", {}, "ssm.inner_size is missing"),
         ("llama", {"attention__causal": 3}, "not true or false"),
         ("llama", {"embedding_length": 1 << 33}, "absurd"),
+        ("llama", {"block_count": 0}, "block_count 0 makes 0 layers"),
+        ("graniteswitch", {"block_count": 0}, "block_count 0 makes 1 layers"),
+        ("hrm_text", {"hrm__layers_per_stack": 2, "hrm__h_cycles": 2, "hrm__l_cycles": 0}, "make 4 layers of"),
+        ("hrm_text", {"hrm__layers_per_stack": 2, "hrm__h_cycles": 3, "hrm__l_cycles": 2}, "make 18 layers of"),
     ],
 )
 def test_missing_and_absurd_keys(arch: str, keys: dict[str, Any], words: str) -> None:

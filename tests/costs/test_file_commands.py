@@ -41,10 +41,10 @@ def run(*words: object) -> str:
     return result.output
 
 
-def costs(model: Path, grid: Any) -> list[dict[str, Any]]:
+def costs(model: Path, grid: Any, *options: Any) -> list[dict[str, Any]]:
     path = model.with_name("grid.json")
     path.write_text(json.dumps(grid), encoding="utf-8")
-    answers: list[dict[str, Any]] = json.loads(run("footprint", model, "--grid", path, "--json"))
+    answers: list[dict[str, Any]] = json.loads(run("footprint", model, "--grid", path, *options, "--json"))
     return answers
 
 
@@ -204,7 +204,18 @@ def test_what_comes_with_a_model_is_costed_with_it(tmp_path: Path) -> None:
     assert all(f"+ {name}" in table for name in ("mtp", "draft", "mmproj"))
 
 
+def test_a_draft_is_mapped_and_has_a_vocabulary_of_its_own(model: Path) -> None:
+    [alone] = costs(model, [{"n_gpu_layers": 0}])
+    [both] = costs(model, [{"n_gpu_layers": 0}], "--draft", model)
+    ram = {key: both["host_ram"][key] - alone["host_ram"][key] for key in ("steady_bytes", "mapped_bytes")}
+    parts = alone["host_ram"]["parts"]
+    assert ram["mapped_bytes"] == alone["host"]["weights_bytes"]
+    assert ram["steady_bytes"] == alone["host_ram"]["steady_bytes"] - parts["process_bytes"]
+
+
 def test_companions_that_cannot_be_are_refused(model: Path) -> None:
+    with pytest.raises(Rejected, match="leave out --lora and --mtp"):
+        run("footprint", write_model(SMALL["glm4moe-nextn"], model.with_name("mtp.gguf")), "--mtp", "--verify")
     with pytest.raises(Rejected, match="no prediction layers"):
         run("footprint", model, "--mtp")
     with pytest.raises(Rejected, match="No such file"):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from gguf_file import Gguf
-from gguf_shapes import GOLDEN, SMALL, write_model
+from gguf_shapes import GOLDEN, SMALL, model_file, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.costs.footprint import effective_context, footprint
+from scheduler.costs.footprint import computes_exactly, effective_context, footprint
+from scheduler.costs.header import split_name
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.costs.weights import HOST, assign_layers
@@ -290,3 +291,27 @@ def test_a_table_that_is_read_lazily_is_not_resident(tmp_path: Path) -> None:
     table_bytes = 2 * 9 * 64 * 3_000_000
     assert table_bytes < 4 * GIB < 2 * table_bytes
     assert large < small - table_bytes + 2 * MIB
+
+
+ODD_NAMES = ["blk.².attn_q.weight", "blk.٣.attn_q.weight", "blk." + "9" * 40 + ".attn_q.weight", "blk.x"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_tensors_with_odd_names_belong_to_no_layer(name: str, tmp_path: Path) -> None:
+    assert split_name(name) == (-1, name)
+    gguf = model_file(SMALL["llama"], "llama")
+    gguf.tensors.append((name, (32, 32), "f32"))
+    assert read_shape(gguf.write(tmp_path / "model.gguf")).n_layer_all == SMALL["llama"].n_layer
+
+
+def test_weights_of_shapes_that_no_graph_has_are_bounded(tmp_path: Path) -> None:
+    latent, experts = (model_file(SMALL[name], name) for name in ("deepseek2", "qwen3moe"))
+    latent.tensors = [
+        (name, (ne[0], ne[1] // 2, *ne[2:]) if "attn_k_b" in name else ne, kind) for name, ne, kind in latent.tensors
+    ]
+    experts.tensors = [(name, ne[:1] if "ffn_down_exps" in name else ne, kind) for name, ne, kind in experts.tensors]
+    for number, gguf in enumerate((latent, experts)):
+        shape = read_shape(gguf.write(tmp_path / f"{number}.gguf"))
+        for context in (ContextParams(n_ctx=512), ContextParams(n_ctx=512, flash_attn="off")):
+            assert footprint(shape, Layout(), context).host.compute_bytes > 0
+        assert not computes_exactly(shape)

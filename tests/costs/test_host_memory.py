@@ -17,7 +17,7 @@ from scheduler.costs.footprint import footprint
 from scheduler.costs.host import HostMemory, host_memory
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import read_shape
-from scheduler.units import MIB
+from scheduler.units import KIB, MIB
 
 WORDY = replace(SMALL["llama"], n_vocab=200_000)
 WIDE = replace(SMALL["llama"], n_embd=512, n_head=8, n_head_kv=8, head=64, n_ff=2048, n_vocab=32_000, mix="q4_k_m")
@@ -102,9 +102,21 @@ def test_nothing_is_repacked_beside_a_card(tmp_path: Path) -> None:
     assert predicted(path, context, half, use_extra_bufts=True).repacked_bytes == 0
     alone = predicted(path, context, use_extra_bufts=True)
     assert alone.repacked_bytes == alone.mapped_bytes > 0
+    read = predicted(path, context, use_mmap=False, use_extra_bufts=True)  # the only copy is the one in that order
+    assert (read.mapped_bytes, read.repacked_bytes) == (0, read_shape(path).weights.tied.plain)
 
 
 def test_embeddings_make_room_for_a_row_of_logits_per_token(tmp_path: Path) -> None:
     path = write_model(replace(SMALL["bert"], n_vocab=30_000), tmp_path / "model.gguf")
     context = ContextParams(n_ctx=512, embeddings=True)
     assert predicted(path, context).growing_bytes > 4 * 511 * 30_000
+    both = write_model(replace(SMALL["llama"], n_vocab=30_000), tmp_path / "both.gguf")  # one by one, 16 MiB at a time
+    plain, embeds = (predicted(both, ContextParams(n_ctx=2048, embeddings=flag)) for flag in (False, True))
+    assert 15 * MIB < embeds.growing_bytes - plain.growing_bytes <= 16 * MIB
+
+
+def test_wide_heads_and_many_threads_need_a_larger_work_buffer(tmp_path: Path) -> None:
+    path = write_model(WIDE, tmp_path / "model.gguf")
+    few, many = (predicted(path, ContextParams(n_ctx=512), n_threads=n).growing_bytes for n in (1, 65))
+    arch = read_shape(path).arch
+    assert many - few == 64 * (576 * KIB + 4 * (128 * (arch.n_head_k + arch.n_head_v) + 2 * 64 * 64))

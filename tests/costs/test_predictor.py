@@ -50,6 +50,7 @@ def test_weights_are_counted_only_when_loaded(tmp_path: Path) -> None:
     shape = read_shape(write_model(MODELS["glm4moe"], tmp_path / "model.gguf"))
     apart, loaded = (footprint(each, Layout(), ContextParams()).host for each in (shape, with_mtp(shape)))
     assert loaded.weights_bytes > apart.weights_bytes
+    assert with_mtp(shape).fingerprint != shape.fingerprint  # what was measured of one says nothing about the other
     assert (loaded.kv_bytes, loaded.compute_bytes) == (apart.kv_bytes, apart.compute_bytes)
 
 

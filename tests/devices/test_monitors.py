@@ -126,6 +126,17 @@ def test_shapes_are_read_once_and_again_when_the_file_changed(tmp_path: Path) ->
     assert isinstance(fault, InvalidGGUF)
 
 
+def test_a_header_that_is_not_understood_is_the_file_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_nothing(path: str) -> None:
+        raise IndexError("tuple index out of range")
+
+    path = tmp_path / "tiny.gguf"
+    write_tiny_llama(path)
+    monkeypatch.setattr("actors.devices.node.read_shape", read_nothing)
+    fault = node(NodeSettings()).read_shape(str(path))
+    assert isinstance(fault, InvalidGGUF) and "was not understood (IndexError" in fault.message
+
+
 def test_a_file_that_cannot_be_read_is_a_refusal_with_the_cause(tmp_path: Path) -> None:
     fault = node(NodeSettings()).read_shape(str(tmp_path / "missing.gguf"))
     assert isinstance(fault, Rejected) and not isinstance(fault, InvalidGGUF)

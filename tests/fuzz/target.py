@@ -88,7 +88,7 @@ class Target:
 
     def _cost(self, kind: int, layout_no: int) -> None:
         if kind == _PROJECTOR:
-            read_projector(self._path).on_host(flash_attn=bool(layout_no & 1), tokens=4096)
+            read_projector(self._path).on_host(flash_attn=bool(layout_no & 1))
             return
         shape = adapted(_plain(), [read_adapter(self._path)]) if kind == _ADAPTER else read_shape(self._path)
         if not self._footprints:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from actors.devices.byte_count import ByteCount
@@ -79,6 +84,53 @@ def test_a_file_that_llama_cpp_refuses_or_ends_over(sample: Callable[..., Path],
     broken.write_bytes(data[:at] + (100_000).to_bytes(4, "little") + data[at + 4 :])
     with pytest.raises(LoadFailed, match="GGML_ASSERT"):
         ask_llama_cpp(spec(broken))
+
+
+def test_what_goes_wrong_besides_the_model_is_not_blamed_on_it(
+    sample: Callable[..., Path], spec: Any, virtual_gpus: tuple[LoadDevice, ...], tmp_path: Path
+) -> None:
+    lost = replace(virtual_gpus[0], state_path=str(tmp_path / "gone"))
+    with pytest.raises(PreflightUnavailable, match=r"could not be asked \(exit status 1\)"):
+        ask_llama_cpp(spec(sample("llama"), devices=(lost,), n_gpu_layers=-1, tensor_split=(1.0,)))
+
+
+def test_sums_that_llama_cpp_does_not_log_are_no_answer(
+    sample: Callable[..., Path], spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actors.serving import native
+
+    with closing(native.NativeModel(spec(sample("llama")), [], lambda progress: None, no_alloc=True)) as model:
+        sums = model.breakdown()
+        assert sums is not None
+        garbage = replace(sums, host=replace(sums.host, compute_bytes=sums.host.compute_bytes + 2 * ROUNDING_BYTES))
+        monkeypatch.setattr(native, "memory_breakdown", lambda *_: garbage)
+        assert model.breakdown() is None
+
+
+def test_it_runs_nothing_from_the_folder_that_it_is_asked_in(
+    sample: Callable[..., Path], spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = sample("llama")
+    (tmp_path / "pickle.py").write_text("raise SystemExit('this is not the standard library')")
+    monkeypatch.chdir(tmp_path)
+    assert ask_llama_cpp(spec(os.path.relpath(path))).host.weights_bytes > 0
+
+
+def test_it_ends_with_the_process_that_asks(spec: Any, tmp_path: Path) -> None:
+    pipe = tmp_path / "model.gguf"
+    os.mkfifo(pipe)  # whoever reads it waits
+    program = "import pickle, sys; from actors.serving.preflight import ask_llama_cpp"
+    program += "; ask_llama_cpp(pickle.load(sys.stdin.buffer))"
+    asking = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert asking.stdin is not None
+    with asking.stdin:
+        asking.stdin.write(pickle.dumps(spec(pipe)))
+    with pipe.open("wb"):  # opened at both ends: llama.cpp reads
+        [asked] = psutil.Process(asking.pid).children()
+        asking.kill()
+        asking.wait()
+        gone, _ = psutil.wait_procs([asked], timeout=30)
+    assert gone
 
 
 def test_it_is_limited_in_time(sample: Callable[..., Path], spec: Any) -> None:

@@ -46,7 +46,8 @@ def has_template(model: GraphModel) -> bool:
     if arch.name not in TEMPLATES or undrawn or not are_checked():
         return False
     try:
-        exact_compute(model, Layout(), (HOST,) * (arch.n_layer_all + 1), ContextParams(n_ctx=256))
+        for context in (ContextParams(n_ctx=256), ContextParams(n_ctx=256, flash_attn="off")):
+            exact_compute(model, Layout(), (HOST,) * (arch.n_layer_all + 1), context)
     except (Undrawable, ArithmeticError, LookupError, ValueError):  # a file may claim anything
         return False
     return True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from scheduler.costs.architecture import Architecture
 from scheduler.costs.ggml_types import GgmlType
-from scheduler.costs.header import Tensor
+from scheduler.costs.header import Tensor, split_name
 from scheduler.costs.metadata import Metadata
 
 _SIGMOID = 2
@@ -107,10 +107,9 @@ def graph_model(arch: Architecture, meta: Metadata, tensors: Mapping[str, Tensor
     rest = {}
     for tensor in tensors.values():
         width = Width(tensor.ne, tensor.type)
-        prefix, _, name = tensor.name.partition(".")
-        il, _, stem = name.partition(".")
-        if prefix == "blk" and il.isdigit() and int(il) < arch.n_layer_all:
-            layers[int(il)][stem] = width
+        il, stem = split_name(tensor.name)
+        if 0 <= il < arch.n_layer_all:
+            layers[il][stem] = width
         else:
             rest[tensor.name] = width
     return GraphModel(arch, read_hparams(meta), tuple(layers), rest, *_likeness(arch, layers))
@@ -122,9 +121,8 @@ def adapted_graph_model(model: GraphModel, pairs: Sequence[Mapping[str, tuple[Wi
     rest = dict(model.rest)
     for no, adapter in enumerate(pairs):
         for name, both in adapter.items():
-            prefix, _, tail = name.partition(".")
-            il, _, stem = tail.partition(".")
-            into, key = (layers[int(il)], stem) if prefix == "blk" else (rest, name)
+            il, key = split_name(name)
+            into = rest if il < 0 else layers[il]
             into[f"{key}.lora_a.{no}"], into[f"{key}.lora_b.{no}"] = both
     alike, same = _likeness(model.arch, layers)
     return replace(model, layers=tuple(layers), rest=rest, alike=alike, same=same, n_adapters=len(pairs))
