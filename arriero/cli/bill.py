@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from arriero.cli.grid import Case
-from scheduler.config import Reserves
 from scheduler.costs.companions import Companions, companion_footprints, draft_layout
 from scheduler.costs.footprint import footprint
-from scheduler.costs.host import HostMemory, host_memory
+from scheduler.costs.host import PROCESS_BYTES, HostMemory, host_memory
 from scheduler.costs.params import ContextParams, Footprint, Layout
 from scheduler.costs.shape import ModelShape
 
@@ -60,7 +59,7 @@ def make_bill(shape: ModelShape, companions: Companions, case: Case) -> Bill:
     cost = footprint(shape, case.layout, case.context)
     beside = companion_footprints(shape, companions, case.layout, case.context)
     made = partial(host_memory, use_mmap=case.use_mmap, use_extra_bufts=case.use_extra_bufts)
-    host = made(shape, case.layout, case.context, cost, process_bytes=Reserves().runner_overhead_bytes)
+    host = made(shape, case.layout, case.context, cost, process_bytes=PROCESS_BYTES)
     others = {}
     if companions.draft is not None:
         place = draft_layout(case.layout)

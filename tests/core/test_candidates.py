@@ -25,6 +25,7 @@ from scheduler.choice.room import Room
 from scheduler.cluster.facts import NodeFacts
 from scheduler.cluster.inventory import Device, Node
 from scheduler.config import Reserves
+from scheduler.costs.host import PROCESS_BYTES
 from scheduler.costs.params import ContextParams
 from scheduler.units import GIB, MIB, NodeId
 
@@ -152,3 +153,7 @@ def test_whatever_is_found_fits_and_is_complete(sizes: list[int], host_mib: int,
                 candidate.tier in (ONE_GPU, SEVERAL_GPUS, EXPERTS_IN_RAM)
             )
             assert placement.computes_on_cpu == (candidate.tier not in (ONE_GPU, SEVERAL_GPUS))
+
+
+def test_a_runner_is_charged_what_the_command_line_says() -> None:
+    assert Reserves().runner_overhead_bytes == PROCESS_BYTES
