@@ -20,7 +20,7 @@ from scheduler.costs.weights import assign_layers, place_weights
 from scheduler.units import KIB, MIB
 
 PROCESS_BYTES = 128 * MIB
-"""The interpreter with Ray, numpy and llama.cpp's libraries (the default of the catalogue's `runner_overhead_bytes`)."""
+"""The interpreter with Ray, numpy and llama.cpp's libraries: the catalogue's default of `runner_overhead_bytes`."""
 EMBEDDED_AT_ONCE_BYTES = 16 * MIB
 _NODE_BYTES = 368
 """`ggml_tensor_overhead()`."""
