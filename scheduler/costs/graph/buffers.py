@@ -3,9 +3,10 @@
 llama.cpp reserves a graph for its largest batch and one for one token per sequence, and each backend's buffer is as
 large as the greedier of the two asks (`sched_reserve` in src/llama-context.cpp).
 
-Nothing depends on how often like layers follow each other, as long as the allocator does the same with each. So long
-rows of them are shortened before the graph is drawn, and layouts that differ in no other way share one answer. Graphs
-are drawn whole where CUDA copies weights over from the host, and for architectures that do not settle like that.
+Like layers that follow each other leave the same holes, or a few sets of holes by turns: the allocator goes round in a
+cycle. So whole cycles are left out of long rows before the graph is drawn, and layouts that differ in no other way
+share one answer. Graphs are drawn whole where layers of several kinds take turns, where CUDA copies weights over from
+the host, and for architectures that do not settle like that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from typing import TypeVar
 
 from scheduler.costs.cache import cache_types, effective_context
@@ -32,7 +34,8 @@ PIPELINE_COPIES = 4
 _PINS_BELOW_TOKENS = 32
 _REPEATS = 3
 """How many of a row of like layers are drawn: one after something else, one before, one between."""
-_LONGEST_PATTERN = 8
+_CYCLE = 6
+"""Layers after which results lie where they lay before: 1, 2 or 3 wherever that was looked at."""
 _DWARFS = 32
 """A batch so many times larger than one token per sequence asks for more in every buffer, if run in the same places."""
 _REMEMBERED = 4096
@@ -72,19 +75,12 @@ def exact_compute(
 
 
 def shortened(row: Sequence[T]) -> list[T]:
-    """`row` with at most `_REPEATS` of any pattern that repeats itself, both ends kept."""
+    """`row` with `_REPEATS` or a few more of what is repeated more often: as many more as leaves whole cycles out."""
     kept: list[T] = []
-    at = 0
-    while at < len(row):
-        step, repeats = 1, 1
-        for length in range(1, _LONGEST_PATTERN + 1):
-            count = 1
-            while row[at + count * length : at + (count + 1) * length] == row[at : at + length]:
-                count += 1
-            if count > _REPEATS and count * length > step * repeats:
-                step, repeats = length, count
-        kept += row[at : at + step * min(repeats, _REPEATS)]
-        at += step * repeats
+    for _, group in groupby(row):
+        alike = list(group)
+        left_out = max(0, len(alike) - _REPEATS) // _CYCLE * _CYCLE
+        kept += alike[left_out:]
     return kept
 
 

@@ -36,6 +36,8 @@ class _Decoder:
     """Norms after each block. Elsewhere `post_attention_norm` may be the name of `ffn_norm`."""
     pins_last_norm: bool = False
     """The norm after the feed-forward block is kept on its layer's device."""
+    residual_first: bool = False
+    """The second sum of a layer is kept where its residual lay, not where the feed-forward block's result did."""
     plain_ffn: bool = False
     """One matrix up, an activation, one matrix down."""
     normalise: bool | None = True
@@ -107,7 +109,7 @@ class _Decoder:
             x = b.norm(x, il, "post_ffw_norm", rms=self.rms, pinned=self.pins_last_norm)
         if b.hparams.scales_residual:
             x = g.scale(x)
-        return g.add(x, residual)
+        return g.add(residual, x) if self.residual_first else g.add(x, residual)
 
     def _parallel(self, b: Build, il: int, x: Node, normed: Node, residual: Node) -> Node:
         y = self._feed_forward(b, il, normed)
@@ -139,7 +141,7 @@ DECODERS: dict[str, Template] = {
     "gemma2": _Decoder(scales_input=True, scales_q=True, post_norms=True, caps=True),
     "gemma3": _Decoder(scales_input=True, scales_q=True, post_norms=True),
     "phi2": _Decoder(rms=False, scales_q=True, parallel="attention first", plain_ffn=True),
-    "phi3": _Decoder(scales_q=True),
+    "phi3": _Decoder(scales_q=True, residual_first=True),
     "gpt-oss": _Decoder(
         sinks=True, ffn_norm="post_attention_norm", normalise=False, softmax_weights=True, picks_last=True
     ),
