@@ -266,10 +266,10 @@ def assistant_tensors(wide: bool) -> list[tuple[str, tuple[int, ...], str]]:
     """Those of gemma4-assistant, which llama.cpp cannot make up: it asks for two that it does not load."""
     w = widths("gemma4-assistant", wide)
     e, ff, heads = w["n_embd"], w["n_ff"], w["n_head"]
-    wide, head = (_SPECIAL["gemma4-assistant"][key] for key in ("embedding_length_out", "attention.key_length"))
+    beside, head = (_SPECIAL["gemma4-assistant"][key] for key in ("embedding_length_out", "attention.key_length"))
     found: list[tuple[str, tuple[int, ...], str]] = [
         ("token_embd.weight", (e, vocabulary("gemma4-assistant", wide)), "f16"), ("output_norm.weight", (e,), "f32"),
-        ("nextn.post_projection.weight", (e, wide), "f16"), ("nextn.pre_projection.weight", (2 * wide, e), "f16"),
+        ("nextn.post_projection.weight", (e, beside), "f16"), ("nextn.pre_projection.weight", (2 * beside, e), "f16"),
         ("rope_freqs.weight", (head // 2,), "f32"),
     ]  # fmt: skip
     for il in range(w["n_layer"]):

@@ -77,7 +77,7 @@ class Build:
         self._places = places
         self._host = host
         self._experts_on_host = experts_on_host
-        self._embeds = embeds
+        self.embeds = embeds
         self._pins = pins
         self._made: dict[object, Node] = {}
         self._caches: dict[bool, _Cache] = {}
@@ -188,7 +188,7 @@ class Build:
     def pool(self, x: Node) -> None:
         """Make one embedding of each sequence, in a context that embeds (`build_pooling`)."""
         pooling, n_seqs = self.hparams.pooling, self.batch.n_seqs
-        if not self._embeds:
+        if not self.embeds:
             return
         dense = [self.weight(f"dense_{n}.weight") for n in (2, 3)]
         if pooling:

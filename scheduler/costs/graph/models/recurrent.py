@@ -94,7 +94,7 @@ def _short_convolution(b: Build, il: int, x: Node) -> Node:
     kernel = b.needed(il, "shortconv.conv")
     parts = g.mul_mat(b.needed(il, "shortconv.in_proj"), x)
     first, gate, last = (g.view(parts, (n_embd, *parts.ne[1:3]), parts.nb[1:3]) for _ in range(3))
-    states = b.states(il, (b.hparams.d_conv - 1) * n_embd)
+    states = b.states(il, (kernel.ne[0] - 1) * n_embd)
     read = b.read_states(states)
     y = g.mul(gate, _convolve(b, states, read, g.transpose(g.mul(first, last)), kernel))
     y = g.mul_mat(b.needed(il, "shortconv.out_proj"), y)
@@ -131,8 +131,8 @@ def _hybrid(b: Build) -> None:
     ids = b.output_ids()
     positions = b.positions() if b.hparams.ropes and b.arch.name != "jamba" else None
     carry = {"granitehybrid": _mamba2, "jamba": _mamba}.get(b.arch.name, _short_convolution)
-    scales = b.hparams.scales_residual
     residual_first = not b.arch.name.startswith("granite")
+    scales = b.hparams.scales_residual and not residual_first
     for il in range(b.last + 1):
         residual = x
         x = b.norm(x, il, "attn_norm")
@@ -153,7 +153,13 @@ def _hybrid(b: Build) -> None:
             x = g.scale(x)
         x = g.add(residual, x) if residual_first else g.add(x, residual)
     output_norm = "token_embd_norm" if b.weight("token_embd_norm.weight") else "output_norm"
-    b.logits(b.norm(x, -1, output_norm))
+    x = b.norm(x, -1, output_norm)
+    if b.embeds and b.arch.name.startswith("lfm2"):  # which are not asked for logits then
+        x.is_output = True
+        b.graph.expand(x)
+        b.pool(x)
+    else:
+        b.logits(x)
 
 
 def _falcon_h1(b: Build) -> None:
