@@ -94,7 +94,7 @@ class Target:
         if not self._footprints:
             return
         layout, context = _LAYOUTS[layout_no], ContextParams(n_ctx=512, n_ubatch=64)
-        host_memory(shape, layout, context, footprint(shape, layout, context))
+        host_memory(shape, layout, context, footprint(shape, layout, context), process_bytes=0)
         if shape.predictor is not None:
             mtp_footprint(with_mtp(shape), layout, context)
 
