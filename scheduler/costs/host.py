@@ -97,8 +97,7 @@ def host_memory(
     """
     host = cost.host
     repacks = use_extra_bufts and all(device.kind != "cuda" for device in layout.devices)
-    places = assign_layers(layout, shape.n_layer_all)
-    adapters = sum(place_weights(sums, layout, places)[1] for sums in shape.adapter_weights)
+    adapters = _adapters_on_host(shape, layout) if shape.adapter_weights else 0  # placement asks thousands of times
     mapped = host.weights_bytes - adapters if use_mmap else 0
     copied = shape.weights.tied.plain if not use_mmap else host.weights_bytes - adapters
     return HostMemory(
@@ -112,6 +111,11 @@ def host_memory(
         mapped_bytes=mapped,
         mapped_while_loading_bytes=shape.file_bytes if use_mmap else 0,
     )
+
+
+def _adapters_on_host(shape: ModelShape, layout: Layout) -> int:
+    places = assign_layers(layout, shape.n_layer_all)
+    return sum(place_weights(sums, layout, places)[1] for sums in shape.adapter_weights)
 
 
 def _staging(shape: ModelShape, layout: Layout, use_mmap: bool, repacks: bool) -> int:
