@@ -11,6 +11,14 @@ from service import Reference, write_llama
 from arriero.sample_models import write_sample_model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What one module's models took, or ran out of, is not remembered in the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """alba, bruma and cumbre: small llamas; duna: a mixture of experts; yunta: a llama twice as large."""
