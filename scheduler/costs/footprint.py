@@ -14,7 +14,8 @@ from scheduler.costs import cache
 from scheduler.costs.cache import EffectiveContext, output_bytes, place_cache
 from scheduler.costs.compute import place_compute
 from scheduler.costs.graph.buffers import exact_compute, has_template
-from scheduler.costs.graph.templates import CHECKED_WITH
+from scheduler.costs.graph.model import filled_graph_model
+from scheduler.costs.graph.templates import CHECKED_WITH, GROWING
 from scheduler.costs.params import ContextParams, DeviceBytes, Footprint, HostBytes, Layout
 from scheduler.costs.predictor import Predictor
 from scheduler.costs.shape import ModelShape
@@ -65,6 +66,13 @@ def _predictor(shape: ModelShape) -> Predictor:
     if shape.predictor is None:
         raise Rejected(f"this {shape.architecture} model has no prediction layers that llama.cpp can run")
     return shape.predictor
+
+
+def filled_footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:
+    """`footprint` once every cell of the cache is in use: larger than after the load where buffers grow (`GROWING`)."""
+    if shape.architecture not in GROWING:
+        return footprint(shape, layout, context)
+    return footprint(replace(shape, graph=filled_graph_model(shape.graph)), layout, context)
 
 
 def footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:

@@ -58,12 +58,27 @@ class Tensor:
     n_bytes: int
 
 
+_LAYERED = {
+    "blk.": "",
+    "enc.blk.": "enc.",
+    "dec.blk.": "dec.",
+    "posnet.": "posnet.",
+    "convnext.": "convnext.",
+}
+"""How the names of weights in layers begin, and how their stems do."""
+
+
 def split_name(name: str) -> tuple[int, str]:
-    """(3, "attn_q.weight") of `blk.3.attn_q.weight`; -1 and the whole name for a tensor outside of layers."""
-    prefix, _, tail = name.partition(".")
-    il, _, stem = tail.partition(".")
-    in_layer = prefix == "blk" and il.isascii() and il.isdigit() and len(il) < 10
-    return (int(il), stem) if in_layer else (-1, name)
+    """(3, "attn_q.weight") of `blk.3.attn_q.weight`; -1 and the whole name for a tensor outside of layers.
+
+    Where a layer has parts of several kinds, the stem says which: "enc.attn_q.weight" of `enc.blk.3.attn_q.weight`.
+    """
+    for prefix, part in _LAYERED.items():
+        if name.startswith(prefix):
+            il, _, stem = name.removeprefix(prefix).partition(".")
+            if il.isascii() and il.isdigit() and len(il) < 10:
+                return int(il), part + stem
+    return -1, name
 
 
 @dataclass(frozen=True, slots=True)

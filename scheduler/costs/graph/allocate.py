@@ -64,7 +64,8 @@ class Arena:
                     sizes[i - 1] += sizes[i]
                     del offsets[i], sizes[i]
                 return
-        where = sum(offset < at for offset in offsets)
+        # the first that lies behind: an empty hole in a free block may have left the list out of order
+        where = next((i for i, offset in enumerate(offsets) if offset >= at), len(offsets))
         offsets.insert(where, at)
         sizes.insert(where, size)
 

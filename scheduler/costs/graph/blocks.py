@@ -18,13 +18,25 @@ from scheduler.costs.graph.nodes import I32, I64, Graph, Node, Undrawable
 _MEAN, _RANK = 1, 4
 """`LLAMA_POOLING_TYPE_MEAN`, and that of models that rank texts."""
 _OF_INPUT = ("token_embd.", "position_embd.", "token_types.", "per_layer_token_embd.")
-_BEFORE_LAYERS = ("token_embd_norm.", "per_layer_model_proj.", "per_layer_proj_norm.")
+_BEFORE_LAYERS = ("token_embd_norm.", "per_layer_model_proj.", "per_layer_proj_norm.", "conv1d.", "hrm.z_l_init")
 """Weights that llama.cpp puts with the first layer, though they have no number."""
 _WITHOUT_ADAPTERS = frozenset("attn_q_a attn_q_b attn_kv_a_mqa attn_k_b attn_v_b".split())
 """Latent attention multiplies by these without looking for adapters."""
-_SCALED_DENSE = frozenset("llama mistral3 qwen3 qwen35 gemma4 cohere2 nemotron_h nemotron_h_moe".split())
-_SCALED_SHARED = frozenset("qwen3next qwen35moe nemotron_h nemotron_h_moe".split())
-_SCALED_EXPERTS = frozenset("llama mistral3 qwen3moe qwen3next qwen35moe gemma4 nemotron_h nemotron_h_moe".split())
+_PLAIN_OUTPUT = frozenset("deepseek2 deepseek32 glm-dsa dots3note glm5-next".split())
+"""Whose output matrix is multiplied by as it is, without its scale or adapters."""
+_SCALED_DENSE = frozenset(
+    """
+    llama mistral3 qwen3 qwen35 gemma4 cohere2 nemotron_h nemotron_h_moe nanbeige deepseek32 glm-dsa dots3note
+    """.split()
+)
+_SCALED_SHARED = frozenset(
+    "qwen3next qwen35moe qwen4exp nemotron_h nemotron_h_moe deepseek32 glm-dsa dots3note".split()
+)
+_SCALED_EXPERTS = frozenset(
+    """
+    llama mistral3 qwen3moe qwen3next qwen35moe gemma4 nemotron_h nemotron_h_moe deepseek32 glm-dsa dots3note qwen4exp
+    """.split()
+)
 """Whose feed-forward blocks multiply by the scale that comes with a matrix (NVFP4); the others leave it out."""
 MAX_EXPERTS = 1024
 """`LLAMA_MAX_EXPERTS` in src/llama-hparams.h."""
@@ -69,6 +81,7 @@ class Build:
     ) -> None:
         self.graph = Graph()
         self.arch, self.hparams, self.size, self.batch = model.arch, model.hparams, size, batch
+        self.filled = model.filled
         self.flash = flash
         self.tokens = batch.tokens
         self.last = len(model.layers) - 1
@@ -83,6 +96,8 @@ class Build:
         self._caches: dict[bool, _Cache] = {}
         self._masks: dict[bool, Node] = {}
         self._seen: dict[int, Callable[[], tuple[Node, Node]]] = {}
+        self.finish_logits: Callable[[Node], Node] | None = None
+        """What is done to the logits at last, where an architecture does more than multiply."""
 
     # ------------------------------------------------------------------ weights
 
@@ -98,11 +113,18 @@ class Build:
     def layer(self, il: int, stem: str, kind: str = "weight") -> Node | None:
         """A weight of layer `il`, without `blk.` and its number, or None when the layer has none of that name.
 
-        A few weights have no ending: `ssm_a`, and the `ffn_norm` of falcon-h1.
+        It is another layer's where that one is run again, except for scales. A few weights have no ending: `ssm_a`, and
+        the `ffn_norm` of falcon-h1.
         """
+        il = il if kind == "scale" else self.run_by(il)
         name = stem if kind == "weight" and stem in self._layers[il] else f"{stem}.{kind}"
         place = self._host if self._experts_on_host and "_exps" in stem else self._places[il]
         return self._stored_weight((il, name), self._layers[il].get(name), place)
+
+    def run_by(self, il: int) -> int:
+        """The layer whose weights layer `il` runs: mostly its own."""
+        runs = self.arch.layers[il].runs
+        return il if runs < 0 else runs
 
     def needed(self, il: int, stem: str, kind: str = "weight") -> Node:
         """The same for a weight that the architecture cannot do without. Raises Undrawable when it is missing."""
@@ -118,16 +140,29 @@ class Build:
             self._made[key] = g.stored(width.ne, width.type, place, weight=True)
         return self._made[key]
 
-    def project(self, il: int, stem: str, x: Node, *, scaled: bool = True) -> Node:
-        """`x` times the matrix and its scale, plus its bias, where the model has them (`build_lora_mm`)."""
+    def project(self, il: int, stem: str, x: Node, *, scaled: bool = True, scale_of: str = "") -> Node:
+        """`x` times the matrix and its scale, plus its bias, where the model has them (`build_lora_mm`).
+
+        `scale_of`: whose scale it is, if not the matrix's own.
+        """
         y = g.mul_mat(self.needed(il, stem), x)
-        scale = self.layer(il, stem, "scale") if scaled and self._scales(stem) else None
+        scale = self.layer(il, scale_of or stem, "scale") if scaled and self._scales(stem) else None
         y = g.mul(y, scale) if scale else y
-        if stem not in _WITHOUT_ADAPTERS:
+        if stem not in _WITHOUT_ADAPTERS or self.arch.name == "deepseek4":
             for a, b in self._adapters(lambda kind: self.layer(il, stem, kind)):
                 y = g.add(y, g.scale(g.mul_mat(b, g.mul_mat(a, x))))
         bias = self.layer(il, stem, "bias")
         return g.add(y, bias) if bias else y
+
+    def project_outside(self, stem: str, x: Node) -> Node:
+        """`x` times a matrix outside the layers."""
+        matrix = self.weight(f"{stem}.weight")
+        if matrix is None:
+            raise Undrawable(f"there is no {stem}.weight")
+        y = g.mul_mat(matrix, x)
+        for a, b in self._adapters(lambda kind: self.weight(f"{stem}.{kind}")):
+            y = g.add(y, g.scale(g.mul_mat(b, g.mul_mat(a, x))))
+        return y
 
     def _adapters(self, find: Callable[[str], Node | None]) -> Iterator[tuple[Node, Node]]:
         """The matrices that adapters bring for a weight; they are no weights to the scheduler."""
@@ -148,8 +183,8 @@ class Build:
 
     def embedding(self) -> Node:
         table = self._table()
-        tokens = g.fresh_input((self.tokens,), I32)
-        given = g.fresh_input((self.arch.n_embd, self.tokens))
+        tokens = self.token_ids = g.fresh_input((self.tokens,), I32)
+        given = g.fresh_input((table.ne[0], self.tokens))
         looked_up = g.get_rows(table, tokens)
         for a, b in self._adapters(lambda kind: self.weight(f"token_embd.{kind}")):
             looked_up = g.add(looked_up, g.scale(g.mul_mat(b, g.get_rows(a, tokens))))
@@ -165,17 +200,22 @@ class Build:
     def output_ids(self) -> Node:
         return g.fresh_input((self.batch.outputs,), I32)
 
-    def logits(self, x: Node) -> None:
-        """The output matrix, or the token embedding a second time."""
+    def outputs(self, x: Node) -> Node:
+        """`x` times the output matrix, or the token embedding a second time."""
         matrix = self.weight("output.weight") or self._tied()
         y = g.mul_mat(matrix, x)
-        scale = self.weight("output.scale")
-        y = g.mul(y, scale) if scale else y
-        if self.arch.name != "deepseek2":
+        if self.arch.name not in _PLAIN_OUTPUT:
+            scale = self.weight("output.scale")
+            y = g.mul(y, scale) if scale else y
             for a, b in self._adapters(lambda kind: self.weight(f"output.{kind}")):
                 y = g.add(y, g.scale(g.mul_mat(b, g.mul_mat(a, x))))
         bias = self.weight("output.bias")
-        y = g.add(y, bias) if bias else y
+        return g.add(y, bias) if bias else y
+
+    def logits(self, x: Node) -> None:
+        """What the output matrix makes of `x`, capped and scaled."""
+        y = self.outputs(x)
+        y = self.finish_logits(y) if self.finish_logits else y
         x.is_output = True
         if self.hparams.scales_logits:
             y = g.scale(y)
@@ -245,16 +285,28 @@ class Build:
 
     # ------------------------------------------------------------------ norms
 
-    def norm(self, x: Node, il: int, stem: str, *, rms: bool = True, pinned: bool = True) -> Node:
-        """A norm with its weight and bias, kept on its layer's device where llama.cpp insists on that."""
+    def norm(
+        self, x: Node, il: int, stem: str, *, rms: bool = True, pinned: bool = True, at: int | None = None
+    ) -> Node:
+        """A norm with its weight and bias, kept on its layer's device where llama.cpp insists on that.
+
+        `at`: the layer that it belongs to, if its weight is not of the same.
+        """
         y = g.like("RMS_NORM" if rms else "NORM", x)
         weight, bias = (
             self.layer(il, stem, kind) if il >= 0 else self.weight(f"{stem}.{kind}") for kind in ("weight", "bias")
         )
-        if (weight or bias) and self._pins and pinned and il >= 0:
-            y.pin = self._places[il]
+        at = il if at is None else at
+        if (weight or bias) and self._pins and pinned and at >= 0:
+            y.pin = self._places[at]
         y = g.mul(y, weight) if weight else y
         return g.add(y, bias) if bias else y
+
+    def pinned(self, x: Node, il: int) -> Node:
+        """`x`, kept on the device of layer `il` where llama.cpp insists on that."""
+        if self._pins:
+            x.pin = self._places[il]
+        return x
 
     def head_norm(self, x: Node, il: int, stem: str, *, rms: bool = True) -> Node:
         """A norm of queries or keys, if the layer has it: of each head, or of all heads as one row."""
@@ -276,6 +328,11 @@ class Build:
             y = combine(y, weight) if weight else y
         return y
 
+    @property
+    def is_torn(self) -> bool:
+        """Whether some layers lie on devices and some on the host."""
+        return len({place == self._host for place in self._places}) > 1
+
     # ------------------------------------------------------------------ attention
 
     def batch_masks(self) -> None:
@@ -285,10 +342,15 @@ class Build:
 
     def attend_batch(self, il: int, q: Node, k: Node, v: Node) -> Node:
         """Attend to the tokens of the batch, project the result."""
+        return self.project(il, "attn_output", self.attend_to(q, k, v, self._masks[self.arch.layers[il].is_swa]))
+
+    def attend_to(
+        self, q: Node, k: Node, v: Node, mask: Node, bias: Node | None = None, sinks: Node | None = None
+    ) -> Node:
+        """Attend to what is not stored, and may have a bias added to its scores; the result is not projected."""
         for node in (q, k, v):
             self.graph.expand(node)
-        mask = self._masks[self.arch.layers[il].is_swa]
-        return self.project(il, "attn_output", self._attend(q, k, v, mask, None, False))
+        return self._attend(q, k, v, mask, sinks, False, bias=bias)
 
     def slides(self, il: int) -> bool:
         """Whether layer `il` sees a window only, or no layer does."""
@@ -315,8 +377,14 @@ class Build:
         )
 
     def _rotation(self, of: GgmlType, head: int, n: int) -> Node | None:
-        """What quantised rows are turned by; whether they are is asked of the first layer's heads, for all layers."""
-        return g.fresh_input((n, n)) if of.is_quantized and head % 64 == 0 and not self.arch.mla else None
+        """What quantised rows are turned by; whether they are is asked of the first layer's heads, for all layers.
+
+        `build_inp_mem_hybrid_iswa` leaves it out: windows beside layers that carry a state.
+        """
+        layers = self.arch.layers
+        hybrid = any(layer.is_recurrent for layer in layers) and any(layer.is_swa for layer in layers)
+        turned = of.is_quantized and head % 64 == 0 and not self.arch.mla and not hybrid
+        return g.fresh_input((n, n)) if turned else None
 
     def qkv(self, il: int, x: Node, *, by_head: bool = True) -> tuple[Node, Node, Node]:
         """Queries, keys and values by head (or as rows of all heads), from one matrix or three (`build_qkv`)."""
@@ -341,8 +409,24 @@ class Build:
         """Store keys and values, attend to all that is stored, project the result (`build_attn`)."""
         return self.project(il, "attn_output", self.attended(il, q, k, v, sinks=sinks, caps=caps))
 
-    def attended(self, il: int, q: Node, k: Node, v: Node, *, sinks: Node | None = None, caps: bool = False) -> Node:
-        """The same before the projection."""
+    def attended(
+        self,
+        il: int,
+        q: Node,
+        k: Node,
+        v: Node,
+        *,
+        sinks: Node | None = None,
+        caps: bool = False,
+        bias: Node | None = None,
+        by: Callable[[Node, Node, Node, Node], Node] | None = None,
+        narrow: Callable[[Node], Node] | None = None,
+    ) -> Node:
+        """The same before the projection; `bias` is added to the scores.
+
+        `by`: what attends, if not `build_attn_mha`, given queries, all keys, all values and the mask. `narrow` makes
+        the mask of the layer from that of the cache.
+        """
         kind = self.arch.layers[il]
         cache = self._caches[kind.is_swa]
         expand = self.graph.expand
@@ -351,10 +435,14 @@ class Build:
         if cache.v_rotation:
             v = g.hadamard(v, cache.v_rotation)
         with_swa = len(self._caches) > 1 or kind.is_swa
-        for node in (q, k, v) if with_swa else (q, v, k):
+        for node in (q, k, v) if with_swa or by else (q, v, k):
             expand(node)
         stored_k, stored_v = self._stored(il, cache, k, v)
-        result = self._attend(q, stored_k, stored_v, cache.mask, sinks, caps)
+        if by:
+            result = by(q, stored_k, stored_v, cache.mask)
+        else:
+            mask = narrow(cache.mask) if narrow else cache.mask
+            result = self._attend(q, stored_k, stored_v, mask, sinks, caps, bias=bias)
         return g.hadamard(result, cache.v_rotation) if cache.v_rotation else result
 
     def attend_borrowed(self, il: int, q: Node) -> Node:
@@ -368,24 +456,57 @@ class Build:
 
     def attend_latent(self, il: int, q: Node, k: Node, v: Node) -> Node:
         """The same where the values are the front of the keys, and are expanded by `attn_v_b` afterwards."""
+        return self.project(il, "attn_output", self.attended_latent(il, q, k, v))
+
+    def attended_latent(
+        self,
+        il: int,
+        q: Node,
+        k: Node,
+        v: Node,
+        narrow: Callable[[Node], Node] | None = None,
+        sinks: Node | None = None,
+        by: Callable[[Node, Node], Node] | None = None,
+    ) -> Node:
+        """The same before the projection. `narrow` makes the mask of the layer from that of the cache.
+
+        `by`: what attends, if not `build_attn_mha`, given all keys and the mask.
+        """
         kind = self.arch.layers[il]
         cache = self._caches[kind.is_swa]
         for node in (q, v, k):
             self.graph.expand(node)
         stored = self._store(il, k, kind.k_width, self._type_k, cache.cells, cache.k_ids)
-        row = self._type_k.row_bytes
-        used = 1 if self.size.n_stream == 1 else self.batch.n_seqs
-        nb = (row(k.ne[0]), row(kind.k_width), row(kind.k_width * cache.cells))
-        keys = g.view(stored, (k.ne[0], k.ne[1], cache.cells, used), nb)
+        keys = self._keys(stored, k)
+        if by:
+            return by(keys, cache.mask)
         values = g.view(keys, (v.ne[0], *keys.ne[1:]), keys.nb[1:])
-        result = self._attend(q, keys, values, cache.mask, None, False, self.layer(il, "attn_v_b"))
-        return self.project(il, "attn_output", result)
+        mask = narrow(cache.mask) if narrow else cache.mask
+        return self._attend(q, keys, values, mask, sinks, False, self.layer(il, "attn_v_b"))
+
+    def index(self, il: int, k: Node, ids: Node, cells: int = 0) -> Node:
+        """Store an indexer's keys in the second cache of layer `il`; a view of all that it holds.
+
+        `cells`: how many a sequence has, if not as many as its context.
+        """
+        return self._keys(self._store(il, k, k.ne[0] * k.ne[1], self._type_k, cells or self.size.n_ctx_seq, ids), k)
+
+    def key_rotation(self, head: int) -> Node | None:
+        """What keys of `head` elements are turned by before they are stored, if they are."""
+        return self._rotation(self._type_k, self.arch.layers[0].head_k, max(head & -head, 64))
+
+    def _keys(self, stored: Node, k: Node) -> Node:
+        """All that a cache of keys such as `k` holds, by head."""
+        width, cells = stored.ne[:2]
+        used = 1 if self.size.n_stream == 1 else self.batch.n_seqs
+        row = self._type_k.row_bytes
+        return g.view(stored, (k.ne[0], k.ne[1], cells, used), (row(k.ne[0]), row(width), row(width * cells)))
 
     def _store(self, il: int, rows: Node, width: int, of: GgmlType, cells: int, ids: Node) -> Node:
         """Write rows of all heads to a cache of layer `il`, which is returned."""
         streams = self.size.n_stream
         cache = g.stored((width, cells, streams), of, self._places[il], weight=False)
-        flat = g.view(rows, (width, self.tokens), (rows.nb[2],))
+        flat = g.view(rows, (width, rows.ne[2]), (rows.nb[2],))
         self.graph.expand(g.set_rows(g.reshape(cache, width, cells * streams) if streams > 1 else cache, flat, ids))
         return cache
 
@@ -422,16 +543,24 @@ class Build:
         return seen()
 
     def _attend(
-        self, q: Node, k: Node, v: Node, mask: Node, sinks: Node | None, caps: bool, expands_by: Node | None = None
+        self,
+        q: Node,
+        k: Node,
+        v: Node,
+        mask: Node,
+        sinks: Node | None,
+        caps: bool,
+        expands_by: Node | None = None,
+        bias: Node | None = None,
     ) -> Node:
-        """`build_attn_mha`; `expands_by` turns latent values into those of each head."""
+        """`build_attn_mha`; `expands_by` turns latent values into those of each head, `bias` is added to the scores."""
         transposed = v.nb[1] > v.nb[2]
         streams = k.ne[3]
         per = q.ne[2] // streams
         q = g.view(q, (q.ne[0], q.ne[1], per, streams), (q.nb[1], q.nb[2], q.nb[2] * per))
         q, k, v = (g.permute(x, 0, 2, 1, 3) for x in (q, k, v))
         extra = [sinks] if sinks else []
-        if self.flash:
+        if self.flash and not bias:
             v = g.transpose(v) if transposed else v
             k, v = (g.cast(x, F16) if x.type is F32 else x for x in (k, v))
             out = g.flash_attn_ext(q, k, v, mask, *extra)
@@ -441,6 +570,7 @@ class Build:
         scores = g.mul_mat(k, q)
         if caps:
             scores = g.scale(g.unary(g.scale(scores)))
+        scores = g.add(scores, bias) if bias else scores
         scores = g.soft_max(scores, mask, *extra)
         if not transposed:
             v = g.cont(g.transpose(v))
@@ -499,11 +629,12 @@ class Build:
         squared: bool = False,
         routed_by: Node | None = None,
         plain: bool = False,
+        chosen: Node | None = None,
     ) -> Node:
         """The routed experts (`build_moe_ffn`). `softmax_weights`: only the chosen experts' weights are soft-maxed.
 
         `plain`: experts have no gate. `squared`: neither, and their activation is squared. `routed_by`: what the router
-        sees, if not `x`.
+        sees, if not `x`. `chosen`: the experts of each token, where the router has no say in that.
         """
         used, n, tokens, expand = self.arch.n_expert_used, self.arch.n_expert, x.ne[1], self.graph.expand
         if not 0 < used <= n <= MAX_EXPERTS:
@@ -511,12 +642,15 @@ class Build:
         logits = self.project(il, "ffn_gate_inp", routed_by or x, scaled=False)
         probabilities = logits
         if not softmax_weights:
-            probabilities = g.unary(logits) if self.hparams.gates_by_sigmoid else g.soft_max(logits)
+            by_unary = self.hparams.gates_by_sigmoid or self.hparams.gates_by_softplus
+            probabilities = g.unary(logits) if by_unary else g.soft_max(logits)
+            if self.hparams.gates_by_softplus:
+                probabilities = g.like("SQRT", probabilities)
         bias = self.layer(il, "exp_probs_b", "bias")
         choice = g.add(probabilities, bias) if bias else probabilities
         if self.hparams.n_expert_groups > 1:
             choice = self._from_best_groups(choice)
-        ids = g.argsort_top_k(choice, used)
+        ids = chosen or g.argsort_top_k(choice, used)
         weights = g.get_rows(g.reshape(probabilities, 1, n, tokens), ids)
         if softmax_weights:
             weights = g.reshape(g.soft_max(g.reshape(weights, used, tokens)), 1, used, tokens)

@@ -38,6 +38,10 @@ _CYCLE = 6
 """Layers after which results lie where they lay before: 1, 2 or 3 wherever that was looked at."""
 _DWARFS = 32
 """A batch so many times larger than one token per sequence asks for more in every buffer, if run in the same places."""
+_GATHERING = frozenset({"minimax-m3"})
+"""Where a single token makes copies of what it attends to, and a large batch does not."""
+_ALONE_TOO = frozenset({"minimax-01"})
+"""Reserved with all tokens in one sequence as well, which makes for larger inputs (`[TAG_RESERVE_DIAG_DECAY]`)."""
 _REMEMBERED = 4096
 
 
@@ -113,8 +117,10 @@ def _reserved(
     offloads_to = kinds.index("cuda") if offloads else None
     totals = [0] * (host + 1)
     batches = [Batch(pad(size.n_tokens, size.n_seq_max), size.n_seq_max, min(size.n_tokens, size.n_batch))]
-    if offloads or batches[0].tokens < _DWARFS * size.n_seq_max:
+    if offloads or batches[0].tokens < _DWARFS * size.n_seq_max or model.arch.name in _GATHERING:
         batches.append(Batch(size.n_seq_max, size.n_seq_max, size.n_seq_max))
+    if model.arch.name in _ALONE_TOO and size.n_seq_max > 1:
+        batches.append(Batch(size.n_tokens, 1, batches[0].outputs))
     for batch in batches:
         pins = whole or batch.tokens < _PINS_BELOW_TOKENS
         flash, embeds = context.flash_attn == "on", context.embeddings
