@@ -34,7 +34,7 @@ PIPELINE_COPIES = 4
 _PINS_BELOW_TOKENS = 32
 _REPEATS = 3
 """How many of a row of like layers are drawn: one after something else, one before, one between."""
-_CYCLE = 6
+_CYCLE = 2
 """Layers after which results lie where they lay before: 1, 2 or 3 wherever that was looked at."""
 _DWARFS = 32
 """A batch so many times larger than one token per sequence asks for more in every buffer, if run in the same places."""
