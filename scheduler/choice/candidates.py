@@ -75,10 +75,10 @@ class Need:
     def bounded_footprint(self, layout: Layout) -> Footprint:
         return _bounded_footprint(self.shape, layout, self.context)
 
-    def placement(
-        self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool = False
-    ) -> Placement:
-        """The layout on these devices with all that it needs, overheads included; `bounded`: or a little more."""
+    def shares(
+        self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool
+    ) -> tuple[Footprint, tuple[int, ...], tuple[int, ...]]:
+        """What the buffers of the layout take; per device, the overhead, and bytes in all."""
         cost = self.bounded_footprint(layout) if bounded else self.footprint(layout)
         build = node.facts.llama_build
         measured = self.measurements.load(self.shape, layout, self.context, build)
@@ -92,6 +92,13 @@ class Need:
             share.total_bytes + self.extra_bytes + overhead
             for share, overhead in zip(cost.devices, overheads, strict=True)
         )
+        return cost, overheads, device_bytes
+
+    def placement(
+        self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool = False
+    ) -> Placement:
+        """The layout on these devices with all that it needs, overheads included; `bounded`: or a little more."""
+        cost, overheads, device_bytes = self.shares(node, devices, layout, bounded=bounded)
         host = host_memory(
             self.shape,
             layout,
@@ -179,13 +186,15 @@ class Candidate:
     def _placement(
         self, devices: Sequence[DeviceFacts], counts: Sequence[int], *, bounded: bool = False
     ) -> Placement:
-        layout = Layout(
+        return self.need.placement(self.tier, self.node, devices, self._layout(devices, counts), bounded=bounded)
+
+    def _layout(self, devices: Sequence[DeviceFacts], counts: Sequence[int]) -> Layout:
+        return Layout(
             devices=tuple(DeviceSpec(f"d{i}", device.kind) for i, device in enumerate(devices)),
             n_gpu_layers=sum(counts),
             tensor_split=tuple(float(count) for count in counts),
             experts_on_host=self.experts_on_host,
         )
-        return self.need.placement(self.tier, self.node, devices, layout, bounded=bounded)
 
     def _fitting(
         self, devices: Sequence[DeviceFacts], counts: Sequence[int], free: Sequence[int]
@@ -193,18 +202,17 @@ class Candidate:
         """The placement with `counts` layers per device, if it fits in `free`, and the bytes left there: where negative,
         at least so much is missing. The graph is drawn only if neither the bound fits, nor weights and cache alone do
         not."""
-        if not self.need.draws:
-            placement = self._placement(devices, counts, bounded=True)
-            slack = _slack(placement, free)
+        layout = self._layout(devices, counts)
+        for bounded in (False,) if self.need.draws else (True, False):
+            cost, _, needs = self.need.shares(self.node, devices, layout, bounded=bounded)
+            slack = [there - need for there, need in zip(free, needs, strict=True)]
             if min(slack) >= 0:
-                return placement, slack
-            computing = [share.compute_bytes for share in self.need.bounded_footprint(placement.layout).devices]
-            at_most = [left + compute for left, compute in zip(slack, computing, strict=True)]
-            if min(at_most) < 0:
-                return None, at_most
-        placement = self._placement(devices, counts)
-        slack = _slack(placement, free)
-        return placement if min(slack) >= 0 else None, slack
+                return self.need.placement(self.tier, self.node, devices, layout, bounded=bounded), slack
+            if bounded:
+                slack = [left + share.compute_bytes for left, share in zip(slack, cost.devices, strict=True)]
+            if min(slack) < 0:
+                break
+        return None, slack
 
     def _spread(self, room: Room) -> Placement | None:
         """All layers over all devices: from shares proportional to free memory, move layers off the fullest device
@@ -303,10 +311,6 @@ def exact(placement: Placement, need: Need, node: Node) -> Placement:
     """The same placement, with the graph drawn."""
     devices = [node.devices[device_id].facts for device_id in placement.device_ids]
     return need.placement(placement.tier, node, devices, placement.layout)
-
-
-def _slack(placement: Placement, free: Sequence[int]) -> list[int]:
-    return [there - need for there, need in zip(free, placement.device_bytes, strict=True)]
 
 
 def _devices(node: Node) -> tuple[DeviceFacts, ...]:
