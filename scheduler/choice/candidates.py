@@ -6,7 +6,8 @@
     some layers in RAM as many layers on GPUs as fit
     CPU only
 
-`solve(room)` is pure: one footprint (about half a millisecond) per layout that was not tried lately.
+`solve(room)` is pure. A layout that was not tried lately costs one footprint: 0.2 ms by the bound on compute buffers, some
+milliseconds where it does not decide and the graph has to be drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement
 from scheduler.config import Reserves
-from scheduler.costs.footprint import footprint
+from scheduler.costs.footprint import bounded_footprint, footprint
 from scheduler.costs.host import host_memory
 from scheduler.costs.measurements import Measurements
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
@@ -39,6 +40,7 @@ MOST_SUBSETS = 64  # device combinations tried per size: C(8, 4) = 70, so eight 
 
 
 _footprint = lru_cache(maxsize=REMEMBERED)(footprint)
+_bounded_footprint = lru_cache(maxsize=4 * REMEMBERED)(bounded_footprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Need:
     use_extra_bufts: bool = False
     extra_bytes: int = 0
     measurements: Measurements = field(default_factory=Measurements)
+    draws: bool = False
+    """Graphs are drawn for every layout that is tried, not only where the bound on compute buffers does not decide."""
 
     @property
     def n_layers(self) -> int:
@@ -62,15 +66,20 @@ class Need:
     def least_bytes(self, experts_on_host: bool = False) -> int:
         """What all layers take on devices at the very least, however they are spread: no use in trying with less."""
         whole = Layout((DeviceSpec("d0", "rpc"),), self.n_layers, (float(self.n_layers),), experts_on_host)
-        share = self.footprint(whole).devices[0]
+        share = self.bounded_footprint(whole).devices[0]
         return share.weights_bytes + share.kv_bytes
 
     def footprint(self, layout: Layout) -> Footprint:
         return _footprint(self.shape, layout, self.context)
 
-    def placement(self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout) -> Placement:
-        """The layout on these devices with all that it needs, overheads included."""
-        cost = self.footprint(layout)
+    def bounded_footprint(self, layout: Layout) -> Footprint:
+        return _bounded_footprint(self.shape, layout, self.context)
+
+    def shares(
+        self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool
+    ) -> tuple[Footprint, tuple[int, ...], tuple[int, ...]]:
+        """What the buffers of the layout take; per device, the overhead, and bytes in all."""
+        cost = self.bounded_footprint(layout) if bounded else self.footprint(layout)
         build = node.facts.llama_build
         measured = self.measurements.load(self.shape, layout, self.context, build)
         outside = measured.outside_bytes if measured else (0,) * len(devices)
@@ -83,6 +92,13 @@ class Need:
             share.total_bytes + self.extra_bytes + overhead
             for share, overhead in zip(cost.devices, overheads, strict=True)
         )
+        return cost, overheads, device_bytes
+
+    def placement(
+        self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool = False
+    ) -> Placement:
+        """The layout on these devices with all that it needs, overheads included; `bounded`: or a little more."""
+        cost, overheads, device_bytes = self.shares(node, devices, layout, bounded=bounded)
         host = host_memory(
             self.shape,
             layout,
@@ -154,7 +170,9 @@ class Candidate:
         elif self.devices:
             found = self._spread(room)
         else:
-            found = self._placement((), ())
+            found = self._placement((), (), bounded=not self.need.draws)
+        if found and not fits(found, room):
+            found = exact(found, self.need, self.node)
         return found if found and fits(found, room) else None
 
     def minimum(self) -> Placement:
@@ -165,14 +183,36 @@ class Candidate:
             self.devices, _proportional([device.total_bytes for device in self.devices], self.need.n_layers)
         )
 
-    def _placement(self, devices: Sequence[DeviceFacts], counts: Sequence[int]) -> Placement:
-        layout = Layout(
+    def _placement(
+        self, devices: Sequence[DeviceFacts], counts: Sequence[int], *, bounded: bool = False
+    ) -> Placement:
+        return self.need.placement(self.tier, self.node, devices, self._layout(devices, counts), bounded=bounded)
+
+    def _layout(self, devices: Sequence[DeviceFacts], counts: Sequence[int]) -> Layout:
+        return Layout(
             devices=tuple(DeviceSpec(f"d{i}", device.kind) for i, device in enumerate(devices)),
             n_gpu_layers=sum(counts),
             tensor_split=tuple(float(count) for count in counts),
             experts_on_host=self.experts_on_host,
         )
-        return self.need.placement(self.tier, self.node, devices, layout)
+
+    def _fitting(
+        self, devices: Sequence[DeviceFacts], counts: Sequence[int], free: Sequence[int]
+    ) -> tuple[Placement | None, list[int]]:
+        """The placement with `counts` layers per device, if it fits in `free`, and the bytes left there: where negative,
+        at least so much is missing. The graph is drawn only if neither the bound fits, nor weights and cache alone do
+        not."""
+        layout = self._layout(devices, counts)
+        for bounded in (False,) if self.need.draws else (True, False):
+            cost, _, needs = self.need.shares(self.node, devices, layout, bounded=bounded)
+            slack = [there - need for there, need in zip(free, needs, strict=True)]
+            if min(slack) >= 0:
+                return self.need.placement(self.tier, self.node, devices, layout, bounded=bounded), slack
+            if bounded:
+                slack = [left + share.compute_bytes for left, share in zip(slack, cost.devices, strict=True)]
+            if min(slack) < 0:
+                break
+        return None, slack
 
     def _spread(self, room: Room) -> Placement | None:
         """All layers over all devices: from shares proportional to free memory, move layers off the fullest device
@@ -186,11 +226,10 @@ class Candidate:
         seen: set[tuple[int, ...]] = set()
         while tuple(counts) not in seen:
             seen.add(tuple(counts))
-            placement = self._placement(self.devices, counts)
-            slack = [there - needed for there, needed in zip(free, placement.device_bytes, strict=True)]
-            fullest, emptiest = slack.index(min(slack)), slack.index(max(slack))
-            if slack[fullest] >= 0:
+            placement, slack = self._fitting(self.devices, counts, free)
+            if placement:
                 return placement
+            fullest, emptiest = slack.index(min(slack)), slack.index(max(slack))
             moved = min(max(1, min(-slack[fullest], slack[emptiest]) // layer_bytes), counts[fullest] - 1)
             if slack[emptiest] <= 0 or moved < 1:
                 return None
@@ -230,11 +269,11 @@ class Candidate:
             (device, count, there) for device, count, there in zip(self.devices, counts, free, strict=True) if count
         ]
         while used:
-            placement = self._placement([device for device, _, _ in used], [count for _, count, _ in used])
-            short = [need - there for need, (_, _, there) in zip(placement.device_bytes, used, strict=True)]
-            if max(short) <= 0:
+            devices, layers, there = zip(*used, strict=True)
+            placement, slack = self._fitting(devices, layers, there)
+            if placement:
                 return placement
-            fewer = [max(1, excess // self._layer_bytes()) if excess > 0 else 0 for excess in short]
+            fewer = [max(1, -left // self._layer_bytes()) if left < 0 else 0 for left in slack]
             used = [(d, n - less, there) for (d, n, there), less in zip(used, fewer, strict=True) if n > less]
         return None
 
@@ -266,6 +305,12 @@ def candidates(need: Need, nodes: Sequence[Node]) -> Iterator[list[Candidate]]:
         yield [Candidate(tier, need, node, subset, at_least) for node in nodes for subset in _subsets(node, size)]
     yield [Candidate(SOME_LAYERS_IN_RAM, need, node, _devices(node), least) for node in nodes if node.devices]
     yield [Candidate(CPU_ONLY, need, node, ()) for node in nodes]
+
+
+def exact(placement: Placement, need: Need, node: Node) -> Placement:
+    """The same placement, with the graph drawn."""
+    devices = [node.devices[device_id].facts for device_id in placement.device_ids]
+    return need.placement(placement.tier, node, devices, placement.layout)
 
 
 def _devices(node: Node) -> tuple[DeviceFacts, ...]:

@@ -21,6 +21,7 @@ from scheduler.choice.candidates import (
     Candidate,
     Need,
     candidates,
+    exact,
     fits,
 )
 from scheduler.choice.eviction import Victims, evictable, smallest_victims
@@ -79,6 +80,11 @@ class Chooser:
         """Raises Rejected for parameters that llama.cpp refuses."""
         groups = list(candidates(self.need, self.nodes))
         choice = self._choose(groups)
+        if choice.placement is not None and not self.need.draws:
+            placement = exact(choice.placement, self.need, self.inventory.nodes[choice.placement.node_id])
+            if not _within(placement, choice.placement):  # the bound lied: do without it
+                return replace(self, need=replace(self.need, draws=True)).choose(explain=explain)
+            choice = replace(choice, placement=placement)
         return replace(choice, rejections=self._rejections(groups, choice)) if explain else choice
 
     def _choose(self, groups: Groups) -> Choice:
@@ -256,6 +262,12 @@ class Chooser:
             if any(c.solve(self.rooms.empty(_node_id(c))) for group in candidates(smaller, self.nodes) for c in group):
                 return n_ctx
         return 0
+
+
+def _within(one: Placement, other: Placement) -> bool:
+    """Whether `one` needs no more than `other` anywhere."""
+    devices = zip(one.device_bytes, other.device_bytes, strict=True)
+    return one.host_bytes <= other.host_bytes and all(mine <= theirs for mine, theirs in devices)
 
 
 def _node_id(candidate: Candidate) -> NodeId:

@@ -8,6 +8,7 @@ and some milliseconds the first time a graph is drawn.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 from scheduler.costs import cache
@@ -81,12 +82,35 @@ def footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Foot
     Raises Rejected for combinations that llama.cpp refuses or aborts on, naming the way out.
     """
     places = assign_layers(layout, shape.n_layer_all)
+    if has_template(shape.graph):
+        compute = exact_compute(shape.graph, layout, places, context)
+    else:
+        compute = _bounded_compute(shape, layout, places, context)
+    return _footprint(shape, layout, places, context, compute)
+
+
+def bounded_footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:
+    """`footprint` with the bound on compute buffers for every architecture: higher, but no graph has to be drawn."""
+    places = assign_layers(layout, shape.n_layer_all)
+    return _footprint(shape, layout, places, context, _bounded_compute(shape, layout, places, context))
+
+
+def _bounded_compute(
+    shape: ModelShape, layout: Layout, places: Sequence[int], context: ContextParams
+) -> tuple[list[int], int]:
+    return place_compute(shape.arch, shape.demand, shape.weights, layout, places, context)
+
+
+def _footprint(
+    shape: ModelShape,
+    layout: Layout,
+    places: Sequence[int],
+    context: ContextParams,
+    computing: tuple[Sequence[int], int],
+) -> Footprint:
     weights, host_weights = place_weights(shape.weights, layout, places)
     kv, host_kv = place_cache(shape.arch, layout, places, context)
-    if has_template(shape.graph):
-        compute, host_compute = exact_compute(shape.graph, layout, places, context)
-    else:
-        compute, host_compute = place_compute(shape.arch, shape.demand, shape.weights, layout, places, context)
+    compute, host_compute = computing
     return Footprint(
         devices=tuple(DeviceBytes(w, k, c) for w, k, c in zip(weights, kv, compute, strict=True)),
         host=HostBytes(host_weights, host_kv, host_compute, output_bytes(shape.arch, shape.n_vocab, context)),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from scheduler.costs.params import ContextParams, DeviceBytes, Footprint, HostBytes, Layout
@@ -82,14 +83,15 @@ def _settled(predicted: int, measured: int, may_lower: bool) -> int:
 def load_key(shape: ModelShape, layout: Layout, context: ContextParams, build: str) -> LoadKey:
     """What must be the same for a load to take the same: the model, by what its header says, each layer's place, kinds
     of devices (not their names), the context, and the release of llama-cpp-python. Raises Rejected as `footprint`."""
+    return _load_key(shape.fingerprint, shape.n_layer_all, layout, context, build)
+
+
+@lru_cache(maxsize=4096)
+def _load_key(fingerprint: str, n_layer_all: int, layout: Layout, context: ContextParams, build: str) -> LoadKey:
+    kinds = [device.kind for device in layout.devices]
     parts = (
-        shape.fingerprint,
-        build,
-        [device.kind for device in layout.devices],
-        assign_layers(layout, shape.n_layer_all),
-        layout.experts_on_host,
-        asdict(context),
-    )
+        fingerprint, build, kinds, assign_layers(layout, n_layer_all), layout.experts_on_host, asdict(context)
+    )  # fmt: skip
     return LoadKey(json.dumps(parts))
 
 

@@ -13,6 +13,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from scheduler.costs.architecture import Architecture
@@ -220,7 +221,8 @@ def _takes_rope(arch: Architecture, il: int, weights: Padded) -> bool:
     return arch.layers[il].is_loaded or arch.name == "step35"
 
 
-def assign_layers(layout: Layout, n_layer_all: int) -> list[int]:
+@lru_cache(maxsize=4096)  # every step of a decision asks for the same few again
+def assign_layers(layout: Layout, n_layer_all: int) -> tuple[int, ...]:
     """Device index (or HOST) of every layer and, last, of the output: the split of `load_tensors`.
 
     The shares are normalised in float32, as llama.cpp does it, so that ratios land on the same layer.
@@ -229,11 +231,11 @@ def assign_layers(layout: Layout, n_layer_all: int) -> list[int]:
     total = n_layer_all + 1
     offloaded = total if layout.n_gpu_layers < 0 else min(layout.n_gpu_layers, total)
     if not layout.devices or not offloaded:
-        return [HOST] * total
+        return (HOST,) * total
     bounds = _bounds(layout)
     first = total - offloaded
-    devices = [bisect_right(bounds, _f32(_f32(i) / _f32(offloaded))) for i in range(offloaded)]
-    return [HOST] * first + [min(d, len(bounds) - 1) for d in devices]
+    devices = (bisect_right(bounds, _f32(_f32(i) / _f32(offloaded))) for i in range(offloaded))
+    return (HOST,) * first + tuple(min(d, len(bounds) - 1) for d in devices)
 
 
 def _bounds(layout: Layout) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from scheduler.choice.candidates import (
     Candidate,
     Need,
     candidates,
+    exact,
     fits,
 )
 from scheduler.choice.room import Room
@@ -130,6 +132,19 @@ def test_a_partial_offload_uses_a_second_device_only_for_more_layers() -> None:
     [candidate] = next(g for g in candidates(need(LARGE), [machine]) if g[0].tier == SOME_LAYERS_IN_RAM)
     placement = candidate.solve(room(machine))
     assert placement is not None and len(placement.device_ids) == 1
+
+
+@pytest.mark.parametrize("dims", [MEDIUM, LARGE, MOE])
+def test_drawing_only_where_the_bound_does_not_decide_changes_no_layout(dims: tuple[int, ...]) -> None:
+    chance = random.Random(str(dims))
+    for _ in range(12):
+        machine = node(*(f"{chance.randint(500, 9000)}MiB" for _ in range(chance.randint(1, 4))))
+        space = room(machine, chance.randint(2, 30) * GIB)
+        pairs = zip(candidates(need(dims), [machine]), candidates(need(dims, draws=True), [machine]), strict=True)
+        for quick, drawn in ((a, b) for group, other in pairs for a, b in zip(group, other, strict=True)):
+            found, truth = quick.solve(space), drawn.solve(space)
+            assert (found and found.layout) == (truth and truth.layout), quick.tier
+            assert truth is None or found is None or exact(found, quick.need, machine) == truth
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

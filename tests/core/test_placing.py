@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-from scenario import LARGE, MEDIUM, MOE, SMALL, Scenario, gpu
+from dataclasses import replace
 
+import pytest
+from scenario import LARGE, MEDIUM, MOE, SMALL, Scenario, gpu, shape
+
+import scheduler.choice.candidates
+from scheduler.costs.footprint import footprint
+from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
 from scheduler.errors import Impossible, InvalidGGUF, Unavailable
 from scheduler.units import GIB, DeviceId, NodeId
 
@@ -29,6 +34,18 @@ def test_the_first_tier_that_fits(model: str, sizes: list[str], tier: str, where
     s = Scenario([gpu(size, f"gpu{i}") for i, size in enumerate(sizes)], ALL)
     s.run(model)
     assert (s.tier(model), s.where(model)) == (tier, where)
+
+
+def test_a_bound_that_is_too_low_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    lies = lambda *asked: Footprint(  # noqa: E731
+        tuple(replace(share, compute_bytes=0) for share in footprint(*asked).devices), footprint(*asked).host
+    )
+    monkeypatch.setattr(scheduler.choice.candidates, "_bounded_footprint", lies)
+    whole = Layout((DeviceSpec("d0", "rpc"),), -1, (1.0,))
+    share = footprint(shape(*SMALL), whole, ContextParams(n_ctx=8192)).devices[0]
+    s = Scenario([gpu(f"{share.total_bytes - 1}B"), gpu("8GiB", "gpu1")], ALL)
+    s.run("small")
+    assert s.where("small") == ["gpu1"]
 
 
 def test_layers_are_set_explicitly_and_sum_up() -> None:

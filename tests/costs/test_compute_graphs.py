@@ -22,20 +22,22 @@ ShapeOf = Callable[[str], ModelShape]
 
 
 @pytest.mark.parametrize(
-    ("row", "kept"),
+    ("row", "cycle", "kept"),
     [
-        ("", ""),
-        ("aaab", "aaab"),
-        ("aaaaaaaab", "aaaaaaaab"),
-        ("aaaaaaaaab", "aaab"),
-        ("aaaaaaaaaabbbbbbbbb", "aaaabbb"),
-        ("a" * 32, "a" * 8),
-        ("xababababababababababy", "xababababababababababy"),
-        ("abcdefghijklmnop", "abcdefghijklmnop"),
+        ("", 6, ""),
+        ("aaab", 6, "aaab"),
+        ("aaaaaaaab", 6, "aaaaaaaab"),
+        ("aaaaaaaaab", 6, "aaab"),
+        ("aaaaaaaaaabbbbbbbbb", 6, "aaaabbb"),
+        ("aaaaaaaaaabbbbbbbbb", 2, "aaaabbb"),
+        ("a" * 32, 6, "a" * 8),
+        ("a" * 32, 2, "a" * 4),
+        ("xababababababababababy", 2, "xababababababababababy"),
+        ("abcdefghijklmnop", 2, "abcdefghijklmnop"),
     ],
 )
-def test_rows_of_like_layers_are_shortened(row: str, kept: str) -> None:
-    assert "".join(shortened(row)) == kept
+def test_rows_of_like_layers_are_shortened(row: str, cycle: int, kept: str) -> None:
+    assert "".join(shortened(row, cycle)) == kept
 
 
 def layouts(n_layers: int, chance: random.Random) -> list[Layout]:
@@ -75,7 +77,7 @@ def check_shortening(shape: ModelShape, name: str, monkeypatch: pytest.MonkeyPat
         )
         short = footprint(shape, layout, context)
         with monkeypatch.context() as patch:
-            patch.setattr(buffers, "shortened", list)
+            patch.setattr(buffers, "shortened", lambda row, _: list(row))
             assert footprint(shape, layout, context) == short, (layout, context)
 
 

@@ -98,11 +98,11 @@ def test_a_split_must_fit_the_devices(split: tuple[float, ...], shape_of: ShapeO
 
 def test_layers_go_where_llama_cpp_sends_them() -> None:
     two = (DeviceSpec("a"), DeviceSpec("b"))
-    assert assign_layers(Layout(two, -1, (3, 2)), 4) == [0, 0, 0, 1, 1]
-    assert assign_layers(Layout(two, 3, (1, 2)), 4) == [HOST, HOST, 0, 1, 1]
-    assert assign_layers(Layout(two, 99, (0, 1)), 2) == [1, 1, 1]
-    assert assign_layers(Layout(two, 0, (1, 1)), 2) == [HOST] * 3
-    assert assign_layers(Layout((), -1, ()), 2) == [HOST] * 3
+    assert assign_layers(Layout(two, -1, (3, 2)), 4) == (0, 0, 0, 1, 1)
+    assert assign_layers(Layout(two, 3, (1, 2)), 4) == (HOST, HOST, 0, 1, 1)
+    assert assign_layers(Layout(two, 99, (0, 1)), 2) == (1, 1, 1)
+    assert assign_layers(Layout(two, 0, (1, 1)), 2) == (HOST,) * 3
+    assert assign_layers(Layout((), -1, ()), 2) == (HOST,) * 3
 
 
 @given(n_layer=st.integers(1, 120), counts=st.lists(st.integers(0, 60), min_size=1, max_size=6))

@@ -34,8 +34,8 @@ PIPELINE_COPIES = 4
 _PINS_BELOW_TOKENS = 32
 _REPEATS = 3
 """How many of a row of like layers are drawn: one after something else, one before, one between."""
-_CYCLE = 6
-"""Layers after which results lie where they lay before: 1, 2 or 3 wherever that was looked at."""
+_CYCLE, _LONG_CYCLE = 2, 6
+"""Layers after which results lie where they lay before, and the same with experts and in phi, where it may be three."""
 _DWARFS = 32
 """A batch so many times larger than one token per sequence asks for more in every buffer, if run in the same places."""
 _GATHERING = frozenset({"minimax-m3"})
@@ -72,18 +72,18 @@ def exact_compute(
     loaded = sum(layer.is_loaded for layer in arch.layers)
     drawn = [(alike[il], places[il]) for il in range(loaded)]
     if arch.name in SETTLING and not offloads:  # copied weights leave holes that wander from layer to layer
-        drawn = shortened(drawn)
+        drawn = shortened(drawn, _LONG_CYCLE if arch.n_expert or arch.name in ("phi2", "phi3") else _CYCLE)
     whole = HOST not in places
     totals = _reserved(model, tuple(drawn), places[-1], whole, offloads, kinds, layout.experts_on_host, context)
     return list(totals[:-1]), totals[-1]
 
 
-def shortened(row: Sequence[T]) -> list[T]:
+def shortened(row: Sequence[T], cycle: int) -> list[T]:
     """`row` with `_REPEATS` or a few more of what is repeated more often: as many more as leaves whole cycles out."""
     kept: list[T] = []
     for _, group in groupby(row):
         alike = list(group)
-        left_out = max(0, len(alike) - _REPEATS) // _CYCLE * _CYCLE
+        left_out = max(0, len(alike) - _REPEATS) // cycle * cycle
         kept += alike[left_out:]
     return kept
 
