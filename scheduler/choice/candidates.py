@@ -6,8 +6,8 @@
     some layers in RAM as many layers on GPUs as fit
     CPU only
 
-`solve(room)` is pure. A layout that was not tried lately costs one footprint: 0.2 ms by the bound on compute buffers, some
-milliseconds where it does not decide and the graph has to be drawn.
+`solve(room)` is pure. A layout that was not tried lately costs one footprint: 0.2 ms by the bound on compute buffers,
+some milliseconds where that does not decide and the graph has to be drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement
 from scheduler.config import Reserves
-from scheduler.costs.footprint import bounded_footprint, footprint
+from scheduler.costs.footprint import bounded_footprint, filled_footprint, grows
 from scheduler.costs.host import host_memory
 from scheduler.costs.measurements import Measurements
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
@@ -39,7 +39,7 @@ REMEMBERED = 4096  # footprints, a kilobyte each: the same layouts are asked for
 MOST_SUBSETS = 64  # device combinations tried per size: C(8, 4) = 70, so eight GPUs are searched almost whole
 
 
-_footprint = lru_cache(maxsize=REMEMBERED)(footprint)
+_footprint = lru_cache(maxsize=REMEMBERED)(filled_footprint)
 _bounded_footprint = lru_cache(maxsize=4 * REMEMBERED)(bounded_footprint)
 
 
@@ -83,7 +83,7 @@ class Need:
         build = node.facts.llama_build
         measured = self.measurements.load(self.shape, layout, self.context, build)
         outside = measured.outside_bytes if measured else (0,) * len(devices)
-        if measured:
+        if measured and not grows(self.shape):  # what was measured is what the load took
             cost = measured.settle(cost, layout)
         overheads = tuple(
             seen or self.overhead_bytes(device, build) for device, seen in zip(devices, outside, strict=True)
@@ -183,9 +183,7 @@ class Candidate:
             self.devices, _proportional([device.total_bytes for device in self.devices], self.need.n_layers)
         )
 
-    def _placement(
-        self, devices: Sequence[DeviceFacts], counts: Sequence[int], *, bounded: bool = False
-    ) -> Placement:
+    def _placement(self, devices: Sequence[DeviceFacts], counts: Sequence[int], *, bounded: bool = False) -> Placement:
         return self.need.placement(self.tier, self.node, devices, self._layout(devices, counts), bounded=bounded)
 
     def _layout(self, devices: Sequence[DeviceFacts], counts: Sequence[int]) -> Layout:
@@ -199,9 +197,8 @@ class Candidate:
     def _fitting(
         self, devices: Sequence[DeviceFacts], counts: Sequence[int], free: Sequence[int]
     ) -> tuple[Placement | None, list[int]]:
-        """The placement with `counts` layers per device, if it fits in `free`, and the bytes left there: where negative,
-        at least so much is missing. The graph is drawn only if neither the bound fits, nor weights and cache alone do
-        not."""
+        """The placement with `counts` layers per device, if it fits in `free`, and the bytes left there (negative: at
+        least so much is missing). The graph is drawn only if weights and cache fit and the bound does not."""
         layout = self._layout(devices, counts)
         for bounded in (False,) if self.need.draws else (True, False):
             cost, _, needs = self.need.shares(self.node, devices, layout, bounded=bounded)

@@ -70,7 +70,7 @@ GROUPED_SSM = frozenset(
 )
 SSM = GROUPED_SSM | {"mamba", "jamba"}
 SHIFTED = frozenset("rwkv6 rwkv6qwen2 rwkv7 arwkv7".split())
-MROPE = frozenset("qwen2vl paddleocr qwen3vl qwen3vlmoe qwen35 qwen35moe qwen3tts".split())
+MROPE = frozenset("qwen2vl paddleocr qwen3vl qwen3vlmoe qwen35 qwen35moe qwen3tts qwen4exp".split())
 MROPE_IF_SECTIONS = frozenset("glm4 glm4moe hunyuan_vl".split())
 
 

@@ -69,9 +69,14 @@ def _predictor(shape: ModelShape) -> Predictor:
     return shape.predictor
 
 
+def grows(shape: ModelShape) -> bool:
+    """Whether a replica's compute buffers are larger after its cache has been filled than after the load."""
+    return shape.architecture in GROWING
+
+
 def filled_footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:
     """`footprint` once every cell of the cache is in use: larger than after the load where buffers grow (`GROWING`)."""
-    if shape.architecture not in GROWING:
+    if not grows(shape):
         return footprint(shape, layout, context)
     return footprint(replace(shape, graph=filled_graph_model(shape.graph)), layout, context)
 

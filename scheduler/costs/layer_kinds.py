@@ -159,7 +159,7 @@ def attending(meta: Metadata, n_all: int, n_layer: int, recurrent: Sequence[bool
         return [True] * n_all
     if arch in NEMOTRON_H:
         return [not recurrent[il] and n_ff[il] == 0 for il in range(n_all)]
-    if arch in HYBRID_BY_HEADS:
+    if arch in HYBRID_BY_HEADS and arch != "glm5-next":
         return [not r for r in recurrent]
     return [(il < n_layer or n_layer == 0) and not recurrent[il] for il in range(n_all)]
 

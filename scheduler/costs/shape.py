@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +106,17 @@ class ModelShape:
         return self.arch.name in ENCODERS or self.arch.pools
 
 
+def _metadata(header: Header, tensors: Mapping[str, Tensor]) -> Metadata:
+    """What the header says, as llama.cpp takes it: deepseek4 without the tensors of a prediction layer has none."""
+    meta = Metadata(header.metadata, header.path)
+    key = "nextn_predict_layers"
+    if meta.arch == "deepseek4" and (count := meta.number(key, 0)):
+        first = meta.number("block_count") - count
+        if f"blk.{first}.nextn.eh_proj.weight" not in tensors:
+            return Metadata({**meta.values, f"{meta.arch}.{key}": 0}, meta.path)
+    return meta
+
+
 def read_shape(path: str | os.PathLike[str]) -> ModelShape:
     """The shape of the model in `path`, which may be any part of a multi-file model.
 
@@ -113,8 +125,6 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
     """
     headers = _parts(Path(path))
     first = headers[0]
-    meta = Metadata(first.metadata, first.path)
-    arch = read_architecture(meta)
     tensors: dict[str, Tensor] = {}
     for header in headers:
         for tensor in header.tensors:
@@ -123,11 +133,13 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
                     f"{header.path}: tensor {tensor.name!r} is also in another part", path=header.path, offset=0
                 )
             tensors[tensor.name] = tensor
+    meta = _metadata(first, tensors)
     expected = first.metadata.get("split.tensors.count", len(tensors)) if len(headers) > 1 else len(tensors)
     if expected != len(tensors):
         raise meta.refuse(f"the parts hold {len(tensors)} tensors together, {expected} are expected")
     if not tensors:
         raise meta.refuse("the file holds no tensors: it is a vocabulary, not a model")
+    arch = read_architecture(meta)
     by_type: dict[str, int] = {}
     for tensor in tensors.values():
         by_type[tensor.type.name] = by_type.get(tensor.type.name, 0) + tensor.n_bytes

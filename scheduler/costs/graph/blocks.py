@@ -680,6 +680,13 @@ class Build:
             total = expand(g.add(total, part))
         return g.cont(total) if used == 1 else total
 
+    def experts_or_dense(self, il: int, x: Node) -> Node:
+        """The routed experts with a shared one beside them, or a dense block in layers without a router."""
+        if not self.layer(il, "ffn_gate_inp"):
+            return self.feed_forward(il, x)
+        routed = self.experts(il, x, normalise=self.hparams.normalises_experts)
+        return g.add(routed, self.feed_forward(il, x, "_shexp"))
+
     def _from_best_groups(self, scores: Node) -> Node:
         """Scores in which only the groups with the best two experts are left."""
         n, groups, tokens = scores.ne[0], self.hparams.n_expert_groups, scores.ne[1]

@@ -7,6 +7,7 @@ backend is taken to support every operation. Source: ggml/src/ggml-backend.cpp.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from scheduler.costs.graph.nodes import NOWHERE, VIEWS, Graph, Node
 
@@ -66,7 +67,12 @@ def _offloaded(node: Node) -> bool:
     """Whether CUDA takes the operation over from the host: large batches (`ggml_backend_cuda_device_offload_op`)."""
     if node.op == "GET_ROWS":
         return False
-    batch = node.ne[2] if node.op in ("MUL_MAT_ID", "ROPE") else node.ne[1]
+    if node.op == "MUL_MAT":
+        batch = node.ne[1]
+    elif node.op in ("MUL_MAT_ID", "ROPE", "ROPE_BACK"):
+        batch = node.ne[2]
+    else:
+        batch = prod(node.ne[1:])
     return batch >= 32
 
 

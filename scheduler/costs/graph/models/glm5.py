@@ -2,85 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from scheduler.costs.ggml_types import F16, F32
 from scheduler.costs.graph import nodes as g
 from scheduler.costs.graph.blocks import Build, Template
+from scheduler.costs.graph.models.indexer import check_indexer
+from scheduler.costs.graph.models.streams import mix, returned
 from scheduler.costs.graph.nodes import I32, I64, Node, Undrawable
 from scheduler.costs.weights import pad
 
 _STREAMS = 4
 """How many streams llama.cpp can mix."""
-_INDEX_WIDTH = 128
-_INDEX_HEADS = (32, 64)
-"""What CUDA has kernels for; an indexer of another shape would be run elsewhere."""
 _POOLS = 64
 """Pools come in multiples of this."""
 _GATHERS_UP_TO_TOKENS = 16
 """So few tokens attend to copies of their cells, if that is fewer than all; more get a mask."""
 
 
-def _join(a: Node, b: Node) -> Node:
-    """`a` with `b` after it in the second dimension."""
-    return Node("CONCAT", (a.ne[0], a.ne[1] + b.ne[1], *a.ne[2:]), a.type, (a, b))
-
-
 def _zeros(*ne: int) -> Node:
     return g.like("FILL", Node("NONE", ne))
-
-
-# ---------------------------------------------------------------------- residual streams
-
-
-@dataclass(frozen=True, slots=True)
-class _Mixed:
-    """What a block reads, and how its result gets back to the streams."""
-
-    read: Node
-    shares: Node
-    across: Node
-    """How much of each stream goes over to each other."""
-
-
-def _mixed(b: Build, il: int, block: str, x: Node) -> _Mixed:
-    width, streams, tokens = x.ne[:3]
-    matrix, factors, bases = (b.needed(il, f"hc_{block}_{part}") for part in ("fn", "scale", "base"))
-    mixes = g.mul_mat(matrix, g.like("RMS_NORM", g.reshape(x, width * streams, tokens)))
-
-    def shares() -> Node:
-        part = g.mul(g.view(mixes, (streams, tokens), (mixes.nb[1],)), g.view(factors, (1,), ()))
-        return g.scale(g.unary(g.add(part, g.view(bases, (streams,), ()))))
-
-    return _Mixed(
-        read=Node("DSV4_HC_PRE", (width, tokens), src=(x, shares())),
-        shares=shares(),
-        across=Node("DSV4_HC_COMB", (streams, streams, tokens), src=(mixes, factors, bases)),
-    )
-
-
-def _returned(b: Build, y: Node, x: Node, mixed: _Mixed) -> Node:
-    """The streams after a block that returned `y`.
-
-    Nothing keeps a layer's last operation from running where the next layer lies. Where llama.cpp sees that happen
-    between the host and a device, it does without the fused operation.
-    """
-    width, streams, tokens = x.ne[:3]
-    if not b.is_torn:
-        return Node("DSV4_HC_POST", x.ne, src=(y, x, mixed.shares, mixed.across))
-    own, across = mixed.shares, mixed.across
-
-    def stream() -> Node:
-        total = g.mul(y, g.view(own, (1, tokens), (own.nb[1],)))
-        for _ in range(streams):
-            other = g.view(x, (width, tokens), (x.nb[2],))
-            total = g.add(total, g.mul(other, g.view(across, (1, tokens), (across.nb[2],))))
-        return g.reshape(total, width, 1, tokens)
-
-    out = stream()
-    for _ in range(streams - 1):
-        out = _join(out, stream())
-    return out
 
 
 def _mean(x: Node) -> Node:
@@ -198,8 +137,7 @@ class _Attention:
         k = b.norm(g.mul_mat(b.needed(il, "indexer.attn_k"), x), il, "indexer.k_norm", rms=False)
         gate = g.mul_mat(b.needed(il, "indexer_compressor_gate"), x)
         width, heads = k.ne[0], q.ne[0] // k.ne[0]
-        if width != _INDEX_WIDTH or heads not in _INDEX_HEADS:
-            raise Undrawable(f"{heads} heads of {width} elements are no usual indexer")
+        check_indexer(heads, width)
         rows = g.concat(g.concat(k, gate), _zeros(width, b.tokens))
         cache = b.index(il, g.reshape(rows, 3 * width, 1, b.tokens), self._ids).src[0]
         pooled = g.view(cache, (width, cache.ne[1] * cache.ne[2]), (cache.nb[1],))
@@ -274,12 +212,6 @@ class _Attention:
 # ---------------------------------------------------------------------- the whole
 
 
-def _feed_forward(b: Build, il: int, x: Node) -> Node:
-    if not b.layer(il, "ffn_gate_inp"):
-        return b.feed_forward(il, x)
-    return g.add(b.experts(il, x, normalise=b.hparams.normalises_experts), b.feed_forward(il, x, "_shexp"))
-
-
 def _glm5(b: Build) -> None:
     if b.arch.residual_streams != _STREAMS:
         raise Undrawable(f"llama.cpp mixes {_STREAMS} streams, not {b.arch.residual_streams}")
@@ -291,12 +223,13 @@ def _glm5(b: Build) -> None:
     width = x.ne[0]
     x = g.repeat(g.reshape(x, width, 1, b.tokens), width, _STREAMS, b.tokens, 1)
     for il in range(b.last + 1):
-        mixed = _mixed(b, il, "attn", x)
+        mixed = mix(b, il, "attn", x)
         y = b.graph.expand(b.norm(mixed.read, il, "attn_norm"))
         y = _delta_net(b, il, y) if b.arch.layers[il].is_recurrent else attention(il, y)
-        x = _returned(b, y, x, mixed)
-        mixed = _mixed(b, il, "ffn", x)
-        x = _returned(b, _feed_forward(b, il, b.norm(mixed.read, il, "ffn_norm")), x, mixed)
+        x = returned(b, y, x, mixed, fuses=not b.is_torn)
+        mixed = mix(b, il, "ffn", x)
+        y = b.experts_or_dense(il, b.norm(mixed.read, il, "ffn_norm"))
+        x = returned(b, y, x, mixed, fuses=not b.is_torn)
     x = g.get_rows(g.reshape(x, width * _STREAMS, b.tokens), ids)
     b.logits(b.norm(_mean(g.reshape(x, width, _STREAMS, x.ne[1])), -1, "output_norm"))
 

@@ -5,11 +5,23 @@ A block reads a weighted sum of the streams, and its result is spread over all o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from scheduler.costs.ggml_types import F16, F32, GgmlType
+from scheduler.costs.ggml_types import F16, F32
 from scheduler.costs.graph import nodes as g
 from scheduler.costs.graph.blocks import Build, Template
+from scheduler.costs.graph.models.indexer import by_stream, choose, narrowed
+from scheduler.costs.graph.models.streams import (
+    FUSES_BELOW_SEQUENCES,
+    both_shares,
+    joined,
+    mix,
+    one_share,
+    one_stream,
+    returned,
+    spread,
+    stream_mixes,
+    stream_shares,
+    weighted_sum,
+)
 from scheduler.costs.graph.nodes import I32, I64, Node, Undrawable
 from scheduler.costs.weights import pad
 
@@ -17,9 +29,6 @@ _STREAMS = 4
 """How many streams llama.cpp can mix in DeepSeek 4."""
 _INDEXED_RATIO = 4
 """Layers that are compressed so little look for what matters with an indexer, and their windows overlap."""
-_INDEX_WIDTH = 128
-_INDEX_HEADS = (32, 64)
-"""What CUDA has kernels for; an indexer of another shape would be run otherwise."""
 
 
 def _whole(b: Build, name: str) -> Node:
@@ -36,60 +45,6 @@ def _norm(b: Build, x: Node, il: int, stem: str, *, rms: bool = True) -> Node:
     return b.norm(x, il, stem, rms=rms)
 
 
-def _join(a: Node, b: Node, axis: int) -> Node:
-    """`a` with `b` after it in one dimension."""
-    ne = list(a.ne)
-    ne[axis] += b.ne[axis]
-    return Node("CONCAT", ne, a.type, (a, b))
-
-
-# ---------------------------------------------------------------------- streams
-
-
-def _spread(b: Build, x: Node) -> Node:
-    """The embedding, once per stream."""
-    n, count = b.arch.n_embd, b.arch.residual_streams
-    return g.repeat(g.reshape(x, n, 1, b.tokens), n, count, b.tokens)
-
-
-def _mixes(x: Node, matrix: Node) -> Node:
-    """Numbers by token that say how to mix the streams."""
-    return g.mul_mat(matrix, g.like("RMS_NORM", g.reshape(x, x.ne[0] * x.ne[1], x.ne[2])))
-
-
-def _shares(mixes: Node, factor: Node, base: Node) -> Node:
-    """What each stream weighs."""
-    return g.scale(g.unary(g.add(g.mul(mixes, factor), base)))
-
-
-def _both_shares(mixes: Node, factors: Node, bases: Node, count: int) -> tuple[Node, Node]:
-    """What each stream weighs when it is read, and when it is written to."""
-
-    def part() -> Node:
-        mix = g.view(mixes, (count, mixes.ne[1]), (mixes.nb[1],))
-        return _shares(mix, g.view(factors, (1,), ()), g.view(bases, (count,), ()))
-
-    return part(), part()
-
-
-def _stream(x: Node) -> Node:
-    """One stream of all tokens."""
-    return g.view(x, (x.ne[0], x.ne[2]), (x.nb[2],))
-
-
-def _share(shares: Node) -> Node:
-    """What one stream weighs."""
-    return g.view(shares, (1, shares.ne[1]), (shares.nb[1],))
-
-
-def _sum(x: Node, shares: Node) -> Node:
-    """The weighted sum of all streams, step by step."""
-    total = g.mul(_stream(x), _share(shares))
-    for _ in range(x.ne[1] - 1):
-        total = g.add(total, g.mul(_stream(x), _share(shares)))
-    return total
-
-
 def _answer(b: Build, x: Node, ids: Node, *, copies: bool = False) -> None:
     """Pick the tokens to answer, make their streams one, and multiply by the output matrix and by nothing else.
 
@@ -99,45 +54,15 @@ def _answer(b: Build, x: Node, ids: Node, *, copies: bool = False) -> None:
     rows = g.get_rows(g.reshape(x, n * count, tokens), ids)
     x = g.reshape(rows, n, count, rows.ne[1])
     matrix, factor, base = (_whole(b, f"output_hc_{part}.weight") for part in ("fn", "scale", "base"))
-    shares = _shares(_mixes(x, matrix), factor, base)
+    shares = stream_shares(stream_mixes(x, matrix), factor, base)
     _whole(b, "output_norm.weight")
-    y = b.norm(g.cast(_sum(g.cast(x, F32), shares), F32) if copies else _sum(x, shares), -1, "output_norm")
+    y = b.norm(
+        g.cast(weighted_sum(g.cast(x, F32), shares), F32) if copies else weighted_sum(x, shares), -1, "output_norm"
+    )
     logits = g.mul_mat(_whole(b, "output.weight"), y)
     y.is_output = logits.is_output = True
     b.graph.expand(logits)
     b.pool(y)
-
-
-# ---------------------------------------------------------------------- indexers
-
-
-def _choose(b: Build, q: Node, keys: Node, weights: Node, mask: Node) -> Node:
-    """The cells that an indexer ranks highest for each token; its `weights` are those of its heads."""
-    width, heads, per, streams = q.ne
-    if width != _INDEX_WIDTH or heads not in _INDEX_HEADS:
-        raise Undrawable(f"{heads} heads of {width} elements are no usual indexer")
-    scores = Node("LIGHTNING_INDEXER", (keys.ne[2], per, 1, streams), F32, (q, keys, weights, mask))
-    best = min(b.hparams.index_top_k, scores.ne[0])
-    return g.cont(Node("TOP_K", (best, *scores.ne[1:]), I32, (scores,)))
-
-
-def _by_stream(q: Node, weights: Node, streams: int) -> tuple[Node, Node]:
-    """An indexer's queries and weights with the tokens of each sequence apart."""
-    width, heads, tokens, _ = q.ne
-    per = tokens // streams
-    q = g.view(q, (width, heads, per, streams), (q.nb[1], q.nb[2], q.nb[3] // streams))
-    nb = (weights.nb[1], weights.nb[2] // streams, weights.nb[3] // streams)
-    return q, g.view(weights, (heads, per, 1, streams), nb)
-
-
-def _narrow(mask: Node, chosen: Node, of: GgmlType) -> Node:
-    """`mask` where all but the chosen cells are hidden as well; `of`: the type of what shows them."""
-    cells, per, _, streams = mask.ne
-    hidden = g.like("FILL", mask)
-    rows = g.view(hidden, (1, cells, per, streams), hidden.nb[:3])
-    ids = g.view(chosen, (chosen.ne[0], per, streams), (chosen.nb[1], chosen.nb[2]))
-    shown = g.set_rows(rows, g.like("FILL", Node("NONE", (1, *ids.ne[:3]), of)), ids)
-    return g.add(g.view(shown, mask.ne, (shown.nb[2], shown.nb[3], shown.nb[3])), mask)
 
 
 # ---------------------------------------------------------------------- DeepSeek 4
@@ -179,7 +104,7 @@ class _Compressor:
         scores = b.project(il, f"{stem}_gate", x, scaled=False)
         scores = g.add(scores, g.get_rows(b.needed(il, f"{stem}_ape"), self._places_in_block))
         states = [self._state(il) for _ in range(2)]
-        k = self._compress(il, *(_join(state, new, 1) for state, new in zip(states, (values, scores), strict=True)))
+        k = self._compress(il, *(joined(state, new, 1) for state, new in zip(states, (values, scores), strict=True)))
         keys = b.index(il, g.hadamard(k, self.rotation) if self.rotation else k, self._writes, self._cells)
         kept = [
             g.set_rows(state, g.get_rows(new, self._kept), self._kept_at)
@@ -208,11 +133,11 @@ class _Compressor:
         if not self._overlaps:
             return g.reshape(g.get_rows(rows, self._reads), *shape)
         nothing = g.reshape(g.scale(g.view(rows, rows.ne[:1], ())), rows.ne[0], 1)
-        read = g.get_rows(_join(rows, nothing, 1), self._reads)
+        read = g.get_rows(joined(rows, nothing, 1), self._reads)
         before, now = (
             g.reshape(g.cont(g.view(read, (self._width, read.ne[1] // 2), (read.nb[1],))), *shape) for _ in range(2)
         )
-        return _join(before, now, 1)
+        return joined(before, now, 1)
 
 
 def _rotation(width: int) -> Node:
@@ -252,9 +177,9 @@ class _Attention:
         b.graph.expand(kv)
         keys, mask = b.index(il, kv, self._ids, b.size.n_swa_cells), self._mask
         if compressor and compressed:
-            keys = _join(keys, compressed, 2)
-            visible = _narrow(compressor.mask, chosen, mask.type) if chosen else compressor.mask
-            mask = _join(mask, visible, 0)
+            keys = joined(keys, compressed, 2)
+            visible = narrowed(compressor.mask, chosen, mask.type) if chosen else compressor.mask
+            mask = joined(mask, visible, 0)
         out = b.attend_to(q, keys, keys, mask, sinks=b.needed(il, "attn_sinks"))
         return self._output(il, g.hadamard(out, self._rotation) if self._rotation else out)
 
@@ -267,8 +192,8 @@ class _Attention:
         if self._indexer.rotation:
             q = g.hadamard(q, self._indexer.rotation)
         weights = g.scale(b.project(il, "indexer.proj", x, scaled=False))
-        q, weights = _by_stream(q, weights, keys.ne[3])
-        return _choose(b, q, keys, weights, self._indexer.mask)
+        q, weights = by_stream(q, weights, keys.ne[3])
+        return choose(b, q, keys, weights, self._indexer.mask)
 
     def _output(self, il: int, out: Node) -> Node:
         """Turn the heads back, and project them in two steps, of which the first is done by groups of heads."""
@@ -284,30 +209,6 @@ class _Attention:
         return b.project(il, "attn_output_b", g.cont(g.permute(low, 0, 2, 1, 3), rank * groups, b.tokens), scaled=False)
 
 
-@dataclass(frozen=True)
-class _Mixed:
-    """What a block of DeepSeek 4 reads, and how its result gets back to the streams."""
-
-    read: Node
-    shares: Node
-    across: Node
-    """How much of each stream goes over to each other."""
-
-
-def _mixed(b: Build, il: int, block: str, x: Node) -> _Mixed:
-    matrix, factors, bases = (b.needed(il, f"hc_{block}_{part}") for part in ("fn", "scale", "base"))
-    n, count, tokens, _ = x.ne
-    mixes = _mixes(x, matrix)
-    read, written = _both_shares(mixes, factors, bases, count)
-    across = Node("DSV4_HC_COMB", (count, count, tokens), F32, (mixes, factors, bases))
-    return _Mixed(Node("DSV4_HC_PRE", (n, tokens), F32, (x, read)), written, across)
-
-
-def _returned(x: Node, streams: Node, mixed: _Mixed) -> Node:
-    """The streams after a block whose result is `x`."""
-    return Node("DSV4_HC_POST", streams.ne, F32, (x, streams, mixed.shares, mixed.across))
-
-
 def _deepseek4(b: Build) -> None:
     if b.arch.residual_streams != _STREAMS:
         raise Undrawable(f"llama.cpp mixes {_STREAMS} streams, not {b.arch.residual_streams}")
@@ -316,11 +217,12 @@ def _deepseek4(b: Build) -> None:
     x = b.embedding()
     ids = b.output_ids()
     attention = _Attention(b)
-    x = _spread(b, x)
+    fuses = not b.is_torn or b.size.n_seq_max < FUSES_BELOW_SEQUENCES
+    x = spread(b, x)
     for il in range(b.last + 1):
-        mixed = _mixed(b, il, "attn", x)
-        x = _returned(attention(il, _norm(b, mixed.read, il, "attn_norm")), x, mixed)
-        mixed = _mixed(b, il, "ffn", x)
+        mixed = mix(b, il, "attn", x)
+        x = returned(b, attention(il, _norm(b, mixed.read, il, "attn_norm")), x, mixed, fuses=fuses)
+        mixed = mix(b, il, "ffn", x)
         for node in (x, mixed.shares, mixed.across):
             b.graph.expand(node)
         normed = _norm(b, mixed.read, il, "ffn_norm")
@@ -330,7 +232,7 @@ def _deepseek4(b: Build) -> None:
         chosen = g.get_rows(table, b.token_ids) if table else None
         routed = b.experts(il, normed, normalise=b.hparams.normalises_experts, chosen=chosen)
         y = g.add(routed, b.feed_forward(il, normed, "_shexp"))
-        x = b.pinned(_returned(y, x, mixed), il)
+        x = b.pinned(returned(b, y, x, mixed, fuses=fuses), il)
     _answer(b, x, ids)
 
 
@@ -380,30 +282,30 @@ class _Hunyuan:
         keys = b.index(il, g.rope(g.reshape(k, k.ne[0], 1, b.tokens), self._positions), self._ids)
         q = g.mul_mat(b.needed(il, "indexer.attn_q_b"), low)
         q = g.rope(g.reshape(q, k.ne[0], q.ne[0] // k.ne[0], b.tokens), self._positions)
-        q, weights = _by_stream(q, g.mul_mat(b.needed(il, "indexer.proj"), x), keys.ne[3])
-        return _choose(b, q, keys, g.scale(weights), self._mask)
+        q, weights = by_stream(q, g.mul_mat(b.needed(il, "indexer.proj"), x), keys.ne[3])
+        return choose(b, q, keys, g.scale(weights), self._mask)
 
     def _narrow(self, mask: Node) -> Node:
         if self._chosen is None:
             raise Undrawable("the first layer has no indexer")
-        return _narrow(mask, self._chosen, F32)
+        return narrowed(mask, self._chosen, F32)
 
 
 def _read_copies(b: Build, il: int, block: str, x: Node) -> tuple[Node, Node]:
     """What a block reads, and what each stream weighs when its result is written to them."""
     matrix, factors, bases = (b.needed(il, f"hc_{block}_{part}") for part in ("fn", "scale", "base"))
-    read, written = _both_shares(_mixes(x, matrix), factors, bases, x.ne[1])
-    return g.cast(_sum(g.cast(x, F32), read), F32), g.scale(written)
+    read, written = both_shares(stream_mixes(x, matrix), factors, bases, x.ne[1])
+    return g.cast(weighted_sum(g.cast(x, F32), read), F32), g.scale(written)
 
 
 def _write_copies(x: Node, streams: Node, shares: Node) -> Node:
     """The streams, each with its share of the result `x` added."""
     n, count, tokens, _ = streams.ne
     x, shares, streams = (g.cast(node, F32) for node in (x, shares, streams))
-    parts = [g.reshape(g.add(_stream(streams), g.mul(x, _share(shares))), n, 1, tokens) for _ in range(count)]
+    parts = [g.reshape(g.add(one_stream(streams), g.mul(x, one_share(shares))), n, 1, tokens) for _ in range(count)]
     out = parts[0]
     for part in parts[1:]:
-        out = _join(out, part, 1)
+        out = joined(out, part, 1)
     return g.cast(out, F32)
 
 
@@ -411,20 +313,13 @@ def _hunyuan4(b: Build) -> None:
     x = b.embedding()
     attention = _Hunyuan(b)
     ids = b.output_ids()
-    x = _spread(b, x)
+    x = spread(b, x)
     for il in range(b.last + 1):
         read, shares = _read_copies(b, il, "attn", x)
         x = _write_copies(attention.attend(il, _norm(b, read, il, "attn_norm")), x, shares)
         read, shares = _read_copies(b, il, "ffn", x)
-        x = _write_copies(_feed_forward(b, il, _norm(b, read, il, "ffn_norm")), x, shares)
+        x = _write_copies(b.experts_or_dense(il, _norm(b, read, il, "ffn_norm")), x, shares)
     _answer(b, x, ids, copies=True)
-
-
-def _feed_forward(b: Build, il: int, x: Node) -> Node:
-    if not b.layer(il, "ffn_gate_inp"):
-        return b.feed_forward(il, x)
-    routed = b.experts(il, x, normalise=b.hparams.normalises_experts)
-    return g.add(routed, b.feed_forward(il, x, "_shexp"))
 
 
 HYPER: dict[str, Template] = {"deepseek4": _deepseek4, "hy_v4": _hunyuan4}

@@ -19,12 +19,7 @@ def _deepseek2(b: Build) -> None:
             x, residual = g.get_rows(x, ids), g.get_rows(residual, ids)
         residual = g.add(x, residual)
         x = b.norm(residual, il, "ffn_norm")
-        if b.layer(il, "ffn_gate_inp"):
-            routed = b.experts(il, x, normalise=b.hparams.normalises_experts)
-            x = g.add(routed, b.feed_forward(il, x, "_shexp"))
-        else:
-            x = b.feed_forward(il, x)
-        x = g.add(x, residual)
+        x = g.add(b.experts_or_dense(il, x), residual)
     b.logits(b.norm(x, -1, "output_norm"))
 
 

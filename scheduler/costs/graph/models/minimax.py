@@ -7,6 +7,7 @@ from scheduler.costs.graph import nodes as g
 from scheduler.costs.graph.blocks import Build, Template
 from scheduler.costs.graph.nodes import I32, I64, Node, Undrawable
 from scheduler.costs.weights import pad
+
 _RESERVED_POSITIONS = 256
 """As many as an empty cache is taken to hold (`llama_kv_cache_msa_context::get_n_pos`): buffers grow while it fills."""
 

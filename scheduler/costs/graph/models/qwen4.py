@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from scheduler.costs.ggml_types import F32
 from scheduler.costs.graph import nodes as g
 from scheduler.costs.graph.blocks import Build, Template
+from scheduler.costs.graph.models.streams import FUSES_BELOW_SEQUENCES
 from scheduler.costs.graph.nodes import I32, I64, Node, Undrawable
 
-_POSITIONS = 4
-"""Per token, and per block."""
 _MOST_CELLS = 256
 """Per block; the graph has two operations for each."""
-_FUSES_BELOW_SEQUENCES = 32
-"""From here on llama.cpp's trial of its fused sums may see the last one of a layer run where the next layer lies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ def _inputs_by_block(b: Build, ratio: int) -> _Blocks:
         ids=g.fresh_input((b.tokens,), I64),
         block_of=g.fresh_input((cells, streams), I32),
         cells_of=g.fresh_input((ratio * n, streams), I32),
-        positions=g.fresh_input((_POSITIONS * n * streams,), I32),
+        positions=g.fresh_input((b.arch.n_pos * n * streams,), I32),
         bias=g.fresh_input((n, b.tokens // streams, streams)),
     )
 
@@ -84,7 +81,7 @@ def _combined(b: Build, x: Node, y: Node, inject: Node) -> Node:
     """A block's result added to all streams."""
     width, streams, tokens = x.ne[:3]
     share = g.scale(g.unary(g.scale(inject)))
-    if not b.is_torn or b.size.n_seq_max < _FUSES_BELOW_SEQUENCES:
+    if not b.is_torn or b.size.n_seq_max < FUSES_BELOW_SEQUENCES:
         return Node("DSV4_HC_POST", x.ne, src=(y, x, share))
     y = g.repeat(g.reshape(y, width, 1, tokens), width, streams, tokens, 1)
     return g.add(x, g.mul(y, g.reshape(share, 1, streams, tokens)))
@@ -280,7 +277,7 @@ def _qwen4(b: Build) -> None:
     x = b.embedding()
     b.recurrent_inputs()
     b.attention_inputs()
-    positions = g.fresh_input((_POSITIONS * b.tokens,), I32)
+    positions = b.positions()
     ids = b.output_ids()
     grams = _grams(b)
     blocks: dict[int, _Blocks] = {}

@@ -5,11 +5,8 @@ from __future__ import annotations
 from scheduler.costs.ggml_types import F16, F32
 from scheduler.costs.graph import nodes as g
 from scheduler.costs.graph.blocks import Build, Template
-from scheduler.costs.graph.nodes import I32, I64, Node, Undrawable
-
-_INDEX_WIDTH = 128
-_INDEX_HEADS = (32, 64)
-"""What CUDA has kernels for; an indexer of another shape would be run on the host."""
+from scheduler.costs.graph.models.indexer import INDEX_WIDTH, by_stream, check_indexer, choose, narrowed
+from scheduler.costs.graph.nodes import I64, Node, Undrawable
 
 
 def _draw(b: Build) -> None:
@@ -28,12 +25,7 @@ def _draw(b: Build) -> None:
             x, residual = g.get_rows(x, ids), g.get_rows(residual, ids)
         residual = g.add(x, residual)
         x = b.norm(residual, il, "ffn_norm")
-        if b.layer(il, "ffn_gate_inp"):
-            routed = b.experts(il, x, normalise=b.hparams.normalises_experts)
-            x = g.add(routed, b.feed_forward(il, x, "_shexp"))
-        else:
-            x = b.feed_forward(il, x)
-        x = g.add(x, residual)
+        x = g.add(b.experts_or_dense(il, x), residual)
     b.logits(b.norm(x, -1, "output_norm"))
 
 
@@ -46,7 +38,7 @@ class _Indexer:
         self._positions = positions
         self._ids = g.fresh_input((b.tokens,), I64)
         self._mask = g.fresh_input((b.size.n_ctx_seq, b.tokens // streams, 1, streams), F16)
-        self._rotation = g.fresh_input((_INDEX_WIDTH, _INDEX_WIDTH))
+        self._rotation = g.fresh_input((INDEX_WIDTH, INDEX_WIDTH))
         self._chosen: Node | None = None
 
     def choose(self, il: int, x: Node, queries: Node) -> None:
@@ -61,36 +53,21 @@ class _Indexer:
         q = g.mul_mat(b.needed(il, "indexer.attn_q_b"), queries)
         weights = g.mul_mat(b.needed(il, "indexer.proj"), x)
         width, heads, tokens = k.ne[0], weights.ne[0], b.tokens
-        if width != _INDEX_WIDTH or heads not in _INDEX_HEADS:
-            raise Undrawable(f"{heads} heads of {width} elements are no usual indexer")
+        check_indexer(heads, width)
         q, k = (
             g.mul_mat(self._rotation, g.rope(g.reshape(y, width, n, tokens), self._positions))
             for y, n in ((q, heads), (k, 1))
         )
         keys = b.index(il, k, self._ids)
-        streams = keys.ne[3]
-        per = tokens // streams
-        q = g.view(q, (width, heads, per, streams), (q.nb[1], q.nb[2], q.nb[3] // streams))
-        weights = g.view(
-            weights, (heads, per, 1, streams), (weights.nb[1], weights.nb[2] // streams, weights.nb[3] // streams)
-        )
-        scores = Node("LIGHTNING_INDEXER", (keys.ne[2], per, 1, streams), F32, (q, keys, g.scale(weights), self._mask))
-        best = min(b.hparams.index_top_k, scores.ne[0])
-        self._chosen = g.cont(Node("TOP_K", (best, *scores.ne[1:]), I32, (scores,)))
+        q, weights = by_stream(q, weights, keys.ne[3])
+        self._chosen = choose(b, q, keys, g.scale(weights), self._mask)
 
     def narrow(self, mask: Node) -> Node:
         """`mask` where all but the chosen cells are hidden as well."""
         chosen = self._chosen
         if chosen is None:
             raise Undrawable("the first layer has no indexer")
-        cells, per, _, streams = mask.ne
-        hidden = g.like("FILL", mask)
-        rows = g.view(hidden, (1, cells, per, streams), hidden.nb[:3])
-        ids = g.view(chosen, (chosen.ne[0], per, streams), (chosen.nb[1], chosen.nb[2]))
-        zeros = g.like("FILL", Node("NONE", (1, *ids.ne[:3]), F32))
-        shown = g.set_rows(rows, zeros, ids)
-        shown = g.view(shown, mask.ne, (shown.nb[2], shown.nb[3], shown.nb[3]))
-        return g.add(shown, mask)
+        return narrowed(mask, chosen, F32)
 
 
 def _attention(b: Build, il: int, x: Node, positions: Node, indexer: _Indexer) -> Node:
