@@ -16,6 +16,7 @@ from scheduler.costs.cache import EffectiveContext, output_bytes, place_cache
 from scheduler.costs.compute import place_compute
 from scheduler.costs.graph.buffers import exact_compute, has_template
 from scheduler.costs.graph.model import filled_graph_model
+from scheduler.costs.graph.nodes import Undrawable
 from scheduler.costs.graph.templates import CHECKED_WITH, GROWING
 from scheduler.costs.params import ContextParams, DeviceBytes, Footprint, HostBytes, Layout
 from scheduler.costs.predictor import Predictor
@@ -87,10 +88,7 @@ def footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Foot
     Raises Rejected for combinations that llama.cpp refuses or aborts on, naming the way out.
     """
     places = assign_layers(layout, shape.n_layer_all)
-    if has_template(shape.graph):
-        compute = exact_compute(shape.graph, layout, places, context)
-    else:
-        compute = _bounded_compute(shape, layout, places, context)
+    compute = _drawn_compute(shape, layout, places, context) or _bounded_compute(shape, layout, places, context)
     return _footprint(shape, layout, places, context, compute)
 
 
@@ -98,6 +96,16 @@ def bounded_footprint(shape: ModelShape, layout: Layout, context: ContextParams)
     """`footprint` with the bound on compute buffers for every architecture: higher, but no graph has to be drawn."""
     places = assign_layers(layout, shape.n_layer_all)
     return _footprint(shape, layout, places, context, _bounded_compute(shape, layout, places, context))
+
+
+def _drawn_compute(
+    shape: ModelShape, layout: Layout, places: Sequence[int], context: ContextParams
+) -> tuple[list[int], int] | None:
+    """None where there is no template for the model, or not for these devices."""
+    try:
+        return exact_compute(shape.graph, layout, places, context) if has_template(shape.graph) else None
+    except Undrawable:
+        return None
 
 
 def _bounded_compute(

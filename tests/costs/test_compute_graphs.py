@@ -103,6 +103,19 @@ def test_the_allocator_takes_the_best_fitting_hole_and_merges_what_is_freed() ->
     assert arena.max_bytes == fourth + 256 + 512
 
 
+def test_an_empty_hole_may_leave_the_list_out_of_order() -> None:
+    """ggml puts a hole before the first that lies behind it, wherever that has come to by then."""
+    arena = Arena()
+    first, nothing = arena.take(32), arena.take(0)
+    arena.give(first, 32)
+    arena.give(nothing, 0)
+    taken = [arena.take(size) for size in (64, 32, 64)]
+    assert taken == [0, 64, 96]
+    arena.give(64, 32)
+    arena.give(96, 64)
+    assert arena.take(64) == 64
+
+
 def without(shape: ModelShape, stem: str) -> ModelShape:
     """The shape of a file that lacks one weight in one layer."""
     first, *others = shape.graph.layers
@@ -131,10 +144,6 @@ def test_no_model_uses_more_experts_than_llama_cpp_knows(shape_of: ShapeOf) -> N
     shape = shape_of("mixtral")
     greedy = replace(shape.graph, arch=replace(shape.arch, n_expert=1 << 30, n_expert_used=1 << 30))
     assert not computes_exactly(replace(shape, graph=greedy))
-
-
-def test_every_template_has_a_small_model_that_llama_cpp_loads() -> None:
-    assert {spec.arch for spec in SMALL.values()} >= TEMPLATES.keys()
 
 
 def test_another_llama_cpp_gets_the_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

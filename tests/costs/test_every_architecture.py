@@ -65,6 +65,11 @@ def test_llama_cpp_knows_no_architecture_that_we_do_not(made: list[dict[str, Any
     assert len(names) > 150
 
 
+def test_every_template_draws_a_model(shapes: dict[str, ModelShape]) -> None:
+    """Whose buffers the tests below then compare."""
+    assert {shape.architecture for shape in shapes.values() if computes_exactly(shape)} == set(TEMPLATES)
+
+
 def may_be_run(shape: ModelShape, layout: Layout, context: ContextParams) -> bool:
     """False where we say that llama.cpp refuses, or ends the process."""
     try:

@@ -77,6 +77,7 @@ class Build:
         host: int,
         experts_on_host: bool,
         embeds: bool,
+        on_cuda: bool,
         pins: bool,
     ) -> None:
         self.graph = Graph()
@@ -91,6 +92,7 @@ class Build:
         self._host = host
         self._experts_on_host = experts_on_host
         self.embeds = embeds
+        self.on_cuda = on_cuda
         self._pins = pins
         self._made: dict[object, Node] = {}
         self._caches: dict[bool, _Cache] = {}

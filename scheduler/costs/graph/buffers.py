@@ -63,7 +63,10 @@ def has_template(model: GraphModel) -> bool:
 def exact_compute(
     model: GraphModel, layout: Layout, places: Sequence[int], context: ContextParams
 ) -> tuple[list[int], int]:
-    """Compute buffer bytes (per device of the layout, on the host) of a model that has a template."""
+    """Compute buffer bytes (per device of the layout, on the host) of a model that has a template.
+
+    Raises Undrawable where these devices compute it in another way than the template knows.
+    """
     arch = model.arch
     cache_types(arch, context)  # refuses what llama.cpp refuses
     kinds = tuple(device.kind for device in layout.devices)
@@ -124,7 +127,7 @@ def _reserved(
     for batch in batches:
         pins = whole or batch.tokens < _PINS_BELOW_TOKENS
         flash, embeds = context.flash_attn == "on", context.embeddings
-        build = Build(row, size, types, flash, batch, places, host, experts_on_host, embeds, pins)
+        build = Build(row, size, types, flash, batch, places, host, experts_on_host, embeds, "cuda" in kinds, pins)
         TEMPLATES[model.arch.name](build)
         sizes = buffer_sizes(schedule(build.graph, host, copies, offloads_to), kinds)
         totals = [max(pair) for pair in zip(totals, sizes, strict=True)]
