@@ -24,8 +24,8 @@ from scheduler.costs.weights import HOST, WeightSums, pad
 
 PIPELINE_COPIES = 4
 """`GGML_SCHED_MAX_COPIES`."""
-OFFLOAD_TOKENS = 32
-"""From this batch size on, CUDA multiplies by weights that lie in host RAM, after copying them over (`offload_op`)."""
+HOLES = 32
+"""One part in so many is added for holes that no result fits in: up to one in fifty was seen."""
 _SMALL_INPUTS_BYTES = 1536
 """Padding of each input, and the indices of recurrent states."""
 _SEES_BATCH = frozenset({"llama-embed", "t5encoder"})
@@ -104,6 +104,14 @@ class _Graph:
             total += 2 * cells * self.size.n_stream * (kind.k_width + (kind.v_width or kind.k_width))
         return total + self.floats(cells * layer.index)
 
+    def cache(self, il: int) -> int:
+        """Bytes of what layer `il` has stored, as far as it is read."""
+        kind = self.arch.layers[il]
+        if not self.arch.has_cache or not kind.is_attention:
+            return 0
+        cells = self.cells(kind.is_swa) * self.size.n_stream
+        return cells * (self.type_k.row_bytes(kind.k_width) + self.type_v.row_bytes(kind.v_width)) + 256
+
     def moment(self, il: int, experts_away: bool = False) -> int:
         """Bytes alive in the greediest moment of layer `il`."""
         layer = self.demand.layers[il]
@@ -147,21 +155,21 @@ class _Graph:
         return total + max(self.floats(layer.recurrent) + 4 * self.size.n_seq_max * layer.state for layer in states)
 
     def followed(self, il: int) -> int:
-        """Bytes of host layer `il`'s cache that go to the device of the layer after it (nemotron_h attends there)."""
-        kind = self.arch.layers[il]
-        if self.arch.name not in ("nemotron_h", "nemotron_h_moe"):
+        """Bytes of a cache on the host that go to the device of the layer after `il`: where some layers carry a state,
+        the last to attend before it may do so there."""
+        if not any(kind.is_recurrent for kind in self.arch.layers):
             return 0
-        cache = 2 * self.cells(kind.is_swa) * self.size.n_stream * (kind.k_width + kind.v_width)
-        return cache + self.inputs([il], False) + self.floats(6 * self.arch.n_embd)
+        before = [j for j in range(il + 1) if self.arch.layers[j].is_attention]
+        return (
+            self.cache(before[-1]) + self.inputs(before[-1:], False) + self.floats(6 * self.arch.n_embd)
+            if before
+            else 0
+        )
 
     def borrowed(self, il: int, places: Sequence[int]) -> int:
         """Bytes of another layer's cache that layer `il` reads across devices: copied whole, for every such layer."""
         source = self.arch.kv_source(il)
-        if source == il or places[source] == places[il] or not self.arch.has_cache:
-            return 0
-        kind = self.arch.layers[source]
-        cells = self.cells(kind.is_swa) * self.size.n_stream
-        return cells * (self.type_k.row_bytes(kind.k_width) + self.type_v.row_bytes(kind.v_width)) + 256
+        return 0 if source == il or places[source] == places[il] else self.cache(source)
 
 
 def place_compute(
@@ -193,9 +201,15 @@ def place_compute(
     pipelined = len(layout.devices) > 1 and HOST not in places and not layout.experts_on_host
     copies = PIPELINE_COPIES if pipelined else 1
     devices = _devices(graph, layout, places, layers, copies)
-    if context.op_offload and layout.devices and layout.devices[0].kind == "cuda" and graph.tokens >= OFFLOAD_TOKENS:
+    if context.op_offload and layout.devices and layout.devices[0].kind == "cuda":
         devices[0] = max(devices[0], _offloaded(graph, weights, layout, places, layers))
-    return devices, _host(graph, layout, places, layers, copies)
+    host = _host(graph, layout, places, layers, copies)
+    spills = HOST in places or layout.experts_on_host
+    return [_with_holes(total) for total in devices], _with_holes(host) if spills else host
+
+
+def _with_holes(total: int) -> int:
+    return total + total // HOLES if total else 0
 
 
 def _run_elsewhere(graph: _Graph, places: Sequence[int], copies: int) -> dict[int, int]:
@@ -270,26 +284,29 @@ def _without_f16_copies(graph: _Graph) -> _Graph:
 def _offloaded(
     graph: _Graph, weights: WeightSums, layout: Layout, places: Sequence[int], layers: dict[int, list[int]]
 ) -> int:
-    """Bytes on the first device when it multiplies by weights that lie in host RAM: the weight and the moment."""
+    """Bytes on the first device when it multiplies by weights that lie in host RAM: a weight, what it is multiplied by,
+    and the cache of the layer, for the steps between two products follow them to the device."""
     total = 0
     for il in layers.get(HOST, []):
         largest = max(weights.largest_layer_tensor_bytes[il], weights.largest_expert_tensor_bytes[il])
-        total = max(total, graph.moment(il) + pad(largest, 128))
+        total = max(
+            total, graph.moment(il) + 2 * graph.cache(il) + 2 * pad(largest, 128) + graph.floats(4 * graph.arch.n_embd)
+        )
     if layout.experts_on_host:
         total = max(
             [total]
             + [
-                graph.floats(layer.feed_forward) + pad(weights.largest_expert_tensor_bytes[il], 128)
+                graph.moment(il) + graph.floats(layer.feed_forward) + pad(weights.largest_expert_tensor_bytes[il], 128)
                 for il, layer in enumerate(graph.demand.layers)
                 if layer.routed
             ]
         )
-    if total:
-        total += graph.inputs(range(graph.arch.n_layer_all), False)
     if places[-1] == HOST and graph.demand.logits:
         total = max(
-            total, graph.floats(graph.demand.logits + graph.arch.n_embd) + pad(weights.output_tensor_bytes, 128)
+            total, graph.floats(graph.demand.logits + 4 * graph.arch.n_embd) + pad(weights.output_tensor_bytes, 128)
         )
+    if total:
+        total += graph.inputs(range(graph.arch.n_layer_all), True)
     return total
 
 

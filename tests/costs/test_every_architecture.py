@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_file import Gguf
+from gguf_file import U32, Gguf
 from test_against_llama_cpp import Case, ask, compare, on_devices
 
 from scheduler.costs.families import CACHELESS, DRAFTS, KNOWN, UNUSABLE
 from scheduler.costs.footprint import computes_exactly, footprint
 from scheduler.costs.graph.templates import TEMPLATES
+from scheduler.costs.header import read_header
 from scheduler.costs.params import ContextParams, Layout
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.errors import InvalidGGUF, Rejected
@@ -105,6 +107,30 @@ def test_every_architecture_takes_what_is_predicted(
         # gemma4-assistant copies the cache of its target, wherever that may lie
         bounded = "any" if shape.architecture == "gemma4-assistant" else "not below"
         compare(case, shape, truth, "equal" if computes_exactly(shape) else bounded)
+
+
+def test_deepseek4_that_lacks_the_tensors_of_its_prediction_layer_has_none(
+    paths: dict[str, Path], tmp_path: Path
+) -> None:
+    """llama.cpp then runs the last layer as it does the others; so do converters that leave prediction layers out."""
+    path = with_key(paths["deepseek4-moe"], "deepseek4.nextn_predict_layers", 1, tmp_path / "deepseek4-nextn.gguf")
+    shape = read_shape(path)
+    layout = Layout(on_devices(1).devices, 2, (1,))
+    cases: list[Case] = [(path.stem, layout, context) for context in CONTEXTS[:3]]
+    for case, truth in zip(cases, ask({path.stem: path}, cases, devices=1, real=True), strict=True):
+        compare(case, shape, truth, "equal")
+
+
+def with_key(model: Path, key: str, value: int, path: Path) -> Path:
+    """A copy of `model` with one more key in its metadata."""
+    header = read_header(model)
+    pair = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<II", U32, value)
+    with model.open("rb") as source, path.open("wb") as copy:
+        start, rest = source.read(24), source.read(header.header_bytes - 24)
+        copy.write(start[:16] + struct.pack("<Q", len(header.metadata) + 1) + pair + rest)
+        end = -(-copy.tell() // header.alignment) * header.alignment
+        copy.truncate(end + header.file_bytes - header.data_offset)
+    return path
 
 
 WIDE = "llama phi2 phi3 command-r gemma2 qwen3moe laguna bailingmoe qwen3tts mimo2 deepseek4 rwkv7".split()

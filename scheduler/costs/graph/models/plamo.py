@@ -18,7 +18,7 @@ def _mamba(b: Build, il: int, x: Node) -> Node:
     head = h.d_inner // n_head
     if h.n_group:
         raise Undrawable("llama.cpp takes no groups in the Mamba layers of PLaMo 2")
-    if b.on_cuda and h.d_state not in _SCANNED_BY_CUDA:
+    if b.on_cuda and (h.d_state not in _SCANNED_BY_CUDA or head % 16):
         raise Undrawable(f"CUDA leaves scans of {h.d_state} states by heads of {head} to the host")
     steps = max(_MIN_STEPS, b.arch.n_embd // 16)
     kernel = b.needed(il, "ssm_conv1d")
