@@ -34,6 +34,8 @@ _BUCKETED = frozenset({"t5", "t5encoder"})
 """They add a bias by distance to the scores, the same for all layers."""
 _INDEX_INPUTS = {"glm5-next": 2, "deepseek4": 1.5}
 """Floats per cell and token of the masks over pooled or compressed keys."""
+_GATHERS_UP_TO_TOKENS = 16
+"""So few tokens attend to copies of the cells that the indexer of glm5-next has chosen."""
 _SCALED = frozenset("llama4 mistral3 mistral4 deepseek2".split())
 """They may scale attention by position: one more float per token."""
 
@@ -102,15 +104,19 @@ class _Graph:
             total += self.floats(kind.n_head * self.arch.n_head_k + kind.k_width + kind.v_width)
         if self.flash and self.f16_copies:
             total += 2 * cells * self.size.n_stream * (kind.k_width + (kind.v_width or kind.k_width))
+        if self.arch.name == "glm5-next":
+            few = self.tokens if self.tokens <= _GATHERS_UP_TO_TOKENS else self.size.n_seq_max
+            total += 4 * 4 * few * cells * kind.k_width
         return total + self.floats(cells * layer.index)
 
     def cache(self, il: int) -> int:
         """Bytes of what layer `il` has stored, as far as it is read."""
         kind = self.arch.layers[il]
-        if not self.arch.has_cache or not kind.is_attention:
-            return 0
-        cells = self.cells(kind.is_swa) * self.size.n_stream
-        return cells * (self.type_k.row_bytes(kind.k_width) + self.type_v.row_bytes(kind.v_width)) + 256
+        total = 4 * self.size.n_seq_max * (self.arch.state_r + self.arch.state_s) if kind.is_recurrent else 0
+        if self.arch.has_cache and kind.is_attention:
+            cells = self.cells(kind.is_swa) * self.size.n_stream
+            total += cells * (self.type_k.row_bytes(kind.k_width) + self.type_v.row_bytes(kind.v_width)) + 256
+        return total
 
     def moment(self, il: int, experts_away: bool = False) -> int:
         """Bytes alive in the greediest moment of layer `il`."""
