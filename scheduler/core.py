@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.choice.admission import Admission
+from scheduler.choice.price import Prices
 from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choice.speeds import Speeds
 from scheduler.cluster.inventory import Inventory
@@ -44,6 +45,7 @@ class SchedulerCore:
         self.ledger = self.fleet.ledger
         self.rooms = self.fleet.rooms
         self.speeds = Speeds(self.inventory, Paces(records))
+        self.prices = Prices(self.speeds, self.models)
         self._admission = Admission(catalogue, self.inventory, self.models, self.measurements)
         self._dispatch = Dispatch(self.queue, self.fleet, self._admission, self.inventory, self.models, self._out)
         self._now = 0.0

@@ -12,7 +12,7 @@ from scheduler import commands as cmd
 from scheduler.choice.admission import Admission
 from scheduler.choice.candidates import Need
 from scheduler.choice.explain import explain_coming, explain_refusal, explain_waiting
-from scheduler.choice.placement import Choice, Chooser
+from scheduler.choice.placement import Choice, Chooser, Found
 from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.models import Model, Models
@@ -30,10 +30,14 @@ LONGEST_REST_S = 60.0  # but not longer than this (or the minimum residency): tw
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Either the replica that serves (or will serve) the request, or the choice that would be made."""
+    """Either the replica that serves (or will serve) the request, or the choice that would be made.
+
+    `options` are what could be had now, best first: (placement, victims) of each kind, the chosen one included.
+    """
 
     serving: Replica | None
     choice: Choice | None
+    options: tuple[Found, ...] = ()
 
 
 class Dispatch:
@@ -91,10 +95,11 @@ class Dispatch:
         need = self._admission.need(model, waiting, now)
         if need is None:
             raise Unavailable(f"{model.name}: {self._admission.why_not_yet(model)}", retry_after_s=1.0)
-        choice = self._chooser(model, waiting, need, now).choose(explain=True)
+        chooser = self._chooser(model, waiting, need, now)
+        choice = chooser.choose(explain=True)
         if choice.verdict == "impossible" and not self._admission.final(model):
             raise Unavailable(f"{model.name}: {self._admission.why_not_yet(model)}", retry_after_s=1.0)
-        return Plan(None, choice)
+        return Plan(None, choice, tuple(chooser.options()))
 
     def busy(self, waiting: Waiting) -> Replica | None:
         """A ready replica that will serve the request, when none of them has a free slot."""

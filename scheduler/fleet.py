@@ -247,7 +247,7 @@ class Fleet:
             )
         # What the books have no room for cannot be booked; live readings show it as foreign, which is as good.
         with contextlib.suppress(InvariantBroken):
-            self.ledger.rebook(replica.replica_id, account, _to_book(predicted, amount))
+            self.ledger.rebook(replica.replica_id, account, _to_book(replica.placement, predicted, amount))
 
     def adopt(self, event: ev.ReplicaAdopted, now: float) -> bool:
         """Take a runner into the books that outlived a restart; False when they have no room for it."""
@@ -255,7 +255,7 @@ class Fleet:
         replica.n_threads, replica.pid = event.n_threads, event.ready.pid
         try:
             measured, predicted = self._measured(event.placement, event.ready), self._amounts(replica)
-            measured = {account: _to_book(predicted[account], amount) for account, amount in measured.items()}
+            measured = {a: _to_book(event.placement, predicted[a], amount) for a, amount in measured.items()}
             self.ledger.promise(replica.replica_id, predicted | measured)
             self.ledger.hold(replica.replica_id)
         except InvariantBroken:
@@ -353,7 +353,10 @@ class Fleet:
                 self._out.post(cmd.SetThreads(replica.replica_id, replica.n_threads))
 
 
-def _to_book(predicted: int, measured: int) -> int:
-    """What is kept for a loaded replica: what was measured, to the report's rounding, unless less was predicted."""
+def _to_book(placement: Placement, predicted: int, measured: int) -> int:
+    """What is kept for a loaded replica: what was measured, to the report's rounding, unless less was predicted; all
+    that was predicted where buffers have yet to grow."""
     most = measured + ROUNDING_BYTES
-    return most if measured > predicted + ROUNDING_BYTES else min(predicted, most)
+    if measured <= predicted + ROUNDING_BYTES:
+        return predicted if placement.grows else min(predicted, most)
+    return most

@@ -49,3 +49,23 @@ def format_bytes(count: int) -> str:
         if abs(count) >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"
+
+
+_RATE = re.compile(r"(.*?)\s*/\s*s(?:ec)?", re.I)
+
+
+def parse_rate(text: str | float) -> float:
+    """Bytes per second named by `text`: "936GB/s", "3 GiB/s", "500MB/s"; a number is taken as it is.
+
+    Raises ValueError with the accepted spellings when the text is not a rate.
+    """
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        rate = float(text)
+    else:
+        match = _RATE.fullmatch(str(text).strip())
+        if match is None:
+            raise ValueError(f"{text!r} is not a rate; write bytes per second as 936GB/s or 500MB/s")
+        rate = float(parse_bytes(match.group(1)))
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"a rate must be positive and finite: {text}")
+    return rate

@@ -123,6 +123,7 @@ class Need:
             host_resting_bytes=host.resting_bytes,
             computes_on_cpu=layout.n_gpu_layers < self.n_layers or layout.experts_on_host,
             n_layers=self.n_layers,
+            grows=grows(self.shape),
         )
 
     def with_context(self, context: ContextParams) -> Need:

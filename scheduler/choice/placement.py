@@ -87,6 +87,17 @@ class Chooser:
             choice = replace(choice, placement=placement)
         return replace(choice, rejections=self._rejections(groups, choice)) if explain else choice
 
+    def options(self) -> list[Found]:
+        """The best placement of each kind that could be had now, whoever is idle evicted for it: what is chosen among,
+        in the order of preference. Raises as `choose`."""
+        others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
+        idle = evictable(others, self.pinned, self.now, 0.0, self.need.model) if self.may_evict else []
+        found = (self._best_of(group, idle) for group in candidates(self.need, self.nodes))
+        return [
+            (exact(placement, self.need, self.inventory.nodes[placement.node_id]), victims)
+            for placement, victims in filter(None, found)
+        ]
+
     def _choose(self, groups: Groups) -> Choice:
         found = self._find(groups, self.policy.min_residency_s)
         if found is None or found[0].tier not in ON_GPU:
@@ -118,14 +129,12 @@ class Chooser:
         """The best placement that can be had now, evicting idle replicas at least `min_residency_s` old."""
         others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
         idle = evictable(others, self.pinned, self.now, min_residency_s, self.need.model) if self.may_evict else []
-        for group in groups:
-            free = [(placement, self.outgrown) for c in group if (placement := self._free(c, idle))]
-            if free:
-                return min(free, key=self._tightness)
-            made = self._make_best_room(group, idle)
-            if made:
-                return made
-        return None
+        return next((found for group in groups if (found := self._best_of(group, idle))), None)
+
+    def _best_of(self, group: Sequence[Candidate], idle: Sequence[Replica]) -> Found | None:
+        """The best placement of equally good candidates, evicting the `idle` replicas if nothing is free."""
+        free = [(placement, self.outgrown) for c in group if (placement := self._free(c, idle))]
+        return min(free, key=self._tightness) if free else self._make_best_room(group, idle)
 
     def _free(self, candidate: Candidate, idle: Sequence[Replica]) -> Placement | None:
         if self.outgrown:

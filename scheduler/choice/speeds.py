@@ -41,7 +41,7 @@ class Speeds:
         n_past = min(USUAL_TOKENS, context.n_ctx // context.n_seq_max // 2)
         node = self._inventory.nodes[placement.node_id]
         fraction = cached_fraction or 0.0
-        load = self._paces.corrected(load_seconds(shape.file_bytes, fraction), _load_keys(shape, node, fraction))
+        load = self._paces.corrected(_load_seconds(shape, node, fraction), _load_keys(shape, node, fraction))
         formulas = self._seconds(shape, placement, n_past)
         if formulas is None:
             return Speed(None, None, load)
@@ -68,7 +68,7 @@ class Speeds:
         """Learn from a load."""
         node = self._inventory.nodes[replica.placement.node_id]
         fraction = replica.cached_fraction
-        return self._paces.learn(load_seconds(shape.file_bytes, fraction), load_s, _load_keys(shape, node, fraction))
+        return self._paces.learn(_load_seconds(shape, node, fraction), load_s, _load_keys(shape, node, fraction))
 
     def _seconds(self, shape: ModelShape, placement: Placement, n_past: int) -> tuple[float, float] | None:
         """By the formulas alone: (per token of an answer, of a prompt); None where a device does not tell its rates."""
@@ -93,6 +93,10 @@ class Speeds:
         hardware = f"{phase} on {products}, llama-cpp-python {node.llama_build}"
         layers = "+".join(map(str, placement.layers)) or "0"
         return f"{hardware}: {shape.fingerprint} {layers} {placement.layout.experts_on_host}", hardware
+
+
+def _load_seconds(shape: ModelShape, node: Node, cached_fraction: float) -> float:
+    return load_seconds(shape.file_bytes, cached_fraction, node.facts.disk_bytes_per_s)
 
 
 def _load_keys(shape: ModelShape, node: Node, cached_fraction: float) -> Sequence[str]:

@@ -51,6 +51,7 @@ class Placement:
     host_resting_bytes: int  # the part of host_bytes that is anonymous and there before the first request
     computes_on_cpu: bool
     n_layers: int  # layers in all, the output counted as one
+    grows: bool = False  # its buffers grow while it serves: what is booked for it stays booked
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from scheduler.costs.weights import HOST, WeightSums, pad
 PIPELINE_COPIES = 4
 """`GGML_SCHED_MAX_COPIES`."""
 HOLES = 32
-"""One part in so many is added for holes that no result fits in: up to one in fifty was seen."""
+"""One part in so many is added for holes, where layers lie on the host as well: up to one in fifty was seen."""
 _SMALL_INPUTS_BYTES = 1536
 """Padding of each input, and the indices of recurrent states."""
 _SEES_BATCH = frozenset({"llama-embed", "t5encoder"})
@@ -210,8 +210,9 @@ def place_compute(
     if context.op_offload and layout.devices and layout.devices[0].kind == "cuda":
         devices[0] = max(devices[0], _offloaded(graph, weights, layout, places, layers))
     host = _host(graph, layout, places, layers, copies)
-    spills = HOST in places or layout.experts_on_host
-    return [_with_holes(total) for total in devices], _with_holes(host) if spills else host
+    if HOST in places or layout.experts_on_host:
+        return [_with_holes(total) for total in devices], _with_holes(host)
+    return devices, host
 
 
 def _with_holes(total: int) -> int:

@@ -73,7 +73,7 @@ def seconds_per_token(
     return answer, prompt
 
 
-def load_seconds(file_bytes: int, cached_fraction: float) -> float:
-    """Seconds to load a file of which the page cache holds `cached_fraction` (0 to 1)."""
+def load_seconds(file_bytes: int, cached_fraction: float, disk_bytes_per_s: float = 0.0) -> float:
+    """Seconds to load a file of which the page cache holds `cached_fraction` (0 to 1); a rate of 0 is not known."""
     cached = file_bytes * cached_fraction
-    return SETTING_UP_S + cached / CACHE_BYTES_PER_S + (file_bytes - cached) / DISK_BYTES_PER_S
+    return SETTING_UP_S + cached / CACHE_BYTES_PER_S + (file_bytes - cached) / (disk_bytes_per_s or DISK_BYTES_PER_S)

@@ -151,7 +151,7 @@ class Scenario:
     def join(self, name: str, gpus: Sequence[DeviceFacts] = (), ram: str = "64GiB", cores: int = 8) -> None:
         devices = tuple(replace(g, node_id=NodeId(name)) for g in gpus)
         facts = NodeFacts(
-            NodeId(name), name, "127.0.0.1", cores, parse_bytes(ram), devices, self.rates, self.llama_build
+            NodeId(name), name, "127.0.0.1", cores, parse_bytes(ram), devices, self.rates, llama_build=self.llama_build
         )
         self.send(ev.NodeJoined(facts))
 
