@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.choice.admission import Admission
+from scheduler.choice.candidates import Need
 from scheduler.choice.price import Prices
 from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choice.speeds import Speeds
@@ -112,6 +113,10 @@ class SchedulerCore:
         Raises UnknownModel, InvalidGGUF, Rejected or Unavailable as the request itself would be refused.
         """
         return self._dispatch.plan(self.models.find(model_name), _load(model_name, n_ctx, now), now)
+
+    def need(self, model_name: str, n_ctx: int | None, now: float) -> Need | None:
+        """What such a request needs; None while headers or machines have not been read. Raises as `plan`."""
+        return self._admission.need(self.models.find(model_name), _load(model_name, n_ctx, now), now)
 
     def busy(self, model_name: str, n_ctx: int | None, now: float) -> Replica | None:
         """A replica that is loaded and holds so many tokens, when all such are busy: to load has no need to wait."""

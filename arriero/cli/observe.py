@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -103,10 +104,18 @@ def models(url: Url = None, json: AsJson = False) -> None:
 def plan(
     model: str,
     n_ctx: Annotated[int | None, typer.Option(help="Tokens that a slot must hold.")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="Plan for the cluster described in this file; MODEL is then a GGUF file.")
+    ] = None,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """What a request for MODEL would cause now. Starts nothing."""
+    """What a request for MODEL would cause now, or on a cluster that is only described. Starts nothing."""
+    if cluster is not None:
+        from arriero.cli.described import plan_for
+
+        plan_for(model, cluster, n_ctx, json)
+        return
     with client(url) as api:
         found = api.plan(model, n_ctx=n_ctx)
     if json:

@@ -1,0 +1,158 @@
+"""The production core on a cluster that is only described: its machines have joined, its replicas are loaded.
+
+What is said to be free of a device is taken as a tool would show it, replicas included, unless they would not fit in
+the rest: then it is what is free besides them. A replica that could not be loaded where it is said to lie is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from scheduler import events as ev
+from scheduler.choice.candidates import CPU_ONLY, ONE_GPU, SEVERAL_GPUS, SOME_LAYERS_IN_RAM, Candidate, Need
+from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
+from scheduler.cluster.replica import Placement
+from scheduler.config import Catalogue
+from scheduler.core import SchedulerCore
+from scheduler.costs.footprint import footprint
+from scheduler.costs.params import Rates
+from scheduler.costs.shape import ModelShape
+from scheduler.errors import Rejected
+from scheduler.simulation.description import ClusterDescription, NodeDescription, ReplicaDescription
+from scheduler.units import DeviceId, LeaseId, NodeId, ReplicaId, format_bytes
+
+NOW = 1e6
+"""The moment described, on the core's clock: late enough for any idle time."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOnDisk:
+    """A model that all machines have: its file, and what its header says."""
+
+    path: str
+    shape: ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    said: ReplicaDescription
+    placement: Placement
+
+
+class DescribedCluster:
+    """`core` knows all machines and replicas at `NOW`. `models`: those that may be asked for, replicas' included.
+
+    Raises Rejected for a replica whose model is not among them, or that does not fit where it is said to be.
+    """
+
+    def __init__(
+        self, description: ClusterDescription, catalogue: Catalogue, models: Mapping[str, ModelOnDisk]
+    ) -> None:
+        self.description = description
+        self.models = models
+        pinned = {said.model for node in description.nodes for said in node.replicas if said.pinned}
+        self.core = SchedulerCore(catalogue)
+        for node in description.nodes:
+            self.core.handle(ev.NodeJoined(_facts(node)), 0.0)
+            self._report(node, [], 0.0)
+            for model in models.values():
+                self.core.handle(ev.ShapeRead(NodeId(node.name), model.path, model.shape), 0.0)
+        for name in sorted(pinned):
+            self.core.handle(ev.PinAsked(name, True), 0.0)
+        loaded = {node.name: [_Loaded(said, self._placement(node, said)) for said in node.replicas] for node in
+                  description.nodes}  # fmt: skip
+        arrivals = [(node, each) for node in description.nodes for each in loaded[node.name]]
+        for serial, (_, each) in enumerate(sorted(arrivals, key=lambda arrival: -arrival[1].said.idle_s), start=1):
+            self._adopt(each, serial)
+        for node in description.nodes:
+            self._report(node, [each.placement for each in loaded[node.name]], NOW)
+        self.core.handle(ev.Ticked(), NOW)
+
+    def _adopt(self, loaded: _Loaded, serial: int) -> None:
+        said, placement = loaded.said, loaded.placement
+        shape = self.models[said.model].shape
+        context = placement.context
+        per_slot = context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
+        replica_id = ReplicaId(f"{said.model}-{serial}")
+        buffers = footprint(shape, placement.layout, context)
+        ready = ev.ReplicaReady(replica_id, serial, buffers, per_slot, 0.0)
+        leases = (LeaseId(f"{replica_id}-lease"),) if said.busy else ()
+        adopted = ev.ReplicaAdopted(replica_id, said.model, self.models[said.model].path, placement, 1, ready, leases)
+        self.core.handle(adopted, NOW - said.idle_s)
+        if replica_id not in self.core.replicas:
+            raise Rejected(
+                f"the cluster has no room for replica {said.model} on {placement.node_id}: it needs "
+                f"{', '.join(map(format_bytes, placement.device_bytes)) or format_bytes(placement.host_bytes)}"
+            )
+
+    def _placement(self, node: NodeDescription, said: ReplicaDescription) -> Placement:
+        """Where the replica lies: its layers in shares that suit the memory of its GPUs, the rest in RAM if it must."""
+        if said.model not in self.models:
+            raise Rejected(f"replica {said.model} on {node.name}: there is no such model")
+        shape = self.models[said.model].shape
+        there = self.core.inventory.nodes[NodeId(node.name)]
+        context = self.core.models.context(self.core.models.by_name[said.model], shape, said.n_ctx)
+        need = Need(said.model, shape, context, self.core.catalogue.reserves)
+        devices = tuple(device for i, device in enumerate(there.facts.devices) if i in said.gpus)
+        room = self.core.rooms.empty(there.facts.node_id)
+        tiers = (ONE_GPU if len(devices) == 1 else SEVERAL_GPUS, SOME_LAYERS_IN_RAM) if devices else (CPU_ONLY,)
+        for tier in tiers:
+            placement = Candidate(tier, need, there, devices, need.least_bytes()).solve(room)
+            if placement is not None:
+                return placement
+        raise Rejected(
+            f"replica {said.model} does not fit where it is said to be, on {node.name} "
+            f"{list(said.gpus) or 'in host RAM'}: it takes {format_bytes(need.least_bytes())} at least"
+        )
+
+    def _report(self, node: NodeDescription, replicas: Iterable[Placement], at: float) -> None:
+        """What the machine and its GPUs show, with these replicas on it."""
+        there = self.core.inventory.nodes[NodeId(node.name)].facts
+        ours: dict[DeviceId, int] = {device.device_id: 0 for device in there.devices}
+        resting = 0
+        for placement in replicas:
+            resting += placement.host_resting_bytes
+            for device_id, count in zip(placement.device_ids, placement.device_bytes, strict=True):
+                ours[device_id] += count
+        for device, said in zip(there.devices, node.gpus, strict=True):
+            used = _used(device.total_bytes, said.free, ours[device.device_id])
+            free = max(0, device.total_bytes - used)
+            self.core.handle(ev.DeviceSampled(DeviceReading(device.device_id, device.total_bytes, free, used, at)), at)
+        files = tuple(
+            ModelFile(model.path, model.shape.paths, model.shape.file_bytes, 0.0) for model in self.models.values()
+        )
+        available = max(0, node.ram - _used(node.ram, node.ram_free, resting))
+        self.core.handle(ev.NodeSampled(NodeReading(there.node_id, available, at, files)), at)
+
+
+def _used(total_bytes: int, free_bytes: int | None, ours_bytes: int) -> int:
+    """Bytes in use in all, where `ours_bytes` are replicas'."""
+    shown = total_bytes - free_bytes if free_bytes is not None else 0
+    return shown if shown >= ours_bytes else min(total_bytes, shown + ours_bytes)
+
+
+def _facts(node: NodeDescription) -> NodeFacts:
+    node_id = NodeId(node.name)
+    devices = tuple(
+        DeviceFacts(
+            device_id=DeviceId(f"{node.name}/gpu{i}"),
+            node_id=node_id,
+            label=f"gpu{i}",
+            product=gpu.name or "GPU",
+            kind=gpu.kind,
+            total_bytes=gpu.total_bytes,
+            rates=gpu.rates,
+        )
+        for i, gpu in enumerate(node.gpus)
+    )
+    return NodeFacts(
+        node_id=node_id,
+        hostname=node.name,
+        address="",
+        physical_cores=node.cores,
+        memory_total_bytes=node.ram,
+        devices=devices,
+        rates=Rates(node.ram_bandwidth, node.tflops * 1e12),
+        disk_bytes_per_s=node.disk_read or 0.0,
+    )
