@@ -48,7 +48,9 @@ class SchedulerCore:
         self.speeds = Speeds(self.inventory, Paces(records))
         self.prices = Prices(self.speeds, self.models)
         self._admission = Admission(catalogue, self.inventory, self.models, self.measurements)
-        self._dispatch = Dispatch(self.queue, self.fleet, self._admission, self.inventory, self.models, self._out)
+        self._dispatch = Dispatch(
+            self.queue, self.fleet, self._admission, self.inventory, self.models, self._out, self.prices
+        )
         self._now = 0.0
 
     # ------------------------------------------------------------------ in and out

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from scheduler import commands as cmd
 from scheduler.choice.admission import Admission
 from scheduler.choice.candidates import Need
+from scheduler.choice.eviction import Victims
 from scheduler.choice.explain import explain_coming, explain_refusal, explain_waiting
 from scheduler.choice.placement import Choice, Chooser, Found
+from scheduler.choice.price import Prices
 from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.models import Model, Models
-from scheduler.cluster.replica import Replica, ReplicaState
+from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.errors import ArrieroError, Impossible, Rejected, Unavailable, UnknownModel
 from scheduler.fleet import Fleet
 from scheduler.outbox import Outbox
@@ -51,7 +53,9 @@ class Dispatch:
         inventory: Inventory,
         models: Models,
         outbox: Outbox,
+        prices: Prices,
     ) -> None:
+        self._prices = prices
         self._queue = queue
         self._fleet = fleet
         self._admission = admission
@@ -215,7 +219,15 @@ class Dispatch:
                 if r.model == model.name and r.idle and r.open and r.n_ctx < n_ctx
             ),
             may_evict=model.history.may_evict,
+            price=lambda placement, victims: self._price_s(need, placement, victims, now),
         )
+
+    def _price_s(self, need: Need, placement: Placement, victims: Victims, now: float) -> float | None:
+        """None where speeds are not known, and for virtual GPUs: they are no faster than the CPU that they run on."""
+        if any(device.facts.kind == "rpc" for device in self._inventory.nodes[placement.node_id].devices.values()):
+            return None
+        price = self._prices.of(need.shape, need.model, placement, victims, self._fleet.replicas, now)
+        return price.total_s if price.service_s is not None else None
 
     def _refusal(self, kind: type[ArrieroError], model: Model, chooser: Chooser) -> ArrieroError:
         choice = chooser.choose(explain=True)

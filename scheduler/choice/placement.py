@@ -1,15 +1,18 @@
-"""The place for a model: the first tier that fits, now or after evicting; else what it waits for; else why never.
+"""The place for a model: the cheapest that fits, now or after evicting; else what it waits for; else why never.
 
-Within a tier: fewest devices, no eviction before eviction, few victims before many, old ones before recent ones, and
-the tightest fit, so that big cards stay free for big models. Host RAM is not settled for while a clearly better place
-is only being used, not before `spill_after_s`. `benchmarks/decisions.py` has the times.
+Each tier offers its best place, and the cheapest in seconds wins (`price`); where speeds are not known, the first tier
+that fits. A place on GPUs for which nobody is evicted ends the search. Within a tier: fewest devices, no eviction
+before eviction, few victims before many, old ones before recent ones, and the tightest fit, so that big cards stay free
+for big models. Host RAM is not settled for while a better place is only being used, not before `spill_after_s`.
+`benchmarks/decisions.py` has the times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import inf
 from typing import Literal
 
 from scheduler.choice.candidates import (
@@ -60,7 +63,10 @@ class Choice:
 
 @dataclass(slots=True)
 class Chooser:
-    """Chooses for one need at one moment. `may_evict` false: only `outgrown` replicas are stopped for it."""
+    """Chooses for one need at one moment. `may_evict` false: only `outgrown` replicas are stopped for it.
+
+    `price` tells what a placement costs in seconds with its victims gone, or None: then the first tier that fits wins.
+    """
 
     need: Need
     nodes: Sequence[Node]
@@ -73,6 +79,7 @@ class Chooser:
     waited_s: float
     outgrown: Victims = frozenset()  # smaller replicas of the same model, stopped first
     may_evict: bool = True
+    price: Callable[[Placement, Victims], float | None] = lambda placement, victims: None
     _views: dict[NodeId, View] = field(default_factory=dict)
     _free_now: dict[NodeId, Room] = field(default_factory=dict)
 
@@ -105,7 +112,7 @@ class Chooser:
         if found and (found[0].tier in ON_GPU or self.waited_s >= self.policy.spill_after_s):
             return self._go(*found)
         later = self._later(groups)
-        if later and (found is None or _clearly_better(later[0], found[0])):
+        if later and (found is None or self._worth_waiting(later, found)):
             return Choice("wait", *later)
         if found:
             return self._go(*found)
@@ -129,7 +136,20 @@ class Chooser:
         """The best placement that can be had now, evicting idle replicas at least `min_residency_s` old."""
         others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
         idle = evictable(others, self.pinned, self.now, min_residency_s, self.need.model) if self.may_evict else []
-        return next((found for group in groups if (found := self._best_of(group, idle))), None)
+        return self._cheapest(self._best_of(group, idle) for group in groups)
+
+    def _cheapest(self, offers: Iterable[Found | None]) -> Found | None:
+        """The cheapest of what each tier offers, best tier first; the first of them where prices are not known."""
+        best, least_s = None, inf
+        for found in filter(None, offers):
+            price_s = self.price(*found)
+            if price_s is None:
+                return best or found
+            if price_s < least_s:
+                best, least_s = found, price_s
+            if found[0].tier in ON_GPU and not found[1]:
+                break
+        return best
 
     def _best_of(self, group: Sequence[Candidate], idle: Sequence[Replica]) -> Found | None:
         """The best placement of equally good candidates, evicting the `idle` replicas if nothing is free."""
@@ -201,14 +221,21 @@ class Chooser:
             key=lambda replica: (not (replica.idle or replica.drain_for), replica.last_used_at, replica.replica_id),
         )
         unclaimed = [replica for replica in ending if replica.drain_for in ("", self.need.model)]
-        for group in groups:
-            for removable in (unclaimed, ending) if len(unclaimed) < len(ending) else (ending,):
-                made = self._make_best_room(group, removable)
-                if made:
-                    return made
-        return None
+        pools = (unclaimed, ending) if len(unclaimed) < len(ending) else (ending,)
+
+        def made(group: Sequence[Candidate]) -> Found | None:
+            return next((found for pool in pools if (found := self._make_best_room(group, pool))), None)
+
+        return self._cheapest(made(group) for group in groups)
 
     # ------------------------------------------------------------------ comparing
+
+    def _worth_waiting(self, later: Found, found: Found) -> bool:
+        """Whether what could be had later is better than what can be had now: the wait is in its price."""
+        later_s, now_s = self.price(*later), self.price(*found)
+        if later_s is None or now_s is None:
+            return _clearly_better(later[0], found[0])
+        return later_s < now_s
 
     def _tightness(self, found: Found) -> tuple[int, int, int]:
         """Most layers on GPUs (they differ for partial offload only), fewest devices, least memory left over there."""
