@@ -8,7 +8,7 @@ from collections.abc import Callable
 import typer
 
 from arriero import __version__
-from arriero.cli import cluster, files, observe, use
+from arriero.cli import cluster, files, observe, simulate, use
 from scheduler.errors import ArrieroError
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Service": (cluster.up, cluster.down, cluster.demo),
     "Look": (observe.ps, observe.gpus, observe.models, observe.plan, observe.events),
     "Use": (use.run, use.chat, use.load, use.unload, use.pin),
-    "Files (no service needed)": (files.inspect, files.footprint),
+    "Files (no service needed)": (files.inspect, files.footprint, simulate.simulate),
 }
 for panel, verbs in VERBS.items():
     for verb in verbs:

@@ -38,6 +38,7 @@ from scheduler.units import NodeId, ReplicaId
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
 GOOD_ENOUGH = 0.9  # of the GPU layers that could be had: nobody is evicted, and nothing waited for, for the rest
 MOST_COMPARED = 16  # combinations of GPUs for which victims are sought, the least memory first
+CONTEXT_STEP = 256  # llama.cpp rounds contexts up to so many tokens
 SMALLEST_CONTEXT = 2048  # tokens per slot: the least that a refusal proposes
 
 Found = tuple[Placement, Victims]
@@ -109,7 +110,7 @@ class Chooser:
         found = self._find(groups, self.policy.min_residency_s)
         if found is None or found[0].tier not in ON_GPU:
             found = self._find(groups, 0.0) or found
-        if found and (found[0].tier in ON_GPU or self.waited_s >= self.policy.spill_after_s):
+        if found and (found[0].tier in ON_GPU or self._has_waited_long_enough(found)):
             return self._go(*found)
         later = self._later(groups)
         if later and (found is None or self._worth_waiting(later, found)):
@@ -230,6 +231,10 @@ class Chooser:
 
     # ------------------------------------------------------------------ comparing
 
+    def _has_waited_long_enough(self, found: Found) -> bool:
+        """To settle for host RAM whatever may come later. Where prices are known, they say what is worth a wait."""
+        return self.waited_s >= self.policy.spill_after_s and self.price(*found) is None
+
     def _worth_waiting(self, later: Found, found: Found) -> bool:
         """Whether what could be had later is better than what can be had now: the wait is in its price."""
         later_s, now_s = self.price(*later), self.price(*found)
@@ -290,14 +295,21 @@ class Chooser:
         )
 
     def _context_that_fits(self) -> int:
-        """The largest power-of-two context per slot below the one asked for that an empty cluster could hold."""
+        """The largest context per slot below the one asked for that an empty cluster could hold, to 256 tokens."""
         context = self.need.context
-        n_ctx = 1 << (context.n_ctx // context.n_seq_max - 1).bit_length()
-        while (n_ctx := n_ctx // 2) >= SMALLEST_CONTEXT:
-            smaller = self.need.with_context(replace(context, n_ctx=n_ctx * context.n_seq_max))
-            if any(c.solve(self.rooms.empty(_node_id(c))) for group in candidates(smaller, self.nodes) for c in group):
-                return n_ctx
-        return 0
+
+        def fits(steps: int) -> bool:
+            smaller = self.need.with_context(replace(context, n_ctx=steps * CONTEXT_STEP * context.n_seq_max))
+            groups = candidates(smaller, self.nodes)
+            return any(c.solve(self.rooms.empty(_node_id(c))) for group in groups for c in group)
+
+        low, high = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
+        if high <= low or not fits(low):
+            return 0
+        while high - low > 1:  # `low` fits, `high` does not
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low * CONTEXT_STEP
 
 
 def _within(one: Placement, other: Placement) -> bool:

@@ -3,7 +3,7 @@
     wait      until the replicas in the way have finished what they are doing
     release   until their memory is really back
     load      reading the file
-    service   the prompt and the answer of a usual request, at the speed of the layout
+    service   the requests that a replica usually answers before it goes, at the speed of the layout
     regret    for each victim, its load again, as likely as it is wanted soon
 
 Regret follows recency: somebody who asked `t` seconds ago comes back within `SOON_S` with chance SOON_S / (SOON_S + t).
@@ -23,7 +23,8 @@ from scheduler.units import ReplicaId
 
 PROMPT_TOKENS = 512
 ANSWER_TOKENS = 256
-"""A usual request; assumptions of this module."""
+REQUESTS = 4
+"""A usual request, and how many there usually are: a conversation of some turns. Assumptions of this module."""
 RELEASE_S = 0.5
 """From stopping a replica until its device shows the memory: what a runner's end takes, an assumption as well."""
 SOON_S = 300.0
@@ -67,20 +68,20 @@ class Prices:
             wait_s=max((self._busy_s(replica) for replica in gone), default=0.0),
             release_s=RELEASE_S if gone else 0.0,
             load_s=speed.load.seconds,
-            service_s=service_seconds(speed),
+            service_s=_service_seconds(speed),
             regret_s=sum(self._regret_s(replica, now) for replica in gone),
         )
 
     def service(self, shape: ModelShape, model: str, replica: Replica) -> Price:
         """Of being served by a replica that is there."""
-        return Price(0.0, 0.0, 0.0, service_seconds(self._speed(model, shape, replica.placement)), 0.0)
+        return Price(0.0, 0.0, 0.0, _service_seconds(self._speed(model, shape, replica.placement)), 0.0)
 
     def _busy_s(self, replica: Replica) -> float:
-        """Half a usual request of each kind of work it is at."""
+        """Until the replica has finished what it is doing: half a usual request."""
         shape = self._shape(replica.model)
         if not replica.busy or shape is None:
             return 0.0
-        return 0.5 * (service_seconds(self._speed(replica.model, shape, replica.placement)) or 0.0)
+        return 0.5 / REQUESTS * (_service_seconds(self._speed(replica.model, shape, replica.placement)) or 0.0)
 
     def _regret_s(self, replica: Replica, now: float) -> float:
         shape = self._shape(replica.model)
@@ -99,8 +100,8 @@ class Prices:
         return model.shape if model else None
 
 
-def service_seconds(speed: Speed) -> float | None:
-    """Of a usual request; None where the speed is not known."""
+def _service_seconds(speed: Speed) -> float | None:
+    """None where the speed is not known."""
     if speed.answer is None or speed.prompt is None:
         return None
-    return PROMPT_TOKENS * speed.prompt.seconds + ANSWER_TOKENS * speed.answer.seconds
+    return REQUESTS * (PROMPT_TOKENS * speed.prompt.seconds + ANSWER_TOKENS * speed.answer.seconds)

@@ -6,9 +6,10 @@ the rest: then it is what is free besides them. A replica that could not be load
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
+from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.choice.candidates import CPU_ONLY, ONE_GPU, SEVERAL_GPUS, SOME_LAYERS_IN_RAM, Candidate, Need
 from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
@@ -55,7 +56,7 @@ class DescribedCluster:
         self.core = SchedulerCore(catalogue)
         for node in description.nodes:
             self.core.handle(ev.NodeJoined(_facts(node)), 0.0)
-            self._report(node, [], 0.0)
+            self.report(node, [], 0.0)
             for model in models.values():
                 self.core.handle(ev.ShapeRead(NodeId(node.name), model.path, model.shape), 0.0)
         for name in sorted(pinned):
@@ -66,7 +67,7 @@ class DescribedCluster:
         for serial, (_, each) in enumerate(sorted(arrivals, key=lambda arrival: -arrival[1].said.idle_s), start=1):
             self._adopt(each, serial)
         for node in description.nodes:
-            self._report(node, [each.placement for each in loaded[node.name]], NOW)
+            self.report(node, [each.placement for each in loaded[node.name]], NOW)
         self.core.handle(ev.Ticked(), NOW)
 
     def _adopt(self, loaded: _Loaded, serial: int) -> None:
@@ -93,7 +94,7 @@ class DescribedCluster:
         shape = self.models[said.model].shape
         there = self.core.inventory.nodes[NodeId(node.name)]
         context = self.core.models.context(self.core.models.by_name[said.model], shape, said.n_ctx)
-        need = Need(said.model, shape, context, self.core.catalogue.reserves)
+        need = Need(said.model, shape, context, self.core.catalogue.reserves, draws=True)
         devices = tuple(device for i, device in enumerate(there.facts.devices) if i in said.gpus)
         room = self.core.rooms.empty(there.facts.node_id)
         tiers = (ONE_GPU if len(devices) == 1 else SEVERAL_GPUS, SOME_LAYERS_IN_RAM) if devices else (CPU_ONLY,)
@@ -106,8 +107,12 @@ class DescribedCluster:
             f"{list(said.gpus) or 'in host RAM'}: it takes {format_bytes(need.least_bytes())} at least"
         )
 
-    def _report(self, node: NodeDescription, replicas: Iterable[Placement], at: float) -> None:
-        """What the machine and its GPUs show, with these replicas on it."""
+    def report(
+        self, node: NodeDescription, replicas: Iterable[Placement], at: float, cached: Container[str] = ()
+    ) -> list[cmd.Command]:
+        """Tell the core what the machine and its GPUs show, with these replicas on it and the files `cached` (by path)
+        in its page cache. Returns the commands that this leads to."""
+        commands: list[cmd.Command] = []
         there = self.core.inventory.nodes[NodeId(node.name)].facts
         ours: dict[DeviceId, int] = {device.device_id: 0 for device in there.devices}
         resting = 0
@@ -120,10 +125,11 @@ class DescribedCluster:
             free = max(0, device.total_bytes - used)
             self.core.handle(ev.DeviceSampled(DeviceReading(device.device_id, device.total_bytes, free, used, at)), at)
         files = tuple(
-            ModelFile(model.path, model.shape.paths, model.shape.file_bytes, 0.0) for model in self.models.values()
+            ModelFile(model.path, model.shape.paths, model.shape.file_bytes, 0.0, float(model.path in cached))
+            for model in self.models.values()
         )
         available = max(0, node.ram - _used(node.ram, node.ram_free, resting))
-        self.core.handle(ev.NodeSampled(NodeReading(there.node_id, available, at, files)), at)
+        return commands + self.core.handle(ev.NodeSampled(NodeReading(there.node_id, available, at, files)), at)
 
 
 def _used(total_bytes: int, free_bytes: int | None, ours_bytes: int) -> int:

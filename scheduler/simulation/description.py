@@ -124,13 +124,15 @@ def parse_cluster(data: Any, source: str = "cluster") -> ClusterDescription:
     try:
         return ClusterDescription.model_validate(data)
     except ValidationError as invalid:
-        raise Rejected(f"{source}: " + "; ".join(map(_explain, invalid.errors()))) from invalid
+        # a part that is wrong is left out by pydantic, and then missed in the whole
+        errors = [error for error in invalid.errors() if error["type"] != "too_short"] or invalid.errors()
+        raise Rejected(f"{source}: " + "; ".join(map(_explain, errors))) from invalid
 
 
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg']}"
+        return f"{where or 'nodes'}: {error['msg'].removeprefix('Value error, ')}"
     *path, key = error["loc"]
     depth = [part for part in path if isinstance(part, str)]
     records: dict[int, type[BaseModel]] = {0: ClusterDescription, 1: NodeDescription}

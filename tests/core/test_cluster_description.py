@@ -1,0 +1,69 @@
+"""Descriptions of clusters: defaults, known cards, and errors that name the key and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from scheduler.errors import Rejected
+from scheduler.simulation.cards import known_card
+from scheduler.simulation.description import parse_cluster
+from scheduler.units import GIB, parse_rate
+
+
+def gpu(**keys: Any) -> Any:
+    return parse_cluster({"nodes": [{"name": "a", "gpus": [keys]}]}).nodes[0].gpus[0]
+
+
+@pytest.mark.parametrize("name", ["RTX 3090", "NVIDIA GeForce RTX 3090", "rtx3090", "GeForce RTX 3090"])
+def test_a_known_card_needs_only_its_name(name: str) -> None:
+    card = gpu(name=name)
+    assert (card.total_bytes, card.rates.bytes_per_s) == (24 * GIB, 936e9)
+
+
+def test_what_is_said_goes_before_the_table() -> None:
+    card = gpu(name="RTX 3090", total="20GiB", bandwidth="500GB/s", tflops=10)
+    assert (card.total_bytes, card.rates.bytes_per_s, card.rates.flops) == (20 * GIB, 500e9, 10e12)
+
+
+def test_cards_of_several_sizes_are_told_apart() -> None:
+    known = {name: known_card(name) for name in ("RTX 3080", "RTX 3080 Ti", "RTX 3090", "NVIDIA A100 40GB", "A100")}
+    assert all(known.values()) and len({card.rates for card in known.values() if card}) == len(known)
+    assert known_card("Voodoo 2") is None
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (None, "a mapping with the key nodes"),
+        ({}, "nodes: Field required"),
+        ({"nodes": []}, "nodes"),
+        ({"nodes": [{"name": "a", "gpu": []}]}, "unknown key nodes.0.gpu; did you mean gpus?"),
+        ({"nodes": [{"name": "a", "gpus": [{"name": "RTX 3090", "zzz": 1}]}]}, "known keys: bandwidth, free, kind"),
+        ({"nodes": [{"name": "a", "gpus": [{"name": "Voodoo"}]}]}, "'Voodoo' is not a known card: give its total"),
+        ({"nodes": [{"name": "a", "gpus": [{"total": "1GiB", "free": "2GiB"}]}]}, "cannot be"),
+        ({"nodes": [{"name": "a", "ram": "lots"}]}, "'lots' is not a size"),
+        ({"nodes": [{"name": "a", "disk_read": "3GB"}]}, "'3GB' is not a rate"),
+        ({"nodes": [{"name": "a"}, {"name": "a"}]}, "two machines have the same name"),
+        (
+            {"nodes": [{"name": "a", "replicas": [{"model": "m", "file": "m.gguf", "gpus": [0]}]}]},
+            "replica m is on GPUs [0]; a has 0, counted from 0",
+        ),
+    ],
+)
+def test_mistakes_are_named_with_the_way_out(data: Any, error: str) -> None:
+    with pytest.raises(Rejected) as found:
+        parse_cluster(data, "spec.yaml")
+    assert found.value.message.startswith("spec.yaml: ") and error in found.value.message
+
+
+@pytest.mark.parametrize(("text", "rate"), [("936GB/s", 936e9), ("1 GiB/s", GIB), ("500 MB / sec", 500e6), (5, 5.0)])
+def test_rates_are_read(text: Any, rate: float) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "3GB", "fast", "0MB/s", "-1GB/s", float("nan"), True])
+def test_what_is_no_rate_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError):
+        parse_rate(text)
