@@ -9,7 +9,7 @@ for big models. Host RAM is not settled for while a better place is only being u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf
@@ -100,7 +100,7 @@ class Chooser:
         in the order of preference. Raises as `choose`."""
         others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
         idle = evictable(others, self.pinned, self.now, 0.0, self.need.model) if self.may_evict else []
-        found = (self._best_of(group, idle) for group in candidates(self.need, self.nodes))
+        found = self._offers(list(candidates(self.need, self.nodes)), idle)
         return [
             (exact(placement, self.need, self.inventory.nodes[placement.node_id]), victims)
             for placement, victims in filter(None, found)
@@ -137,12 +137,24 @@ class Chooser:
         """The best placement that can be had now, evicting idle replicas at least `min_residency_s` old."""
         others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
         idle = evictable(others, self.pinned, self.now, min_residency_s, self.need.model) if self.may_evict else []
-        return self._cheapest(self._best_of(group, idle) for group in groups)
+        return self._cheapest(self._offers(groups, idle))
 
-    def _cheapest(self, offers: Iterable[Found | None]) -> Found | None:
+    def _offers(self, groups: Groups, idle: Sequence[Replica]) -> Iterator[Found]:
+        """The best placement of each tier, on the fewest devices that will do. Once there is a place on GPUs, nobody is
+        evicted for a place of a later tier."""
+        tiers: set[str] = set()
+        for group in groups:
+            if not group or group[0].tier in tiers:
+                continue
+            found = self._best_free(group, idle) if tiers & ON_GPU else self._best_of(group, idle)
+            if found is not None:
+                tiers.add(found[0].tier)
+                yield found
+
+    def _cheapest(self, offers: Iterable[Found]) -> Found | None:
         """The cheapest of what each tier offers, best tier first; the first of them where prices are not known."""
         best, least_s = None, inf
-        for found in filter(None, offers):
+        for found in offers:
             price_s = self.price(*found)
             if price_s is None:
                 return best or found
@@ -154,8 +166,11 @@ class Chooser:
 
     def _best_of(self, group: Sequence[Candidate], idle: Sequence[Replica]) -> Found | None:
         """The best placement of equally good candidates, evicting the `idle` replicas if nothing is free."""
+        return self._best_free(group, idle) or self._make_best_room(group, idle)
+
+    def _best_free(self, group: Sequence[Candidate], idle: Sequence[Replica]) -> Found | None:
         free = [(placement, self.outgrown) for c in group if (placement := self._free(c, idle))]
-        return min(free, key=self._tightness) if free else self._make_best_room(group, idle)
+        return min(free, key=self._tightness, default=None)
 
     def _free(self, candidate: Candidate, idle: Sequence[Replica]) -> Placement | None:
         if self.outgrown:
@@ -224,10 +239,19 @@ class Chooser:
         unclaimed = [replica for replica in ending if replica.drain_for in ("", self.need.model)]
         pools = (unclaimed, ending) if len(unclaimed) < len(ending) else (ending,)
 
-        def made(group: Sequence[Candidate]) -> Found | None:
-            return next((found for pool in pools if (found := self._make_best_room(group, pool))), None)
+        def offers() -> Iterator[Found]:
+            tiers: set[str] = set()
+            for group in groups:
+                if not group or group[0].tier in tiers:
+                    continue
+                found = next((made for pool in pools if (made := self._make_best_room(group, pool))), None)
+                if found is not None:
+                    yield found
+                    tiers.add(found[0].tier)
+                if tiers & ON_GPU:
+                    return
 
-        return self._cheapest(made(group) for group in groups)
+        return self._cheapest(offers())
 
     # ------------------------------------------------------------------ comparing
 
