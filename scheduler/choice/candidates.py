@@ -199,14 +199,16 @@ class Candidate:
         self, devices: Sequence[DeviceFacts], counts: Sequence[int], free: Sequence[int]
     ) -> tuple[Placement | None, list[int]]:
         """The placement with `counts` layers per device, if it fits in `free`, and the bytes left there (negative: at
-        least so much is missing). The graph is drawn only if weights and cache fit and the bound does not."""
+        least so much is missing). The graph is drawn only if weights and cache fit and the bound does not; of some
+        layers not at all, which would cost much where CUDA copies weights over: see `grown`."""
         layout = self._layout(devices, counts)
-        for bounded in (False,) if self.need.draws else (True, False):
+        spills = self.tier == SOME_LAYERS_IN_RAM
+        for bounded in (False,) if self.need.draws else (True,) if spills else (True, False):
             cost, _, needs = self.need.shares(self.node, devices, layout, bounded=bounded)
             slack = [there - need for there, need in zip(free, needs, strict=True)]
             if min(slack) >= 0:
                 return self.need.placement(self.tier, self.node, devices, layout, bounded=bounded), slack
-            if bounded:
+            if bounded and not spills:
                 slack = [left + share.compute_bytes for left, share in zip(slack, cost.devices, strict=True)]
             if min(slack) < 0:
                 break
@@ -249,7 +251,18 @@ class Candidate:
         if not any(counts):
             counts[free.index(max(free))] = 1  # the last layer may be a small one
         best = self._shrunk(counts, free)
-        while best is not None and best.layout.n_gpu_layers < most:
+        return self._filled_up(best, free) if best else None
+
+    def grown(self, placement: Placement, room: Room) -> Placement:
+        """A placement of some layers, with the layers more that the drawn graph leaves room for."""
+        free = [room.devices.get(device.device_id, 0) for device in self.devices]
+        more = replace(self, need=replace(self.need, draws=True))._filled_up(placement, free)
+        return more if fits(more, room) else placement
+
+    def _filled_up(self, best: Placement, free: Sequence[int]) -> Placement:
+        """Layers are added one by one, each to the roomiest device."""
+        most = self.need.n_layers - 1
+        while best.layout.n_gpu_layers < most:
             taken = dict(zip(best.device_ids, best.device_bytes, strict=True))
             layers = dict(zip(best.device_ids, best.layers, strict=True))
             slack = [there - taken.get(d.device_id, 0) for d, there in zip(self.devices, free, strict=True)]
@@ -284,6 +297,11 @@ class Candidate:
         three quarters of the average may be overlooked."""
         there = sum(max(0, room.devices.get(device.device_id, 0)) for device in self.devices)
         return there >= 0.75 * n_gpu_layers * self._layer_bytes()
+
+
+def spilling(need: Need, node: Node) -> Candidate:
+    """As many layers on the node's devices as fit."""
+    return Candidate(SOME_LAYERS_IN_RAM, need, node, _devices(node), need.least_bytes())
 
 
 def candidates(need: Need, nodes: Sequence[Node]) -> Iterator[list[Candidate]]:

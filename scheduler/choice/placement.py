@@ -26,6 +26,7 @@ from scheduler.choice.candidates import (
     candidates,
     exact,
     fits,
+    spilling,
 )
 from scheduler.choice.eviction import Victims, evictable, smallest_victims
 from scheduler.choice.explain import Rejection, explain_candidate
@@ -89,11 +90,20 @@ class Chooser:
         groups = list(candidates(self.need, self.nodes))
         choice = self._choose(groups)
         if choice.placement is not None and not self.need.draws:
-            placement = exact(choice.placement, self.need, self.inventory.nodes[choice.placement.node_id])
-            if not _within(placement, choice.placement):  # the bound lied: do without it
+            drawn = exact(choice.placement, self.need, self.inventory.nodes[choice.placement.node_id])
+            if not _within(drawn, choice.placement):  # the bound lied: do without it
                 return replace(self, need=replace(self.need, draws=True)).choose(explain=explain)
-            choice = replace(choice, placement=placement)
+            choice = replace(choice, placement=self._grown(drawn, choice.victims))
         return replace(choice, rejections=self._rejections(groups, choice)) if explain else choice
+
+    def _grown(self, drawn: Placement, victims: Victims) -> Placement:
+        """Some layers more, where the drawn graph leaves room for them."""
+        if drawn.tier != SOME_LAYERS_IN_RAM:
+            return drawn
+        room = self._now_on(drawn.node_id)
+        if victims or not fits(drawn, room):
+            room = self._view_of(drawn.node_id).without(victims)
+        return spilling(self.need, self.inventory.nodes[drawn.node_id]).grown(drawn, room)
 
     def options(self) -> list[Found]:
         """The best placement of each kind that could be had now, whoever is idle evicted for it: what is chosen among,
@@ -101,10 +111,8 @@ class Chooser:
         others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
         idle = evictable(others, self.pinned, self.now, 0.0, self.need.model) if self.may_evict else []
         found = self._offers(list(candidates(self.need, self.nodes)), idle)
-        return [
-            (exact(placement, self.need, self.inventory.nodes[placement.node_id]), victims)
-            for placement, victims in filter(None, found)
-        ]
+        drawn = ((exact(p, self.need, self.inventory.nodes[p.node_id]), victims) for p, victims in found)
+        return [(self._grown(placement, victims), victims) for placement, victims in drawn]
 
     def _choose(self, groups: Groups) -> Choice:
         found = self._find(groups, self.policy.min_residency_s)

@@ -143,6 +143,11 @@ def test_drawing_only_where_the_bound_does_not_decide_changes_no_layout(dims: tu
         pairs = zip(candidates(need(dims), [machine]), candidates(need(dims, draws=True), [machine]), strict=True)
         for quick, drawn in ((a, b) for group, other in pairs for a, b in zip(group, other, strict=True)):
             found, truth = quick.solve(space), drawn.solve(space)
+            if quick.tier == SOME_LAYERS_IN_RAM and found and truth:
+                grown = quick.grown(exact(found, quick.need, machine), space)
+                assert fits(grown, space)
+                assert truth.layout.n_gpu_layers - grown.layout.n_gpu_layers <= 1
+                continue
             assert (found and found.layout) == (truth and truth.layout), quick.tier
             assert truth is None or found is None or exact(found, quick.need, machine) == truth
 
