@@ -22,6 +22,11 @@ class FootprintMetrics:
         """Take the figures of a load that succeeded."""
         if notice.kind == "replica_ready":
             for device, (predicted, measured) in notice.data["buffers"].items():
-                tags = {"model": notice.model, "device": device}
+                tags = {"model": _tag(notice.model), "device": _tag(device)}
                 self._predicted.set(predicted, tags)
                 self._measured.set(measured, tags)
+
+
+def _tag(name: str) -> str:
+    """A tag's value: Ray takes ASCII only."""
+    return name.encode("ascii", "backslashreplace").decode()

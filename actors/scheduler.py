@@ -114,7 +114,10 @@ class SchedulerActor:
     def _announce(self, notice: cmd.Announce) -> None:
         log.info("%s", notice.message)
         self._board.post(notice)
-        self._metrics.observe(notice)
+        try:
+            self._metrics.observe(notice)
+        except Exception:  # a figure that is missed must not cost a grant
+            log.exception("metrics were not updated")
 
     def _granted(self, grant: cmd.GrantLease) -> None:
         runner = self._effects.runner_name(grant.replica_id)

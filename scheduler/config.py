@@ -130,6 +130,14 @@ class Catalogue(_Strict):
     server: Server = Server()
     virtual_gpus: tuple[Bytes, ...] = Field((), description="loopback devices in place of GPUs, on each node")
 
+    @field_validator("virtual_gpus")
+    @classmethod
+    def _hold_something(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        for size in sizes:
+            if size < MIB:
+                raise ValueError(f"a virtual GPU of {size} bytes holds nothing; write its size as {size}MiB or so")
+        return sizes
+
     @model_validator(mode="after")
     def _names(self) -> Catalogue:
         for name in self.models:

@@ -148,6 +148,9 @@ class Dispatch:
         coming = self._coming(head)
         if coming:
             return explain_coming(coming[0])
+        draining = next((r for r in self._fleet.replicas.values() if r.model == head.model and r.drain_for), None)
+        if draining is not None:  # a second replica beside it would stay where there happens to be room now
+            return f"{head.model} finishes to make room for {draining.drain_for}, and comes back after it"
         lately = self._now - head.looked_at < LOOK_AGAIN_S
         if lately and (head.looked_at_epoch == self._epoch or self._decisions >= MOST_DECISIONS):
             return head.reason

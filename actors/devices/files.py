@@ -12,6 +12,7 @@ import glob
 import mmap
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def cached_fraction(path: Path) -> float | None:
     For files that one could not write, mincore says that everything is cached (since Linux 5.2): no answer either.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
     except OSError:
         return None
     try:
@@ -98,7 +99,8 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _model(path: Path) -> ModelFile | None:
-    """The model that begins with `path`; None for later parts, incomplete models, projectors and unreadable files."""
+    """The model that begins with `path`; None for later parts, incomplete models, projectors, pipes and what cannot be
+    read."""
     part = _PART.fullmatch(path.name)
     if "mmproj" in path.name.lower() or (part is not None and int(part["number"]) != 1):
         return None
@@ -106,6 +108,8 @@ def _model(path: Path) -> ModelFile | None:
     try:
         statuses = [part.stat() for part in parts]
     except OSError:
+        return None
+    if not all(stat.S_ISREG(status.st_mode) for status in statuses):
         return None
     sizes = [status.st_size for status in statuses]
     shares = [cached_fraction(part) for part in parts]

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.gateway.backend import AcquireRequest
 from actors.gateway.wire import MAX_NAME_LENGTH
@@ -55,6 +55,17 @@ class ModelRequest(BaseModel):
     model: str = Field(min_length=1, max_length=MAX_NAME_LENGTH)
     n_ctx: int | None = Field(default=None, ge=1)
     deadline_s: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        """JSON can spell halves of surrogate pairs, which no tokenizer takes."""
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(f"a text holds {half}, half of a surrogate pair: that is no Unicode") from None
+        return data
 
     def need(self, request_id: str, kind: Literal["generate", "embed"]) -> AcquireRequest:
         return AcquireRequest(RequestId(request_id), self.model, self.n_ctx, kind, self.deadline_s)

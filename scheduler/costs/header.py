@@ -102,6 +102,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises InvalidGGUF, with `path` and `offset` in its details, when the file is not a GGUF that can be loaded, and
     OSError when it cannot be read.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise InvalidGGUF(f"{os.fspath(path)} is not a file", path=os.fspath(path), offset=0)
     with Path(path).open("rb", buffering=0) as file:
         return _Walk(file, os.fspath(path)).header()
 

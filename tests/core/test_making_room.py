@@ -221,6 +221,25 @@ def test_a_busy_victim_finishes_and_takes_nothing_new() -> None:
     assert other in s.grants and s.waits(second) and s.announced("replica_draining")
 
 
+def test_a_model_that_makes_room_is_not_loaded_again_beside_itself() -> None:
+    """Not even where there is room in host RAM: it would stay in the poorer place."""
+    s = Scenario([gpu("3GiB")], TRIO, ram="64GiB", catalogue=PATIENT)
+    first = s.ask("a")
+    s.wait(30)
+    other = s.ask("b")
+    s.wait(3)
+    assert s.announced("replica_draining")
+    second = s.ask("a")
+    s.wait(5)
+    assert s.states("a") == ["ready"] and "comes back after it" in s.why(second)
+    s.done(first)
+    assert other in s.grants
+    s.wait(30)
+    s.done(other)
+    s.wait(2)
+    assert second in s.grants and s.where("a") == ["gpu0"]
+
+
 def test_two_busy_models_take_turns() -> None:
     s = Scenario([gpu("3GiB")], TRIO, catalogue=PATIENT)
     served = {"a": 0, "b": 0}

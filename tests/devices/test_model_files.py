@@ -32,6 +32,15 @@ def test_projectors_are_no_models(tmp_path: Path) -> None:
     assert names(tmp_path) == ["llava.gguf"]
 
 
+def test_a_pipe_is_no_model_and_is_not_waited_for(tmp_path: Path) -> None:
+    put(tmp_path, "a.gguf")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    assert names(tmp_path) == ["a.gguf"]
+    assert names(tmp_path, str(tmp_path / "pipe.gguf")) == []
+    assert cached_fraction(tmp_path / "pipe.gguf") in (None, 0.0)
+
+
 def test_parts_make_one_model_named_by_the_first(tmp_path: Path) -> None:
     parts = [f"big-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
     put(tmp_path, *parts, size=100)

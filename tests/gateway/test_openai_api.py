@@ -247,3 +247,13 @@ def test_what_cannot_be_is_refused_by_name(
     assert (reply.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert param in error["message"]
     assert not backend.saw("acquire")
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions", "embeddings"])
+def test_half_a_surrogate_pair_is_the_callers_fault(url: str, backend: FakeBackend, route: str) -> None:
+    body = (
+        b'{"model": "m", "prompt": "\\ud800", "input": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}'
+    )
+    reply = web.post(f"{url}/v1/{route}", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400 and "\\ud800, half of a surrogate pair" in reply.json()["error"]["message"]
+    assert not backend.saw("acquire")
