@@ -74,7 +74,9 @@ class Policy(_Strict):
     drain_after_s: float = Field(
         2.0, ge=0, description="a request waiting longer makes busy victims accept nothing new"
     )
-    spill_after_s: float = Field(30.0, ge=0, description="wait so long for room on GPUs before settling for host RAM")
+    spill_after_s: float = Field(
+        30.0, ge=0, description="wait so long for room on GPUs before settling for host RAM, where speeds are not known"
+    )
     queue_limit: int = Field(256, ge=1, description="requests waiting in all")
     deadline_s: float = Field(600.0, gt=0, description="a request that waited longer is refused")
     lease_ttl_s: float = Field(
