@@ -148,6 +148,8 @@ class SchedulerCore:
             self._out.post(cmd.ReadShape(node_id, path))
         for replica in list(self.replicas.values()):
             if replica.placement.node_id == node_id and replica.model in changes.changed:
+                message = f"{replica.model}'s file has changed: what is loaded of it goes when its requests have ended"
+                self._out.announce("model_changed", message, replica=replica)
                 self.fleet.retire(replica, "its file has changed")
         if changes.unread:
             self._dispatch.look_again()

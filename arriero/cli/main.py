@@ -22,7 +22,7 @@ app = typer.Typer(
 
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Service": (cluster.up, cluster.down, cluster.demo),
-    "Look": (observe.ps, observe.gpus, observe.models, observe.plan, observe.events),
+    "Look": (observe.ps, observe.gpus, observe.models, observe.plan, observe.events, observe.why),
     "Use": (use.run, use.chat, use.load, use.unload, use.pin),
     "Files (no service needed)": (files.inspect, files.footprint, simulate.simulate),
 }

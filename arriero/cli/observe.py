@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from arriero.api import GpuStatus, Notice, Plan, PlanSpeed, ReplicaStatus
 from arriero.cli.service import AsJson, Url, client, console, print_json
+from scheduler.errors import UnknownModel
 from scheduler.units import format_bytes
 
 COLOURS = {
@@ -124,7 +125,28 @@ def plan(
         print_plan(found)
 
 
+def why(
+    replica: Annotated[
+        str, typer.Argument(help="A replica, as in `arriero ps --json`, or a model: its newest replica.")
+    ],
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """The story of a replica: why it was placed there, how it loaded, and why it went."""
+    with client(url) as api:
+        notices = list(api.events(follow=False))
+    ids = [
+        notice.replica_id for notice in notices if replica in (notice.replica_id, notice.model) and notice.replica_id
+    ]
+    if not ids:
+        raise UnknownModel(f"nothing is remembered of a replica or model {replica!r}; see `arriero events`")
+    for notice in notices:
+        if notice.replica_id == ids[-1]:
+            print(notice.model_dump_json()) if json else print_notice(notice)
+
+
 def events(
+    model: Annotated[str | None, typer.Option(help="Only what concerns this model.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens from now on.")] = False,
     after: Annotated[int, typer.Option(help="Only events after this number.")] = 0,
     url: Url = None,
@@ -133,6 +155,8 @@ def events(
     """What happened: placements, evictions, loads, refusals, each with its reason."""
     with client(url) as api:
         for notice in api.events(after=after, follow=follow):
+            if model is not None and notice.model != model:
+                continue
             if json:
                 print(notice.model_dump_json(), flush=True)
             else:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from arriero.api import GpuStatus, LayoutShare, Plan, PlanShare, PlanVictim, QueueEntry, ReplicaStatus, Status
+from arriero.api import GpuStatus, LayoutShare, Notice, Plan, PlanShare, PlanVictim, QueueEntry, ReplicaStatus, Status
 from arriero.cli import cluster, observe
 from arriero.cli.main import app, main
 from arriero.machine import Remembered, forget, recall, remember, state_path
@@ -46,8 +46,20 @@ PLAN = Plan(
 )  # fmt: skip
 
 
+NOTICES = [
+    Notice(seq=1, at_s=0, kind="node_joined", message="box joined"),
+    Notice(seq=2, at_s=1, kind="placed", message="m: one GPU: gpu0", model="m", replica_id="m-1"),
+    Notice(seq=3, at_s=2, kind="placed", message="v: one GPU: gpu1", model="v", replica_id="v-1"),
+    Notice(seq=4, at_s=3, kind="replica_evicted", message="m makes room for v", model="m", replica_id="m-1"),
+    Notice(seq=5, at_s=4, kind="placed", message="m: CPU only", model="m", replica_id="m-2"),
+]
+
+
 class Gateway:
     """Answers as the client would."""
+
+    def events(self, *, after: int = 0, follow: bool = True) -> Iterator[Notice]:
+        yield from NOTICES[after:]
 
     def status(self) -> Status:
         return STATUS
@@ -98,6 +110,23 @@ def test_plan_explains_itself_with_numbers() -> None:
     assert "fits after evicting" in text
     assert "evicts v (idle 40 s), which frees 6.0 GiB on gpu0" in text
     assert "needs 5.0 GiB on gpu1" in text
+
+
+@pytest.mark.usefixtures("gateway")
+def test_why_tells_the_story_of_one_replica() -> None:
+    text = output("why", "m-1")
+    assert "m: one GPU: gpu0" in text and "m makes room for v" in text
+    assert "CPU only" not in text and "v: one GPU" not in text and "joined" not in text
+    newest = output("why", "m")
+    assert "CPU only" in newest and "makes room" not in newest
+    with pytest.raises(UnknownModel, match="nothing is remembered of a replica or model 'x'"):
+        output("why", "x")
+
+
+@pytest.mark.usefixtures("gateway")
+def test_events_of_one_model() -> None:
+    text = output("events", "--model", "v")
+    assert "v: one GPU: gpu1" in text and "m makes room" not in text and "joined" not in text
 
 
 @pytest.mark.usefixtures("gateway")
