@@ -68,6 +68,11 @@ class Policy(_Strict):
     max_active_models: int | None = Field(
         None, ge=1, description="at most so many loaded models; 1 is single-active-model mode"
     )
+    eviction: Literal["lru", "gdsf"] = Field(
+        "lru",
+        description="who makes room first: whoever was used longest ago (lru), or whoever is asked for least often, "
+        "loaded again soonest, and biggest (gdsf)",
+    )
     min_residency_s: float = Field(
         5.0, ge=0, description="a replica is not evicted before, unless nothing else is left"
     )

@@ -113,6 +113,8 @@ class Dispatch:
 
     def _grant(self, waiting: Waiting, replica: Replica) -> None:
         self._queue.remove(waiting.request_id)
+        if waiting.model in self._models.by_name:
+            self._models.by_name[waiting.model].popularity.asked(self._now)
         lease = self._fleet.leases.grant(waiting.request_id, replica, self._now)
         ttl_s = self._fleet.leases.ttl_s
         self._out.post(
@@ -223,7 +225,11 @@ class Dispatch:
             ),
             may_evict=model.history.may_evict,
             price=lambda placement, victims: self._price_s(need, placement, victims, now),
+            worth=lambda replica: self._worth(replica, now),
         )
+
+    def _worth(self, replica: Replica, now: float) -> float:
+        return self._prices.keeping(replica, now) if self._policy.eviction == "gdsf" else replica.last_used_at
 
     def _price_s(self, need: Need, placement: Placement, victims: Victims, now: float) -> float | None:
         """None where speeds are not known, and for virtual GPUs: they are no faster than the CPU that they run on."""

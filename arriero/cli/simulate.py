@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from scheduler.simulation.simulator import Run
     from scheduler.simulation.trace import TraceRequest
 
-POLICIES: dict[str, dict[str, Any]] = {"lru": {"max_active_models": None}, "single": {"max_active_models": 1}}
+POLICIES: dict[str, dict[str, Any]] = {
+    "lru": {"eviction": "lru", "max_active_models": None},
+    "gdsf": {"eviction": "gdsf", "max_active_models": None},
+    "single": {"eviction": "lru", "max_active_models": 1},
+}
 """What each name changes in the catalogue's policy."""
 EXAMPLE_CLUSTER = {
     "nodes": [

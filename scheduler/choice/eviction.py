@@ -1,4 +1,8 @@
-"""Who makes room: least recently used idle replicas, the smallest set that is enough where room is needed.
+"""Who makes room: idle replicas worth the least, the smallest set that is enough where room is needed.
+
+Worth is when a replica was last used (`lru`), or how often its model is asked for times the seconds of loading it
+again, for each byte that it takes (`gdsf`: greedy dual size frequency, with counts that fade instead of an inflating
+clock).
 
 Never a busy, pinned or loading replica; a fresh one only when nothing else helps. With up to a few thousand subsets to
 look at, the smallest set is found exactly; beyond that, oldest first until it fits, then whoever was not needed stays.
@@ -24,8 +28,9 @@ def evictable(
     now: float,
     min_residency_s: float,
     claimant: str,
+    worth: Callable[[Replica], float] = lambda replica: replica.last_used_at,
 ) -> list[Replica]:
-    """Replicas that may be stopped now for the model `claimant`, least recently used first.
+    """Replicas that may be stopped now for the model `claimant`, those worth least first.
 
     One that was drained for another model that waits longer is spoken for.
     """
@@ -38,7 +43,7 @@ def evictable(
             and replica.drain_for in ("", claimant)
             and now - replica.ready_at >= min_residency_s
         ),
-        key=lambda replica: (replica.last_used_at, replica.replica_id),
+        key=lambda replica: (worth(replica), replica.last_used_at, replica.replica_id),
     )
 
 

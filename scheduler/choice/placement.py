@@ -82,6 +82,7 @@ class Chooser:
     outgrown: Victims = frozenset()  # smaller replicas of the same model, stopped first
     may_evict: bool = True
     price: Callable[[Placement, Victims], float | None] = lambda placement, victims: None
+    worth: Callable[[Replica], float] = lambda replica: replica.last_used_at  # the least goes first
     _views: dict[NodeId, View] = field(default_factory=dict)
     _free_now: dict[NodeId, Room] = field(default_factory=dict)
 
@@ -109,7 +110,7 @@ class Chooser:
         """The best placement of each kind that could be had now, whoever is idle evicted for it: what is chosen among,
         in the order of preference. Raises as `choose`."""
         others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
-        idle = evictable(others, self.pinned, self.now, 0.0, self.need.model) if self.may_evict else []
+        idle = evictable(others, self.pinned, self.now, 0.0, self.need.model, self.worth) if self.may_evict else []
         found = self._offers(list(candidates(self.need, self.nodes)), idle)
         drawn = ((exact(p, self.need, self.inventory.nodes[p.node_id]), victims) for p, victims in found)
         return [(self._grown(placement, victims), victims) for placement, victims in drawn]
@@ -144,7 +145,11 @@ class Chooser:
     def _find(self, groups: Groups, min_residency_s: float) -> Found | None:
         """The best placement that can be had now, evicting idle replicas at least `min_residency_s` old."""
         others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
-        idle = evictable(others, self.pinned, self.now, min_residency_s, self.need.model) if self.may_evict else []
+        idle = (
+            evictable(others, self.pinned, self.now, min_residency_s, self.need.model, self.worth)
+            if self.may_evict
+            else []
+        )
         return self._cheapest(self._offers(groups, idle))
 
     def _offers(self, groups: Groups, idle: Sequence[Replica]) -> Iterator[Found]:
@@ -242,7 +247,7 @@ class Chooser:
             return None
         ending = sorted(
             (r for r in self.replicas.values() if not self.pinned(r.model) and r.state is not ReplicaState.STOPPING),
-            key=lambda replica: (not (replica.idle or replica.drain_for), replica.last_used_at, replica.replica_id),
+            key=lambda replica: (not (replica.idle or replica.drain_for), self.worth(replica), replica.replica_id),
         )
         unclaimed = [replica for replica in ending if replica.drain_for in ("", self.need.model)]
         pools = (unclaimed, ending) if len(unclaimed) < len(ending) else (ending,)
@@ -285,8 +290,8 @@ class Chooser:
 
     def _cost(self, found: Found) -> tuple[int, int, float, tuple[int, int, int]]:
         placement, victims = found
-        recent = max((self.replicas[v].last_used_at for v in victims), default=0.0)
-        return len(placement.device_ids), len(victims), recent, self._tightness(found)
+        dearest = max((self.worth(self.replicas[v]) for v in victims), default=0.0)
+        return len(placement.device_ids), len(victims), dearest, self._tightness(found)
 
     def _view_of(self, node_id: NodeId) -> View:
         if node_id not in self._views:
@@ -311,7 +316,11 @@ class Chooser:
                 break
             each = candidate.devices if candidate.tier == ONE_GPU else None
             speakers[candidate.tier, _node_id(candidate), each] = candidate
-        idle = evictable(self.replicas.values(), self.pinned, self.now, 0.0, self.need.model) if self.may_evict else []
+        idle = (
+            evictable(self.replicas.values(), self.pinned, self.now, 0.0, self.need.model, self.worth)
+            if self.may_evict
+            else []
+        )
         return tuple(
             explain_candidate(
                 candidate,

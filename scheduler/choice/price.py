@@ -76,6 +76,15 @@ class Prices:
         """Of being served by a replica that is there."""
         return Price(0.0, 0.0, 0.0, _service_seconds(self._speed(model, shape, replica.placement)), 0.0)
 
+    def keeping(self, replica: Replica, now: float) -> float:
+        """What it is worth to keep a replica: requests that its model gets, times seconds of a load, for each byte."""
+        model, shape = self._models.by_name.get(replica.model), self._shape(replica.model)
+        if model is None or shape is None:
+            return 0.0
+        placement = replica.placement
+        load_s = self._speed(replica.model, shape, placement).load.seconds
+        return model.popularity.at(now) * load_s / max(1, sum(placement.device_bytes) or placement.host_bytes)
+
     def _busy_s(self, replica: Replica) -> float:
         """Until the replica has finished what it is doing: half a usual request."""
         shape = self._shape(replica.model)

@@ -6,6 +6,7 @@ model has served a request, nobody else is evicted for it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from scheduler.config import Policy
@@ -14,6 +15,24 @@ from scheduler.units import MIB
 OUT_OF_MEMORY_STEP_BYTES = 64 * MIB
 OUT_OF_MEMORY_SHARE = 10  # a tenth of the largest share, if that is more
 LONGEST_PAUSE_S = 600.0
+
+
+HALF_LIFE_S = 600.0
+"""After so long without a request, a model counts as half as popular."""
+
+
+@dataclass(slots=True)
+class Popularity:
+    """How often a model is asked for: a count of its requests that fades."""
+
+    count: float = 0.0
+    counted_at: float = 0.0
+
+    def asked(self, now: float) -> None:
+        self.count, self.counted_at = self.at(now) + 1, now
+
+    def at(self, now: float) -> float:
+        return self.count * math.pow(0.5, max(0.0, now - self.counted_at) / HALF_LIFE_S)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 
 from scheduler.cluster.facts import ModelFile
-from scheduler.cluster.history import LoadHistory
+from scheduler.cluster.history import LoadHistory, Popularity
 from scheduler.config import Catalogue, ModelEntry, ModelParams
 from scheduler.costs.params import ContextParams
 from scheduler.costs.shape import ModelShape
@@ -51,6 +51,7 @@ class Model:
     pinned: bool = False
     copies: dict[NodeId, Copy] = field(default_factory=dict)
     history: LoadHistory = field(default_factory=LoadHistory)
+    popularity: Popularity = field(default_factory=Popularity)
 
     @property
     def shape(self) -> ModelShape | None:

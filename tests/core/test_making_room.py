@@ -31,6 +31,37 @@ def test_the_least_recently_used_goes() -> None:
     assert s.evicted() == ["b", "a"]
 
 
+@pytest.mark.parametrize(("eviction", "victim"), [("lru", "a"), ("gdsf", "b")])
+def test_what_is_asked_for_often_may_be_worth_more_than_what_was_used_last(eviction: str, victim: str) -> None:
+    s = two_gpus(catalogue={"policy": {"eviction": eviction}})
+    for model in ("a", "a", "a", "a", "b", "c"):
+        s.run(model)
+        s.wait(10)
+    assert s.evicted() == [victim]
+
+
+def test_popularity_fades() -> None:
+    """A model that was asked for often goes before one that is asked for now."""
+    s = two_gpus(catalogue={"policy": {"eviction": "gdsf"}})
+    for _ in range(4):
+        s.run("a")
+    s.wait(3 * 600, longest_step_s=5)
+    s.run("b")
+    s.wait(10)
+    s.run("c")
+    assert s.evicted() == ["a"]
+
+
+def test_of_models_asked_for_alike_the_one_that_is_dearest_to_load_for_its_size_stays() -> None:
+    """Setting up takes the same for all, so that for each byte a small model is dearer to load than a big one."""
+    s = Scenario([gpu("4GiB")], {**TRIO, "small": SMALL}, catalogue={"policy": {"eviction": "gdsf"}})
+    for model in ("small", "a"):
+        s.run(model)
+        s.wait(10)
+    s.run("b")
+    assert s.evicted() == ["a"] and "small" in s.loaded_models()
+
+
 def test_nobody_is_evicted_while_there_is_room() -> None:
     s = two_gpus()
     for model in ("a", "b", "small"):
