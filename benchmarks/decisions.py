@@ -2,7 +2,8 @@
 
 Timed is the CPU time of `SchedulerCore.handle` alone, in this process; runners, readings and the clock are played by
 the scenario driver of the tests. Loads and stops take no time, so that every request that is not granted at once costs
-a whole decision. Run: python -m benchmarks.decisions
+a whole decision; once on GPUs that do not tell their speed, so that the order of tiers decides, and once on some that
+do, so that prices do. Run: python -m benchmarks.decisions
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.table import print_table
 from scheduler import commands as cmd
 from scheduler import events as ev
+from scheduler.costs.params import NO_RATES, Rates
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "core"))
 driver: Any = importlib.import_module("scenario")
@@ -38,11 +41,13 @@ REQUESTS = 1000
 
 
 def main() -> None:
-    print_table(
-        f"One core, {len(GPUS)} unlike GPUs, {len(MODELS)} models, {REQUESTS} requests",
-        ("what an event led to", "events", "median ms", "p99 ms", "worst ms", "per second"),
-        [_row(kind, times) for kind, times in sorted(mixed_requests().items())],
-    )
+    for priced in (False, True):
+        by = "by price" if priced else "by tier"
+        print_table(
+            f"One core, {len(GPUS)} unlike GPUs, {len(MODELS)} models, {REQUESTS} requests, {by}",
+            ("what an event led to", "events", "median ms", "p99 ms", "worst ms", "per second"),
+            [_row(kind, times) for kind, times in sorted(mixed_requests(priced=priced).items())],
+        )
     print_table(
         "One choice, nothing carried out",
         ("resident replicas", "model asked for", "verdict", "median ms"),
@@ -50,10 +55,10 @@ def main() -> None:
     )
 
 
-def mixed_requests() -> dict[str, list[float]]:
+def mixed_requests(*, priced: bool) -> dict[str, list[float]]:
     """Seconds per event, by what it led to. Popularity is Zipf's: some models are hot, most are cold."""
     chance = random.Random(7)
-    scenario = _machine(MODELS)
+    scenario = _machine(MODELS, priced=priced)
     times = _timed(scenario)
     names, weights = list(MODELS), [1 / (rank + 1) for rank in range(len(MODELS))]
     running: list[str] = []
@@ -90,9 +95,14 @@ def choices(residents: int) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _machine(models: dict[str, tuple[int, ...]], spare: str = "0") -> Any:
+def _machine(models: dict[str, tuple[int, ...]], spare: str = "0", *, priced: bool = False) -> Any:
     gpus = [driver.gpu(size, f"gpu{i}") for i, size in enumerate(GPUS)]
-    return driver.Scenario(gpus, models, ram="128GiB", cores=16, catalogue={"reserves": {"gpu_bytes": spare}})
+    rates = NO_RATES
+    if priced:
+        gpus = [replace(gpu, kind="cuda", rates=Rates(500e9, 20e12)) for gpu in gpus]
+        rates = Rates(40e9, 0.5e12)
+    reserves = {"reserves": {"gpu_bytes": spare}}
+    return driver.Scenario(gpus, models, ram="128GiB", cores=16, catalogue=reserves, rates=rates)
 
 
 def _timed(scenario: Any) -> dict[str, list[float]]:
