@@ -2,9 +2,9 @@
 
 Each tier offers its best place, and the cheapest in seconds wins (`price`); where speeds are not known, the first tier
 that fits. A place on GPUs for which nobody is evicted ends the search. Within a tier: fewest devices, no eviction
-before eviction, few victims before many, old ones before recent ones, and the tightest fit, so that big cards stay free
-for big models. Host RAM is not settled for while a better place is only being used, not before `spill_after_s`.
-`benchmarks/decisions.py` has the times.
+before eviction, and of what costs nearly the same few victims before many, old ones before recent ones, and the
+tightest fit, so that big cards stay free for big models. Host RAM is not settled for while a better place is only being
+used, not before `spill_after_s`. `benchmarks/decisions.py` has the times.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from scheduler.choice.candidates import (
     CPU_ONLY,
@@ -38,6 +38,7 @@ from scheduler.units import NodeId, ReplicaId
 
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
 GOOD_ENOUGH = 0.9  # of the GPU layers that could be had: nobody is evicted, and nothing waited for, for the rest
+NEARLY = 1.1  # of the lowest price: what costs no more counts as equally cheap
 MOST_COMPARED = 16  # combinations of GPUs for which victims are sought, the least memory first
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to so many tokens
 SMALLEST_CONTEXT = 2048  # tokens per slot: the least that a refusal proposes
@@ -183,7 +184,7 @@ class Chooser:
 
     def _best_free(self, group: Sequence[Candidate], idle: Sequence[Replica]) -> Found | None:
         free = [(placement, self.outgrown) for c in group if (placement := self._free(c, idle))]
-        return min(free, key=self._tightness, default=None)
+        return self._best_priced(free, self._tightness)
 
     def _free(self, candidate: Candidate, idle: Sequence[Replica]) -> Placement | None:
         if self.outgrown:
@@ -199,7 +200,16 @@ class Chooser:
         cleared = {node_id: self._view_of(node_id).without(everybody) for node_id in {_node_id(c) for c in group}}
         made = (found for c in group if (found := self._make_room(c, removable, cleared[_node_id(c)])))
         several = bool(group) and len(group[0].devices) > 1
-        return min(islice(made, MOST_COMPARED if several else None), key=self._cost, default=None)
+        return self._best_priced(list(islice(made, MOST_COMPARED if several else None)), self._cost)
+
+    def _best_priced(self, found: Sequence[Found], key: Callable[[Found], Any]) -> Found | None:
+        """The first by `key` of those that cost nearly the least; of all, where prices are not known."""
+        if len(found) > 1:
+            prices = [price_s for each in found if (price_s := self.price(*each)) is not None]
+            if len(prices) == len(found):
+                most_s = NEARLY * min(prices)
+                found = [each for each, price_s in zip(found, prices, strict=True) if price_s <= most_s]
+        return min(found, key=key, default=None)
 
     def _make_room(self, candidate: Candidate, removable: Sequence[Replica], cleared: Room) -> Found | None:
         """The placement after stopping the smallest set of `removable` (in order of preference); `cleared` is the room

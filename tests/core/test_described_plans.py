@@ -44,12 +44,18 @@ def where(plan: DescribedPlan) -> tuple[str, list[str]]:
 
 def test_a_model_that_fits_on_one_card_is_put_there() -> None:
     plan = plan_on(cluster({"gpus": [BIG_CARD, SMALL_CARD]}), "medium")
-    assert where(plan) == ("one GPU", ["box0/gpu1"])  # the tightest
+    assert where(plan) == ("one GPU", ["box0/gpu0"])  # much the faster
     assert plan.best is not None and plan.best.evicts == ()
     price = plan.best.price
     assert (price.wait_s, price.release_s, price.regret_s) == (0, 0, 0)
     assert price.total_s == pytest.approx(price.load_s + (price.service_s or 0))
     assert plan.best.tokens_per_s and plan.best.tokens_per_s > 50
+
+
+def test_of_cards_that_are_nearly_as_fast_the_tightest_fit_is_taken() -> None:
+    """So that big cards stay free for big models."""
+    cards = [{"total": "24GiB", "bandwidth": "500GB/s"}, {"total": "12GiB", "bandwidth": "480GB/s"}]
+    assert where(plan_on(cluster({"gpus": cards}), "medium")) == ("one GPU", ["box0/gpu1"])
 
 
 def test_every_alternative_costs_at_least_as_much() -> None:
