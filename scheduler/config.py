@@ -44,6 +44,11 @@ class ModelParams(_Strict):
         None, description="repack host weights for faster CPU prompts, at up to twice their memory (false)"
     )
     embeddings: bool | None = Field(None, description="serve /v1/embeddings from this model (embedding models: true)")
+    spill: bool | None = Field(None, description="whether parts of it may lie in host RAM, or all of it (true)")
+    max_gpus: int | None = Field(None, ge=1, description="at most so many GPUs; none: as many as a machine has")
+    gpus: tuple[str, ...] | None = Field(
+        None, min_length=1, description="only these GPUs: UUID, label (gpu0) or node/label (box1/gpu0)"
+    )
     keep_alive_s: float | None = Field(
         None, ge=0, description="unload after so many idle seconds; none: when room is needed"
     )

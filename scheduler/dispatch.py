@@ -244,6 +244,7 @@ class Dispatch:
         because = ""
         if history.pauses:
             because = f"and nobody is evicted for it after repeated failures (last: {history.last_failure})"
+        because = ", ".join(filter(None, (str(chooser.need.wishes), because)))
         return explain_refusal(kind, model.name, choice.rejections, choice.n_ctx_that_fits, because)
 
     def _drain(self, head: Waiting, victims: frozenset[ReplicaId]) -> None:

@@ -6,7 +6,7 @@ whether there is room is not asked here.
 
 from __future__ import annotations
 
-from scheduler.choice.candidates import Need
+from scheduler.choice.candidates import Need, Wishes
 from scheduler.choice.queue import Waiting
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.models import Model, Models
@@ -71,6 +71,7 @@ class Admission:
             use_extra_bufts=bool(params.use_extra_bufts),
             extra_bytes=history.extra_bytes,
             measurements=self._measurements,
+            wishes=Wishes(params.spill is not False, params.max_gpus, params.gpus or ()),
         )
 
     def nodes(self, model: Model) -> list[Node]:

@@ -44,6 +44,33 @@ _bounded_footprint = lru_cache(maxsize=4 * REMEMBERED)(bounded_footprint)
 
 
 @dataclass(frozen=True, slots=True)
+class Wishes:
+    """Where the catalogue allows a model to be. `gpus`: UUIDs, labels or node/label; none: all."""
+
+    spill: bool = True
+    max_gpus: int | None = None
+    gpus: tuple[str, ...] = ()
+
+    def devices(self, node: Node) -> tuple[DeviceFacts, ...]:
+        """The devices of the node that may be used, the least memory first."""
+        return tuple(
+            sorted(
+                (each.facts for each in node.devices.values() if not self.gpus or self._names(node, each.facts)),
+                key=lambda facts: facts.total_bytes,
+            )
+        )
+
+    def _names(self, node: Node, facts: DeviceFacts) -> bool:
+        return not {str(facts.device_id), facts.label, f"{node.facts.hostname}/{facts.label}"}.isdisjoint(self.gpus)
+
+    def __str__(self) -> str:
+        parts = [f"only on {', '.join(self.gpus)}"] if self.gpus else []
+        parts += [f"on {self.max_gpus} GPUs at the most"] if self.max_gpus else []
+        parts += [] if self.spill else ["not in host RAM"]
+        return "the catalogue wants it " + ", ".join(parts) if parts else ""
+
+
+@dataclass(frozen=True, slots=True)
 class Need:
     """What is to be placed."""
 
@@ -55,6 +82,7 @@ class Need:
     use_extra_bufts: bool = False
     extra_bytes: int = 0
     measurements: Measurements = field(default_factory=Measurements)
+    wishes: Wishes = Wishes()
     draws: bool = False
     """Graphs are drawn for every layout that is tried, not only where the bound on compute buffers does not decide."""
 
@@ -301,7 +329,8 @@ class Candidate:
 
 def spilling(need: Need, node: Node) -> Candidate:
     """As many layers on the node's devices as fit."""
-    return Candidate(SOME_LAYERS_IN_RAM, need, node, _devices(node), need.least_bytes())
+    most = need.wishes.max_gpus or len(node.devices)
+    return Candidate(SOME_LAYERS_IN_RAM, need, node, need.wishes.devices(node)[-most:], need.least_bytes())
 
 
 def candidates(need: Need, nodes: Sequence[Node]) -> Iterator[list[Candidate]]:
@@ -310,17 +339,24 @@ def candidates(need: Need, nodes: Sequence[Node]) -> Iterator[list[Candidate]]:
     Devices that cannot be used now are candidates too (a `Room` has no bytes for them), so that "not now" and "never"
     are told apart.
     """
-    most = max((len(node.devices) for node in nodes), default=0)
+    wishes = need.wishes
+    most = max((len(wishes.devices(node)) for node in nodes), default=0)
+    most = min(most, wishes.max_gpus or most)
     groups = [(ONE_GPU, 1), *((SEVERAL_GPUS, size) for size in range(2, most + 1))]
-    if need.shape.is_moe:
+    if need.shape.is_moe and wishes.spill:
         groups += [(EXPERTS_IN_RAM, size) for size in range(1, most + 1)]
     least = need.least_bytes()
     least_without_experts = need.least_bytes(experts_on_host=True) if need.shape.is_moe else least
     for tier, size in groups:
         at_least = least_without_experts if tier == EXPERTS_IN_RAM else least
-        yield [Candidate(tier, need, node, subset, at_least) for node in nodes for subset in _subsets(node, size)]
-    yield [Candidate(SOME_LAYERS_IN_RAM, need, node, _devices(node), least) for node in nodes if node.devices]
-    yield [Candidate(CPU_ONLY, need, node, ()) for node in nodes]
+        yield [
+            Candidate(tier, need, node, subset, at_least)
+            for node in nodes
+            for subset in _subsets(wishes.devices(node), size)
+        ]
+    if wishes.spill:
+        yield [spilling(need, node) for node in nodes if wishes.devices(node)]
+        yield [Candidate(CPU_ONLY, need, node, ()) for node in nodes]
 
 
 def exact(placement: Placement, need: Need, node: Node) -> Placement:
@@ -329,13 +365,9 @@ def exact(placement: Placement, need: Need, node: Node) -> Placement:
     return need.placement(placement.tier, node, devices, placement.layout)
 
 
-def _devices(node: Node) -> tuple[DeviceFacts, ...]:
-    return tuple(sorted((device.facts for device in node.devices.values()), key=lambda facts: facts.total_bytes))
-
-
-def _subsets(node: Node, size: int) -> list[tuple[DeviceFacts, ...]]:
+def _subsets(devices: Sequence[DeviceFacts], size: int) -> list[tuple[DeviceFacts, ...]]:
     """Combinations of `size` devices, the least memory first: big cards stay free for big models."""
-    sized = combinations(_devices(node), size)
+    sized = combinations(devices, size)
     return sorted(sized, key=lambda subset: sum(facts.total_bytes for facts in subset))[:MOST_SUBSETS]
 
 

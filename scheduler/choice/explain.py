@@ -138,5 +138,5 @@ def explain_refusal(
     what = "can never fit here" if kind is Impossible else "does not fit now, and nothing can make room for it"
     why = f", {because}" if because else ""
     way_out = f"; with n_ctx {n_ctx_that_fits} it would fit" if n_ctx_that_fits else ""
-    reasons = "; ".join(map(str, rejections)) or "no machine has its file"
+    reasons = "; ".join(map(str, rejections)) or ("no GPU is left for it" if because else "no machine has its file")
     return kind(f"{model} {what}{why}{way_out}: {reasons}", model=model, retry_after_s=30.0)

@@ -49,6 +49,49 @@ def test_a_bound_that_is_too_low_is_done_without(monkeypatch: pytest.MonkeyPatch
     assert s.where("small") == ["gpu1"]
 
 
+def wishing(model: str, sizes: list[str], **wishes: object) -> Scenario:
+    entry = {"path": f"/models/{model}.gguf", **wishes}
+    return Scenario([gpu(size, f"gpu{i}") for i, size in enumerate(sizes)], ALL, catalogue={"models": {model: entry}})
+
+
+def test_a_model_that_may_not_spill_is_on_gpus_or_not_at_all() -> None:
+    s = wishing("large", ["8GiB"], spill=False)
+    why = s.why(s.ask("large"))
+    assert "can never fit here, the catalogue wants it not in host RAM: one GPU (gpu0): needs 11.9 GiB" in why
+    assert "CPU only" not in why and "some layers" not in why
+    s = wishing("moe", ["3GiB"], spill=False)
+    assert s.ask("moe") in s.refusals
+    s = wishing("large", ["8GiB", "6GiB"], spill=False)
+    s.run("large")
+    assert s.tier("large") == "several GPUs"
+
+
+@pytest.mark.parametrize(("most", "tier", "n_gpus"), [(1, "some layers in host RAM", 1), (2, "several GPUs", 2)])
+def test_no_more_gpus_are_taken_than_the_catalogue_allows(most: int, tier: str, n_gpus: int) -> None:
+    s = wishing("large", ["8GiB", "6GiB", "2GiB"], max_gpus=most)
+    s.run("large")
+    assert (s.tier("large"), len(s.where("large"))) == (tier, n_gpus)
+    assert "gpu0" in s.where("large"), "the biggest, where not all may be used"
+
+
+@pytest.mark.parametrize("name", ["gpu1", "box/gpu1", "id-gpu1"])
+def test_only_the_gpus_that_the_catalogue_names_are_used(name: str) -> None:
+    s = wishing("small", ["1GiB", "8GiB"], gpus=[name])
+    s.run("small")
+    assert s.where("small") == ["gpu1"]
+    full = wishing("large", ["16GiB", "8GiB"], gpus=[name], spill=False)
+    why = full.why(full.ask("large"))
+    assert f"the catalogue wants it only on {name}, not in host RAM" in why and "gpu0" not in why
+
+
+def test_gpus_that_no_machine_has_leave_host_ram_or_nothing() -> None:
+    s = wishing("small", ["8GiB"], gpus=["gpu7"])
+    s.run("small")
+    assert s.tier("small") == "CPU only"
+    s = wishing("small", ["8GiB"], gpus=["gpu7"], spill=False)
+    assert "only on gpu7, not in host RAM: no GPU is left for it" in s.why(s.ask("small"))
+
+
 def test_layers_are_set_explicitly_and_sum_up() -> None:
     s = Scenario([gpu("8GiB"), gpu("6GiB", "gpu1")], ALL)
     s.run("large")
