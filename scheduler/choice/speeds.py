@@ -81,7 +81,7 @@ class Speeds:
             rates.append(host if device.facts.kind == "rpc" else device.facts.rates)
         if any(each == NO_RATES for each in (host, *rates)):
             return None
-        return seconds_per_token(shape, placement.layout, placement.context, rates, host, n_past)
+        return seconds_per_token(shape, placement.layout, placement.context, tuple(rates), host, n_past)
 
     def _keys(self, phase: str, shape: ModelShape, placement: Placement) -> Sequence[str]:
         """This model on such hardware, in this layout; then any model there."""

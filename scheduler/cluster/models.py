@@ -87,6 +87,8 @@ class Models:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
+        self._params: dict[str, ModelParams] = {}  # of every name that was asked about: neither side of it changes
+        self._entries: dict[str, tuple[str, ...]] = {}  # of every path that was seen, which is looked up every second
         self.by_name: dict[str, Model] = {
             name: Model(name, entry, pinned=entry.pinned) for name, entry in catalogue.models.items()
         }
@@ -102,6 +104,11 @@ class Models:
 
     def params(self, model: Model) -> ModelParams:
         """The model's own parameters over the catalogue's defaults."""
+        if model.name not in self._params:
+            self._params[model.name] = self._own_params(model)
+        return self._params[model.name]
+
+    def _own_params(self, model: Model) -> ModelParams:
         own = model.entry.model_dump(include=set(ModelParams.model_fields)) if model.entry else {}
         chosen = {key: value for key, value in own.items() if value is not None}
         return self._catalogue.defaults.model_copy(update=chosen)
@@ -183,11 +190,10 @@ class Models:
         self.update(node_id, ())
 
     def _names(self, file: ModelFile, taken: dict[str, ModelFile]) -> list[str]:
-        entries = [
-            name
-            for name, entry in self._catalogue.models.items()
-            if name not in taken and _matches(file.path, entry.path)
-        ]
+        if file.path not in self._entries:
+            matching = (name for name, entry in self._catalogue.models.items() if _matches(file.path, entry.path))
+            self._entries[file.path] = tuple(matching)
+        entries = [name for name in self._entries[file.path] if name not in taken]
         if entries:
             return entries
         stem = _PART.sub("", posixpath.basename(file.path).removesuffix(".gguf"))

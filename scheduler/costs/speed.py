@@ -8,8 +8,8 @@ Kernels, queues and drivers are left out on purpose: `Paces` learns what they co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from scheduler.costs.cache import cache_types
 from scheduler.costs.params import ContextParams, Layout, Rates
@@ -34,8 +34,9 @@ class _Work:
     operations: float = 0.0
 
 
+@lru_cache(maxsize=4096)  # every request is priced in places that were priced before
 def seconds_per_token(
-    shape: ModelShape, layout: Layout, context: ContextParams, rates: Sequence[Rates], host: Rates, n_past: int
+    shape: ModelShape, layout: Layout, context: ContextParams, rates: tuple[Rates, ...], host: Rates, n_past: int
 ) -> tuple[float, float]:
     """Seconds per token of (an answer with `n_past` tokens before it, a long prompt). `rates`: one per device.
 

@@ -23,47 +23,47 @@ TWO_CARDS = Layout((DeviceSpec("d0"), DeviceSpec("d1")), -1, (12.0, 13.0))
 
 
 def test_a_token_reads_every_weight_but_the_embedding_once() -> None:
-    answer, _ = seconds_per_token(MODEL, ON_CARD, CONTEXT, [CARD], HOST, 0)
+    answer, _ = seconds_per_token(MODEL, ON_CARD, CONTEXT, (CARD,), HOST, 0)
     assert answer == pytest.approx((MODEL.weights_bytes - MODEL.stored.input) / 1e12)
 
 
 def test_the_cache_is_read_too() -> None:
-    empty, long = (seconds_per_token(MODEL, ON_CARD, CONTEXT, [CARD], HOST, n)[0] for n in (0, 1000))
+    empty, long = (seconds_per_token(MODEL, ON_CARD, CONTEXT, (CARD,), HOST, n)[0] for n in (0, 1000))
     per_token = sum(2 * (kind.k_width + kind.v_width) for kind in MODEL.arch.layers)
     assert long - empty == pytest.approx(1000 * per_token / 1e12)
 
 
 def test_two_equal_cards_are_as_fast_as_one_but_for_the_hop() -> None:
-    one, _ = seconds_per_token(MODEL, ON_CARD, CONTEXT, [CARD], HOST, 100)
-    two, _ = seconds_per_token(MODEL, TWO_CARDS, CONTEXT, [CARD, CARD], HOST, 100)
+    one, _ = seconds_per_token(MODEL, ON_CARD, CONTEXT, (CARD,), HOST, 100)
+    two, _ = seconds_per_token(MODEL, TWO_CARDS, CONTEXT, (CARD, CARD), HOST, 100)
     assert two - one == pytest.approx(HOP_S)
 
 
 def test_layers_in_ram_slow_it_down_by_their_bytes() -> None:
-    times = [seconds_per_token(MODEL, replace(ON_CARD, n_gpu_layers=n), CONTEXT, [CARD], HOST, 0)[0] for n in range(26)]
+    times = [seconds_per_token(MODEL, replace(ON_CARD, n_gpu_layers=n), CONTEXT, (CARD,), HOST, 0)[0] for n in range(26)]
     assert times == sorted(times, reverse=True) and times[0] == pytest.approx(20 * times[25], rel=0.05)
 
 
 def test_only_the_experts_in_use_are_read() -> None:
     moe = shape(*MOE)
     experts = sum(layer.experts for layer in moe.stored.layers)
-    answer, _ = seconds_per_token(moe, ON_CARD, CONTEXT, [CARD], HOST, 0)
+    answer, _ = seconds_per_token(moe, ON_CARD, CONTEXT, (CARD,), HOST, 0)
     assert answer == pytest.approx((moe.weights_bytes - moe.stored.input - 0.75 * experts) / 1e12)  # 2 of 8 in use
-    apart, _ = seconds_per_token(moe, replace(ON_CARD, experts_on_host=True), CONTEXT, [CARD], HOST, 0)
+    apart, _ = seconds_per_token(moe, replace(ON_CARD, experts_on_host=True), CONTEXT, (CARD,), HOST, 0)
     assert apart > 0.25 * experts / HOST.bytes_per_s
 
 
 def test_prompts_are_arithmetic_unless_the_batch_is_tiny() -> None:
-    _, prompt = seconds_per_token(MODEL, ON_CARD, CONTEXT, [CARD], HOST, 0)
+    _, prompt = seconds_per_token(MODEL, ON_CARD, CONTEXT, (CARD,), HOST, 0)
     elements = sum(layer.weights_elements for layer in MODEL.stored.layers)
     assert prompt == pytest.approx(2 * elements / CARD.flops, rel=0.01)
-    answer, tiny = seconds_per_token(MODEL, ON_CARD, ContextParams(n_ubatch=1), [CARD], HOST, 0)
+    answer, tiny = seconds_per_token(MODEL, ON_CARD, ContextParams(n_ubatch=1), (CARD,), HOST, 0)
     assert tiny == pytest.approx(answer, rel=0.07)
 
 
 def test_a_device_without_rates_has_no_speed() -> None:
     with pytest.raises(ValueError, match="no speed"):
-        seconds_per_token(MODEL, ON_CARD, CONTEXT, [Rates()], HOST, 0)
+        seconds_per_token(MODEL, ON_CARD, CONTEXT, (Rates(),), HOST, 0)
 
 
 def test_the_page_cache_is_faster_than_a_disk() -> None:
