@@ -85,17 +85,10 @@ def simulate(
 def _models(path: Path | None) -> tuple[Catalogue, dict[str, ModelOnDisk]]:
     """The catalogue, and its models on disk; without one, the example models."""
     from arriero.cli.described import read_model, read_yaml
-    from arriero.example_models import EXAMPLES, write_example_model
     from scheduler.simulation.described import ModelOnDisk
 
     if path is None:
-        with tempfile.TemporaryDirectory() as folder:
-            files = {
-                name: write_example_model(Path(folder) / f"{name}.gguf", name, of) for name, of in EXAMPLES.items()
-            }
-            models = {name: ModelOnDisk(f"/models/{name}.gguf", read_model(file)) for name, file in files.items()}
-        entries = {name: {"path": model.path} for name, model in models.items()}
-        return parse_catalogue({"models": entries}), models
+        return example_models()
     settings = parse_catalogue(read_yaml(path), str(path))
     if not settings.models:
         raise Rejected(f"{path} has no models; give each a name and a path")
@@ -104,6 +97,21 @@ def _models(path: Path | None) -> tuple[Catalogue, dict[str, ModelOnDisk]]:
         file = path.parent / Path(entry.path).expanduser()
         found[name] = ModelOnDisk(entry.path, read_model(file))
     return settings, found
+
+
+def example_models() -> tuple[Catalogue, dict[str, ModelOnDisk]]:
+    """Models of well-known sizes, and a catalogue of them."""
+    from arriero.cli.described import read_model
+    from arriero.example_models import EXAMPLES, write_example_model
+    from scheduler.simulation.described import ModelOnDisk
+
+    models = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, of in EXAMPLES.items():
+            file = write_example_model(Path(folder) / f"{name}.gguf", name, of)
+            models[name] = ModelOnDisk(f"/models/{name}.gguf", read_model(file))
+    entries = {name: {"path": model.path} for name, model in models.items()}
+    return parse_catalogue({"models": entries}), models
 
 
 def _trace(path: Path | None, models: list[str], exponent: float, seed: int) -> list[TraceRequest]:

@@ -40,7 +40,9 @@ def test_two_equal_cards_are_as_fast_as_one_but_for_the_hop() -> None:
 
 
 def test_layers_in_ram_slow_it_down_by_their_bytes() -> None:
-    times = [seconds_per_token(MODEL, replace(ON_CARD, n_gpu_layers=n), CONTEXT, (CARD,), HOST, 0)[0] for n in range(26)]
+    times = [
+        seconds_per_token(MODEL, replace(ON_CARD, n_gpu_layers=n), CONTEXT, (CARD,), HOST, 0)[0] for n in range(26)
+    ]
     assert times == sorted(times, reverse=True) and times[0] == pytest.approx(20 * times[25], rel=0.05)
 
 
