@@ -120,7 +120,7 @@ def test_policies_are_compared_side_by_side_and_requests_written(folder: Path) -
     with (folder / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and all(float(row["granted_s"]) <= float(row["first_token_s"]) for row in rows)
-    with pytest.raises(Rejected, match="there is no policy 'lfu'; known are lru, single"):
+    with pytest.raises(Rejected, match="there is no policy 'lfu'; known are lru, gdsf, single"):
         run("simulate", *common, "--policy", "lfu")
 
 
