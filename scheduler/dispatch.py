@@ -150,7 +150,8 @@ class Dispatch:
         coming = self._coming(head)
         if coming:
             return explain_coming(coming[0])
-        draining = next((r for r in self._fleet.replicas.values() if r.model == head.model and r.drain_for), None)
+        ours = (r for r in self._fleet.replicas.values() if r.model == head.model)
+        draining = next((r for r in ours if r.drain_for not in ("", head.model)), None)
         if draining is not None:  # a second replica beside it would stay where there happens to be room now
             return f"{head.model} finishes to make room for {draining.drain_for}, and comes back after it"
         lately = self._now - head.looked_at < LOOK_AGAIN_S
@@ -221,7 +222,11 @@ class Dispatch:
             outgrown=frozenset(
                 r.replica_id
                 for r in self._fleet.replicas.values()
-                if r.model == model.name and r.idle and r.open and r.n_ctx < n_ctx
+                if r.model == model.name
+                and r.idle
+                and not r.retiring
+                and r.drain_for in ("", model.name)
+                and r.n_ctx < n_ctx
             ),
             may_evict=model.history.may_evict,
             price=lambda placement, victims: self._price_s(need, placement, victims, now),

@@ -32,15 +32,18 @@ def parse_bytes(text: str | int) -> int:
 
     Raises ValueError with the accepted spellings when the text is not a size.
     """
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         if text < 0:
             raise ValueError(f"a size cannot be negative: {text}")
         return text
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     factor = _FACTORS.get(match.group(2).lower()) if match else None
     if match is None or factor is None:
         raise ValueError(f"{text!r} is not a size; write bytes as 512, 96MiB, 1.5GiB or 8GB")
-    return int(float(match.group(1)) * factor)
+    try:
+        return int(float(match.group(1)) * factor)
+    except OverflowError:
+        raise ValueError(f"{str(text)[:20]}... is more than any machine has") from None
 
 
 def format_bytes(count: int) -> str:
@@ -60,12 +63,15 @@ def parse_rate(text: str | float) -> float:
     Raises ValueError with the accepted spellings when the text is not a rate.
     """
     if isinstance(text, (int, float)) and not isinstance(text, bool):
-        rate = float(text)
+        try:
+            rate = float(text)
+        except OverflowError:
+            rate = float("inf")
     else:
         match = _RATE.fullmatch(str(text).strip())
         if match is None:
             raise ValueError(f"{text!r} is not a rate; write bytes per second as 936GB/s or 500MB/s")
         rate = float(parse_bytes(match.group(1)))
-    if not 0 < rate < float("inf"):
-        raise ValueError(f"a rate must be positive and finite: {text}")
+    if not 1 <= rate <= 1e18:
+        raise ValueError(f"{str(text)[:40]} is no rate that a device has; write bytes per second as 936GB/s")
     return rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from rich.table import Table
 
 from arriero.cli.service import console
-from scheduler.config import parse_catalogue
+from scheduler.config import NAME, parse_catalogue
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.errors import Rejected
 from scheduler.simulation.described import DescribedCluster, ModelOnDisk
@@ -61,14 +62,16 @@ def resident_files(description: ClusterDescription, folder: Path) -> dict[str, P
     for node in description.nodes:
         for replica in node.replicas:
             path = folder / Path(replica.file).expanduser()
+            if not NAME.fullmatch(replica.model):
+                raise Rejected(f"replica {replica.model!r}: a model's name may hold letters, digits and ._:@/+- only")
             if files.setdefault(replica.model, path) != path:
                 raise Rejected(f"replica {replica.model} has two files: {files[replica.model]} and {path}")
     return files
 
 
 def _name(path: Path, taken: dict[str, Path]) -> str:
-    stem = path.name.removesuffix(".gguf")
-    return stem if stem not in taken else f"{path.resolve().parent.name}/{stem}"
+    stem = re.sub(r"[^A-Za-z0-9._:@+-]+", "-", path.name.removesuffix(".gguf")).strip("-._:@+")[:100] or "model"
+    return stem if stem not in taken else f"{stem}@{len(taken)}"
 
 
 # ---------------------------------------------------------------------- JSON

@@ -104,7 +104,7 @@ def models(url: Url = None, json: AsJson = False) -> None:
 
 def plan(
     model: str,
-    n_ctx: Annotated[int | None, typer.Option(help="Tokens that a slot must hold.")] = None,
+    n_ctx: Annotated[int | None, typer.Option(min=1, help="Tokens that a slot must hold.")] = None,
     cluster: Annotated[
         Path | None, typer.Option(help="Plan for the cluster described in this file; MODEL is then a GGUF file.")
     ] = None,

@@ -64,6 +64,8 @@ def simulate(
     for name in chosen:
         if name not in POLICIES:
             raise Rejected(f"there is no policy {name!r}; known are {', '.join(POLICIES)}")
+    if not 0 <= popularity <= 10:
+        raise Rejected(f"--popularity is {popularity}; it must be between 0 and 10")
     if requests is not None and len(chosen) > 1:
         raise Rejected("--csv writes the requests of one policy: give one --policy")
     description = parse_cluster(read_yaml(cluster), str(cluster)) if cluster else parse_cluster(EXAMPLE_CLUSTER)
@@ -92,11 +94,12 @@ def _models(path: Path | None) -> tuple[Catalogue, dict[str, ModelOnDisk]]:
     settings = parse_catalogue(read_yaml(path), str(path))
     if not settings.models:
         raise Rejected(f"{path} has no models; give each a name and a path")
-    found = {}
-    for name, entry in settings.models.items():
+    found, entries = {}, {}
+    for i, (name, entry) in enumerate(settings.models.items()):
         file = path.parent / Path(entry.path).expanduser()
-        found[name] = ModelOnDisk(entry.path, read_model(file))
-    return settings, found
+        found[name] = ModelOnDisk(f"/models/{i}.gguf", read_model(file))
+        entries[name] = entry.model_copy(update={"path": found[name].path})  # so that no path is part of another
+    return settings.model_copy(update={"models": entries}), found
 
 
 def example_models() -> tuple[Catalogue, dict[str, ModelOnDisk]]:
@@ -121,7 +124,7 @@ def _trace(path: Path | None, models: list[str], exponent: float, seed: int) -> 
         drifting = Popularity(models, exponent, drift_s=1800.0)
         return made_trace(drifting, seed, n_requests=EXAMPLE_REQUESTS, mean_gap_s=EXAMPLE_GAP_S)
     try:
-        with path.open(newline="", encoding="utf-8") as lines:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
             return read_trace(lines, Popularity(models, exponent), seed, str(path))
     except OSError as error:
         raise Rejected(f"{path}: {error.strerror or error}") from None
@@ -130,7 +133,11 @@ def _trace(path: Path | None, models: list[str], exponent: float, seed: int) -> 
 
 
 def _write(path: Path, run: Run) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    try:
+        file = path.open("w", newline="", encoding="utf-8")
+    except OSError as error:
+        raise Rejected(f"{path}: {error.strerror or error}") from None
+    with file:
         writer = csv.writer(file)
         writer.writerow(("arrived_s", "model", "granted_s", "first_token_s", "done_s", "refusal"))
         for each in run.outcomes:

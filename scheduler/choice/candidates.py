@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations
+from math import comb
 
 from scheduler.choice.room import Room
 from scheduler.cluster.facts import DeviceFacts
@@ -36,6 +37,8 @@ CPU_ONLY = "CPU only"
 TIERS = (ONE_GPU, SEVERAL_GPUS, EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM, CPU_ONLY)
 ON_GPU = frozenset({ONE_GPU, SEVERAL_GPUS})
 REMEMBERED = 4096  # footprints, a kilobyte each: the same layouts are asked for again with every decision
+MOST_SORTED = 4096  # device combinations of one size that are looked through
+LARGEST_SUBSETS = 8  # of those tried
 MOST_SUBSETS = 64  # device combinations tried per size: C(8, 4) = 70, so eight GPUs are searched almost whole
 
 
@@ -366,9 +369,12 @@ def exact(placement: Placement, need: Need, node: Node) -> Placement:
 
 
 def _subsets(devices: Sequence[DeviceFacts], size: int) -> list[tuple[DeviceFacts, ...]]:
-    """Combinations of `size` devices, the least memory first: big cards stay free for big models."""
-    sized = combinations(devices, size)
-    return sorted(sized, key=lambda subset: sum(facts.total_bytes for facts in subset))[:MOST_SUBSETS]
+    """Combinations of `size` devices, the least memory first: big cards stay free for big models. Of many, the smallest
+    and some of the largest; of very many, those of neighbours in size."""
+    if comb(len(devices), size) > MOST_SORTED:
+        return [tuple(devices[i : i + size]) for i in range(len(devices) - size + 1)]
+    sized = sorted(combinations(devices, size), key=lambda subset: sum(facts.total_bytes for facts in subset))
+    return sized if len(sized) <= MOST_SUBSETS else sized[: MOST_SUBSETS - LARGEST_SUBSETS] + sized[-LARGEST_SUBSETS:]
 
 
 def _proportional(weights: Sequence[int], total: int) -> list[int]:

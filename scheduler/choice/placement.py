@@ -172,7 +172,7 @@ class Chooser:
             price_s = self.price(*found)
             if price_s is None:
                 return best or found
-            if price_s < least_s:
+            if best is None or price_s < least_s:
                 best, least_s = found, price_s
             if found[0].tier in ON_GPU and not found[1]:
                 break
@@ -283,11 +283,12 @@ class Chooser:
         return self.waited_s >= self.policy.spill_after_s and self.price(*found) is None
 
     def _worth_waiting(self, later: Found, found: Found) -> bool:
-        """Whether what could be had later is better than what can be had now: the wait is in its price."""
+        """Whether what could be had later is better than what can be had now: the wait is in its price, and the longer
+        it has been already, the longer it is taken to be."""
         later_s, now_s = self.price(*later), self.price(*found)
         if later_s is None or now_s is None:
             return _clearly_better(later[0], found[0])
-        return later_s < now_s
+        return later_s + self.waited_s < now_s
 
     def _tightness(self, found: Found) -> tuple[int, int, int]:
         """Most layers on GPUs (they differ for partial offload only), fewest devices, least memory left over there."""

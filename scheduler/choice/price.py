@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from scheduler.choice.speeds import Speed, Speeds
 from scheduler.cluster.models import Models
-from scheduler.cluster.replica import Placement, Replica
+from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.costs.shape import ModelShape
 from scheduler.units import ReplicaId
 
@@ -73,8 +73,9 @@ class Prices:
         )
 
     def service(self, shape: ModelShape, model: str, replica: Replica) -> Price:
-        """Of being served by a replica that is there."""
-        return Price(0.0, 0.0, 0.0, _service_seconds(self._speed(model, shape, replica.placement)), 0.0)
+        """Of being served by a replica that is there, once it has a free slot."""
+        wait_s = 0.0 if replica.free_slots else self._busy_s(replica)
+        return Price(wait_s, 0.0, 0.0, _service_seconds(self._speed(model, shape, replica.placement)), 0.0)
 
     def keeping(self, replica: Replica, now: float) -> float:
         """What it is worth to keep a replica: requests that its model gets, times seconds of a load, for each byte."""
@@ -86,11 +87,14 @@ class Prices:
         return model.popularity.at(now) * load_s / max(1, sum(placement.device_bytes) or placement.host_bytes)
 
     def _busy_s(self, replica: Replica) -> float:
-        """Until the replica has finished what it is doing: half a usual request."""
+        """Until the replica has finished what it is doing: half a usual request, a load and one that follows it."""
         shape = self._shape(replica.model)
-        if not replica.busy or shape is None:
+        coming = replica.state in (ReplicaState.PENDING, ReplicaState.LOADING)
+        if shape is None or not (replica.busy or coming):
             return 0.0
-        return 0.5 / REQUESTS * (_service_seconds(self._speed(replica.model, shape, replica.placement)) or 0.0)
+        speed = self._speed(replica.model, shape, replica.placement)
+        request_s = (_service_seconds(speed) or 0.0) / REQUESTS
+        return speed.load.seconds + request_s if coming else 0.5 * request_s
 
     def _regret_s(self, replica: Replica, now: float) -> float:
         shape = self._shape(replica.model)

@@ -9,7 +9,6 @@ from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.costs.measurements import Record
 from scheduler.costs.paces import Estimate, Pace, Paces
-from scheduler.costs.params import NO_RATES
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.speed import load_seconds, seconds_per_token
 
@@ -79,7 +78,7 @@ class Speeds:
             if device is None:
                 return None
             rates.append(host if device.facts.kind == "rpc" else device.facts.rates)
-        if any(each == NO_RATES for each in (host, *rates)):
+        if any(each.bytes_per_s <= 0 or each.flops <= 0 for each in (host, *rates)):
             return None
         return seconds_per_token(shape, placement.layout, placement.context, tuple(rates), host, n_past)
 

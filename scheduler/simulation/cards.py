@@ -62,7 +62,7 @@ _SHEET = """
     H200         141  4800  66.9
 """
 """Name, GiB, GB/s, F32 TFLOPS."""
-_NOISE = re.compile(r"nvidia|geforce|quadro|tesla|graphics|laptop|gpu|pcie|sxm\d?|[^a-z0-9]")
+_NOISE = re.compile(r"nvidia|geforce|quadro|tesla|graphics|gpu|pcie|sxm\d?|[^a-z0-9]")
 
 
 @dataclass(frozen=True, slots=True)

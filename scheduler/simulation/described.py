@@ -6,7 +6,7 @@ the rest: then it is what is free besides them. A replica that could not be load
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from scheduler import commands as cmd
@@ -52,23 +52,35 @@ class DescribedCluster:
     ) -> None:
         self.description = description
         self.models = models
-        pinned = {said.model for node in description.nodes for said in node.replicas if said.pinned}
-        self.core = SchedulerCore(catalogue)
+        self.core = SchedulerCore(catalogue, tag="s")
+        self.commands: list[cmd.Command] = []
+        """What the core wants done at `NOW`."""
+        self._foreign: dict[DeviceId | NodeId, int] = {}
         for node in description.nodes:
             self.core.handle(ev.NodeJoined(_facts(node)), 0.0)
             self.report(node, [], 0.0)
             for model in models.values():
                 self.core.handle(ev.ShapeRead(NodeId(node.name), model.path, model.shape), 0.0)
-        for name in sorted(pinned):
+        for name in sorted({said.model for node in description.nodes for said in node.replicas if said.pinned}):
             self.core.handle(ev.PinAsked(name, True), 0.0)
-        loaded = {node.name: [_Loaded(said, self._placement(node, said)) for said in node.replicas] for node in
-                  description.nodes}  # fmt: skip
-        arrivals = [(node, each) for node in description.nodes for each in loaded[node.name]]
-        for serial, (_, each) in enumerate(sorted(arrivals, key=lambda arrival: -arrival[1].said.idle_s), start=1):
+        loaded = {
+            node.name: [_Loaded(said, self._placement(node, said)) for said in node.replicas]
+            for node in description.nodes
+        }
+        arrivals = [each for node in description.nodes for each in loaded[node.name]]
+        for serial, each in enumerate(sorted(arrivals, key=lambda each: -each.said.idle_s), start=1):
             self._adopt(each, serial)
         for node in description.nodes:
-            self.report(node, [each.placement for each in loaded[node.name]], NOW)
-        self.core.handle(ev.Ticked(), NOW)
+            placements = [each.placement for each in loaded[node.name]]
+            self._foreign |= self._others(node, placements)
+            self.commands += self.report(node, placements, NOW)
+        self.commands += self.core.handle(ev.LeasesRenewed(self.leases), NOW)
+        self.commands += self.core.handle(ev.Ticked(), NOW)
+
+    @property
+    def leases(self) -> tuple[LeaseId, ...]:
+        """Of the replicas that are said to be busy."""
+        return tuple(lease for replica in self.core.replicas.values() for lease in sorted(replica.leases))
 
     def _adopt(self, loaded: _Loaded, serial: int) -> None:
         said, placement = loaded.said, loaded.placement
@@ -112,30 +124,45 @@ class DescribedCluster:
     ) -> list[cmd.Command]:
         """Tell the core what the machine and its GPUs show, with these replicas on it and the files `cached` (by path)
         in its page cache. Returns the commands that this leads to."""
-        commands: list[cmd.Command] = []
         there = self.core.inventory.nodes[NodeId(node.name)].facts
-        ours: dict[DeviceId, int] = {device.device_id: 0 for device in there.devices}
-        resting = 0
-        for placement in replicas:
-            resting += placement.host_resting_bytes
-            for device_id, count in zip(placement.device_ids, placement.device_bytes, strict=True):
-                ours[device_id] += count
-        for device, said in zip(there.devices, node.gpus, strict=True):
-            used = _used(device.total_bytes, said.free, ours[device.device_id])
-            free = max(0, device.total_bytes - used)
-            self.core.handle(ev.DeviceSampled(DeviceReading(device.device_id, device.total_bytes, free, used, at)), at)
+        ours, resting = _held(there, replicas)
+        commands: list[cmd.Command] = []
+        for device in there.devices:
+            used = min(device.total_bytes, self._foreign.get(device.device_id, 0) + ours[device.device_id])
+            reading = DeviceReading(device.device_id, device.total_bytes, device.total_bytes - used, used, at)
+            commands += self.core.handle(ev.DeviceSampled(reading), at)
         files = tuple(
             ModelFile(model.path, model.shape.paths, model.shape.file_bytes, 0.0, float(model.path in cached))
             for model in self.models.values()
         )
-        available = max(0, node.ram - _used(node.ram, node.ram_free, resting))
+        available = max(0, node.ram - self._foreign.get(there.node_id, 0) - resting)
         return commands + self.core.handle(ev.NodeSampled(NodeReading(there.node_id, available, at, files)), at)
 
+    def _others(self, node: NodeDescription, replicas: Sequence[Placement]) -> dict[DeviceId | NodeId, int]:
+        """Bytes that others use, by what is said to be free and what the replicas of the description hold."""
+        there = self.core.inventory.nodes[NodeId(node.name)].facts
+        ours, resting = _held(there, replicas)
+        found: dict[DeviceId | NodeId, int] = {there.node_id: _foreign_bytes(node.ram, node.ram_free, resting)}
+        for device, said in zip(there.devices, node.gpus, strict=True):
+            found[device.device_id] = _foreign_bytes(device.total_bytes, said.free, ours[device.device_id])
+        return found
 
-def _used(total_bytes: int, free_bytes: int | None, ours_bytes: int) -> int:
-    """Bytes in use in all, where `ours_bytes` are replicas'."""
+
+def _held(there: NodeFacts, replicas: Iterable[Placement]) -> tuple[dict[DeviceId, int], int]:
+    """Bytes that these replicas hold, per device and in host RAM."""
+    ours: dict[DeviceId, int] = {device.device_id: 0 for device in there.devices}
+    resting = 0
+    for placement in replicas:
+        resting += placement.host_resting_bytes
+        for device_id, count in zip(placement.device_ids, placement.device_bytes, strict=True):
+            ours[device_id] += count
+    return ours, resting
+
+
+def _foreign_bytes(total_bytes: int, free_bytes: int | None, ours_bytes: int) -> int:
+    """Of what is in use, replicas may be shown (then the rest is others'), or not, where they would not fit in it."""
     shown = total_bytes - free_bytes if free_bytes is not None else 0
-    return shown if shown >= ours_bytes else min(total_bytes, shown + ours_bytes)
+    return shown - ours_bytes if shown >= ours_bytes else min(shown, total_bytes - ours_bytes)
 
 
 def _facts(node: NodeDescription) -> NodeFacts:

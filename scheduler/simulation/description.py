@@ -20,7 +20,7 @@ from scheduler.config import Bytes
 from scheduler.costs.params import DeviceKind, Rates
 from scheduler.errors import Rejected
 from scheduler.simulation.cards import known_card
-from scheduler.units import GIB, parse_rate
+from scheduler.units import GIB, MIB, parse_rate
 
 Rate = Annotated[float, BeforeValidator(parse_rate), Field(json_schema_extra={"type": ["number", "string"]})]
 UNKNOWN_CARD = Rates(bytes_per_s=300e9, flops=10e12)
@@ -38,13 +38,15 @@ class GpuDescription(_Described):
     total: Bytes | None = Field(None, description="its memory; needed for cards that are not known")
     free: Bytes | None = Field(None, description="what is free of it now (all that no replica takes)")
     bandwidth: Rate | None = Field(None, description="bytes read from its memory per second, as 936GB/s")
-    tflops: float | None = Field(None, gt=0, description="F32 arithmetic, in 10^12 operations per second")
+    tflops: float | None = Field(None, gt=1e-6, lt=1e6, description="F32 arithmetic, in 10^12 operations per second")
     kind: DeviceKind = Field("cuda", description="cuda, or rpc for a virtual GPU")
 
     @model_validator(mode="after")
     def _has_memory(self) -> GpuDescription:
         if self.total is None and known_card(self.name) is None:
             raise ValueError(f"{self.name or 'a GPU'!r} is not a known card: give its total memory, as total: 24GiB")
+        if self.total_bytes < MIB:
+            raise ValueError(f"a GPU of {self.total_bytes} bytes holds nothing; write its memory as 24GiB")
         if self.free is not None and self.free > self.total_bytes:
             raise ValueError(f"{self.free} bytes free of {self.total_bytes} cannot be")
         return self
@@ -84,10 +86,10 @@ class NodeDescription(_Described):
     ram_free: Bytes | None = Field(None, description="what is free of it now (all that no replica takes)")
     cores: int = Field(8, ge=1, description="physical cores")
     ram_bandwidth: Rate = Field(40e9, description="bytes that all cores read per second (40GB/s)")
-    tflops: float = Field(0.5, gt=0, description="F32 arithmetic of all cores (0.5)")
+    tflops: float = Field(0.5, gt=1e-6, lt=1e6, description="F32 arithmetic of all cores (0.5)")
     disk_read: Rate | None = Field(None, description="bytes per second that loading gets from the disk (500MB/s)")
     labels: dict[str, str] = Field(default_factory=dict)
-    gpus: tuple[GpuDescription, ...] = ()
+    gpus: tuple[GpuDescription, ...] = Field((), max_length=32)
     replicas: tuple[ReplicaDescription, ...] = ()
 
     @model_validator(mode="after")

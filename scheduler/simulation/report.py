@@ -17,7 +17,7 @@ def summary(run: Run, policy: str, seed: int) -> dict[str, Any]:
     served = [outcome for outcome in run.outcomes if outcome.done_s is not None]
     waits = [(o.granted_s or 0.0) - o.request.at_s for o in served]
     firsts = [(o.first_token_s or 0.0) - o.request.at_s for o in served]
-    tokens = sum(outcome.request.output_tokens for outcome in served)
+    tokens = sum(outcome.tokens for outcome in served)
     return {
         "requests": len(run.outcomes),
         "served": len(served),

@@ -29,6 +29,8 @@ TICK_S = 1.0
 """How often the core is told that time has passed, while anything goes on."""
 _READ_S = 5.0
 """Readings come at least so often; a device that falls silent gets nothing new."""
+_UNDER_WAY_S = 5.0
+"""How long answers go on that were under way when it began."""
 _FALLBACK_S_PER_TOKEN = 0.05
 """Where a device does not tell its rates."""
 
@@ -41,6 +43,8 @@ class Outcome:
     granted_s: float | None = None
     first_token_s: float | None = None
     done_s: float | None = None
+    tokens: int = 0
+    """Of the answer, as far as the slot holds it."""
     refusal: str = ""
 
 
@@ -109,7 +113,8 @@ class _Simulation:
         self._runners = {r.replica_id: _Runner(r.model, r.placement, 0.0) for r in self._core.replicas.values()}
         self._caches = {node.name: _PageCache(node) for node in description.nodes}
         self._read_at = NOW
-        self._leases: dict[LeaseId, float] = {}
+        self._leases: set[LeaseId] = set()
+        self._loading = 0
         gpus = [device.device_id for node in self._core.inventory.nodes.values() for device in node.facts.devices]
         self._run = Run([Outcome(request) for request in trace], gpus=tuple(gpus))
 
@@ -117,6 +122,10 @@ class _Simulation:
         for number, outcome in enumerate(self._run.outcomes):
             self._at(outcome.request.at_s, lambda n=number: self._arrive(n))  # type: ignore[misc]
         self._at(TICK_S, self._tick)
+        self._carry_out(self._cluster.commands)
+        for lease_id in self._cluster.leases:  # of those who were answered when it began
+            self._leases.add(lease_id)
+            self._at(_UNDER_WAY_S, lambda lease=lease_id: self._served(lease))  # type: ignore[misc]
         while self._agenda:
             self._now, _, happen = heapq.heappop(self._agenda)
             happen()
@@ -164,15 +173,14 @@ class _Simulation:
         return self._run.outcomes[int(request_id)]
 
     def _tick(self) -> None:
-        self._send(ev.Ticked())
-        for lease_id, until in self._leases.items():
-            if until > self._now:
-                self._send(ev.LeasesRenewed((lease_id,)))
         if self._now - self._read_at >= _READ_S:
             self._read_all()
-        waiting = len(self._core.queue) > 0
-        if self._agenda or waiting:
+        self._send(ev.LeasesRenewed(tuple(sorted(self._leases))))
+        self._send(ev.Ticked())
+        if self._leases or self._loading or len(self._core.queue):
             self._after(TICK_S, self._tick)
+        elif self._agenda:  # nothing can happen before
+            self._at(max(self._agenda[0][0] - NOW, self._elapsed_s + TICK_S), self._tick)
 
     # ------------------------------------------------------------------ requests
 
@@ -188,15 +196,16 @@ class _Simulation:
         prompt = min(request.prompt_tokens, grant.n_ctx)
         first_s = prompt * prompt_s + answer_s
         taken_s = first_s + max(0, min(request.output_tokens, grant.n_ctx) - 1) * answer_s
+        outcome.tokens = min(request.output_tokens, grant.n_ctx)
         outcome.granted_s = self._elapsed_s
         outcome.first_token_s = self._elapsed_s + first_s
         outcome.done_s = self._elapsed_s + taken_s
         self._runners[grant.replica_id].busy.append((self._elapsed_s, outcome.done_s))
-        self._leases[grant.lease_id] = self._now + taken_s
+        self._leases.add(grant.lease_id)
         self._after(taken_s, lambda: self._served(grant.lease_id))
 
     def _served(self, lease_id: LeaseId) -> None:
-        del self._leases[lease_id]
+        self._leases.discard(lease_id)
         self._send(ev.LeaseReleased(lease_id))
 
     # ------------------------------------------------------------------ replicas
@@ -210,10 +219,12 @@ class _Simulation:
         self._run.cold_loads += 1
         self._run.bytes_loaded += shape.file_bytes
         cache.read(command.path, shape.file_bytes)
+        self._loading += 1
         self._send(ev.ReplicaStarted(command.replica_id, next(self._serial)))
         self._after(speed.load.seconds, lambda: self._loaded(command, speed.load.seconds))
 
     def _loaded(self, command: cmd.StartReplica, load_s: float) -> None:
+        self._loading -= 1
         replica = self._core.replicas.get(command.replica_id)
         if replica is None or replica.state is not ReplicaState.LOADING:
             return

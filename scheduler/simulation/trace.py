@@ -18,6 +18,7 @@ from scheduler.errors import Rejected
 COLUMNS = ("timestamp_s", "model", "prompt_tokens", "output_tokens")
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOST_TOKENS = 1 << 24
+LONGEST_S = 400 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,15 @@ class Popularity:
 def read_trace(lines: Iterable[str], popularity: Popularity, seed: int, source: str = "trace") -> list[TraceRequest]:
     """The requests in CSV, in order of time. Raises Rejected that names the line."""
     reader = csv.DictReader(lines)
-    columns = reader.fieldnames or []
     chance = random.Random(seed)
-    if set(COLUMNS) <= set(columns):
-        found = [_request(row, reader.line_num, source) for row in reader]
-    elif set(AZURE_COLUMNS) <= set(columns):
-        found = [_azure_request(row, reader.line_num, source) for row in reader]
-    else:
+    try:
+        columns = reader.fieldnames or []
+        read = _request if set(COLUMNS) <= set(columns) else _azure_request
+        known = set(COLUMNS) <= set(columns) or set(AZURE_COLUMNS) <= set(columns)
+        found = [read(row, reader.line_num, source) for row in reader] if known else []
+    except csv.Error as error:
+        raise Rejected(f"{source}, line {reader.line_num}: {error}") from None
+    if not known:
         raise Rejected(
             f"{source}: its columns are {', '.join(columns) or 'none'}; needed are {', '.join(COLUMNS)} "
             f"(or {', '.join(AZURE_COLUMNS)})"
@@ -65,6 +68,8 @@ def read_trace(lines: Iterable[str], popularity: Popularity, seed: int, source: 
         raise Rejected(f"{source} holds no requests")
     found.sort(key=lambda request: request.at_s)
     first = found[0].at_s
+    if found[-1].at_s - first > LONGEST_S:
+        raise Rejected(f"{source} spans {found[-1].at_s - first:.0f} s: are its times in seconds?")
     return [
         TraceRequest(
             each.at_s - first,

@@ -102,6 +102,15 @@ def test_a_busy_model_is_waited_for_or_passed_by_as_it_pays() -> None:
     assert plan.best.evicts == ("other",) and plan.best.price.wait_s > 0
 
 
+def test_a_busy_replica_is_busy_however_long_ago_it_began() -> None:
+    for idle_s in (0, 100, 5000):
+        busy = cluster({"gpus": [BIG_CARD], "replicas": [replica("other", 0, busy=True, idle_s=idle_s)]})
+        waits = [each.price.wait_s for each in [plan_on(busy, "large").best] if each and each.evicts]
+        assert waits and min(waits) > 0, idle_s
+        served = plan_on(busy, "other").best
+        assert served is not None and served.price.wait_s > 0, "its only slot is taken"
+
+
 def test_what_is_loaded_serves_at_the_price_of_its_service() -> None:
     plan = plan_on(cluster({"gpus": [BIG_CARD], "replicas": [replica("medium", 0)]}), "medium")
     assert plan.best is not None and plan.best.price.load_s == 0 and plan.best.price.service_s
@@ -133,6 +142,11 @@ def test_free_memory_may_be_told_with_or_without_replicas(free: str) -> None:
     booked = sum(described.core.replicas["medium-1"].placement.device_bytes)  # type: ignore[index]
     foreign = 24 * GIB - int(float(free[:-3]) * GIB) - (booked if free == "17.5GiB" else 0)
     assert device.foreign_bytes == pytest.approx(foreign, abs=4 << 20)
+
+
+def test_cards_of_laptops_are_not_taken_for_those_of_desktops() -> None:
+    with pytest.raises(Rejected, match="'RTX 4090 Laptop GPU' is not a known card"):
+        cluster({"gpus": [{"name": "RTX 4090 Laptop GPU"}]})
 
 
 # ---------------------------------------------------------------------- refusals

@@ -271,6 +271,22 @@ def test_a_model_that_makes_room_is_not_loaded_again_beside_itself() -> None:
     assert second in s.grants and s.where("a") == ["gpu0"]
 
 
+def test_a_replica_with_too_short_a_context_makes_room_for_a_longer_one_of_its_model() -> None:
+    """Drained for its own model, it must not keep that model waiting."""
+    s = Scenario([gpu("8GiB")], {"large": (16, 4096, 11008)}, ram="6GiB", catalogue=PATIENT)
+    first = s.ask("large", n_ctx=8192)
+    s.wait(30)
+    longer = s.ask("large", n_ctx=16384)
+    s.wait(10)
+    s.done(first)
+    small = s.ask("large", n_ctx=1024)
+    s.wait(10)
+    assert longer in s.grants, s.why(longer)
+    s.done(longer)
+    s.wait(2)
+    assert small in s.grants
+
+
 def test_two_busy_models_take_turns() -> None:
     s = Scenario([gpu("3GiB")], TRIO, catalogue=PATIENT)
     served = {"a": 0, "b": 0}

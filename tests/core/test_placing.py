@@ -74,6 +74,16 @@ def test_no_more_gpus_are_taken_than_the_catalogue_allows(most: int, tier: str, 
     assert "gpu0" in s.where("large"), "the biggest, where not all may be used"
 
 
+def test_the_largest_cards_are_tried_together_however_many_there_are() -> None:
+    sizes = ["2GiB"] * 4 + ["4GiB"] * 4
+    s = wishing("large", sizes, max_gpus=4, spill=False)
+    s.run("large")
+    assert s.tier("large") == "several GPUs"
+    many = Scenario([gpu("1200MiB", f"gpu{i}") for i in range(24)], ALL)
+    many.run("large")
+    assert many.tier("large") == "several GPUs" and len(many.where("large")) > 10
+
+
 @pytest.mark.parametrize("name", ["gpu1", "box/gpu1", "id-gpu1"])
 def test_only_the_gpus_that_the_catalogue_names_are_used(name: str) -> None:
     s = wishing("small", ["1GiB", "8GiB"], gpus=[name])

@@ -12,9 +12,9 @@ from scheduler.errors import Rejected
 from scheduler.simulation.described import ModelOnDisk
 from scheduler.simulation.description import ClusterDescription, parse_cluster
 from scheduler.simulation.report import busy_share, quantiles, summary
-from scheduler.simulation.simulator import Occupation, Run, simulate
+from scheduler.simulation.simulator import Occupation, Run, _Simulation, simulate
 from scheduler.simulation.trace import Popularity, TraceRequest, made_trace, read_trace
-from scheduler.units import DeviceId
+from scheduler.units import GIB, DeviceId
 
 MODELS = {
     name: ModelOnDisk(f"/models/{name}.gguf", shape(*dims))
@@ -89,6 +89,52 @@ def test_replicas_of_the_description_serve_at_once() -> None:
     loaded = {"replicas": [{"model": "medium", "file": "medium.gguf", "gpus": [0]}]}
     run = simulate(cluster("RTX 3090", **loaded), catalogue(), MODELS, ask((5, "medium")))
     assert run.outcomes[0].granted_s == 5 and run.cold_loads == 0
+
+
+def test_memory_of_others_stays_theirs_whatever_is_loaded() -> None:
+    """Else models would be placed in memory that is in use, and nothing the core decides may get lost on the way."""
+    gpus = [{"name": "RTX 3090", "free": "14GiB"}, {"name": "RTX 3060", "free": "7GiB"}]
+    described = parse_cluster({"nodes": [{"name": "box", "ram": "64GiB", "ram_free": "40GiB", "gpus": gpus}]})
+    trace = made_trace(Popularity(list(MODELS), 0.5), 3, n_requests=120, mean_gap_s=6)
+    simulation = _Simulation(described, catalogue(), MODELS, trace)
+    core = simulation._core
+    foreign = {
+        d.facts.device_id: d.foreign_bytes for node in core.inventory.nodes.values() for d in node.devices.values()
+    }
+    assert sorted(foreign.values()) == [5 * GIB, 10 * GIB]
+    run = simulation.run()
+    assert all(outcome.done_s for outcome in run.outcomes)
+    for node in core.inventory.nodes.values():
+        for device in node.devices.values():
+            assert abs(device.foreign_bytes - foreign[device.facts.device_id]) <= 4 << 20
+
+
+def test_a_described_replica_may_go_at_once_and_come_back() -> None:
+    loaded = {"replicas": [{"model": "medium", "file": "medium.gguf", "gpus": [0], "idle_s": 100}]}
+    settings = parse_catalogue(
+        {
+            "models": {name: {"path": model.path} for name, model in MODELS.items()},
+            "defaults": {"keep_alive_s": 60},
+            "policy": {"max_active_models": 1},
+        }
+    )
+    run = simulate(cluster("RTX 3090", **loaded), settings, MODELS, ask((0, "medium"), (5, "small")))
+    assert all(outcome.done_s for outcome in run.outcomes)
+
+
+def test_a_long_answer_does_not_keep_others_waiting_for_ever() -> None:
+    """The longer a wait has been, the longer it is taken to be: in the end host RAM is cheaper."""
+    trace = [TraceRequest(0, "large", 100, 30_000), TraceRequest(20, "other", 100, 20)]
+    models = {**MODELS, "other": ModelOnDisk("/models/other.gguf", MODELS["large"].shape)}
+    entries = {name: {"path": model.path} for name, model in models.items()}
+    settings = parse_catalogue({"models": entries, "defaults": {"n_ctx": 32768}})
+    run = simulate(cluster("RTX 3090"), settings, models, trace)
+    assert all(outcome.done_s for outcome in run.outcomes), [o.refusal for o in run.outcomes]
+
+
+def test_gaps_cost_nothing() -> None:
+    run = simulate(cluster("RTX 3090"), catalogue(), MODELS, ask((0, "medium"), (3e7, "medium")))
+    assert run.events < 1000 and all(outcome.done_s for outcome in run.outcomes)
 
 
 def test_one_seed_one_result() -> None:
@@ -171,6 +217,8 @@ def test_a_popularity_law_prefers_the_first_and_drifts() -> None:
         ("timestamp_s,model,prompt_tokens,output_tokens\n1,a,-1,1\n", "line 2: prompt_tokens is '-1'; it must be"),
         ("timestamp_s,model,prompt_tokens,output_tokens\n1,a,1\n", "line 2: output_tokens is None, not a number"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n", "line 2: 'yesterday' is no time"),
+        ("timestamp_s,model,prompt_tokens,output_tokens\n0,a,1,1\n1e12,a,1,1\n", "are its times in seconds?"),
+        (f"timestamp_s,model,prompt_tokens,output_tokens\n0,{'a' * 140_000},1,1\n", "field larger than"),
     ],
 )
 def test_mistakes_in_traces_are_named_with_their_line(text: str, error: str) -> None:

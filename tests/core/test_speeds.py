@@ -150,3 +150,10 @@ def test_without_rates_only_the_load_is_predicted() -> None:
     assert found.answer is None and found.prompt is None and found.load.seconds > 0
     s.send(ev.LeaseReleased(s.grants[request].lease_id, pace=Pace(100, 1.0, 50, 5.0, 512)))
     assert speed(s, "a").answer is None
+
+
+def test_a_card_that_tells_only_one_of_its_rates_has_no_known_speed() -> None:
+    half = replace(gpu("8GiB", kind="cuda"), rates=Rates(0.0, 1e13))
+    s = Scenario([half], {"m": (8, 1024, 2816)}, rates=HOST)
+    s.run("m")
+    assert s.where("m") == ["gpu0"]
