@@ -69,8 +69,13 @@ def plan_on(cluster: DescribedCluster, model: str, n_ctx: int | None = None) -> 
         raise
     except ArrieroError as error:
         trained = cluster.models[model].shape.n_ctx_train if model in cluster.models else None
-        too_long = n_ctx is not None and trained is not None and n_ctx > trained
-        return DescribedPlan(None, refusal=Refusal((error.message,), (f"n_ctx <= {trained}",) if too_long else ()))
+        if n_ctx is None or not trained or n_ctx <= trained:
+            return DescribedPlan(None, refusal=Refusal((error.message,), ()))
+        shorter = plan_on(cluster, model, trained).refusal
+        if shorter is None:
+            return DescribedPlan(None, refusal=Refusal((error.message,), (f"n_ctx <= {trained}",)))
+        only = tuple(way for way in shorter.would_fit_if if way.startswith("n_ctx"))
+        return DescribedPlan(None, refusal=Refusal((error.message, *shorter.reasons), only))
     pricing = _Pricing(cluster, model)
     if found.serving is not None:
         return DescribedPlan(pricing.served(found.serving.replica_id))
@@ -87,9 +92,8 @@ def plan_on(cluster: DescribedCluster, model: str, n_ctx: int | None = None) -> 
 def _is_chosen(option: Found, choice: Choice) -> bool:
     placement, chosen = option[0], choice.placement
     assert chosen is not None
-    return (placement.tier, placement.device_ids, placement.node_id) == (
-        chosen.tier, chosen.device_ids, chosen.node_id
-    )  # fmt: skip
+    there = (placement.tier, placement.node_id, placement.device_ids, placement.layers, option[1])
+    return there == (chosen.tier, chosen.node_id, chosen.device_ids, chosen.layers, choice.victims)
 
 
 class _Pricing:
