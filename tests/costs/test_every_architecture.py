@@ -35,6 +35,7 @@ CONTEXTS = [
     ContextParams(n_ctx=2048, n_seq_max=4, n_ubatch=64, kv_unified=True),
     ContextParams(n_ctx=2048, n_ubatch=1024, swa_full=True, embeddings=True),
     ContextParams(n_ctx=512, type_k="bf16", type_v="bf16"),
+    ContextParams(n_ctx=1024, type_k="q8_0", type_v="q8_0"),
 ]
 ONE_OF_THREE = Layout(on_devices(1, 1).devices, 3, (2, 1))
 TARGETS = {"eagle3-dense": "llama-dense", "gemma4-assistant-dense": "gemma4-dense", "dflash-dense": "llama-dense"}
@@ -119,6 +120,15 @@ def test_deepseek4_that_lacks_the_tensors_of_its_prediction_layer_has_none(
     cases: list[Case] = [(path.stem, layout, context) for context in CONTEXTS[:3]]
     for case, truth in zip(cases, ask({path.stem: path}, cases, devices=1, real=True), strict=True):
         compare(case, shape, truth, "equal")
+
+
+def test_many_sequences_over_host_and_device(paths: dict[str, Path], shapes: dict[str, ModelShape]) -> None:
+    """From 32 on, llama.cpp may do without fused sums of residual streams."""
+    context = ContextParams(n_ctx=40 * 256, n_seq_max=40, n_ubatch=128)
+    names = ("deepseek4-moe", "glm5-next-moe", "qwen4exp-moe", "hy_v4-moe")
+    cases: list[Case] = [(name, Layout(on_devices(1).devices, 2, (1,)), context) for name in names]
+    for case, truth in zip(cases, ask(paths, cases, devices=1, real=True), strict=True):
+        compare(case, shapes[case[0]], truth, "equal")
 
 
 def with_key(model: Path, key: str, value: int, path: Path) -> Path:
