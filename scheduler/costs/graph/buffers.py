@@ -19,7 +19,8 @@ from typing import TypeVar
 
 from scheduler.costs.cache import cache_types, effective_context
 from scheduler.costs.graph.allocate import buffer_sizes
-from scheduler.costs.graph.blocks import Batch, Build
+from scheduler.costs.graph.blocks import Build
+from scheduler.costs.graph.drawing import Batch
 from scheduler.costs.graph.model import GraphModel
 from scheduler.costs.graph.nodes import Undrawable
 from scheduler.costs.graph.schedule import schedule

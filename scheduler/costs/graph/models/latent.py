@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from scheduler.costs.graph import nodes as g
 from scheduler.costs.graph.blocks import Build, Template
 from scheduler.costs.graph.nodes import Node
 
 
-def _deepseek2(b: Build) -> None:
+def draw_latent(b: Build, attend: Callable[[Build, int, Node, Node], Node]) -> None:
+    """Layers that attend, given a normed activation and the positions, then feed forward, with experts in most."""
     x = b.embedding()
     positions = b.positions()
     b.attention_inputs()
     ids = b.output_ids()
     for il in range(b.last + 1):
         residual = x
-        x = _attention(b, il, b.norm(x, il, "attn_norm"), positions)
+        x = attend(b, il, b.norm(x, il, "attn_norm"), positions)
         if il == b.last:
             x, residual = g.get_rows(x, ids), g.get_rows(residual, ids)
         residual = g.add(x, residual)
         x = b.norm(residual, il, "ffn_norm")
         x = g.add(b.experts_or_dense(il, x), residual)
     b.logits(b.norm(x, -1, "output_norm"))
+
+
+def _deepseek2(b: Build) -> None:
+    draw_latent(b, _attention)
 
 
 def _attention(b: Build, il: int, x: Node, positions: Node) -> Node:

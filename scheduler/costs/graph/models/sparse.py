@@ -6,42 +6,30 @@ from scheduler.costs.ggml_types import F16, F32
 from scheduler.costs.graph import nodes as g
 from scheduler.costs.graph.blocks import Build, Template
 from scheduler.costs.graph.models.indexer import INDEX_WIDTH, by_stream, check_indexer, choose, narrowed
+from scheduler.costs.graph.models.latent import draw_latent
 from scheduler.costs.graph.nodes import I64, Node, Undrawable
 
 
 def _draw(b: Build) -> None:
-    """Layers that attend through an indexer, or to a window, then feed forward, with experts after the first few."""
+    """Layers that attend through an indexer, or to a window."""
     if not b.arch.mla:
         raise Undrawable("the lengths of expanded keys and values are missing")
-    x = b.embedding()
-    positions = b.positions()
-    b.attention_inputs()
-    indexer = _Indexer(b, positions)
-    ids = b.output_ids()
-    for il in range(b.last + 1):
-        residual = x
-        x = _attention(b, il, b.norm(x, il, "attn_norm"), positions, indexer)
-        if il == b.last:
-            x, residual = g.get_rows(x, ids), g.get_rows(residual, ids)
-        residual = g.add(x, residual)
-        x = b.norm(residual, il, "ffn_norm")
-        x = g.add(b.experts_or_dense(il, x), residual)
-    b.logits(b.norm(x, -1, "output_norm"))
+    indexer = _Indexer(b)
+    draw_latent(b, lambda b, il, x, positions: _attention(b, il, x, positions, indexer))
 
 
 class _Indexer:
     """Inputs of the indexers of all layers, and what the last of them has chosen."""
 
-    def __init__(self, b: Build, positions: Node) -> None:
+    def __init__(self, b: Build) -> None:
         streams = 1 if b.size.n_stream == 1 else b.batch.n_seqs
         self._build = b
-        self._positions = positions
         self._ids = g.fresh_input((b.tokens,), I64)
         self._mask = g.fresh_input((b.size.n_ctx_seq, b.tokens // streams, 1, streams), F16)
         self._rotation = g.fresh_input((INDEX_WIDTH, INDEX_WIDTH))
         self._chosen: Node | None = None
 
-    def choose(self, il: int, x: Node, queries: Node) -> None:
+    def choose(self, il: int, x: Node, queries: Node, positions: Node) -> None:
         """Store the keys of layer `il`, score all cells and choose the best for each token.
 
         A layer without an indexer keeps to what the one before has chosen.
@@ -55,7 +43,7 @@ class _Indexer:
         width, heads, tokens = k.ne[0], weights.ne[0], b.tokens
         check_indexer(heads, width)
         q, k = (
-            g.mul_mat(self._rotation, g.rope(g.reshape(y, width, n, tokens), self._positions))
+            g.mul_mat(self._rotation, g.rope(g.reshape(y, width, n, tokens), positions))
             for y, n in ((q, heads), (k, 1))
         )
         keys = b.index(il, k, self._ids)
@@ -79,7 +67,7 @@ def _attention(b: Build, il: int, x: Node, positions: Node, indexer: _Indexer) -
     kind, tokens, gated = b.arch.layers[il], b.tokens, b.arch.name == "dots3note"
     queries = b.norm(g.mul_mat(b.needed(il, "attn_q_a"), x), il, "attn_q_a_norm")
     if not kind.is_swa:
-        indexer.choose(il, x, queries)
+        indexer.choose(il, x, queries, positions)
     q = g.mul_mat(b.needed(il, "attn_q_b"), queries)
     q = g.reshape(q, q.ne[0] // kind.n_head, kind.n_head, tokens)
     both = g.mul_mat(b.needed(il, "attn_kv_a_mqa"), x)
