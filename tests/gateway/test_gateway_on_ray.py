@@ -295,6 +295,14 @@ def answers(client: Client) -> bool:
         return False
 
 
+def gone(scheduler: Any) -> bool:
+    try:
+        get(scheduler.begin.remote([]))
+    except ray.exceptions.RayActorError:
+        return True
+    return False
+
+
 def until(condition: Any) -> None:
     """Asks until `condition` holds; the test's own time-out is the limit."""
     while not condition():
@@ -304,5 +312,6 @@ def until(condition: Any) -> None:
 def test_a_scheduler_that_stays_away(here: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actors.gateway.ray_backend.RESTART_PAUSES_S", (0.01,))
     ray.kill(here.scheduler)  # for good: keep this test the last one
+    until(lambda: gone(here.scheduler))  # Ray's kill does not wait, and a last call might still be answered
     with pytest.raises(Unavailable, match="the scheduler does not answer"):
         asyncio.run(here.backend.acquire(AcquireRequest(RequestId("q"), MODEL)))
