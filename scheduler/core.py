@@ -146,8 +146,8 @@ class SchedulerCore:
         changes = self.models.update(node_id, event.reading.files)
         for path in changes.unread:
             self._out.post(cmd.ReadShape(node_id, path))
-        for replica in list(self.replicas.values()):
-            if replica.placement.node_id == node_id and replica.model in changes.changed:
+        for replica in self.replicas.on_node(node_id) if changes.changed else ():
+            if replica.model in changes.changed:
                 message = f"{replica.model}'s file has changed: what is loaded of it goes when its requests have ended"
                 self._out.announce("model_changed", message, replica=replica)
                 self.fleet.retire(replica, "its file has changed")
@@ -176,7 +176,7 @@ class SchedulerCore:
         reason = event.reading.lost_reason
         if reason and device.trouble != trouble:
             self._out.announce("gpu_lost", f"{label} cannot be used: {reason}")
-            for replica in list(self.replicas.values()):
+            for replica in self.replicas.on_node(device.facts.node_id):
                 if device.facts.device_id in replica.placement.device_ids:
                     self.fleet.abandon(replica, f"{label} was lost: {reason}")
 
@@ -251,7 +251,7 @@ class SchedulerCore:
 
     def _unload(self, name: str) -> None:
         """Whoever waits for the model is refused: it would be loaded again at once."""
-        replicas = [replica for replica in self.replicas.values() if replica.model == name]
+        replicas = self.replicas.of_model(name)
         if not replicas:
             self.models.find(name)
         for waiting in self.queue.of_model(name):
@@ -347,6 +347,7 @@ class SchedulerCore:
     def _tick(self) -> None:
         for device in self.inventory.age(self._now):
             self._dispatch.look_again()
+            self.rooms.changed(device.facts.node_id)
             label = self.inventory.label(device.facts.device_id)
             self._out.announce("gpu_silent", f"{label} gets nothing new: {device.trouble}")
         for lease in self.fleet.leases.expired(self._now):

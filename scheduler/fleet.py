@@ -23,6 +23,7 @@ from scheduler.cluster.leases import Leases
 from scheduler.cluster.ledger import ACTIVE, AccountId, Ledger, cores_account, device_account, host_account
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
+from scheduler.cluster.replicas import Replicas
 from scheduler.config import Catalogue
 from scheduler.costs.footprint import is_verified
 from scheduler.costs.measurements import ROUNDING_BYTES, Measurements, load_key
@@ -44,7 +45,7 @@ class Fleet:
         outbox: Outbox,
         tag: str,
     ) -> None:
-        self.replicas: dict[ReplicaId, Replica] = {}
+        self.replicas = Replicas()
         self.ledger = Ledger()
         self.ledger.open(ACTIVE, catalogue.policy.max_active_models or NO_LIMIT)
         self.rooms = Rooms(inventory, self.ledger, self.replicas, catalogue.policy, catalogue.reserves)
@@ -58,6 +59,7 @@ class Fleet:
         self._out = outbox
         self._tag = tag
         self._serial = 0
+        self._retiring: dict[ReplicaId, Replica] = {}
 
     # ------------------------------------------------------------------ accounts
 
@@ -71,9 +73,10 @@ class Fleet:
     def lose_node(self, node: Node) -> None:
         """Its replicas are gone with it; there is nothing left to stop."""
         node_id = node.facts.node_id
-        for replica in [r for r in self.replicas.values() if r.placement.node_id == node_id]:
+        for replica in self.replicas.on_node(node_id):
             self.leases.drop(replica)
             self.forget(replica)
+        self.rooms.changed(node_id)
         self.ledger.close(host_account(node_id))
         self.ledger.close(cores_account(node_id))
         for device_id in node.devices:
@@ -102,20 +105,20 @@ class Fleet:
         self._out.announce("placed", words, replica=replica, tier=placement.tier)
         replica.waits_for = frozenset(
             r.replica_id
-            for r in self.replicas.values()
-            if r.state is ReplicaState.STOPPING
-            and (self.policy.max_active_models or r.placement.node_id == placement.node_id)
+            for r in self.replicas.in_state(ReplicaState.STOPPING)
+            if self.policy.max_active_models or r.placement.node_id == placement.node_id
         )
         if placement.computes_on_cpu:
             self._balance_threads(placement.node_id)
             replica.n_threads = self.cores.share(placement.node_id)
         self.ledger.promise(replica.replica_id, self._amounts(replica))
+        self.rooms.changed(placement.node_id)
         return replica
 
     def start_pending(self, wanted: Container[str], now: float) -> None:
         """Start pending replicas of `wanted` models whose room is really there; give up those that nobody waits for,
         and those whose room did not come `release_timeout_s` after the last one stopping for it was gone."""
-        for replica in [r for r in self.replicas.values() if r.state is ReplicaState.PENDING]:
+        for replica in self.replicas.in_state(ReplicaState.PENDING):
             if replica.model not in wanted:
                 self.forget(replica)
             elif fits(replica.placement, self.rooms.to_start(replica)) and self._take_cores(replica):
@@ -137,7 +140,7 @@ class Fleet:
 
     def _start(self, replica: Replica) -> None:
         self.ledger.hold(replica.replica_id)
-        replica.become(ReplicaState.LOADING)
+        self._become(replica, ReplicaState.LOADING)
         model = self._models.by_name.get(replica.model)
         params = self._models.params(model) if model else self._catalogue.defaults
         self._out.post(
@@ -167,7 +170,7 @@ class Fleet:
 
     def ready(self, replica: Replica, event: ev.ReplicaReady, now: float) -> None:
         """Loaded. Books what the load really took instead of what was predicted."""
-        replica.become(ReplicaState.READY)
+        self._become(replica, ReplicaState.READY)
         replica.ready_at = replica.last_used_at = now
         replica.load_s, replica.pid, replica.n_ctx, replica.progress = event.load_s, event.pid, event.n_ctx, 1.0
         replica.measured = event.buffers
@@ -229,7 +232,8 @@ class Fleet:
         if reading is None or reading.processes is None or facts.kind != "cuda":
             return
         build = self._inventory.nodes[facts.node_id].facts.llama_build
-        for replica in [r for r in self.replicas.values() if facts.device_id in r.placement.device_ids]:
+        here = self.replicas.on_node(facts.node_id)
+        for replica in [r for r in here if facts.device_id in r.placement.device_ids]:
             seen, served = reading.processes.get(replica.pid, 0), replica.last_used_at > replica.ready_at
             if seen and served and replica.measured is not None and replica.load_key is not None:
                 index = replica.placement.device_ids.index(facts.device_id)
@@ -248,6 +252,7 @@ class Fleet:
         # What the books have no room for cannot be booked; live readings show it as foreign, which is as good.
         with contextlib.suppress(InvariantBroken):
             self.ledger.rebook(replica.replica_id, account, _to_book(replica.placement, predicted, amount))
+            self.rooms.changed(replica.placement.node_id)
 
     def adopt(self, event: ev.ReplicaAdopted, now: float) -> bool:
         """Take a runner into the books that outlived a restart; False when they have no room for it."""
@@ -261,9 +266,10 @@ class Fleet:
         except InvariantBroken:
             if self.ledger.state(replica.replica_id) is not None:
                 self.ledger.release(replica.replica_id)
-            del self.replicas[replica.replica_id]
+            self.replicas.remove(replica)
+            self.rooms.changed(replica.placement.node_id)
             return False
-        replica.become(ReplicaState.LOADING)
+        self._become(replica, ReplicaState.LOADING)
         self._out.announce("replica_adopted", f"{event.model} is still loaded", replica=replica)
         self.ready(replica, event.ready, now)
         self.leases.adopt(event.lease_ids, replica, now)
@@ -284,11 +290,12 @@ class Fleet:
         """Stop the replica at once, or as soon as its requests have ended."""
         if replica.busy:
             replica.retiring = reason
+            self._retiring[replica.replica_id] = replica
         else:
             self.abandon(replica, reason)
 
     def stop_retired(self) -> None:
-        for replica in [r for r in self.replicas.values() if r.retiring and r.idle]:
+        for replica in [r for r in self._retiring.values() if r.idle]:
             self.stop(replica, replica.retiring)
 
     def abandon(self, replica: Replica, reason: str) -> None:
@@ -302,7 +309,7 @@ class Fleet:
     def stop(self, replica: Replica, reason: str) -> None:
         if replica.leases:
             raise InvariantBroken(f"{replica.replica_id} would be stopped under {len(replica.leases)} leases")
-        replica.become(ReplicaState.STOPPING)
+        self._become(replica, ReplicaState.STOPPING)
         self.ledger.releasing(replica.replica_id)
         self._out.post(cmd.StopReplica(replica.replica_id, replica.placement.node_id, reason))
 
@@ -314,8 +321,10 @@ class Fleet:
     def forget(self, replica: Replica) -> None:
         """Its memory is back, or was never taken."""
         self.ledger.release(replica.replica_id)
-        del self.replicas[replica.replica_id]
-        for other in self.replicas.values():
+        self.replicas.remove(replica)
+        self._retiring.pop(replica.replica_id, None)
+        self.rooms.changed(replica.placement.node_id)
+        for other in self.replicas.in_state(ReplicaState.PENDING):
             other.waits_for -= {replica.replica_id}
         if replica.placement.node_id in self._inventory.nodes:
             self._balance_threads(replica.placement.node_id)
@@ -334,8 +343,13 @@ class Fleet:
             created_at=now,
             last_used_at=now,
         )
-        self.replicas[replica_id] = replica
+        self.replicas.add(replica)
+        self.rooms.changed(placement.node_id)
         return replica
+
+    def _become(self, replica: Replica, state: ReplicaState) -> None:
+        self.replicas.become(replica, state)
+        self.rooms.changed(replica.placement.node_id)
 
     def _amounts(self, replica: Replica) -> dict[AccountId, int]:
         placement = replica.placement

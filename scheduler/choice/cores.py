@@ -6,17 +6,16 @@ than with a fair share each. A replica that leaves gives its cores to those that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from scheduler.cluster.ledger import Ledger, cores_account
 from scheduler.cluster.replica import Replica, ReplicaState
-from scheduler.units import NodeId, ReplicaId
+from scheduler.cluster.replicas import Replicas
+from scheduler.units import NodeId
 
 
 class CoreShares:
     """Books threads on each node's cores account and keeps `Replica.n_threads` equal to what is booked."""
 
-    def __init__(self, ledger: Ledger, replicas: Mapping[ReplicaId, Replica]) -> None:
+    def __init__(self, ledger: Ledger, replicas: Replicas) -> None:
         self._ledger = ledger
         self._replicas = replicas
 
@@ -59,8 +58,6 @@ class CoreShares:
     def _on_cpu(self, node_id: NodeId) -> list[Replica]:
         return [
             replica
-            for replica in self._replicas.values()
-            if replica.placement.node_id == node_id
-            and replica.placement.computes_on_cpu
-            and replica.state is not ReplicaState.STOPPING
+            for replica in self._replicas.on_node(node_id)
+            if replica.placement.computes_on_cpu and replica.state is not ReplicaState.STOPPING
         ]

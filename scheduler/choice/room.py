@@ -12,16 +12,19 @@ them as available.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from scheduler.cluster.inventory import Device, Inventory, Node
-from scheduler.cluster.ledger import AccountId, Ledger, device_account, host_account
+from scheduler.cluster.ledger import STATES, EntryState, Ledger, device_account, host_account
 from scheduler.cluster.replica import Replica, ReplicaState
+from scheduler.cluster.replicas import Replicas
 from scheduler.config import Policy, Reserves
+from scheduler.errors import InvariantBroken
 from scheduler.units import DeviceId, NodeId, ReplicaId
 
 NO_LIMIT = 1 << 30
+STAYING = (ReplicaState.PENDING, ReplicaState.LOADING, ReplicaState.READY)
 SETTLING_S = 2.0  # a reading taken while a replica was still loading may arrive so long after it is ready
 
 
@@ -35,9 +38,14 @@ class Room:
     active: int = NO_LIMIT
 
 
+ELSEWHERE = Room(active=1)
+"""What a replica on another node gives back."""
+
+
 @dataclass(frozen=True, slots=True)
 class View:
-    """A node's room as a function of who goes: `staying` with nobody gone, and what each replica would give back."""
+    """A node's room as a function of who goes: `staying` with nobody gone, and what each replica on it would give
+    back."""
 
     staying: Room
     freed: Mapping[ReplicaId, Room]
@@ -46,7 +54,7 @@ class View:
         devices = dict(self.staying.devices)
         host_bytes, cpu_seats, active = self.staying.host_bytes, self.staying.cpu_seats, self.staying.active
         for victim in victims:
-            freed = self.freed[victim]
+            freed = self.freed.get(victim, ELSEWHERE)
             for device_id, count in freed.devices.items():
                 devices[device_id] += count
             host_bytes += freed.host_bytes
@@ -56,13 +64,14 @@ class View:
 
 
 class Rooms:
-    """Computes `Room`s from the inventory and the books; each costs one pass over the bookings."""
+    """Computes `Room`s from the inventory and the books, in one pass over a node's devices and replicas; `now` is kept
+    until the node has `changed`."""
 
     def __init__(
         self,
         inventory: Inventory,
         ledger: Ledger,
-        replicas: Mapping[ReplicaId, Replica],
+        replicas: Replicas,
         policy: Policy,
         reserves: Reserves,
     ) -> None:
@@ -71,22 +80,39 @@ class Rooms:
         self._replicas = replicas
         self._policy = policy
         self._reserves = reserves
+        self._now: dict[NodeId, Room] = {}
 
     # ------------------------------------------------------------------ rooms
 
     def now(self, node_id: NodeId) -> Room:
         """What can be given away this moment: stopping replicas are still charged, and so is what is promised."""
-        return self._room(node_id, self._ledger.totals("held", "releasing", "promised"), self._replicas.values())
+        if self._policy.max_active_models:  # what happens on other nodes counts here too
+            return self._room(node_id, STATES, tuple(ReplicaState))
+        if node_id not in self._now:
+            self._now[node_id] = self._room(node_id, STATES, tuple(ReplicaState))
+        return self._now[node_id]
+
+    def changed(self, node_id: NodeId) -> None:
+        """Bookings or readings of the node are others than they were."""
+        self._now.pop(node_id, None)
+
+    def check(self) -> None:
+        """Raise InvariantBroken when something has changed that nobody has told of."""
+        for node_id, kept in self._now.items():
+            if kept != self._room(node_id, STATES, tuple(ReplicaState)):
+                raise InvariantBroken(
+                    f"the room of {node_id} is {self._room(node_id, STATES, tuple(ReplicaState))}, not {kept}"
+                )
 
     def to_start(self, pending: Replica) -> Room:
         """What a promised replica can take this moment: other promises are kept by the books, not from live memory."""
-        others = [r for r in self._replicas.values() if r.state is not ReplicaState.PENDING]
-        return self._room(pending.placement.node_id, self._ledger.totals("held", "releasing"), others)
+        others = (ReplicaState.LOADING, ReplicaState.READY, ReplicaState.STOPPING)
+        return self._room(pending.placement.node_id, ("held", "releasing"), others)
 
     def view(self, node_id: NodeId) -> View:
         """The room when all stopping replicas are gone."""
-        staying = [r for r in self._replicas.values() if r.state is not ReplicaState.STOPPING]
-        room = self._room(node_id, self._ledger.totals("held", "promised"), staying)
+        room = self._room(node_id, ("held", "promised"), STAYING)
+        staying = (r for r in self._replicas.on_node(node_id) if r.state in STAYING)
         return View(room, {replica.replica_id: self._freed(replica, node_id, room) for replica in staying})
 
     def without(self, node_id: NodeId, victims: Iterable[ReplicaId]) -> Room:
@@ -111,29 +137,30 @@ class Rooms:
             )
         return room
 
-    def _room(self, node_id: NodeId, booked: Mapping[AccountId, int], staying: Iterable[Replica]) -> Room:
-        node = self._inventory.nodes[node_id]
+    def _room(self, node_id: NodeId, entries: Sequence[EntryState], states: Sequence[ReplicaState]) -> Room:
+        """What bookings in `entries` and replicas in `states` leave."""
+        node, booked = self._inventory.nodes[node_id], self._ledger.booked
         devices = {}
         for device_id, device in node.devices.items():
             if device.usable:
                 others = max(self.device_reserve(node, device), device.foreign_bytes)
-                devices[device_id] = device.facts.total_bytes - others - booked.get(device_account(device_id), 0)
-        host = node.facts.memory_total_bytes - self._reserves.host_bytes - booked.get(host_account(node_id), 0)
-        active, seated = 0, 0
-        for replica in staying:
-            active += 1
-            seated += replica.placement.computes_on_cpu and replica.placement.node_id == node_id
+                devices[device_id] = device.facts.total_bytes - others - booked(device_account(device_id), *entries)
+        host = node.facts.memory_total_bytes - self._reserves.host_bytes - booked(host_account(node_id), *entries)
+        here = self._replicas.on_node(node_id)
+        seated = sum(replica.placement.computes_on_cpu and replica.state in states for replica in here)
         return Room(
             devices,
             host - node.foreign_bytes,
             node.facts.physical_cores - seated,
-            (self._policy.max_active_models or NO_LIMIT) - active,
+            self._policy.max_active_models - self._replicas.count(*states)
+            if self._policy.max_active_models
+            else NO_LIMIT,
         )
 
     def _freed(self, replica: Replica, node_id: NodeId, room: Room) -> Room:
         placement = replica.placement
         if placement.node_id != node_id:
-            return Room(active=1)
+            return ELSEWHERE
         amounts = {d: self._ledger.amount(replica.replica_id, device_account(d)) for d in placement.device_ids}
         return Room(
             {device_id: amount for device_id, amount in amounts.items() if device_id in room.devices},
@@ -154,12 +181,13 @@ class Rooms:
 
     def attribute_device(self, device: Device, now: float) -> None:
         """Work out from a new reading how much of the device others use."""
+        self.changed(device.facts.node_id)
         reading = device.reading
         if reading is None or reading.lost_reason:
             return
         account = device_account(device.facts.device_id)
         least = most = 0
-        for replica in self._replicas.values():
+        for replica in self._replicas.on_node(device.facts.node_id):
             amount = self._ledger.amount(replica.replica_id, account)
             if amount and replica.state is not ReplicaState.PENDING:
                 if reading.processes is not None and replica.pid:
@@ -172,11 +200,12 @@ class Rooms:
 
     def attribute_host(self, node: Node, now: float) -> None:
         """Work out from a new reading how much of the node's RAM others use."""
+        self.changed(node.facts.node_id)
         if node.reading is None:
             return
         least = most = 0
-        for replica in self._replicas.values():
-            if replica.placement.node_id == node.facts.node_id and replica.state is not ReplicaState.PENDING:
+        for replica in self._replicas.on_node(node.facts.node_id):
+            if replica.state is not ReplicaState.PENDING:
                 booked = self._ledger.amount(replica.replica_id, host_account(node.facts.node_id))
                 if _settled(replica, now):
                     least += min(booked, replica.placement.host_resting_bytes)

@@ -8,7 +8,8 @@ a replica and is
     releasing  still charged: the replica is stopping and its memory may not be back
 
 Invariants, checked by `check()` after every event in tests:  held + releasing <= capacity  (now)  and
-held + promised <= capacity  (when the stopping ones are gone), for every account.
+held + promised <= capacity  (when the stopping ones are gone), for every account. Sums per account are kept, so that a
+change costs the accounts of one entry.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from scheduler.units import DeviceId, NodeId, ReplicaId
 
 AccountId = NewType("AccountId", str)
 EntryState = Literal["promised", "held", "releasing"]
+STATES: tuple[EntryState, ...] = ("promised", "held", "releasing")
 ACTIVE = AccountId("active")
 
 
@@ -49,6 +51,7 @@ class Ledger:
     def __init__(self) -> None:
         self._capacity: dict[AccountId, int] = {}
         self._entries: dict[ReplicaId, Entry] = {}
+        self._sums: dict[EntryState, dict[AccountId, int]] = {state: {} for state in STATES}
 
     # accounts
 
@@ -63,6 +66,8 @@ class Ledger:
         self._capacity.pop(account, None)
         for entry in self._entries.values():
             entry.amounts.pop(account, None)
+        for sums in self._sums.values():
+            sums.pop(account, None)
 
     def capacity(self, account: AccountId) -> int:
         return self._capacity[account]
@@ -87,8 +92,10 @@ class Ledger:
 
     def release(self, replica_id: ReplicaId) -> None:
         """The memory is back, or the promise is withdrawn."""
-        if self._entries.pop(replica_id, None) is None:
+        entry = self._entries.pop(replica_id, None)
+        if entry is None:
             raise InvariantBroken(f"release of {replica_id}, which has no entry")
+        self._count(entry, -1)
 
     def rebook(self, replica_id: ReplicaId, account: AccountId, amount: int) -> None:
         """Replace one amount: what a load really took, or another share of the cores."""
@@ -96,11 +103,11 @@ class Ledger:
         if entry is None or account not in self._capacity or amount < 0:
             raise InvariantBroken(f"{replica_id} cannot book {amount} on {account}")
         before = entry.amounts.get(account, 0)
-        entry.amounts[account] = amount
+        self._put(entry, account, amount)
         try:
             self._check_account(account)
         except InvariantBroken:
-            entry.amounts[account] = before
+            self._put(entry, account, before)
             raise
 
     def amount(self, replica_id: ReplicaId, account: AccountId) -> int:
@@ -113,25 +120,21 @@ class Ledger:
 
     def booked(self, account: AccountId, *states: EntryState) -> int:
         """Sum over the entries in `states`."""
-        return sum(entry.amounts.get(account, 0) for entry in self._entries.values() if entry.state in states)
-
-    def totals(self, *states: EntryState) -> dict[AccountId, int]:
-        """What is booked in `states` on every account, in one pass; accounts without bookings are left out."""
-        sums: dict[AccountId, int] = {}
-        for entry in self._entries.values():
-            if entry.state in states:
-                for account, amount in entry.amounts.items():
-                    sums[account] = sums.get(account, 0) + amount
-        return sums
+        return sum(self._sums[state].get(account, 0) for state in states)
 
     def check(self) -> None:
-        """Raise InvariantBroken unless every account balances."""
-        for account in self._capacity:
-            self._check_account(account)
+        """Raise InvariantBroken unless every account balances, and every sum is that of its entries."""
+        sums: dict[EntryState, dict[AccountId, int]] = {state: {} for state in STATES}
         for replica_id, entry in self._entries.items():
             for account, amount in entry.amounts.items():
                 if amount < 0 or account not in self._capacity:
                     raise InvariantBroken(f"{replica_id} books {amount} on {account}")
+                sums[entry.state][account] = sums[entry.state].get(account, 0) + amount
+        for state, kept in self._sums.items():
+            if sums[state] != {account: amount for account, amount in kept.items() if account in sums[state] or amount}:
+                raise InvariantBroken(f"{state}: {kept} is kept, {sums[state]} is booked")
+        for account in self._capacity:
+            self._check_account(account)
 
     def _insert(self, replica_id: ReplicaId, entry: Entry) -> None:
         if replica_id in self._entries:
@@ -140,10 +143,11 @@ class Ledger:
         if wrong:
             raise InvariantBroken(f"{replica_id} cannot book {wrong}")
         self._entries[replica_id] = entry
+        self._count(entry, 1)
         try:
-            for account in entry.amounts:
-                self._check_account(account)
+            self._check_accounts(entry)
         except InvariantBroken:
+            self._count(entry, -1)
             del self._entries[replica_id]
             raise
 
@@ -151,13 +155,31 @@ class Ledger:
         entry = self._entries.get(replica_id)
         if entry is None or entry.state != before:
             raise InvariantBroken(f"{replica_id} is {entry.state if entry else 'absent'}, not {before}")
-        entry.state = after
+        self._become(entry, after)
         try:
-            for account in entry.amounts:
-                self._check_account(account)
+            self._check_accounts(entry)
         except InvariantBroken:
-            entry.state = before
+            self._become(entry, before)
             raise
+
+    def _become(self, entry: Entry, state: EntryState) -> None:
+        self._count(entry, -1)
+        entry.state = state
+        self._count(entry, 1)
+
+    def _put(self, entry: Entry, account: AccountId, amount: int) -> None:
+        sums = self._sums[entry.state]
+        sums[account] = sums.get(account, 0) + amount - entry.amounts.get(account, 0)
+        entry.amounts[account] = amount
+
+    def _count(self, entry: Entry, sign: int) -> None:
+        sums = self._sums[entry.state]
+        for account, amount in entry.amounts.items():
+            sums[account] = sums.get(account, 0) + sign * amount
+
+    def _check_accounts(self, entry: Entry) -> None:
+        for account in entry.amounts:
+            self._check_account(account)
 
     def _check_account(self, account: AccountId) -> None:
         capacity = self._capacity[account]

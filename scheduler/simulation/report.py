@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from scheduler.simulation.simulator import Run
@@ -12,11 +13,24 @@ from scheduler.units import DeviceId
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A run among others: of a policy, on a cluster (its name is "" where there is but one)."""
+
+    cluster: str
+    policy: str
+    run: Run
+    cards: Mapping[DeviceId, str]
+    """The GPUs' names, where they have one."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.cluster}, {self.policy}" if self.cluster else self.policy
+
+
 def summary(run: Run, policy: str, seed: int) -> dict[str, Any]:
     """Counts, bytes, seconds and shares; `tokens_per_s` counts the tokens of all answers over the whole time."""
     served = [outcome for outcome in run.outcomes if outcome.done_s is not None]
-    waits = [(o.granted_s or 0.0) - o.request.at_s for o in served]
-    firsts = [(o.first_token_s or 0.0) - o.request.at_s for o in served]
     tokens = sum(outcome.tokens for outcome in served)
     return {
         "requests": len(run.outcomes),
@@ -25,14 +39,24 @@ def summary(run: Run, policy: str, seed: int) -> dict[str, Any]:
         "cold_loads": run.cold_loads,
         "bytes_loaded": run.bytes_loaded,
         "evictions": run.evictions,
-        "wait_s": quantiles(waits),
-        "ttft_s": quantiles(firsts),
+        "wait_s": quantiles(waits_s(run)),
+        "ttft_s": quantiles(first_tokens_s(run)),
         "tokens_per_s": tokens / run.duration_s if run.duration_s > 0 else 0.0,
         "gpu_busy_share": busy_share(run),
         "fairness": fairness(run),
         "policy": policy,
         "seed": seed,
     }
+
+
+def waits_s(run: Run) -> list[float]:
+    """Seconds from arrival to the slot, of each request that got one."""
+    return [o.granted_s - o.request.at_s for o in run.outcomes if o.granted_s is not None]
+
+
+def first_tokens_s(run: Run) -> list[float]:
+    """Seconds from arrival to the first token, of each request that got one."""
+    return [o.first_token_s - o.request.at_s for o in run.outcomes if o.first_token_s is not None]
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

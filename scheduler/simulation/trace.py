@@ -19,6 +19,9 @@ COLUMNS = ("timestamp_s", "model", "prompt_tokens", "output_tokens")
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOST_TOKENS = 1 << 24
 LONGEST_S = 400 * 86400.0
+"""No trace spans more."""
+_IN_BURST_S = 5.0
+"""Between two requests of a burst, at most, on average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +122,27 @@ def _tokens(text: str | None, line: int, source: str, key: str) -> int:
 def made_trace(
     popularity: Popularity, seed: int, *, n_requests: int, mean_gap_s: float, burst: float = 4.0, day_s: float = 3600.0
 ) -> list[TraceRequest]:
-    """Requests by chance: `burst` of them at a time on average, more in the middle of a "day" of `day_s` seconds.
+    """Requests by chance, in bursts for one model: about `burst` requests (at least 1), a third of `mean_gap_s` apart
+    but 5 seconds at most, and then a pause of `burst * mean_gap_s` seconds on average.
 
-    Prompts and answers are log-normal, around 400 and 150 tokens.
+    The pause is five times as long at the start of a "day" of `day_s` seconds, and little more than half of it in its
+    middle; 0: all hours are alike. Prompts and answers are log-normal, around 400 and 150 tokens. Raises Rejected when
+    the trace spans longer than LONGEST_S.
     """
     chance = random.Random(seed)
     requests: list[TraceRequest] = []
     at_s = 0.0
     while len(requests) < n_requests:
-        busy = 1 - 0.8 * math.cos(2 * math.pi * at_s / day_s)
+        busy = 1 - 0.8 * math.cos(2 * math.pi * at_s / day_s) if day_s else 1.0
         at_s += chance.expovariate(1 / (mean_gap_s * burst)) / busy
         model = popularity.draw(at_s, chance)
-        for _ in range(min(1 + int(chance.expovariate(1 / (burst - 1))), n_requests - len(requests))):
+        size = 1 + int(chance.expovariate(1 / (burst - 1))) if burst > 1 else 1
+        for _ in range(min(size, n_requests - len(requests))):
             prompt, output = (max(1, int(chance.lognormvariate(math.log(m), 0.8))) for m in (400, 150))
             requests.append(TraceRequest(at_s, model, prompt, output))
-            at_s += chance.expovariate(1 / 5.0)
+            at_s += chance.expovariate(1 / min(_IN_BURST_S, mean_gap_s / 3))
+    if requests and requests[-1].at_s > LONGEST_S:
+        raise Rejected(
+            f"these requests would come over {requests[-1].at_s / 86400:.0f} days: fewer, or at shorter gaps"
+        )
     return sorted(requests, key=lambda request: request.at_s)

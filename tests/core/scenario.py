@@ -248,6 +248,7 @@ class Scenario:
         """What must hold at any time."""
         core = self.core
         core.ledger.check()
+        core.rooms.check()
         entries = {"pending": "promised", "loading": "held", "ready": "held", "stopping": "releasing"}
         for replica in core.replicas.values():
             assert core.ledger.state(replica.replica_id) == entries[replica.state.value]

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scenario import SMALL, Scenario, gpu
 
 from scheduler import events as ev
+from scheduler.cluster.ledger import STATES
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.units import GIB, MIB, NodeId
 
@@ -216,7 +217,8 @@ class CoreMachine(RuleBasedStateMachine):
                 scenario.unload(name)
         self.settle()
         assert not scenario.core.replicas
-        assert not any(scenario.core.ledger.totals("held", "promised", "releasing").values())
+        ledger = scenario.core.ledger
+        assert not any(ledger.booked(account, *STATES) for account in ledger.accounts())
         assert not len(scenario.core.fleet.leases)
 
     def settle(self) -> None:

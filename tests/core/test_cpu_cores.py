@@ -5,6 +5,8 @@ from __future__ import annotations
 from scenario import SMALL, Scenario, gpu
 
 from scheduler import commands as cmd
+from scheduler.cluster.ledger import cores_account
+from scheduler.units import NodeId
 
 FOUR = dict.fromkeys("abcd", SMALL)
 
@@ -41,7 +43,7 @@ def test_models_on_gpus_book_no_cores() -> None:
     s = Scenario([gpu("2GiB")], FOUR, cores=1)
     for model in "abc":
         s.run(model)
-    assert s.threads() == {} and s.core.ledger.totals("held").get("cores:box") is None  # type: ignore[call-overload]
+    assert s.threads() == {} and s.core.ledger.booked(cores_account(NodeId("box")), "held") == 0
 
 
 def test_no_more_cpu_models_than_cores() -> None:

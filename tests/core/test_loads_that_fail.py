@@ -7,9 +7,12 @@ from scenario import Scenario, buffers, gpu
 
 from scheduler import events as ev
 from scheduler.cluster.history import LONGEST_PAUSE_S, LoadHistory
+from scheduler.cluster.ledger import device_account
 from scheduler.config import Policy
 from scheduler.errors import InvalidGGUF, Unavailable
-from scheduler.units import MIB, ReplicaId
+from scheduler.units import MIB, DeviceId, ReplicaId
+
+GPU0 = device_account(DeviceId("id-gpu0"))
 
 M = (24, 2048, 5632)
 
@@ -204,7 +207,7 @@ def test_what_a_load_really_took_is_booked() -> None:
     predicted = command.placement.device_bytes[0]
     s.allocate(command)
     s.send(ev.ReplicaReady(command.replica_id, 7, buffers(predicted + 100 * MIB, host_bytes=10 * MIB), 8192, 1.0))
-    booked = s.core.ledger.totals("held")["device:id-gpu0"]  # type: ignore[index]
+    booked = s.core.ledger.booked(GPU0, "held")
     assert 0 <= booked - (predicted + 100 * MIB) < MIB  # llama.cpp's figures are rounded
     assert "2.7 GiB" in s.announced("footprint_exceeded")[0].message
 
@@ -216,7 +219,7 @@ def test_what_the_books_have_no_room_for_is_not_booked() -> None:
     predicted = command.placement.device_bytes[0]
     s.allocate(command)
     s.send(ev.ReplicaReady(command.replica_id, 7, buffers(predicted * 2, host_bytes=10 * MIB), 8192, 1.0))
-    assert s.core.ledger.totals("held")["device:id-gpu0"] == predicted  # type: ignore[index]
+    assert s.core.ledger.booked(GPU0, "held") == predicted
 
 
 def test_pauses_have_an_end() -> None:
