@@ -49,6 +49,17 @@ class ModelParams(_Strict):
     gpus: tuple[str, ...] | None = Field(
         None, min_length=1, description="only these GPUs: UUID, label (gpu0) or node/label (box1/gpu0)"
     )
+    priority: int | None = Field(
+        None, ge=-10, le=10, description="of its requests, and against eviction: each step doubles its regret (0)"
+    )
+    min_replicas: int | None = Field(None, ge=0, le=64, description="always loaded, so many times (0)")
+    max_replicas: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="loaded at most so many times, each on free GPUs of its own, when requests wait longer than a load "
+        "takes; none: as often as there is room",
+    )
     keep_alive_s: float | None = Field(
         None, ge=0, description="unload after so many idle seconds; none: when room is needed"
     )
@@ -88,6 +99,12 @@ class Policy(_Strict):
         30.0, ge=0, description="wait so long for room on GPUs before settling for host RAM, where speeds are not known"
     )
     queue_limit: int = Field(256, ge=1, description="requests waiting in all")
+    priority_s: float = Field(
+        60.0, ge=0, description="one step of priority is worth so many seconds of waiting: nobody waits for ever"
+    )
+    fair_share_s: float = Field(
+        10.0, ge=0, description="each request of an API key that waits already counts its next as so much later"
+    )
     deadline_s: float = Field(600.0, gt=0, description="a request that waited longer is refused")
     lease_ttl_s: float = Field(
         60.0, gt=0, description="a slot is taken back when its lease is not renewed in this time"

@@ -39,14 +39,14 @@ class SchedulerCore:
         self.inventory = Inventory()
         self.models = Models(catalogue)
         self.measurements = Measurements(records)
-        self.queue = RequestQueue(self.policy.queue_limit)
+        self.queue = RequestQueue(self.policy)
         self._out = Outbox()
         self.fleet = Fleet(catalogue, self.inventory, self.models, self.measurements, self._out, tag)
         self.replicas = self.fleet.replicas
         self.ledger = self.fleet.ledger
         self.rooms = self.fleet.rooms
         self.speeds = Speeds(self.inventory, Paces(records))
-        self.prices = Prices(self.speeds, self.models)
+        self.prices = Prices(self.speeds, self.models, self.replicas, self.policy)
         self._admission = Admission(catalogue, self.inventory, self.models, self.measurements)
         self._dispatch = Dispatch(
             self.queue, self.fleet, self._admission, self.inventory, self.models, self._out, self.prices
@@ -96,6 +96,7 @@ class SchedulerCore:
             case ev.ReplicaVouched():
                 if event.replica_id in self.replicas:
                     self.replicas[event.replica_id].doubted = False
+                    self._dispatch.look_at(self.replicas[event.replica_id].model)
             case ev.ReplicaGone():
                 self._replica_gone(event)
             case ev.ReplicaAdopted():
@@ -194,8 +195,14 @@ class SchedulerCore:
         deadline_s = self.policy.deadline_s if event.deadline_s is None else event.deadline_s
         waiting = Waiting(event.request_id, event.model, event.kind, event.n_ctx, self._now, self._now + deadline_s)
         try:
-            self._admission.check(self.models.find(event.model), waiting)
-            self.queue.add(waiting)
+            model = self.models.find(event.model)
+            waiting.priority = self.models.priority(model) if event.priority is None else event.priority
+            waiting.key, waiting.prefix = event.key, event.prefix
+            self._admission.check(model, waiting)
+            displaced = self.queue.add(waiting)
+            if displaced is not None:
+                self._out.post(cmd.RefuseRequest(displaced.request_id, self.queue.full()))
+            self._dispatch.look_at(event.model)
         except (Rejected, Unavailable) as error:
             self._out.post(cmd.RefuseRequest(event.request_id, error))
 
@@ -226,9 +233,11 @@ class SchedulerCore:
         replica = self.replicas[lease.replica_id]
         replica.leases.discard(lease_id)
         replica.last_used_at = self._now
-        self._dispatch.look_again()
+        self._dispatch.freed(replica)
         if served and replica.model in self.models.by_name:
-            self.models.by_name[replica.model].history.served()
+            model = self.models.by_name[replica.model]
+            model.history.served()
+            model.service.took(self._now - lease.granted_at)
         return replica
 
     def _clients_lost(self) -> None:

@@ -6,7 +6,8 @@ somebody waits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from scheduler import commands as cmd
 from scheduler.choice.admission import Admission
@@ -27,6 +28,7 @@ from scheduler.units import ReplicaId
 MOST_DECISIONS = 8  # per event, the longest waits first: with dozens of models waiting, the others' turn comes later
 LOOK_AGAIN_S = 1.0  # a request for which no place was found is looked at again, facts changed or not
 LOAD_TIMES_BEFORE_DRAIN = 3.0  # a replica serves for so many times its load time before others may drain it,
+LOAD_TIMES_BEFORE_SPREADING = 2.0  # a wait so many times as long as a load is worth another replica
 LONGEST_REST_S = 60.0  # but not longer than this (or the minimum residency): two busy models take turns
 
 
@@ -64,28 +66,53 @@ class Dispatch:
         self._policy = fleet.policy
         self._out = outbox
         self._epoch = 0
+        self._touched: set[str] = set()
+        self._freed: list[Replica] = []
+        self._draining: dict[ReplicaId, Replica] = {}
         self._decisions = 0  # since the last event
         self._now = 0.0
 
     def look_again(self) -> None:
-        """Something has changed that a choice depends on."""
+        """Something has changed that every choice depends on."""
         self._epoch += 1
+
+    def look_at(self, model: str) -> None:
+        """Something has changed for the requests of one model."""
+        self._touched.add(model)
+
+    def freed(self, replica: Replica) -> None:
+        """A slot of the replica has come free."""
+        self._touched.add(replica.model)
+        self._freed.append(replica)
 
     def serve(self, now: float) -> None:
         """Serve whoever waits. Free slots are given away before anybody is evicted, so that a model which is asked for
         is not idle; then places are found for the others, the longest wait first."""
         self._now, self._decisions = now, 0
-        wanted = self._queue.models()
-        for replica in self._fleet.replicas.values():
-            if replica.drain_for and replica.drain_for not in wanted:
-                replica.drain_for = ""
+        for replica in list(self._draining.values()):
+            if replica.replica_id not in self._fleet.replicas or not self._queue.length(replica.drain_for):
+                self._reopen(replica)
         self._fleet.stop_retired()
-        for name in wanted:
+        for name in self._to_serve():
             while (head := self._queue.head(name)) and (ready := self._free_replica(head)):
                 self._grant(head, ready)
-        self._fleet.start_pending(self._queue.models(), self._now)
-        for name in self._queue.models():
+        if any(replica.idle for replica in self._freed):  # its own requests did not take it: it may make room
+            self.look_again()
+        self._freed.clear()
+        self._fleet.start_pending(self._queue.length, now)
+        for name in self._to_serve():
             self._serve_model(name)
+        self._touched.clear()
+
+    def _to_serve(self) -> list[str]:
+        """Models that somebody waits for, but for those about which nothing has changed since they were looked at."""
+        return [name for name in self._queue.models() if name in self._touched or self._may_have_changed(name)]
+
+    def _may_have_changed(self, name: str) -> bool:
+        head = self._queue.head(name)
+        return head is not None and not (
+            head.looked_at_epoch == self._epoch and self._now - head.looked_at < LOOK_AGAIN_S
+        )
 
     def plan(self, model: Model, waiting: Waiting, now: float) -> Plan:
         """What would be done for the request now, without doing it.
@@ -112,9 +139,12 @@ class Dispatch:
         return next((replica for replica in self._coming(waiting) if replica.state is ReplicaState.READY), None)
 
     def _grant(self, waiting: Waiting, replica: Replica) -> None:
-        self._queue.remove(waiting.request_id)
+        self._queue.served(waiting, self._now)
         if waiting.model in self._models.by_name:
             self._models.by_name[waiting.model].popularity.asked(self._now)
+        if waiting.prefix:
+            replica.prefixes.append(waiting.prefix)
+        replica.preloaded = False
         lease = self._fleet.leases.grant(waiting.request_id, replica, self._now)
         ttl_s = self._fleet.leases.ttl_s
         self._out.post(
@@ -140,7 +170,9 @@ class Dispatch:
                 self._grant(head, ready)
                 continue
             try:
-                head.reason = self._see_to(head)
+                if self._now - head.looked_at >= LOOK_AGAIN_S or self._decisions < MOST_DECISIONS:
+                    head.reason = self._see_to(head)
+                    head.looked_at_epoch, head.looked_at = self._epoch, self._now
                 return
             except (Rejected, Unavailable) as error:
                 self._refuse_alike(head, error)
@@ -149,16 +181,13 @@ class Dispatch:
         """See to it that a place comes for the request; what it waits for. Raises the error to refuse it with."""
         coming = self._coming(head)
         if coming:
+            self._spread(head, coming)
             return explain_coming(coming[0])
-        ours = (r for r in self._fleet.replicas.values() if r.model == head.model)
+        ours = self._fleet.replicas.of_model(head.model)
         draining = next((r for r in ours if r.drain_for not in ("", head.model)), None)
         if draining is not None:  # a second replica beside it would stay where there happens to be room now
             return f"{head.model} finishes to make room for {draining.drain_for}, and comes back after it"
-        lately = self._now - head.looked_at < LOOK_AGAIN_S
-        if lately and (head.looked_at_epoch == self._epoch or self._decisions >= MOST_DECISIONS):
-            return head.reason
         self._decisions += 1
-        head.looked_at_epoch, head.looked_at = self._epoch, self._now
         model = self._models.by_name.get(head.model)
         if model is None:
             raise UnknownModel(f"no machine has a file of {head.model} any more", model=head.model)
@@ -171,7 +200,7 @@ class Dispatch:
             case "free" | "evict":
                 replica = self._fleet.place(model, choice, self._now)
                 self._drain(head, frozenset())
-                self._fleet.start_pending(self._queue.models(), self._now)
+                self._fleet.start_pending(self._queue.length, self._now)
                 return explain_coming(replica)
             case "wait":
                 waited_s = self._now - head.arrived_at
@@ -191,21 +220,56 @@ class Dispatch:
                 raise self._refusal(Impossible, model, chooser)
 
     def _free_replica(self, waiting: Waiting) -> Replica | None:
-        """A ready replica with a free slot that is long enough; the most recently used one."""
-        able = (replica for replica in self._coming(waiting) if replica.free_slots > 0)
-        return max(able, key=lambda replica: replica.last_used_at, default=None)
+        """A ready replica with a free slot that is long enough: one that knows how the prompt begins, else the one with
+        the fewest requests, of such the most recently used."""
+        able = [replica for replica in self._coming(waiting) if replica.free_slots > 0]
+        if len(able) < 2:
+            return able[0] if able else None
+        prefix = waiting.prefix
+        return max(
+            able, key=lambda each: (bool(prefix) and prefix in each.prefixes, -len(each.leases), each.last_used_at)
+        )
 
     def _coming(self, waiting: Waiting) -> list[Replica]:
         """Replicas that will serve the request: ready ones, busy or not, and those that are being loaded."""
+        ours = self._fleet.replicas.of_model(waiting.model)
+        if not ours:
+            return []
         n_ctx = self._admission.least_n_ctx(waiting)
         return [
             replica
-            for replica in self._fleet.replicas.values()
-            if replica.model == waiting.model
-            and replica.open
+            for replica in ours
+            if replica.open
             and replica.n_ctx >= n_ctx
             and (waiting.kind != "embed" or replica.placement.context.embeddings)
         ]
+
+    def _spread(self, head: Waiting, coming: Sequence[Replica]) -> None:
+        """Load the model once more, on free GPUs of its own, when that is sooner than the last of its requests would
+        have a slot. Only where speeds are known: on devices that share a CPU it would gain nothing."""
+        model = self._models.by_name.get(head.model)
+        ours = self._fleet.replicas.of_model(head.model)
+        most = self._models.params(model).max_replicas if model else 1
+        if model is None or len(ours) >= (most or len(ours) + 1) or not model.history.may_evict:
+            return
+        shape = model.shape
+        if shape is None or not all(replica.state is ReplicaState.READY for replica in ours):
+            return
+        beside = coming[0].placement
+        wait_s = self._prices.request_s(shape, model.name, beside)
+        wait_s *= self._queue.length(model.name) / sum(replica.slots for replica in coming)
+        if wait_s < LOAD_TIMES_BEFORE_SPREADING * self._prices.load_s(shape, model.name, beside):
+            return
+        need = self._admission.need(model, head, self._now)
+        if need is None or self._price_s(need, beside, frozenset(), self._now) is None:
+            return
+        taken = frozenset(device_id for replica in ours for device_id in replica.placement.device_ids)
+        chooser = self._chooser(model, head, need.elsewhere(taken), self._now)
+        self._decisions += 1
+        choice = replace(chooser, may_evict=False, outgrown=frozenset()).choose()
+        if choice.verdict == "free":
+            self._fleet.place(model, choice, self._now)
+            self._fleet.start_pending(self._queue.length, self._now)
 
     def _chooser(self, model: Model, waiting: Waiting, need: Need, now: float) -> Chooser:
         n_ctx = self._admission.least_n_ctx(waiting)
@@ -221,26 +285,19 @@ class Dispatch:
             waited_s=now - waiting.arrived_at,
             outgrown=frozenset(
                 r.replica_id
-                for r in self._fleet.replicas.values()
-                if r.model == model.name
-                and r.idle
-                and not r.retiring
-                and r.drain_for in ("", model.name)
-                and r.n_ctx < n_ctx
+                for r in self._fleet.replicas.of_model(model.name)
+                if r.idle and not r.retiring and r.drain_for in ("", model.name) and r.n_ctx < n_ctx
             ),
             may_evict=model.history.may_evict,
             price=lambda placement, victims: self._price_s(need, placement, victims, now),
-            worth=lambda replica: self._worth(replica, now),
+            regret=_remembering(lambda replica: self._prices.regret_s(replica, now)),
         )
-
-    def _worth(self, replica: Replica, now: float) -> float:
-        return self._prices.keeping(replica, now) if self._policy.eviction == "gdsf" else replica.last_used_at
 
     def _price_s(self, need: Need, placement: Placement, victims: Victims, now: float) -> float | None:
         """None where speeds are not known, and for virtual GPUs: they are no faster than the CPU that they run on."""
         if any(device.facts.kind == "rpc" for device in self._inventory.nodes[placement.node_id].devices.values()):
             return None
-        price = self._prices.of(need.shape, need.model, placement, victims, self._fleet.replicas, now)
+        price = self._prices.of(need.shape, need.model, placement, victims, now)
         return price.total_s if price.service_s is not None else None
 
     def _refusal(self, kind: type[ArrieroError], model: Model, chooser: Chooser) -> ArrieroError:
@@ -255,14 +312,34 @@ class Dispatch:
     def _drain(self, head: Waiting, victims: frozenset[ReplicaId]) -> None:
         """Let those `victims` that have served long enough take nothing new until they have made room; others that
         were to make room for this request are open again."""
-        for replica in self._fleet.replicas.values():
+        for replica in list(self._draining.values()):
             if replica.drain_for == head.model and replica.replica_id not in victims:
-                replica.drain_for = ""
-            elif replica.replica_id in victims and replica.busy and not replica.drain_for:
-                rest_s = max(
-                    self._policy.min_residency_s, min(LOAD_TIMES_BEFORE_DRAIN * replica.load_s, LONGEST_REST_S)
-                )
-                if self._now - replica.ready_at >= rest_s:
-                    replica.drain_for = head.model
-                    message = f"{replica.model} finishes to make room for {head.model}"
-                    self._out.announce("replica_draining", message, replica=replica)
+                self._reopen(replica)
+        for replica_id in sorted(victims):
+            replica = self._fleet.replicas[replica_id]
+            if replica.busy and not replica.drain_for and self._now - replica.ready_at >= self._turn_s(replica):
+                replica.drain_for = head.model
+                self._draining[replica_id] = replica
+                message = f"{replica.model} finishes to make room for {head.model}"
+                self._out.announce("replica_draining", message, replica=replica)
+
+    def _turn_s(self, replica: Replica) -> float:
+        """How long a replica serves before others may drain it."""
+        return max(self._policy.min_residency_s, min(LOAD_TIMES_BEFORE_DRAIN * replica.load_s, LONGEST_REST_S))
+
+    def _reopen(self, replica: Replica) -> None:
+        replica.drain_for = ""
+        del self._draining[replica.replica_id]
+        self._touched.add(replica.model)
+
+
+def _remembering(regret: Callable[[Replica], float]) -> Callable[[Replica], float]:
+    """The same, asked once for each replica: one decision asks many times."""
+    known: dict[ReplicaId, float] = {}
+
+    def remembered(replica: Replica) -> float:
+        if replica.replica_id not in known:
+            known[replica.replica_id] = regret(replica)
+        return known[replica.replica_id]
+
+    return remembered

@@ -50,13 +50,20 @@ class ShapeRead:
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """Somebody wants a slot of `model` with at least `n_ctx` tokens (None: the model's default)."""
+    """Somebody wants a slot of `model` with at least `n_ctx` tokens (None: the model's default).
+
+    `priority` None: the model's. `key`: the name of the API key that it came with. `prefix`: a hash of what its prompt
+    begins with; a replica that has seen the same answers sooner.
+    """
 
     request_id: RequestId
     model: str
     kind: RequestKind = "generate"
     n_ctx: int | None = None
     deadline_s: float | None = None  # from now
+    priority: int | None = None
+    key: str = ""
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)

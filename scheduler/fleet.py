@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Container
+from collections.abc import Callable
 
 from scheduler import commands as cmd
 from scheduler import events as ev
@@ -115,11 +115,12 @@ class Fleet:
         self.rooms.changed(placement.node_id)
         return replica
 
-    def start_pending(self, wanted: Container[str], now: float) -> None:
-        """Start pending replicas of `wanted` models whose room is really there; give up those that nobody waits for,
-        and those whose room did not come `release_timeout_s` after the last one stopping for it was gone."""
+    def start_pending(self, waiting_for: Callable[[str], int], now: float) -> None:
+        """Start pending replicas whose room is really there; give up those that nobody waits for (`waiting_for` counts
+        a model's requests), and those whose room did not come `release_timeout_s` after the last one stopping for it
+        was gone."""
         for replica in self.replicas.in_state(ReplicaState.PENDING):
-            if replica.model not in wanted:
+            if not (replica.kept or replica.preloaded or waiting_for(replica.model)):
                 self.forget(replica)
             elif fits(replica.placement, self.rooms.to_start(replica)) and self._take_cores(replica):
                 self._start(replica)

@@ -28,6 +28,7 @@ from scheduler.costs.host import host_memory
 from scheduler.costs.measurements import Measurements
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
 from scheduler.costs.shape import ModelShape
+from scheduler.units import DeviceId
 
 ONE_GPU = "one GPU"
 SEVERAL_GPUS = "several GPUs"
@@ -48,23 +49,25 @@ _bounded_footprint = lru_cache(maxsize=4 * REMEMBERED)(bounded_footprint)
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """Where the catalogue allows a model to be. `gpus`: UUIDs, labels or node/label; none: all."""
+    """Where a model may be. `gpus`: UUIDs, labels or node/label; none: all, but for those it is `not_on`."""
 
     spill: bool = True
     max_gpus: int | None = None
     gpus: tuple[str, ...] = ()
+    not_on: frozenset[DeviceId] = frozenset()
 
     def devices(self, node: Node) -> tuple[DeviceFacts, ...]:
         """The devices of the node that may be used, the least memory first."""
         return tuple(
             sorted(
-                (each.facts for each in node.devices.values() if not self.gpus or self._names(node, each.facts)),
+                (each.facts for each in node.devices.values() if self._allow(node, each.facts)),
                 key=lambda facts: facts.total_bytes,
             )
         )
 
-    def _names(self, node: Node, facts: DeviceFacts) -> bool:
-        return not {str(facts.device_id), facts.label, f"{node.facts.hostname}/{facts.label}"}.isdisjoint(self.gpus)
+    def _allow(self, node: Node, facts: DeviceFacts) -> bool:
+        names = {str(facts.device_id), facts.label, f"{node.facts.hostname}/{facts.label}"}
+        return facts.device_id not in self.not_on and (not self.gpus or not names.isdisjoint(self.gpus))
 
     def __str__(self) -> str:
         parts = [f"only on {', '.join(self.gpus)}"] if self.gpus else []
@@ -159,6 +162,10 @@ class Need:
 
     def with_context(self, context: ContextParams) -> Need:
         return replace(self, context=context)
+
+    def elsewhere(self, taken: frozenset[DeviceId]) -> Need:
+        """The same on other GPUs than those, and nothing of it in host RAM."""
+        return replace(self, wishes=replace(self.wishes, spill=False, not_on=taken))
 
     def overhead_bytes(self, device: DeviceFacts, build: str) -> int:
         """What a replica takes on the device besides llama.cpp's buffers: as seen there, or as the reserves say."""

@@ -1,23 +1,21 @@
-"""Who makes room: idle replicas worth the least, the smallest set that is enough where room is needed.
+"""Who makes room: of all sets of idle replicas that would be enough, the one that is regretted least.
 
-Worth is when a replica was last used (`lru`), or how often its model is asked for times the seconds of loading it
-again, for each byte that it takes (`gdsf`: greedy dual size frequency, with counts that fade instead of an inflating
-clock).
-
-Never a busy, pinned or loading replica; a fresh one only when nothing else helps. With up to a few thousand subsets to
-look at, the smallest set is found exactly; beyond that, oldest first until it fits, then whoever was not needed stays.
+Regret is what stopping a replica will cost, in seconds (`price`); of a set, the sum. With replicas of one size on one
+device, the set is the least recently used ones. Never a busy, pinned or loading replica; a fresh one only when nothing
+else helps. Sets are tried in the order of their regret, so that the first that is enough is the one: exact, up to a
+thousand sets; beyond that the least regretted go one by one until it is enough, then whoever was not needed stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import combinations
-from math import comb
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.units import ReplicaId
 
-MOST_SETS = 256  # sets of one size that are looked at, each about one footprint lookup
+MOST_SETS = 1024  # sets that are tried, each about one footprint lookup, most of them less
 
 Victims = frozenset[ReplicaId]
 
@@ -28,9 +26,9 @@ def evictable(
     now: float,
     min_residency_s: float,
     claimant: str,
-    worth: Callable[[Replica], float] = lambda replica: replica.last_used_at,
+    regret: Callable[[Replica], float],
 ) -> list[Replica]:
-    """Replicas that may be stopped now for the model `claimant`, those worth least first.
+    """Replicas that may be stopped now for the model `claimant`, the least regretted first.
 
     One that was drained for another model that waits longer is spoken for.
     """
@@ -43,32 +41,46 @@ def evictable(
             and replica.drain_for in ("", claimant)
             and now - replica.ready_at >= min_residency_s
         ),
-        key=lambda replica: (worth(replica), replica.last_used_at, replica.replica_id),
+        key=lambda replica: (regret(replica), replica.last_used_at, replica.replica_id),
     )
 
 
-def smallest_victims(
-    oldest_first: Sequence[Replica], solve: Callable[[Victims], Placement | None]
+def cheapest_victims(
+    replicas: Sequence[Replica],
+    regret: Callable[[Replica], float],
+    solve: Callable[[Victims], Placement | None],
 ) -> tuple[Placement, Victims] | None:
-    """The smallest set of `oldest_first` without which `solve` finds a placement, and that placement.
+    """The set of the given replicas with the least regret without which `solve` finds a placement, and that placement.
 
-    Among sets of one size, the one whose most recently used member is the oldest. None when even all are not enough.
+    Among sets that are regretted alike, the smallest. None when even all are not enough.
     """
-    ids = [replica.replica_id for replica in oldest_first]
+    least_first = sorted(replicas, key=regret)
+    ids = [replica.replica_id for replica in least_first]
     if solve(frozenset(ids)) is None:
         return None
-    for size in range(len(ids) + 1):
-        if comb(len(ids), size) > MOST_SETS:
-            return _oldest_first(ids, solve)
-        for chosen in sorted(combinations(range(len(ids)), size), key=lambda indices: indices[::-1]):
-            victims = frozenset(ids[i] for i in chosen)
-            placement = solve(victims)
-            if placement is not None:
-                return placement, victims
-    return None
+    for chosen in islice(_by_regret([regret(replica) for replica in least_first]), MOST_SETS):
+        victims = frozenset(ids[i] for i in chosen)
+        placement = solve(victims)
+        if placement is not None:
+            return placement, victims
+    return _one_by_one(ids, solve)
 
 
-def _oldest_first(
+def _by_regret(ascending: Sequence[float]) -> Iterator[tuple[int, ...]]:
+    """All sets of indices by the sum of their values, the empty one first."""
+    yield ()
+    heap: list[tuple[float, int, tuple[int, ...]]] = [(ascending[0], 1, (0,))] if ascending else []
+    while heap:
+        total, size, chosen = heapq.heappop(heap)
+        yield chosen
+        last = chosen[-1]
+        if last + 1 < len(ascending):
+            heapq.heappush(heap, (total + ascending[last + 1], size + 1, (*chosen, last + 1)))
+            swapped = total - ascending[last] + ascending[last + 1]
+            heapq.heappush(heap, (swapped, size, (*chosen[:-1], last + 1)))
+
+
+def _one_by_one(
     ids: Sequence[ReplicaId], solve: Callable[[Victims], Placement | None]
 ) -> tuple[Placement, Victims] | None:
     chosen: list[ReplicaId] = []
@@ -76,7 +88,7 @@ def _oldest_first(
         chosen.append(replica_id)
         if solve(frozenset(chosen)) is not None:
             break
-    for replica_id in reversed(chosen[:-1]):  # spare the most recently used of those that turn out not to be needed
+    for replica_id in reversed(chosen[:-1]):  # spare the most regretted of those that turn out not to be needed
         fewer = frozenset(chosen) - {replica_id}
         if solve(fewer) is not None:
             chosen.remove(replica_id)

@@ -2,14 +2,14 @@
 
 Each tier offers its best place, and the cheapest in seconds wins (`price`); where speeds are not known, the first tier
 that fits. A place on GPUs for which nobody is evicted ends the search. Within a tier: fewest devices, no eviction
-before eviction, and of what costs nearly the same few victims before many, old ones before recent ones, and the
-tightest fit, so that big cards stay free for big models. Host RAM is not settled for while a better place is only being
+before eviction, and of what costs nearly the same the victims that are regretted least, and the tightest fit, so that
+big cards stay free for big models. Host RAM is not settled for while a better place is only being
 used, not before `spill_after_s`. `benchmarks/decisions.py` has the times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import inf
@@ -28,13 +28,14 @@ from scheduler.choice.candidates import (
     fits,
     spilling,
 )
-from scheduler.choice.eviction import Victims, evictable, smallest_victims
+from scheduler.choice.eviction import Victims, cheapest_victims, evictable
 from scheduler.choice.explain import Rejection, explain_candidate
-from scheduler.choice.room import Room, Rooms, View
+from scheduler.choice.room import STAYING, Room, Rooms, View
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
+from scheduler.cluster.replicas import Replicas
 from scheduler.config import Policy
-from scheduler.units import NodeId, ReplicaId
+from scheduler.units import NodeId
 
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
 GOOD_ENOUGH = 0.9  # of the GPU layers that could be had: nobody is evicted, and nothing waited for, for the rest
@@ -75,7 +76,7 @@ class Chooser:
     nodes: Sequence[Node]
     inventory: Inventory
     rooms: Rooms
-    replicas: Mapping[ReplicaId, Replica]
+    replicas: Replicas
     pinned: Callable[[str], bool]
     policy: Policy
     now: float
@@ -83,7 +84,7 @@ class Chooser:
     outgrown: Victims = frozenset()  # smaller replicas of the same model, stopped first
     may_evict: bool = True
     price: Callable[[Placement, Victims], float | None] = lambda placement, victims: None
-    worth: Callable[[Replica], float] = lambda replica: replica.last_used_at  # the least goes first
+    regret: Callable[[Replica], float] = lambda replica: replica.last_used_at  # the least regretted goes first
     _views: dict[NodeId, View] = field(default_factory=dict)
     _free_now: dict[NodeId, Room] = field(default_factory=dict)
 
@@ -110,9 +111,7 @@ class Chooser:
     def options(self) -> list[Found]:
         """The best placement of each kind that could be had now, whoever is idle evicted for it: what is chosen among,
         in the order of preference. Raises as `choose`."""
-        others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
-        idle = evictable(others, self.pinned, self.now, 0.0, self.need.model, self.worth) if self.may_evict else []
-        found = self._offers(list(candidates(self.need, self.nodes)), idle)
+        found = self._offers(list(candidates(self.need, self.nodes)), self._evictable(0.0))
         drawn = ((exact(p, self.need, self.inventory.nodes[p.node_id]), victims) for p, victims in found)
         return [(self._grown(placement, victims), victims) for placement, victims in drawn]
 
@@ -145,13 +144,14 @@ class Chooser:
 
     def _find(self, groups: Groups, min_residency_s: float) -> Found | None:
         """The best placement that can be had now, evicting idle replicas at least `min_residency_s` old."""
-        others = (r for r in self.replicas.values() if r.replica_id not in self.outgrown)
-        idle = (
-            evictable(others, self.pinned, self.now, min_residency_s, self.need.model, self.worth)
-            if self.may_evict
-            else []
-        )
-        return self._cheapest(self._offers(groups, idle))
+        return self._cheapest(self._offers(groups, self._evictable(min_residency_s)))
+
+    def _evictable(self, min_residency_s: float) -> list[Replica]:
+        """Replicas that may make room for this one, the least regretted first."""
+        if not self.may_evict:
+            return []
+        others = (r for r in self.replicas.in_state(ReplicaState.READY) if r.replica_id not in self.outgrown)
+        return evictable(others, self.pinned, self.now, min_residency_s, self.need.model, self.regret)
 
     def _offers(self, groups: Groups, idle: Sequence[Replica]) -> Iterator[Found]:
         """The best placement of each tier, on the fewest devices that will do. Once there is a place on GPUs, nobody is
@@ -212,8 +212,8 @@ class Chooser:
         return min(found, key=key, default=None)
 
     def _make_room(self, candidate: Candidate, removable: Sequence[Replica], cleared: Room) -> Found | None:
-        """The placement after stopping the smallest set of `removable` (in order of preference); `cleared` is the room
-        without all of them."""
+        """The placement after stopping the set of `removable` (the least regretted first) that is regretted least;
+        `cleared` is the room without all of them."""
         best = candidate.solve(cleared)
         if best is None:
             return None
@@ -225,7 +225,7 @@ class Chooser:
             return placement if placement and placement.layout.n_gpu_layers >= least else None
 
         pool = self._in_the_way(candidate, removable, view, enough)
-        found = smallest_victims(pool, lambda chosen: enough(view.without(chosen | self.outgrown)))
+        found = cheapest_victims(pool, self.regret, lambda chosen: enough(view.without(chosen | self.outgrown)))
         return (found[0], found[1] | self.outgrown) if found else None
 
     def _in_the_way(
@@ -255,9 +255,10 @@ class Chooser:
         room for another model already are asked last."""
         if not self.may_evict:
             return None
+        staying = self.replicas.in_state(*STAYING)
         ending = sorted(
-            (r for r in self.replicas.values() if not self.pinned(r.model) and r.state is not ReplicaState.STOPPING),
-            key=lambda replica: (not (replica.idle or replica.drain_for), self.worth(replica), replica.replica_id),
+            (replica for replica in staying if not self.pinned(replica.model)),
+            key=lambda replica: (not (replica.idle or replica.drain_for), replica.replica_id),
         )
         unclaimed = [replica for replica in ending if replica.drain_for in ("", self.need.model)]
         pools = (unclaimed, ending) if len(unclaimed) < len(ending) else (ending,)
@@ -299,10 +300,10 @@ class Chooser:
             left = -room.host_bytes  # the node with the most RAM free
         return -placement.layout.n_gpu_layers, len(placement.device_ids), left
 
-    def _cost(self, found: Found) -> tuple[int, int, float, tuple[int, int, int]]:
+    def _cost(self, found: Found) -> tuple[int, float, int, tuple[int, int, int]]:
         placement, victims = found
-        dearest = max((self.worth(self.replicas[v]) for v in victims), default=0.0)
-        return len(placement.device_ids), len(victims), dearest, self._tightness(found)
+        regret_s = sum(self.regret(self.replicas[victim]) for victim in victims)
+        return len(placement.device_ids), regret_s, len(victims), self._tightness(found)
 
     def _view_of(self, node_id: NodeId) -> View:
         if node_id not in self._views:
@@ -327,11 +328,7 @@ class Chooser:
                 break
             each = candidate.devices if candidate.tier == ONE_GPU else None
             speakers[candidate.tier, _node_id(candidate), each] = candidate
-        idle = (
-            evictable(self.replicas.values(), self.pinned, self.now, 0.0, self.need.model, self.worth)
-            if self.may_evict
-            else []
-        )
+        idle = self._evictable(0.0)
         return tuple(
             explain_candidate(
                 candidate,

@@ -6,18 +6,24 @@
     service   the requests that a replica usually answers before it goes, at the speed of the layout
     regret    for each victim, its load again, as likely as it is wanted soon
 
-Regret follows recency: somebody who asked `t` seconds ago comes back within `SOON_S` with chance SOON_S / (SOON_S + t).
-With equal loads, that makes the least recently used model the cheapest victim.
+Somebody who is expected back in `t` seconds is expected soon with chance SOON_S / (SOON_S + t). What `t` is, the
+eviction policy says: `lru` takes the seconds since the model was last used, `gdsf` (greedy dual size frequency) the
+mean time between its requests, in a count that fades. With equal loads, `lru` makes the least recently used the cheapest victim.
+A second replica of a model is not regretted at all: the first one serves on. Each step of a model's priority doubles
+what it is regretted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 
 from scheduler.choice.speeds import Speed, Speeds
-from scheduler.cluster.models import Models
+from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
+from scheduler.cluster.replicas import Replicas
+from scheduler.config import Policy
 from scheduler.costs.shape import ModelShape
 from scheduler.units import ReplicaId
 
@@ -28,6 +34,8 @@ REQUESTS = 4
 RELEASE_S = 0.5
 """From stopping a replica until its device shows the memory: what a runner's end takes, an assumption as well."""
 SOON_S = 300.0
+COMING_BACK_S = 2.0
+"""What a model that has to be loaded again costs besides the load: room has to be made for it, too. An assumption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +54,13 @@ class Price:
 
 
 class Prices:
-    """Reads speeds and models."""
+    """Reads speeds, models and replicas."""
 
-    def __init__(self, speeds: Speeds, models: Models) -> None:
+    def __init__(self, speeds: Speeds, models: Models, replicas: Replicas, policy: Policy) -> None:
         self._speeds = speeds
         self._models = models
+        self._replicas = replicas
+        self._by_frequency = policy.eviction == "gdsf"
 
     def of(
         self,
@@ -58,18 +68,17 @@ class Prices:
         model: str,
         placement: Placement,
         victims: Iterable[ReplicaId],
-        replicas: Mapping[ReplicaId, Replica],
         now: float,
     ) -> Price:
         """Of putting `model` there once the `victims` are gone."""
         speed = self._speed(model, shape, placement)
-        gone = [replicas[victim] for victim in victims]
+        gone = [self._replicas[victim] for victim in victims]
         return Price(
             wait_s=max((self._busy_s(replica) for replica in gone), default=0.0),
             release_s=RELEASE_S if gone else 0.0,
             load_s=speed.load.seconds,
             service_s=_service_seconds(speed),
-            regret_s=sum(self._regret_s(replica, now) for replica in gone),
+            regret_s=sum(self.regret_s(replica, now) for replica in gone),
         )
 
     def service(self, shape: ModelShape, model: str, replica: Replica) -> Price:
@@ -77,31 +86,47 @@ class Prices:
         wait_s = 0.0 if replica.free_slots else self._busy_s(replica)
         return Price(wait_s, 0.0, 0.0, _service_seconds(self._speed(model, shape, replica.placement)), 0.0)
 
-    def keeping(self, replica: Replica, now: float) -> float:
-        """What it is worth to keep a replica: requests that its model gets, times seconds of a load, for each byte."""
+    def regret_s(self, replica: Replica, now: float) -> float:
+        """What stopping the replica will cost."""
         model, shape = self._models.by_name.get(replica.model), self._shape(replica.model)
-        if model is None or shape is None:
+        if model is None or shape is None or replica.drain_for or self.surplus(replica):
             return 0.0
-        placement = replica.placement
-        load_s = self._speed(replica.model, shape, placement).load.seconds
-        return model.popularity.at(now) * load_s / max(1, sum(placement.device_bytes) or placement.host_bytes)
+        again_s = COMING_BACK_S + self._speed(replica.model, shape, replica.placement).load.seconds
+        return again_s * SOON_S / (SOON_S + self._back_in_s(model, replica, now)) * 2.0 ** self._models.priority(model)
+
+    def _back_in_s(self, model: Model, replica: Replica, now: float) -> float:
+        if replica.preloaded:
+            return inf
+        if self._by_frequency:
+            return model.popularity.mean_gap_s(now)
+        return 0.0 if replica.busy else max(0.0, now - replica.last_used_at)
+
+    def surplus(self, replica: Replica) -> bool:
+        """Whether its model is served by others, as many as it shall have at least."""
+        others = sum(each.open and each is not replica for each in self._replicas.of_model(replica.model))
+        model = self._models.by_name.get(replica.model)
+        least = self._models.params(model).min_replicas or 0 if model else 0
+        return others >= max(1, least)
 
     def _busy_s(self, replica: Replica) -> float:
-        """Until the replica has finished what it is doing: half a usual request, a load and one that follows it."""
+        """Until the replica has finished what it is doing: half a request, a load and one that follows it."""
         shape = self._shape(replica.model)
         coming = replica.state in (ReplicaState.PENDING, ReplicaState.LOADING)
         if shape is None or not (replica.busy or coming):
             return 0.0
-        speed = self._speed(replica.model, shape, replica.placement)
-        request_s = (_service_seconds(speed) or 0.0) / REQUESTS
-        return speed.load.seconds + request_s if coming else 0.5 * request_s
+        request_s = self.request_s(shape, replica.model, replica.placement)
+        load_s = self._speed(replica.model, shape, replica.placement).load.seconds if coming else 0.0
+        return load_s + request_s if coming else 0.5 * request_s
 
-    def _regret_s(self, replica: Replica, now: float) -> float:
-        shape = self._shape(replica.model)
-        if shape is None:
-            return 0.0
-        idle_s = 0.0 if replica.busy else max(0.0, now - replica.last_used_at)
-        return self._speed(replica.model, shape, replica.placement).load.seconds * SOON_S / (SOON_S + idle_s)
+    def request_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
+        """How long a request holds a slot: as seen lately, or a usual one at the speed of the layout."""
+        seen = self._models.by_name[model].service if model in self._models.by_name else None
+        if seen is not None and seen.samples:
+            return seen.mean_s
+        return (_service_seconds(self._speed(model, shape, placement)) or 0.0) / REQUESTS
+
+    def load_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
+        return self._speed(model, shape, placement).load.seconds
 
     def _speed(self, name: str, shape: ModelShape, placement: Placement) -> Speed:
         model = self._models.by_name.get(name)

@@ -1,17 +1,30 @@
-"""Requests that wait for a slot: bounded, first come first served per model, models ordered by their oldest request."""
+"""Requests that wait for a slot: bounded, each model's in a line of its own, lines in the order of their first.
+
+A request stands where somebody would who had come at `rank`, in seconds of the core's clock:
+
+    rank = arrived_at - priority x priority_s + requests of the same key that wait already x fair_share_s
+
+So priorities age by themselves: a request of priority p is overtaken only by those that come within (p' - p) x
+priority_s seconds after it, and nobody starves. A key that sends many requests at once finds them between those of
+others. Without keys and priorities it is first come, first served.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
+from scheduler.config import Policy
 from scheduler.errors import QueueFull, Rejected
 from scheduler.units import RequestId
 
 RequestKind = Literal["generate", "embed", "load"]
+_SEEN_LEAVING = 16  # requests whose leaving says how fast the queue moves
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 1.0, 120.0
 
 
 @dataclass(slots=True, eq=False)
@@ -24,18 +37,27 @@ class Waiting:
     n_ctx: int | None  # tokens the slot must hold; None: the model's default
     arrived_at: float
     deadline_at: float
+    priority: int = 0
+    key: str = ""  # whose request it is: the name of an API key, empty for nobody's
+    prefix: str = ""  # what its prompt begins with, as a hash; empty: not known
+    rank: float = 0.0
     reason: str = ""
     looked_at_epoch: int = -1  # the facts for which no place was found, and when
     looked_at: float = -inf
 
 
 class RequestQueue:
-    """FIFO per model. A model's queue never holds up another model's."""
+    """A model's line never holds up another model's."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._by_model: dict[str, deque[Waiting]] = {}
+    def __init__(self, policy: Policy) -> None:
+        self._limit = policy.queue_limit
+        self._priority_s = policy.priority_s
+        self._fair_share_s = policy.fair_share_s
+        self._lines: dict[str, list[Waiting]] = {}
         self._by_id: dict[RequestId, Waiting] = {}
+        self._of_key: Counter[str] = Counter()
+        self._order: list[str] | None = []
+        self._left_at: deque[float] = deque(maxlen=_SEEN_LEAVING)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -43,34 +65,81 @@ class RequestQueue:
     def __iter__(self) -> Iterator[Waiting]:
         return iter(self._by_id.values())
 
-    def add(self, waiting: Waiting) -> None:
-        """Append. Raises QueueFull, and Rejected for an id that is waiting already."""
+    def add(self, waiting: Waiting) -> Waiting | None:
+        """Put the request in its line. In a full queue it takes the place of the last request of the key that has the
+        most, if that has more than its own key would have; who had to leave is returned.
+
+        Raises QueueFull, and Rejected for an id that is waiting already.
+        """
         if waiting.request_id in self._by_id:
             raise Rejected(f"request {waiting.request_id} is waiting already")
-        if len(self) >= self._limit:
-            raise QueueFull(f"{self._limit} requests are waiting already; try again in a while", retry_after_s=2.0)
+        displaced = self._displaced_by(waiting) if len(self) >= self._limit else None
+        ahead = self._of_key[waiting.key] if waiting.key else 0
+        waiting.rank = waiting.arrived_at - waiting.priority * self._priority_s + ahead * self._fair_share_s
         self._by_id[waiting.request_id] = waiting
-        self._by_model.setdefault(waiting.model, deque()).append(waiting)
+        self._of_key[waiting.key] += 1
+        insort(self._lines.setdefault(waiting.model, []), waiting, key=_rank)
+        self._order = None
+        return displaced
+
+    def _displaced_by(self, newcomer: Waiting) -> Waiting:
+        key, most = max(self._of_key.items(), key=lambda each: each[1])
+        if key == newcomer.key or most <= self._of_key[newcomer.key] + 1:
+            raise self.full()
+        last = max((each for each in self if each.key == key), key=_rank)
+        self.remove(last.request_id)
+        return last
+
+    def full(self) -> QueueFull:
+        """The error for a request that there is no place for."""
+        retry_s = self._seconds_per_place()
+        return QueueFull(
+            f"{self._limit} requests are waiting already; a place comes free every {retry_s:.0f} s or so",
+            retry_after_s=retry_s,
+        )
+
+    def _seconds_per_place(self) -> float:
+        """How long it takes until one request leaves, by those that left last."""
+        span_s = self._left_at[-1] - self._left_at[0] if self._left_at else 0.0
+        return min(_LONGEST_RETRY_S, max(_SHORTEST_RETRY_S, span_s / max(1, len(self._left_at) - 1)))
 
     def models(self) -> list[str]:
-        """Models that somebody waits for, the longest wait first."""
-        return sorted(self._by_model, key=lambda model: self._by_model[model][0].arrived_at)
+        """Models that somebody waits for, in the order of their first requests. Not to be changed."""
+        if self._order is None:
+            self._order = sorted(self._lines, key=lambda model: self._lines[model][0].rank)
+        return self._order
 
     def of_model(self, model: str) -> tuple[Waiting, ...]:
-        return tuple(self._by_model.get(model, ()))
+        return tuple(self._lines.get(model, ()))
+
+    def length(self, model: str) -> int:
+        return len(self._lines.get(model, ()))
 
     def head(self, model: str) -> Waiting | None:
-        waiting = self._by_model.get(model)
-        return waiting[0] if waiting else None
+        line = self._lines.get(model)
+        return line[0] if line else None
 
     def remove(self, request_id: RequestId) -> Waiting | None:
         waiting = self._by_id.pop(request_id, None)
         if waiting is not None:
-            line = self._by_model[waiting.model]
+            line = self._lines[waiting.model]
             line.remove(waiting)
             if not line:
-                del self._by_model[waiting.model]
+                del self._lines[waiting.model]
+            self._of_key[waiting.key] -= 1
+            if not self._of_key[waiting.key]:
+                del self._of_key[waiting.key]
+            self._order = None
         return waiting
+
+    def served(self, waiting: Waiting, now: float) -> None:
+        """The request has a slot: it leaves the queue."""
+        self.remove(waiting.request_id)
+        self._left_at.append(now)
 
     def expired(self, now: float) -> list[Waiting]:
         return [entry for entry in self if now >= entry.deadline_at]
+
+
+def _rank(waiting: Waiting) -> float:
+    return waiting.rank

@@ -15,8 +15,6 @@ from scheduler.units import MIB
 OUT_OF_MEMORY_STEP_BYTES = 64 * MIB
 OUT_OF_MEMORY_SHARE = 10  # a tenth of the largest share, if that is more
 LONGEST_PAUSE_S = 600.0
-
-
 HALF_LIFE_S = 600.0
 """After so long without a request, a model counts as half as popular."""
 
@@ -33,6 +31,24 @@ class Popularity:
 
     def at(self, now: float) -> float:
         return self.count * math.pow(0.5, max(0.0, now - self.counted_at) / HALF_LIFE_S)
+
+    def mean_gap_s(self, now: float) -> float:
+        """Seconds between requests, if they have come as evenly as the count says (a steady rate r counts up to
+        r x HALF_LIFE_S / ln 2)."""
+        count = self.at(now)
+        return HALF_LIFE_S / (math.log(2) * count) if count > 0 else math.inf
+
+
+@dataclass(slots=True)
+class ServiceTime:
+    """How long requests hold a slot: a running mean in seconds, in which the newest counts an eighth at least."""
+
+    mean_s: float = 0.0
+    samples: int = 0
+
+    def took(self, seconds: float) -> None:
+        self.samples += 1
+        self.mean_s += (seconds - self.mean_s) / min(self.samples, 8)
 
 
 @dataclass(slots=True)

@@ -14,7 +14,8 @@ class Lease:
     lease_id: LeaseId
     request_id: RequestId
     replica_id: ReplicaId
-    expires_at: float  # seconds of the core's clock
+    granted_at: float  # seconds of the core's clock
+    expires_at: float
 
 
 class Leases:
@@ -31,7 +32,9 @@ class Leases:
 
     def grant(self, request_id: RequestId, replica: Replica, now: float) -> Lease:
         self._serial += 1
-        lease = Lease(LeaseId(f"lease-{self._tag}{self._serial}"), request_id, replica.replica_id, now + self.ttl_s)
+        lease = Lease(
+            LeaseId(f"lease-{self._tag}{self._serial}"), request_id, replica.replica_id, now, now + self.ttl_s
+        )
         self._leases[lease.lease_id] = lease
         replica.leases.add(lease.lease_id)
         replica.last_used_at = now
@@ -40,7 +43,7 @@ class Leases:
     def adopt(self, lease_ids: Iterable[LeaseId], replica: Replica, now: float) -> None:
         """Leases of an earlier scheduler whose answers are still under way; their holders renew and release them."""
         for lease_id in lease_ids:
-            self._leases[lease_id] = Lease(lease_id, RequestId(lease_id), replica.replica_id, now + self.ttl_s)
+            self._leases[lease_id] = Lease(lease_id, RequestId(lease_id), replica.replica_id, now, now + self.ttl_s)
             replica.leases.add(lease_id)
 
     def take_back(self, lease_id: LeaseId) -> Lease | None:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 
 from scheduler.cluster.facts import ModelFile
-from scheduler.cluster.history import LoadHistory, Popularity
+from scheduler.cluster.history import LoadHistory, Popularity, ServiceTime
 from scheduler.config import Catalogue, ModelEntry, ModelParams
 from scheduler.costs.params import ContextParams
 from scheduler.costs.shape import ModelShape
@@ -52,6 +52,7 @@ class Model:
     copies: dict[NodeId, Copy] = field(default_factory=dict)
     history: LoadHistory = field(default_factory=LoadHistory)
     popularity: Popularity = field(default_factory=Popularity)
+    service: ServiceTime = field(default_factory=ServiceTime)
 
     @property
     def shape(self) -> ModelShape | None:
@@ -88,6 +89,7 @@ class Models:
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._params: dict[str, ModelParams] = {}  # of every name that was asked about: neither side of it changes
+        self._contexts: dict[str, tuple[ModelShape, ContextParams]] = {}  # the default ones
         self._entries: dict[str, tuple[str, ...]] = {}  # of every path that was seen, which is looked up every second
         self.by_name: dict[str, Model] = {
             name: Model(name, entry, pinned=entry.pinned) for name, entry in catalogue.models.items()
@@ -108,6 +110,9 @@ class Models:
             self._params[model.name] = self._own_params(model)
         return self._params[model.name]
 
+    def priority(self, model: Model) -> int:
+        return self.params(model).priority or 0
+
     def _own_params(self, model: Model) -> ModelParams:
         own = model.entry.model_dump(include=set(ModelParams.model_fields)) if model.entry else {}
         chosen = {key: value for key, value in own.items() if value is not None}
@@ -118,6 +123,14 @@ class Models:
 
         Raises Rejected when the model was not trained for so long a context.
         """
+        if n_ctx_slot is not None:
+            return self._context(model, shape, n_ctx_slot)
+        known = self._contexts.get(model.name)
+        if known is None or known[0] is not shape:
+            known = self._contexts[model.name] = shape, self._context(model, shape, None)
+        return known[1]
+
+    def _context(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> ContextParams:
         params = self.params(model)
         slots = params.n_seq_max or 1
         trained = shape.n_ctx_train or DEFAULT_SLOT_CONTEXT

@@ -11,6 +11,7 @@ Whatever its state, a replica is forgotten when its node is lost.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -85,6 +86,9 @@ class Replica:
     cached_fraction: float = 0.0  # of its file, in the page cache when it was placed
     load_key: LoadKey | None = None  # under which they are remembered
     room_since: float | None = None  # pending: when the last victim was gone
+    preloaded: bool = False  # nobody has asked for it yet
+    kept: bool = False  # loaded because the model shall always have a replica
+    prefixes: deque[str] = field(default_factory=lambda: deque(maxlen=8))  # of the prompts that it saw last
 
     def become(self, state: ReplicaState) -> None:
         """Change state along the table. Raises InvariantBroken for a step that the table lacks."""

@@ -106,7 +106,7 @@ class _Pricing:
     def priced(self, found: Found) -> PricedPlacement:
         placement, victims = found
         core = self._core
-        price = core.prices.of(self._shape, self._model, placement, victims, core.replicas, NOW)
+        price = core.prices.of(self._shape, self._model, placement, victims, NOW)
         evicts = tuple(core.replicas[victim].model for victim in sorted(victims))
         return PricedPlacement(placement, evicts, price, self._tokens_per_s(placement))
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from arriero.cli.main import app
+from arriero.cli.plots import _colors, _curve, _lanes, _merged, _unit
+from arriero.cli.service import console
 from arriero.example_models import EXAMPLES, Dimensions, write_example_model
 from scheduler.costs.footprint import computes_exactly
 from scheduler.costs.shape import read_shape
 from scheduler.errors import InvalidGGUF, Rejected
+from scheduler.simulation.simulator import Occupation
+from scheduler.units import DeviceId
 
 SMALL = Dimensions(8, 1024, 8, 4, 2816, 4096)
 
@@ -122,6 +128,155 @@ def test_policies_are_compared_side_by_side_and_requests_written(folder: Path) -
     assert len(rows) == 8 and all(float(row["granted_s"]) <= float(row["first_token_s"]) for row in rows)
     with pytest.raises(Rejected, match="there is no policy 'lfu'; known are lru, gdsf, single"):
         run("simulate", *common, "--policy", "lfu")
+
+
+def test_clusters_are_compared_with_every_policy(folder: Path) -> None:
+    common = ("-c", folder / "models.yaml", "--trace", folder / "trace.csv", "--policy", "lru", "--policy", "single")
+    both = (*common, "--cluster", folder / "one.yaml", "--cluster", folder / "tiny.yaml")
+    told = json.loads(run("simulate", *both, "--json"))
+    assert [(each["cluster"], each["policy"]) for each in told] == [
+        ("one", "lru"), ("one", "single"), ("tiny", "lru"), ("tiny", "single"),
+    ]  # fmt: skip
+    alone = json.loads(run("simulate", *common, "--cluster", folder / "tiny.yaml", "--json"))
+    assert alone == [{k: v for k, v in each.items() if k != "cluster"} for each in told[2:]]
+    table = run("simulate", *both)
+    assert all(name in table for name in ("one, lru", "one, single", "tiny, lru", "tiny, single"))
+
+
+def test_clusters_in_files_of_one_name_are_told_apart_by_their_paths(folder: Path) -> None:
+    (folder / "other").mkdir()
+    other = folder / "other" / "one.yaml"
+    other.write_text((folder / "one.yaml").read_text())
+    common = ("-c", folder / "models.yaml", "--trace", folder / "trace.csv", "--json")
+    told = json.loads(run("simulate", *common, "--cluster", folder / "one.yaml", "--cluster", other))
+    assert [each["cluster"] for each in told] == [str(folder / "one.yaml"), str(other)]
+
+
+def test_many_columns_become_several_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", 100)
+    clusters = []
+    for i in range(4):
+        clusters += ["--cluster", folder / f"a-long-name-of-a-cluster-{i}.yaml"]
+        clusters[-1].write_text((folder / "one.yaml").read_text())
+    policies = [each for name in ("lru", "gdsf", "single") for each in ("--policy", name)]
+    made = ("-c", folder / "models.yaml", "--requests", 4)
+    lines = run("simulate", *clusters, *policies, *made).splitlines()
+    assert max(map(len, lines)) <= 100
+    served = [line for line in lines if "served" in line]
+    assert [line.count(" 4 ") for line in served] == [3, 3, 3, 3]
+
+
+def test_requests_are_made_as_options_say(folder: Path) -> None:
+    made = ("simulate", "--cluster", folder / "one.yaml", "-c", folder / "models.yaml", "--requests", 30)
+
+    def arrivals(*options: object) -> list[tuple[float, str]]:
+        run(*made, *options, "--csv", folder / "out.csv")
+        with (folder / "out.csv").open() as file:
+            return [(float(row["arrived_s"]), row["model"]) for row in csv.DictReader(file)]
+
+    plain = arrivals()
+    assert len(plain) == 30 and plain == arrivals("--gap", 15, "--burst", 4, "--day", 3600, "--drift", 1800)
+    assert arrivals("--gap", 150)[-1][0] > 3 * plain[-1][0]
+    assert arrivals("--day", 0)[0][0] * 5 == pytest.approx(plain[0][0])  # no longer the quietest hour
+    steady, drifting = (arrivals("--popularity", 10, "--drift", s) for s in (0, 60))
+    assert {model for _, model in steady} == {"a"} and {model for _, model in drifting} == {"a", "b"}
+    alone = arrivals("--burst", 1, "--drift", 1)
+    assert len({model for _, model in alone}) == 2
+
+
+def test_popularity_drifts_where_a_trace_names_no_models(folder: Path) -> None:
+    rows = ["TIMESTAMP,ContextTokens,GeneratedTokens", *(f"2023-11-16 18:17:{i:02}.0,100,2" for i in range(0, 60, 10))]
+    (folder / "azure.csv").write_text("\n".join(rows))
+    common = ("--cluster", folder / "one.yaml", "-c", folder / "models.yaml", "--trace", folder / "azure.csv")
+    models = []
+    for drift in (0, 10):
+        run("simulate", *common, "--popularity", 10, "--drift", drift, "--csv", folder / "out.csv")
+        with (folder / "out.csv").open() as file:
+            models.append("".join(row["model"] for row in csv.DictReader(file)))
+    assert models == ["aaaaaa", "ababab"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ("--gap 0", "--gap is 0.0; it must be between 0.001 and 1000000"),
+        ("--gap inf", "--gap is inf"),
+        ("--requests 0", "--requests is 0; it must be between 1 and 100000"),
+        ("--requests 100001", "--requests is 100001"),
+        ("--burst 0.5", "--burst is 0.5"),
+        ("--day nan", "--day is nan; it must be 0, or between 1"),
+        ("--drift 1e-9", "--drift is 1e-09; it must be 0, or between 1"),
+        ("--popularity -1", "--popularity is -1.0"),
+        ("--gap 1e6", "these requests would come over"),
+        ("--trace t.csv --gap 5 --day 0", "--gap, --day: only where requests are made by chance"),
+        ("--policy lru --policy lru", "--policy lru is given twice"),
+        ("--cluster c.yaml --cluster c.yaml", "--cluster c.yaml is given twice"),
+        ("--csv out.csv --policy lru --policy gdsf", "--csv writes the requests of one run"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(options: str, error: str) -> None:
+    with pytest.raises(Rejected) as found:
+        run("simulate", *options.split())
+    assert found.value.message.startswith(error)
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def test_without_matplotlib_pictures_are_refused_before_anything_is_played(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(Rejected, match="install it with: pip install matplotlib"):
+        run("simulate", "--plot", folder / "pictures")
+    assert not (folder / "pictures").exists()
+
+
+def test_pictures_are_the_same_each_time(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    gpus: list[Any] = [{"name": "RTX 3060"}, {"name": "a $card$ <of> ours", "total": "8GiB"}]
+    (folder / "$x$.yaml").write_text(yaml.safe_dump({"nodes": [{"name": "b\x07ox", "ram": "16GiB", "gpus": gpus}]}))
+    clusters = [each for name in ("$x$", "tiny") for each in ("--cluster", folder / f"{name}.yaml")]
+    common = ("simulate", *clusters, "-c", folder / "models.yaml", "--trace", folder / "trace.csv", "--json")
+    told = [json.loads(run(*common, "--plot", folder / name)) for name in ("once", "twice")]
+    assert told[0] == told[1] == json.loads(run(*common))
+    once, twice = ({path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in ("once", "twice"))
+    assert once == twice and sorted(once) == ["occupancy-$x$-lru.svg", "occupancy-tiny-lru.svg", "times.svg"]
+    assert all(ElementTree.fromstring(picture).tag.endswith("svg") for picture in once.values())
+    assert b"a $card$" in once["occupancy-$x$-lru.svg"] and b"no GPUs" in once["occupancy-tiny-lru.svg"]
+
+
+def test_pictures_that_cannot_be_written_are_named(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(Rejected, match=r"trace\.csv"):
+        run("simulate", "--requests", 1, "--plot", folder / "trace.csv")
+    (folder / "times.svg").mkdir()
+    with pytest.raises(Rejected, match=r"times\.svg: Is a directory"):
+        run("simulate", "--requests", 1, "--plot", folder)
+
+
+def test_replicas_that_are_there_at_once_lie_in_different_lanes() -> None:
+    first, second, third, last = (
+        Occupation(DeviceId("g"), "m", begin, end, ()) for begin, end in ((0, 5), (2, 9), (5, 6), (6, 7))
+    )
+    assert _lanes([last, second, first, third]) == [[first, third, last], [second]]
+
+
+def test_spans_that_the_picture_cannot_part_are_one() -> None:
+    assert _merged([(5, 6), (0, 2), (1, 1.5), (2.1, 3)], 0.2) == [(0, 3), (5, 6)]
+
+
+def test_curves_are_of_all_requests_and_no_longer_than_a_picture_needs() -> None:
+    assert _curve([3.0, 0.0], 4) == ([0.01, 0.01, 3.0], [0.0, 25.0, 50.0])
+    assert _curve([], 4) == ([0.01], [0.0])
+    seconds, shares = _curve([float(i) for i in range(1, 100_001)], 100_000)
+    assert len(seconds) < 2100 and (seconds[-1], shares[-1]) == (100_000, 100)
+
+
+def test_colours_differ_and_units_are_handy() -> None:
+    assert all(len(set(_colors(count))) == count for count in (1, 10, 11, 40))
+    assert [_unit(s)[1] for s in (100, 1000, 20_000, 1e6)] == ["seconds", "minutes", "hours", "days"]
 
 
 def test_without_arguments_an_example_is_run() -> None:

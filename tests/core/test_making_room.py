@@ -52,17 +52,34 @@ def test_popularity_fades() -> None:
     assert s.evicted() == ["a"]
 
 
-@pytest.mark.parametrize(("eviction", "victim"), [("lru", "small"), ("gdsf", "a")])
-def test_of_models_asked_for_alike_the_one_that_is_dearest_to_load_for_its_size_stays(
-    eviction: str, victim: str
-) -> None:
-    """Setting up takes the same for all, so that for each byte a small model is dearer to load than a big one."""
-    models = {"small": SMALL, "a": M, "other": SMALL}
+@pytest.mark.parametrize("eviction", ["lru", "gdsf"])
+def test_of_models_asked_for_alike_the_one_that_is_loaded_again_soonest_goes(eviction: str) -> None:
+    models = {"a": M, "small": SMALL, "other": SMALL}
     s = Scenario([gpu("3200MiB")], models, catalogue={"policy": {"eviction": eviction}})
-    for model in ("small", "a"):
+    for model in ("a", "small"):
+        s.run(model)
+        s.wait(1)
+    s.run("other")
+    assert s.evicted() == ["small"]
+
+
+def test_what_was_used_long_ago_goes_although_it_takes_longer_to_load_again() -> None:
+    s = Scenario([gpu("3200MiB")], {"a": M, "small": SMALL, "other": SMALL})
+    s.run("a")
+    s.wait(600, longest_step_s=5)
+    s.run("small")
+    s.wait(1)
+    s.run("other")
+    assert s.evicted() == ["a"]
+
+
+@pytest.mark.parametrize(("priority", "victim"), [(0, "a"), (3, "b")])
+def test_a_model_of_higher_priority_is_regretted_more(priority: int, victim: str) -> None:
+    models = {"a": {"path": "a.gguf", "priority": priority}}
+    s = two_gpus(catalogue={"models": models})
+    for model in ("a", "b", "c"):
         s.run(model)
         s.wait(10)
-    s.run("other")
     assert s.evicted() == [victim]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -203,6 +204,25 @@ def test_a_popularity_law_prefers_the_first_and_drifts() -> None:
     assert early.count("a") > early.count("b") > early.count("c")
     later = [each.model for each in trace if 100 <= each.at_s < 200]
     assert later.count("b") > later.count("a")
+
+
+def test_made_requests_come_alone_or_in_bursts_by_day_or_at_all_hours() -> None:
+    def models(trace: list[TraceRequest]) -> int:
+        return sum(one.model != other.model for one, other in pairwise(trace))
+
+    many = [str(i) for i in range(50)]
+    alone, bursts = (
+        made_trace(Popularity(many, 0.0), 3, n_requests=500, mean_gap_s=9, burst=burst, day_s=0) for burst in (1, 20)
+    )
+    assert models(alone) > 450 and models(bursts) < 100
+    assert alone[-1].at_s / 500 == pytest.approx(9 + 9 / 3, rel=0.15)
+    shorter = made_trace(Popularity(many, 0.0), 3, n_requests=500, mean_gap_s=0.009, burst=1, day_s=0)
+    assert shorter[-1].at_s == pytest.approx(alone[-1].at_s / 1000)
+
+
+def test_made_requests_over_years_are_refused() -> None:
+    with pytest.raises(Rejected, match=r"would come over \d+ days"):
+        made_trace(Popularity(["a"]), 1, n_requests=1000, mean_gap_s=1e6)
 
 
 @pytest.mark.parametrize(
