@@ -369,7 +369,8 @@ class SchedulerCore:
             )
             self._out.announce("request_expired", f"a request's deadline has passed: {waited}", waiting.model)
             self._dispatch.refuse(waiting, DeadlineExceeded(waited, retry_after_s=10.0, model=waiting.model))
-        for replica in list(self.replicas.values()):
+        self._dispatch.time_passes(self._now)
+        for replica in self.replicas.in_state(ReplicaState.READY):
             self._stop_if_idle_too_long(replica)
 
     def _stop_if_idle_too_long(self, replica: Replica) -> None:

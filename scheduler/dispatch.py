@@ -26,7 +26,8 @@ from scheduler.outbox import Outbox
 from scheduler.units import ReplicaId
 
 MOST_DECISIONS = 8  # per event, the longest waits first: with dozens of models waiting, the others' turn comes later
-LOOK_AGAIN_S = 1.0  # a request for which no place was found is looked at again, facts changed or not
+LOOK_AGAIN_S = 1.0  # a request for which no place was found is looked at again after so long, facts changed or not,
+LOOK_AGAIN_SHARE = 0.1  # or after so much of the time that it had waited
 LOAD_TIMES_BEFORE_DRAIN = 3.0  # a replica serves for so many times its load time before others may drain it,
 LOAD_TIMES_BEFORE_SPREADING = 2.0  # a wait so many times as long as a load is worth another replica
 LONGEST_REST_S = 60.0  # but not longer than this (or the minimum residency): two busy models take turns
@@ -89,6 +90,10 @@ class Dispatch:
         """Serve whoever waits. Free slots are given away before anybody is evicted, so that a model which is asked for
         is not idle; then places are found for the others, the longest wait first."""
         self._now, self._decisions = now, 0
+        if not len(self._queue) and not self._draining and self._fleet.is_settled:
+            self._touched.clear()
+            self._freed.clear()
+            return
         for replica in list(self._draining.values()):
             if replica.replica_id not in self._fleet.replicas or not self._queue.length(replica.drain_for):
                 self._reopen(replica)
@@ -110,9 +115,20 @@ class Dispatch:
 
     def _may_have_changed(self, name: str) -> bool:
         head = self._queue.head(name)
-        return head is not None and not (
-            head.looked_at_epoch == self._epoch and self._now - head.looked_at < LOOK_AGAIN_S
-        )
+        return head is not None and (head.looked_at_epoch != self._epoch or self._is_due(head))
+
+    def _is_due(self, head: Waiting) -> bool:
+        """The longer somebody has waited, the less another moment changes."""
+        so_far_s = head.looked_at - head.arrived_at
+        return self._now - head.looked_at >= max(LOOK_AGAIN_S, LOOK_AGAIN_SHARE * so_far_s)
+
+    def time_passes(self, now: float) -> None:
+        """Busy replicas in somebody's way take nothing new, once they have served long enough."""
+        self._now = now
+        for name in self._queue.models():
+            head = self._queue.head(name)
+            if head is not None and head.in_the_way and now - head.arrived_at >= self._policy.drain_after_s:
+                self._drain(head, frozenset(r for r in head.in_the_way if r in self._fleet.replicas))
 
     def plan(self, model: Model, waiting: Waiting, now: float) -> Plan:
         """What would be done for the request now, without doing it.
@@ -170,7 +186,8 @@ class Dispatch:
                 self._grant(head, ready)
                 continue
             try:
-                if self._now - head.looked_at >= LOOK_AGAIN_S or self._decisions < MOST_DECISIONS:
+                if self._is_due(head) or self._decisions < MOST_DECISIONS:
+                    head.in_the_way = frozenset()
                     head.reason = self._see_to(head)
                     head.looked_at_epoch, head.looked_at = self._epoch, self._now
                 return
@@ -206,6 +223,7 @@ class Dispatch:
                 waited_s = self._now - head.arrived_at
                 if choice.placement is None and waited_s >= self._policy.release_timeout_s:
                     raise self._refusal(Unavailable, model, chooser)
+                head.in_the_way = choice.victims
                 self._drain(head, choice.victims if waited_s >= self._policy.drain_after_s else frozenset())
                 return explain_waiting(self._fleet.replicas[replica_id] for replica_id in sorted(choice.victims))
             case "blocked":

@@ -295,6 +295,11 @@ class Fleet:
         else:
             self.abandon(replica, reason)
 
+    @property
+    def is_settled(self) -> bool:
+        """Nobody waits for room, or is to be stopped when idle."""
+        return not self._retiring and not self.replicas.count(ReplicaState.PENDING)
+
     def stop_retired(self) -> None:
         for replica in [r for r in self._retiring.values() if r.idle]:
             self.stop(replica, replica.retiring)

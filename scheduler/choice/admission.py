@@ -16,6 +16,8 @@ from scheduler.costs.params import ContextParams
 from scheduler.costs.shape import ModelShape
 from scheduler.errors import InvalidGGUF, Rejected, Unavailable
 
+MOST_NEEDS = 1024  # that are remembered, with what was worked out for them
+
 
 class Admission:
     """Reads inventory and models, changes neither."""
@@ -25,6 +27,7 @@ class Admission:
         self._reserves = catalogue.reserves
         self._inventory = inventory
         self._models = models
+        self._needs: dict[tuple[str, int | None], tuple[tuple[ModelShape, int, int], Need]] = {}
 
     def check(self, model: Model, waiting: Waiting) -> None:
         """Raise Rejected when the model cannot do what is asked; nothing is said before its header has been read."""
@@ -61,15 +64,25 @@ class Admission:
         shape = model.shape
         if shape is None or not self.nodes(model):
             return None
+        context = self._context(model, shape, waiting)
+        facts = shape, history.extra_bytes, self._measurements.changes
+        known = self._needs.get((model.name, waiting.n_ctx))
+        if known is None or known[0] != facts or known[1].context != context:
+            if len(self._needs) >= MOST_NEEDS:
+                self._needs.clear()
+            known = self._needs[model.name, waiting.n_ctx] = facts, self._need(model, shape, context)
+        return known[1]
+
+    def _need(self, model: Model, shape: ModelShape, context: ContextParams) -> Need:
         params = self._models.params(model)
         return Need(
             model=model.name,
             shape=shape,
-            context=self._context(model, shape, waiting),
+            context=context,
             reserves=self._reserves,
             use_mmap=params.use_mmap is not False,
             use_extra_bufts=bool(params.use_extra_bufts),
-            extra_bytes=history.extra_bytes,
+            extra_bytes=model.history.extra_bytes,
             measurements=self._measurements,
             wishes=Wishes(params.spill is not False, params.max_gpus, params.gpus or ()),
         )

@@ -12,11 +12,12 @@ some milliseconds where that does not decide and the graph has to be drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations
 from math import comb
+from typing import Any, TypeVar
 
 from scheduler.choice.room import Room
 from scheduler.cluster.facts import DeviceFacts
@@ -42,7 +43,7 @@ MOST_SORTED = 4096  # device combinations of one size that are looked through
 LARGEST_SUBSETS = 8  # of those tried
 MOST_SUBSETS = 64  # device combinations tried per size: C(8, 4) = 70, so eight GPUs are searched almost whole
 
-
+_T = TypeVar("_T")
 _footprint = lru_cache(maxsize=REMEMBERED)(filled_footprint)
 _bounded_footprint = lru_cache(maxsize=4 * REMEMBERED)(bounded_footprint)
 
@@ -91,6 +92,8 @@ class Need:
     wishes: Wishes = Wishes()
     draws: bool = False
     """Graphs are drawn for every layout that is tried, not only where the bound on compute buffers does not decide."""
+    known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Shares and placements that were worked out before, for the same need is asked about with every decision."""
 
     @property
     def n_layers(self) -> int:
@@ -113,6 +116,21 @@ class Need:
         self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool
     ) -> tuple[Footprint, tuple[int, ...], tuple[int, ...]]:
         """What the buffers of the layout take; per device, the overhead, and bytes in all."""
+        products = tuple(device.product for device in devices)
+        key = "shares", node.facts.llama_build, products, layout, bounded
+        return self._once(key, lambda: self._shares(node, devices, layout, bounded))
+
+    def _once(self, key: Hashable, work: Callable[[], _T]) -> _T:
+        if key not in self.known:
+            if len(self.known) >= REMEMBERED:
+                self.known.clear()
+            self.known[key] = work()
+        found: _T = self.known[key]
+        return found
+
+    def _shares(
+        self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, bounded: bool
+    ) -> tuple[Footprint, tuple[int, ...], tuple[int, ...]]:
         cost = self.bounded_footprint(layout) if bounded else self.footprint(layout)
         build = node.facts.llama_build
         measured = self.measurements.load(self.shape, layout, self.context, build)
@@ -132,6 +150,12 @@ class Need:
         self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool = False
     ) -> Placement:
         """The layout on these devices with all that it needs, overheads included; `bounded`: or a little more."""
+        key = "placement", tier, node.facts.node_id, tuple(device.device_id for device in devices), layout, bounded
+        return self._once(key, lambda: self._placement(tier, node, devices, layout, bounded))
+
+    def _placement(
+        self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, bounded: bool
+    ) -> Placement:
         cost, overheads, device_bytes = self.shares(node, devices, layout, bounded=bounded)
         host = host_memory(
             self.shape,
@@ -161,7 +185,7 @@ class Need:
         )
 
     def with_context(self, context: ContextParams) -> Need:
-        return replace(self, context=context)
+        return replace(self, context=context, known={})
 
     def elsewhere(self, taken: frozenset[DeviceId]) -> Need:
         """The same on other GPUs than those, and nothing of it in host RAM."""
@@ -259,7 +283,7 @@ class Candidate:
         n_layers = self.need.n_layers
         if sum(free) < self.least_bytes or min(free) <= 0 or n_layers < len(free):
             return None
-        counts = _proportional(free, n_layers)
+        counts = self._shares_of_layers(free)
         layer_bytes = self._layer_bytes()
         seen: set[tuple[int, ...]] = set()
         while tuple(counts) not in seen:
@@ -275,21 +299,42 @@ class Candidate:
             counts[emptiest] += moved
         return None
 
+    def _shares_of_layers(self, free: Sequence[int]) -> list[int]:
+        """Layers per device to begin with: as many as will fit where they are read fastest, at least one everywhere;
+        in proportion to the free memory where all are equally fast."""
+        rates = {device.rates.bytes_per_s for device in self.devices}
+        if len(rates) == 1:
+            return _proportional(free, self.need.n_layers)
+        left = self.need.n_layers - len(free)
+        counts = [1] * len(free)
+        for i in self._fastest_first(free):
+            more = min(left, max(0, (free[i] - self._overhead_bytes(i)) // self._layer_bytes() - 1))
+            counts[i], left = counts[i] + more, left - more
+        counts[self._fastest_first(free)[0]] += left  # more than fits: what is too much moves on from there
+        return counts
+
     def _most_layers(self, room: Room) -> Placement | None:
-        """As many layers on devices as fit, the roomiest device first; fewer would only need more host RAM.
+        """As many layers on devices as fit, the fastest device first; fewer would only need more host RAM.
 
         The average layer says how many to begin with; then single layers are taken off or added.
         """
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
         most = self.need.n_layers - 1
         counts = [0] * len(free)
-        for i in sorted(range(len(free)), key=lambda i: -free[i]):
-            there = max(0, free[i] - self.need.overhead_bytes(self.devices[i], self.node.facts.llama_build))
+        for i in self._fastest_first(free):
+            there = max(0, free[i] - self._overhead_bytes(i))
             counts[i] = min(most - sum(counts), there // self._layer_bytes())
         if not any(counts):
             counts[free.index(max(free))] = 1  # the last layer may be a small one
         best = self._shrunk(counts, free)
         return self._filled_up(best, free) if best else None
+
+    def _overhead_bytes(self, device: int) -> int:
+        return self.need.overhead_bytes(self.devices[device], self.node.facts.llama_build)
+
+    def _fastest_first(self, free: Sequence[int]) -> list[int]:
+        """Numbers of the devices: whoever reads its memory fastest first, then the roomiest."""
+        return sorted(range(len(free)), key=lambda i: (-self.devices[i].rates.bytes_per_s, -free[i]))
 
     def grown(self, placement: Placement, room: Room) -> Placement:
         """A placement of some layers, with the layers more that the drawn graph leaves room for."""

@@ -8,9 +8,9 @@
 
 Somebody who is expected back in `t` seconds is expected soon with chance SOON_S / (SOON_S + t). What `t` is, the
 eviction policy says: `lru` takes the seconds since the model was last used, `gdsf` (greedy dual size frequency) the
-mean time between its requests, in a count that fades. With equal loads, `lru` makes the least recently used the cheapest victim.
-A second replica of a model is not regretted at all: the first one serves on. Each step of a model's priority doubles
-what it is regretted.
+mean time between its requests, in a count that fades. With equal loads, `lru` makes the least recently used the
+cheapest victim. A second replica of a model is not regretted at all: the first one serves on. Each step of a model's
+priority doubles what it is regretted.
 """
 
 from __future__ import annotations

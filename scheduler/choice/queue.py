@@ -20,7 +20,7 @@ from typing import Literal
 
 from scheduler.config import Policy
 from scheduler.errors import QueueFull, Rejected
-from scheduler.units import RequestId
+from scheduler.units import ReplicaId, RequestId
 
 RequestKind = Literal["generate", "embed", "load"]
 _SEEN_LEAVING = 16  # requests whose leaving says how fast the queue moves
@@ -42,6 +42,7 @@ class Waiting:
     prefix: str = ""  # what its prompt begins with, as a hash; empty: not known
     rank: float = 0.0
     reason: str = ""
+    in_the_way: frozenset[ReplicaId] = frozenset()  # replicas that it waits for
     looked_at_epoch: int = -1  # the facts for which no place was found, and when
     looked_at: float = -inf
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from scheduler.cluster.inventory import Inventory, Node
@@ -12,6 +12,7 @@ from scheduler.costs.paces import Estimate, Pace, Paces
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.speed import load_seconds, seconds_per_token
 
+REMEMBERED = 4096
 USUAL_TOKENS = 512
 """Tokens in the context for which an answer's speed is said, or half the context if that is less."""
 MOSTLY = 0.5
@@ -33,9 +34,21 @@ class Speeds:
     def __init__(self, inventory: Inventory, paces: Paces) -> None:
         self._inventory = inventory
         self._paces = paces
+        self._known: dict[Hashable, Speed] = {}
+        self._changes = paces.changes
 
     def predict(self, shape: ModelShape, placement: Placement, cached_fraction: float | None) -> Speed:
         """Of a model in a place, `cached_fraction` of whose file is in the page cache (None: not known, none of it)."""
+        if self._changes != self._paces.changes or len(self._known) > REMEMBERED:
+            self._known.clear()
+            self._changes = self._paces.changes
+        there = placement.node_id, placement.device_ids, placement.layout, placement.context
+        key = shape.fingerprint, there, cached_fraction
+        if key not in self._known:
+            self._known[key] = self._predict(shape, placement, cached_fraction)
+        return self._known[key]
+
+    def _predict(self, shape: ModelShape, placement: Placement, cached_fraction: float | None) -> Speed:
         context = placement.context
         n_past = min(USUAL_TOKENS, context.n_ctx // context.n_seq_max // 2)
         node = self._inventory.nodes[placement.node_id]

@@ -89,6 +89,7 @@ class Models:
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._params: dict[str, ModelParams] = {}  # of every name that was asked about: neither side of it changes
+        self._reported: dict[NodeId, tuple[ModelFile, ...]] = {}
         self._contexts: dict[str, tuple[ModelShape, ContextParams]] = {}  # the default ones
         self._entries: dict[str, tuple[str, ...]] = {}  # of every path that was seen, which is looked up every second
         self.by_name: dict[str, Model] = {
@@ -164,6 +165,8 @@ class Models:
     def update(self, node_id: NodeId, files: tuple[ModelFile, ...]) -> FileChanges:
         """Take a node's list of files: what to read because it is new, changed or was not readable; what changed."""
         changes = FileChanges()
+        if files == self._reported.get(node_id):
+            return changes
         claimed: dict[str, ModelFile] = {}
         for file in files:
             for name in self._names(file, claimed):
@@ -182,6 +185,10 @@ class Models:
                 if known.undecided and not known.being_read:
                     known.being_read = True
                     changes.read(file.path)
+        copies = [model.copies[node_id] for name in claimed if node_id in (model := self.by_name[name]).copies]
+        self._reported.pop(node_id, None)
+        if files and not any(copy.undecided for copy in copies):  # else there is something left to do with the same files
+            self._reported[node_id] = files
         for name, gone in [(name, model) for name, model in self.by_name.items() if name not in claimed]:
             if gone.copies.pop(node_id, None) and not gone.copies and gone.entry is None:
                 del self.by_name[name]

@@ -101,6 +101,8 @@ class Measurements:
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._loads: dict[LoadKey, MeasuredLoad] = {}
         self._known: set[tuple[str, str]] = set()  # fingerprint and build of every load
+        self.changes = 0
+        """How often what is known has changed."""
         self._extra: dict[str, int] = {}
         self._overheads: dict[str, int] = {}
         for record in records:
@@ -128,6 +130,7 @@ class Measurements:
         fingerprint, build = json.loads(key)[:2]
         self._known.add((fingerprint, build))
         self._loads[key] = load
+        self.changes += 1
 
     # ------------------------------------------------------------------ what was allocated
 
@@ -163,6 +166,7 @@ class Measurements:
         outside = list(load.outside_bytes)
         outside[device] = outside_bytes
         self._loads[key] = replace(load, outside_bytes=tuple(outside))
+        self.changes += 1
         return Record("load", key, asdict(self._loads[key]))
 
     # ------------------------------------------------------------------ what was missing
@@ -191,6 +195,7 @@ class Measurements:
         if overhead_bytes < self._overheads.get(key, 0) + NOTICED_BYTES:
             return None
         self._overheads[key] = overhead_bytes
+        self.changes += 1
         return Record("overhead", key, {"bytes": overhead_bytes})
 
 

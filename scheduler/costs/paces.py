@@ -52,6 +52,8 @@ class Paces:
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._known: dict[str, _Correction] = {}
+        self.changes = 0
+        """How often what is known has changed."""
         for record in records:
             if record.kind == "pace":
                 try:
@@ -75,6 +77,7 @@ class Paces:
         """It took `measured_s` where the formulas, uncorrected, say `predicted_s`."""
         if not (predicted_s > 0 and 1 / _ABSURD < measured_s / predicted_s < _ABSURD):
             return []
+        self.changes += 1
         log_factor = math.log(measured_s / predicted_s)
         records = []
         for key in keys:

@@ -6,7 +6,7 @@ the rest: then it is what is free besides them. A replica that could not be load
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from scheduler import commands as cmd
@@ -23,6 +23,7 @@ from scheduler.errors import Rejected
 from scheduler.simulation.description import ClusterDescription, NodeDescription, ReplicaDescription
 from scheduler.units import DeviceId, LeaseId, NodeId, ReplicaId, format_bytes
 
+_MOST_LISTINGS = 256
 NOW = 1e6
 """The moment described, on the core's clock: late enough for any idle time."""
 
@@ -55,6 +56,7 @@ class DescribedCluster:
         self.core = SchedulerCore(catalogue, tag="s")
         self.commands: list[cmd.Command] = []
         """What the core wants done at `NOW`."""
+        self._listings: dict[frozenset[str], tuple[ModelFile, ...]] = {}
         self._foreign: dict[DeviceId | NodeId, int] = {}
         for node in description.nodes:
             self.core.handle(ev.NodeJoined(_facts(node)), 0.0)
@@ -120,7 +122,7 @@ class DescribedCluster:
         )
 
     def report(
-        self, node: NodeDescription, replicas: Iterable[Placement], at: float, cached: Container[str] = ()
+        self, node: NodeDescription, replicas: Iterable[Placement], at: float, cached: Iterable[str] = ()
     ) -> list[cmd.Command]:
         """Tell the core what the machine and its GPUs show, with these replicas on it and the files `cached` (by path)
         in its page cache. Returns the commands that this leads to."""
@@ -131,12 +133,19 @@ class DescribedCluster:
             used = min(device.total_bytes, self._foreign.get(device.device_id, 0) + ours[device.device_id])
             reading = DeviceReading(device.device_id, device.total_bytes, device.total_bytes - used, used, at)
             commands += self.core.handle(ev.DeviceSampled(reading), at)
-        files = tuple(
-            ModelFile(model.path, model.shape.paths, model.shape.file_bytes, 0.0, float(model.path in cached))
-            for model in self.models.values()
-        )
+        files = self._files(frozenset(cached))
         available = max(0, node.ram - self._foreign.get(there.node_id, 0) - resting)
         return commands + self.core.handle(ev.NodeSampled(NodeReading(there.node_id, available, at, files)), at)
+
+    def _files(self, cached: frozenset[str]) -> tuple[ModelFile, ...]:
+        if cached not in self._listings:
+            if len(self._listings) > _MOST_LISTINGS:
+                self._listings.clear()
+            self._listings[cached] = tuple(
+                ModelFile(model.path, model.shape.paths, model.shape.file_bytes, 0.0, float(model.path in cached))
+                for model in self.models.values()
+            )
+        return self._listings[cached]
 
     def _others(self, node: NodeDescription, replicas: Sequence[Placement]) -> dict[DeviceId | NodeId, int]:
         """Bytes that others use, by what is said to be free and what the replicas of the description hold."""

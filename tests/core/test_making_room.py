@@ -52,17 +52,6 @@ def test_popularity_fades() -> None:
     assert s.evicted() == ["a"]
 
 
-@pytest.mark.parametrize("eviction", ["lru", "gdsf"])
-def test_of_models_asked_for_alike_the_one_that_is_loaded_again_soonest_goes(eviction: str) -> None:
-    models = {"a": M, "small": SMALL, "other": SMALL}
-    s = Scenario([gpu("3200MiB")], models, catalogue={"policy": {"eviction": eviction}})
-    for model in ("a", "small"):
-        s.run(model)
-        s.wait(1)
-    s.run("other")
-    assert s.evicted() == ["small"]
-
-
 def test_what_was_used_long_ago_goes_although_it_takes_longer_to_load_again() -> None:
     s = Scenario([gpu("3200MiB")], {"a": M, "small": SMALL, "other": SMALL})
     s.run("a")
