@@ -25,6 +25,7 @@ from scheduler.cluster.inventory import Inventory
 from scheduler.config import Policy
 from scheduler.costs.params import Footprint
 from scheduler.costs.shape import ModelShape
+from scheduler.costs.weights import experts_pattern
 from scheduler.errors import ArrieroError, InvalidGGUF, Unavailable
 from scheduler.units import NodeId, ReplicaId
 
@@ -192,7 +193,7 @@ class Effects:
             devices=tuple(devices),
             n_gpu_layers=placement.layout.n_gpu_layers,
             tensor_split=placement.layout.tensor_split,
-            experts_on_host=placement.layout.experts_on_host,
+            experts_pattern=experts_pattern(placement.layout),
             context=placement.context,
             n_threads=command.n_threads,
             host_required_bytes=placement.host_bytes,

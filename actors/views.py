@@ -226,7 +226,7 @@ def _replica(
         node=_hostname(core, replica.placement),
         layout=_layout(core, replica.placement),
         n_gpu_layers=replica.placement.layout.n_gpu_layers,
-        experts_on_host=replica.placement.layout.experts_on_host,
+        experts_on_host=replica.placement.layout.spills_experts,
         n_ctx=replica.n_ctx,
         slots=replica.slots,
         active=len(replica.leases),

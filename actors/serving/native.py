@@ -26,7 +26,6 @@ from actors.serving.sampling import build_sampler
 from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import ContextParams, Footprint
 
-EXPERTS = rb"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 """Names of the MoE expert tensors, as llama.cpp's own --cpu-moe matches them (common/common.h, LLM_FFN_EXPS_REGEX)."""
 
 _OUT_OF_MEMORY = ("failed to allocate", "unable to allocate", "out of memory", "failed to reserve", "cannot allocate")
@@ -114,8 +113,8 @@ class NativeModel:
         if self._no_alloc:
             params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
         overrides = (_BufferOverride * 2)()
-        if spec.experts_on_host:
-            overrides[0].pattern = EXPERTS
+        if spec.experts_pattern:
+            overrides[0].pattern = spec.experts_pattern.encode()
             overrides[0].buffer_type = _ggml("ggml_backend_cpu_buffer_type", ctypes.c_void_p)()
             params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
         interrupted: list[BaseException] = []

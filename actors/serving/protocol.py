@@ -33,7 +33,7 @@ class LoadSpec:
     devices: tuple[LoadDevice, ...]
     n_gpu_layers: int
     tensor_split: tuple[float, ...]
-    experts_on_host: bool
+    experts_pattern: str  # of tensor names: these stay in host RAM; empty: none
     context: ContextParams
     n_threads: int
     host_required_bytes: int

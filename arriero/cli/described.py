@@ -105,7 +105,8 @@ def _priced(found: PricedPlacement) -> dict[str, Any]:
             "host": {
                 "layers": placement.n_layers - placement.layout.n_gpu_layers,
                 "bytes": placement.host_bytes,
-                "experts": placement.layout.experts_on_host,
+                "experts": placement.layout.spills_experts,
+                "expert_layers": placement.n_spilled_experts if placement.layout.spills_experts else 0,
             },
             "n_ctx": context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max,
             "evicts": list(found.evicts),
@@ -159,8 +160,8 @@ def _where(found: PricedPlacement) -> str:
         for device_id, layers, need in zip(placement.device_ids, placement.layers, placement.device_bytes, strict=True)
     ]
     spilled = placement.n_layers - placement.layout.n_gpu_layers
-    if spilled or placement.layout.experts_on_host:
-        what = "experts" if placement.layout.experts_on_host else str(spilled)
+    if spilled or placement.layout.spills_experts:
+        what = f"experts of {placement.n_spilled_experts}" if placement.layout.spills_experts else str(spilled)
         shares.append(f"RAM: {what} ({format_bytes(placement.host_bytes)})")
     evicts = f", evicting {', '.join(found.evicts)}" if found.evicts else ""
     return f"{placement.node_id} {', '.join(shares)}{evicts}"

@@ -30,6 +30,7 @@ _LAYOUT_DEFAULTS: dict[str, Any] = {
     "n_gpu_layers": -1,
     "tensor_split": None,
     "experts_on_host": False,
+    "n_cpu_moe": 0,
     "use_mmap": True,
     "use_extra_bufts": False,
 }
@@ -83,6 +84,7 @@ def _case(entry: Any, index: int) -> Case:
         n_gpu_layers=_typed(values["n_gpu_layers"], 0, f"{where}.n_gpu_layers"),
         tensor_split=tuple(float(share) for share in split),
         experts_on_host=_typed(values["experts_on_host"], False, f"{where}.experts_on_host"),
+        n_cpu_moe=_typed(values["n_cpu_moe"], 0, f"{where}.n_cpu_moe"),
     )
     return Case(
         layout,

@@ -17,6 +17,7 @@ from actors.serving.protocol import LoadDevice, LoadFailed, LoadSpec
 from arriero.cli.bill import Bill
 from arriero.cli.grid import Case
 from scheduler.costs.params import Footprint
+from scheduler.costs.weights import experts_pattern
 from scheduler.units import TIB
 
 
@@ -37,7 +38,7 @@ def verified(file: Path, bill: Bill, case: Case) -> Bill:
             devices=tuple(devices),
             n_gpu_layers=case.layout.n_gpu_layers,
             tensor_split=case.layout.tensor_split,
-            experts_on_host=case.layout.experts_on_host,
+            experts_pattern=experts_pattern(case.layout),
             context=case.context,
             n_threads=1,
             host_required_bytes=0,

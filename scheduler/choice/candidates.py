@@ -2,7 +2,8 @@
 
     one GPU            all layers on one device
     several GPUs       all layers over 2, 3, ... devices
-    experts in RAM     MoE expert tensors in host RAM, everything else on GPUs (one, then several)
+    experts in RAM     MoE expert tensors of as few layers as possible in host RAM, everything else on GPUs (one, then
+                       several)
     some layers in RAM as many layers on GPUs as fit
     CPU only
 
@@ -100,9 +101,10 @@ class Need:
         """Layers that can be put somewhere; llama.cpp counts the output as one."""
         return self.shape.n_layer_all + 1
 
-    def least_bytes(self, experts_on_host: bool = False) -> int:
-        """What all layers take on devices at the very least, however they are spread: no use in trying with less."""
-        whole = Layout((DeviceSpec("d0", "rpc"),), self.n_layers, (float(self.n_layers),), experts_on_host)
+    def least_bytes(self, n_cpu_moe: int = 0) -> int:
+        """What all layers take on devices at the very least, however they are spread, but for the experts of the first
+        `n_cpu_moe`: no use in trying with less."""
+        whole = Layout((DeviceSpec("d0", "rpc"),), self.n_layers, (float(self.n_layers),), n_cpu_moe=n_cpu_moe)
         share = self.bounded_footprint(whole).devices[0]
         return share.weights_bytes + share.kv_bytes
 
@@ -179,7 +181,7 @@ class Need:
             host_mapped_bytes=host.mapped_bytes,
             host_outside_bytes=host.outside_bytes,
             host_resting_bytes=host.resting_bytes,
-            computes_on_cpu=layout.n_gpu_layers < self.n_layers or layout.experts_on_host,
+            computes_on_cpu=layout.n_gpu_layers < self.n_layers or layout.spills_experts,
             n_layers=self.n_layers,
             grows=grows(self.shape),
         )
@@ -221,15 +223,14 @@ class Candidate:
     node: Node
     devices: tuple[DeviceFacts, ...]
     least_bytes: int = 0
-
-    @property
-    def experts_on_host(self) -> bool:
-        return self.tier == EXPERTS_IN_RAM
+    n_cpu_moe: int = 0
 
     def solve(self, room: Room) -> Placement | None:
         """The best placement of this family that fits `room`, or None."""
         if self.tier == SOME_LAYERS_IN_RAM:
             found = self._most_layers(room)
+        elif self.tier == EXPERTS_IN_RAM:
+            found = self._most_experts(room)
         elif self.devices:
             found = self._spread(room)
         else:
@@ -242,6 +243,8 @@ class Candidate:
         """The family's plainest placement, whether or not it fits: what the numbers in a refusal are taken from."""
         if not self.devices:
             return self._placement((), ())
+        if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
+            return replace(self, n_cpu_moe=self.need.n_layers - 1).minimum()
         return self._placement(
             self.devices, _proportional([device.total_bytes for device in self.devices], self.need.n_layers)
         )
@@ -254,7 +257,7 @@ class Candidate:
             devices=tuple(DeviceSpec(f"d{i}", device.kind) for i, device in enumerate(devices)),
             n_gpu_layers=sum(counts),
             tensor_split=tuple(float(count) for count in counts),
-            experts_on_host=self.experts_on_host,
+            n_cpu_moe=self.n_cpu_moe,
         )
 
     def _fitting(
@@ -298,6 +301,24 @@ class Candidate:
             counts[fullest] -= moved
             counts[emptiest] += moved
         return None
+
+    def _most_experts(self, room: Room) -> Placement | None:
+        """The experts of as few layers as possible in host RAM."""
+
+        def without(n_cpu_moe: int) -> Placement | None:
+            least = self.need.least_bytes(n_cpu_moe)
+            return replace(self, n_cpu_moe=n_cpu_moe, least_bytes=least)._spread(room)
+
+        most = self.need.n_layers - 1
+        best = without(most)
+        if best is None:
+            return None
+        few, many = 0, most  # with `many` it fits, with `few` it does not
+        while many - few > 1:
+            middle = (few + many) // 2
+            found = without(middle)
+            few, many, best = (few, middle, found) if found else (middle, many, best)
+        return best
 
     def _shares_of_layers(self, free: Sequence[int]) -> list[int]:
         """Layers per device to begin with: as many as will fit where they are read fastest, at least one everywhere;
@@ -378,6 +399,8 @@ class Candidate:
     def may_hold(self, n_gpu_layers: float, room: Room) -> bool:
         """Whether so many layers could be on devices at all: a quick look before `solve`. Layers that are less than
         three quarters of the average may be overlooked."""
+        if self.tier == EXPERTS_IN_RAM:
+            return True
         there = sum(max(0, room.devices.get(device.device_id, 0)) for device in self.devices)
         return there >= 0.75 * n_gpu_layers * self._layer_bytes()
 
@@ -401,7 +424,7 @@ def candidates(need: Need, nodes: Sequence[Node]) -> Iterator[list[Candidate]]:
     if need.shape.is_moe and wishes.spill:
         groups += [(EXPERTS_IN_RAM, size) for size in range(1, most + 1)]
     least = need.least_bytes()
-    least_without_experts = need.least_bytes(experts_on_host=True) if need.shape.is_moe else least
+    least_without_experts = need.least_bytes(need.n_layers - 1) if need.shape.is_moe else least
     for tier, size in groups:
         at_least = least_without_experts if tier == EXPERTS_IN_RAM else least
         yield [

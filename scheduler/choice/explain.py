@@ -112,8 +112,9 @@ def describe_placement(
     on_host = placement.n_layers - placement.layout.n_gpu_layers
     if on_host:
         shares.append(f"{on_host} layers in host RAM ({format_bytes(placement.host_bytes)})")
-    if placement.layout.experts_on_host:
-        shares.append(f"experts in host RAM ({format_bytes(placement.host_bytes)})")
+    if placement.layout.spills_experts:
+        which = f"experts of {placement.n_spilled_experts} layers"
+        shares.append(f"{which} in host RAM ({format_bytes(placement.host_bytes)})")
     evicting = "; evicting " + ", ".join(f"{m} (idle {idle_s:.0f} s)" for m, idle_s in freed) if freed else ""
     return f"{model}: {placement.tier}: {', '.join(shares)}{evicting}"
 

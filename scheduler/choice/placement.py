@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from scheduler.choice.candidates import (
     CPU_ONLY,
+    EXPERTS_IN_RAM,
     ON_GPU,
     ONE_GPU,
     SOME_LAYERS_IN_RAM,
@@ -39,6 +40,7 @@ from scheduler.units import NodeId
 
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
 GOOD_ENOUGH = 0.9  # of the GPU layers that could be had: nobody is evicted, and nothing waited for, for the rest
+PARTIAL = frozenset({EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM})
 NEARLY = 1.1  # of the lowest price: what costs no more counts as equally cheap
 MOST_COMPARED = 16  # combinations of GPUs for which victims are sought, the least memory first
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to so many tokens
@@ -99,6 +101,12 @@ class Chooser:
             choice = replace(choice, placement=self._grown(drawn, choice.victims))
         return replace(choice, rejections=self._rejections(groups, choice)) if explain else choice
 
+    def _drawn(self, found: Found) -> Found:
+        """The same with the graph drawn, and the layers more that this leaves room for."""
+        placement, victims = found
+        drawn = exact(placement, self.need, self.inventory.nodes[placement.node_id])
+        return (self._grown(drawn, victims), victims) if _within(drawn, placement) else found
+
     def _grown(self, drawn: Placement, victims: Victims) -> Placement:
         """Some layers more, where the drawn graph leaves room for them."""
         if drawn.tier != SOME_LAYERS_IN_RAM:
@@ -112,8 +120,7 @@ class Chooser:
         """The best placement of each kind that could be had now, whoever is idle evicted for it: what is chosen among,
         in the order of preference. Raises as `choose`."""
         found = self._offers(list(candidates(self.need, self.nodes)), self._evictable(0.0))
-        drawn = ((exact(p, self.need, self.inventory.nodes[p.node_id]), victims) for p, victims in found)
-        return [(self._grown(placement, victims), victims) for placement, victims in drawn]
+        return [self._drawn(each) for each in found]
 
     def _choose(self, groups: Groups) -> Choice:
         found = self._find(groups, self.policy.min_residency_s)
@@ -172,6 +179,9 @@ class Chooser:
             price_s = self.price(*found)
             if price_s is None:
                 return best or found
+            if found[0].tier == SOME_LAYERS_IN_RAM:
+                found = self._drawn(found)
+                price_s = self.price(*found) or price_s
             if best is None or price_s < least_s:
                 best, least_s = found, price_s
             if found[0].tier in ON_GPU and not found[1]:
@@ -190,10 +200,10 @@ class Chooser:
         if self.outgrown:
             return None
         placement = candidate.solve(self._now_on(_node_id(candidate)))
-        if placement is None or candidate.tier != SOME_LAYERS_IN_RAM:
+        if placement is None or candidate.tier not in PARTIAL:
             return placement
         best = candidate.solve(self._view_of(_node_id(candidate)).without(replica.replica_id for replica in idle))
-        return placement if best is None or placement.layout.n_gpu_layers >= self._worth_taking(best) else None
+        return placement if best is None or placement.n_resident_layers >= self._worth_taking(best) else None
 
     def _make_best_room(self, group: Sequence[Candidate], removable: Sequence[Replica]) -> Found | None:
         everybody = frozenset(r.replica_id for r in removable) | self.outgrown
@@ -222,7 +232,7 @@ class Chooser:
 
         def enough(room: Room) -> Placement | None:
             placement = candidate.solve(room) if candidate.may_hold(least, room) else None
-            return placement if placement and placement.layout.n_gpu_layers >= least else None
+            return placement if placement and placement.n_resident_layers >= least else None
 
         pool = self._in_the_way(candidate, removable, view, enough)
         found = cheapest_victims(pool, self.regret, lambda chosen: enough(view.without(chosen | self.outgrown)))
@@ -248,7 +258,7 @@ class Chooser:
     @staticmethod
     def _worth_taking(best: Placement) -> float:
         """GPU layers below which a partial offload is not worth taking, since stopping others would give the best."""
-        return GOOD_ENOUGH * best.layout.n_gpu_layers if best.tier == SOME_LAYERS_IN_RAM else 0
+        return GOOD_ENOUGH * best.n_resident_layers if best.tier in PARTIAL else 0
 
     def _later(self, groups: Groups) -> Found | None:
         """The best placement once replicas that are busy, loading or waiting themselves have ended; those that make
@@ -298,7 +308,7 @@ class Chooser:
         left = sum(room.devices[device_id] for device_id in placement.device_ids) - sum(placement.device_bytes)
         if placement.tier == CPU_ONLY:
             left = -room.host_bytes  # the node with the most RAM free
-        return -placement.layout.n_gpu_layers, len(placement.device_ids), left
+        return -placement.n_resident_layers, len(placement.device_ids), left
 
     def _cost(self, found: Found) -> tuple[int, float, int, tuple[int, int, int]]:
         placement, victims = found
@@ -382,4 +392,4 @@ def _clearly_better(one: Placement, other: Placement) -> bool:
     """Worth a wait: an earlier tier, or clearly more layers on GPUs."""
     if one.tier != other.tier:
         return TIERS.index(one.tier) < TIERS.index(other.tier)
-    return GOOD_ENOUGH * one.layout.n_gpu_layers > other.layout.n_gpu_layers
+    return GOOD_ENOUGH * one.n_resident_layers > other.n_resident_layers

@@ -104,7 +104,8 @@ class Speeds:
             products += f" with RAM of {node.hostname}"
         hardware = f"{phase} on {products}, llama-cpp-python {node.llama_build}"
         layers = "+".join(map(str, placement.layers)) or "0"
-        return f"{hardware}: {shape.fingerprint} {layers} {placement.layout.experts_on_host}", hardware
+        spilled = placement.layout.n_cpu_moe or placement.layout.experts_on_host
+        return f"{hardware}: {shape.fingerprint} {layers} {spilled}", hardware
 
 
 def _load_seconds(shape: ModelShape, node: Node, cached_fraction: float) -> float:

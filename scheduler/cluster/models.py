@@ -187,7 +187,7 @@ class Models:
                     changes.read(file.path)
         copies = [model.copies[node_id] for name in claimed if node_id in (model := self.by_name[name]).copies]
         self._reported.pop(node_id, None)
-        if files and not any(copy.undecided for copy in copies):  # else there is something left to do with the same files
+        if files and not any(copy.undecided for copy in copies):  # else something is left to do
             self._reported[node_id] = files
         for name, gone in [(name, model) for name, model in self.by_name.items() if name not in claimed]:
             if gone.copies.pop(node_id, None) and not gone.copies and gone.entry is None:

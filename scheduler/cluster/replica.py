@@ -58,6 +58,16 @@ class Placement:
     def layers(self) -> tuple[int, ...]:
         return tuple(int(count) for count in self.layout.tensor_split)
 
+    @property
+    def n_spilled_experts(self) -> int:
+        """Layers whose experts lie in host RAM although the layers do not."""
+        return min(self.n_layers - 1, self.layout.n_cpu_moe) if not self.layout.experts_on_host else self.n_layers - 1
+
+    @property
+    def n_resident_layers(self) -> int:
+        """Layers that are on GPUs with all that they have."""
+        return self.layout.n_gpu_layers - self.n_spilled_experts
+
 
 @dataclass(slots=True)
 class Replica:

@@ -204,13 +204,13 @@ def place_compute(
     layers: dict[int, list[int]] = {}
     for il, place in enumerate(places[:-1]):
         layers.setdefault(place, []).append(il)
-    pipelined = len(layout.devices) > 1 and HOST not in places and not layout.experts_on_host
+    pipelined = len(layout.devices) > 1 and HOST not in places and not layout.spills_experts
     copies = PIPELINE_COPIES if pipelined else 1
     devices = _devices(graph, layout, places, layers, copies)
     if context.op_offload and layout.devices and layout.devices[0].kind == "cuda":
         devices[0] = max(devices[0], _offloaded(graph, weights, layout, places, layers))
     host = _host(graph, layout, places, layers, copies)
-    if HOST in places or layout.experts_on_host:
+    if HOST in places or layout.spills_experts:
         return [_with_holes(total) for total in devices], _with_holes(host)
     return devices, host
 
@@ -248,16 +248,17 @@ def _devices(
         cuda = layout.devices[place].kind == "cuda"
         device_graph = graph if cuda or not graph.f16_copies else _without_f16_copies(graph)
         inputs = graph.inputs(here, with_output)
-        moments = [device_graph.moment(il, layout.experts_on_host) for il in here]
+        moments = [device_graph.moment(il, layout.spills_experts_of(il)) for il in here]
         if here and here[0] > 0 and places[here[0] - 1] == HOST:  # steps without weights follow the device
             before = graph.demand.layers[here[0] - 1]
             moments.append(max(moments) + graph.floats((5 if before.gathered else 2) * e))
             moments.append(graph.floats(4 * e + before.returned))
-            moments.append(device_graph.moment(here[0] - 1, layout.experts_on_host) + graph.followed(here[0] - 1))
+            il = here[0] - 1
+            moments.append(device_graph.moment(il, layout.spills_experts_of(il)) + graph.followed(il))
         end = 0
         if with_output:
             hole = inputs if copies == 1 else 0
-            end = graph.floats(5 * e) if graph.demand.logits_on_host else graph.logits(hole, layout.experts_on_host)
+            end = graph.floats(5 * e) if graph.demand.logits_on_host else graph.logits(hole, layout.spills_experts)
         inputs += sum(graph.borrowed(il, places) for il in here)
         if copies == 1:
             total = max(max(moments, default=0) + inputs, end + graph.floats(graph.demand.per_layer_inputs))
@@ -299,13 +300,13 @@ def _offloaded(
         total = max(
             total, graph.moment(il) + 2 * graph.cache(il) + 2 * pad(largest, 128) + graph.floats(4 * graph.arch.n_embd)
         )
-    if layout.experts_on_host:
+    if layout.spills_experts:
         total = max(
             [total]
             + [
                 graph.moment(il) + graph.floats(layer.feed_forward) + pad(weights.largest_expert_tensor_bytes[il], 128)
                 for il, layer in enumerate(graph.demand.layers)
-                if layer.routed
+                if layer.routed and layout.spills_experts_of(il)
             ]
         )
     if places[-1] == HOST and graph.demand.logits:
@@ -325,10 +326,11 @@ def _host(graph: _Graph, layout: Layout, places: Sequence[int], layers: dict[int
     start = graph.floats(e + 1 + graph.demand.host_lookups + (8 if graph.demand.per_layer_inputs else 0))
     total = copies * (every + graph.floats(e + 1)) + start
     moments = [graph.moment(il) + graph.floats(3 * graph.demand.per_layer_inputs) for il in layers.get(HOST, [])]
-    if layout.experts_on_host:
-        moments += [
-            graph.floats(2 * e + layer.routed + layer.gathered) for layer in graph.demand.layers if layer.routed
-        ]
+    moments += [
+        graph.floats(2 * e + layer.routed + layer.gathered)
+        for il, layer in enumerate(graph.demand.layers)
+        if layer.routed and layout.spills_experts_of(il)
+    ]
     if moments:
         streams = graph.demand.streams if graph.arch.name == "deepseek4" else 0
         total = max(total, every + start + max(moments) + graph.floats(streams * e))

@@ -139,7 +139,7 @@ def _growing(shape: ModelShape, layout: Layout, context: ContextParams, n_thread
         at_once = embedding_rows(row, size.n_ubatch)
     total = row * max(0, at_once - size.n_seq_max)
     offloaded = layout.n_gpu_layers < 0 or layout.n_gpu_layers > shape.n_layer_all
-    if not layout.devices or not offloaded or layout.experts_on_host:
+    if not layout.devices or not offloaded or layout.spills_experts:
         total += 2 * size.n_tokens * shape.widest_row
         widths = max((layer.head_k + layer.head_v for layer in shape.arch.layers if layer.is_attention), default=0)
         total += n_threads * (_TILED_BYTES + 4 * 2 * _TILE * (widths + _TILE))

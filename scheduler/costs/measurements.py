@@ -89,9 +89,8 @@ def load_key(shape: ModelShape, layout: Layout, context: ContextParams, build: s
 @lru_cache(maxsize=4096)
 def _load_key(fingerprint: str, n_layer_all: int, layout: Layout, context: ContextParams, build: str) -> LoadKey:
     kinds = [device.kind for device in layout.devices]
-    parts = (
-        fingerprint, build, kinds, assign_layers(layout, n_layer_all), layout.experts_on_host, asdict(context)
-    )  # fmt: skip
+    spilled = layout.n_cpu_moe or layout.experts_on_host
+    parts = fingerprint, build, kinds, assign_layers(layout, n_layer_all), spilled, asdict(context)
     return LoadKey(json.dumps(parts))
 
 

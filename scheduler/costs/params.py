@@ -58,13 +58,23 @@ class Layout:
 
     `n_gpu_layers`: the last so many of the `n_layer_all + 1` layers (the output counts as one) go to devices;
     negative means all. `tensor_split`: one share per device, as llama.cpp takes it; Arriero itself always gives layer
-    counts that sum to the offloaded layers. `experts_on_host`: MoE expert tensors stay in host RAM.
+    counts that sum to the offloaded layers. `experts_on_host`: MoE expert tensors stay in host RAM; `n_cpu_moe`: those
+    of the first so many layers do.
     """
 
     devices: tuple[DeviceSpec, ...] = ()
     n_gpu_layers: int = 0
     tensor_split: tuple[float, ...] = ()
     experts_on_host: bool = False
+    n_cpu_moe: int = 0
+
+    @property
+    def spills_experts(self) -> bool:
+        return self.experts_on_host or self.n_cpu_moe > 0
+
+    def spills_experts_of(self, il: int) -> bool:
+        """Whether the experts of layer `il` stay in host RAM, wherever the rest of it lies."""
+        return self.experts_on_host or il < self.n_cpu_moe
 
 
 @dataclass(frozen=True, slots=True)

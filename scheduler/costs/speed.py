@@ -53,7 +53,7 @@ def seconds_per_token(
             continue
         stored = shape.stored.layers[kind.runs if kind.runs >= 0 else il]
         here = work[places[il]]
-        there = work[HOST] if layout.experts_on_host else here
+        there = work[HOST] if layout.spills_experts_of(il) else here
         seen = min(n_past, shape.arch.n_swa) if kind.is_swa else n_past
         here.token_bytes += stored.weights + seen * (type_k.row_bytes(kind.k_width) + type_v.row_bytes(kind.v_width))
         here.batch_bytes += stored.weights
@@ -65,7 +65,8 @@ def seconds_per_token(
     last.token_bytes += shape.stored.output or shape.stored.input  # a tied embedding is the output matrix
     last.operations += 2 * shape.n_vocab * shape.n_embd / context.n_ubatch  # only the last token has logits
     hops = sum(places[i] != places[i + 1] for i in range(len(places) - 1))
-    hops += 2 * sum(stored.experts > 0 for stored in shape.stored.layers) if layout.experts_on_host else 0
+    experts = (il for il, stored in enumerate(shape.stored.layers) if stored.experts)
+    hops += 2 * sum(layout.spills_experts_of(il) and places[il] != HOST for il in experts)
     answer, prompt = hops * HOP_S, hops * HOP_S / context.n_ubatch
     for place, each in work.items():
         rate = host if place == HOST else rates[place]

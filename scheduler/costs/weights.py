@@ -22,8 +22,8 @@ from scheduler.costs.params import DeviceKind, Layout
 from scheduler.errors import Rejected
 from scheduler.units import GIB
 
-EXPERTS_PATTERN = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-"""What `experts_on_host` overrides to the CPU buffer type (`LLM_FFN_EXPS_REGEX` in common/common.h)."""
+_EXPERTS_PATTERN = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+"""The expert tensors of a layer (`LLM_FFN_EXPS_REGEX` in common/common.h)."""
 
 HOST = -1
 """The device index that means host RAM."""
@@ -39,7 +39,7 @@ _OUTPUT = re.compile(
 _LAYER = re.compile(r"(?:(?:enc\.|dec\.)?blk|posnet|convnext)\.(\d+)\.(.+)")
 _ROPE = frozenset({"rope_freqs", "rope_factors_long", "rope_factors_short"})
 _UNUSED = re.compile(r"masked_embd_\w+|dec\.blk\.\d+\.cross_attn_rel_b")
-_EXPERTS = re.compile(EXPERTS_PATTERN)
+_EXPERTS = re.compile(_EXPERTS_PATTERN)
 _HEADLESS = frozenset(
     """
     bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3 modern-bert neo-bert eurobert bitnet wavtokenizer-dec
@@ -262,6 +262,14 @@ def _f32(value: float) -> float:
     return number
 
 
+def experts_pattern(layout: Layout) -> str:
+    """What is overridden to the CPU buffer type, as a regular expression for tensor names; empty for nothing."""
+    if layout.experts_on_host:
+        return _EXPERTS_PATTERN
+    layers = "|".join(map(str, range(layout.n_cpu_moe)))
+    return rf"blk\.({layers}){_EXPERTS_PATTERN}" if layers else ""
+
+
 def place_weights(sums: WeightSums, layout: Layout, places: Sequence[int]) -> tuple[list[int], int]:
     """Weight bytes (per device of the layout, on the host) with every layer where `places` says."""
     devices = [0] * len(layout.devices)
@@ -272,7 +280,7 @@ def place_weights(sums: WeightSums, layout: Layout, places: Sequence[int]) -> tu
             host += sums.layers[il].plain + sums.experts[il].plain
             continue
         devices[place] += sums.layers[il].on(kinds[place])
-        if layout.experts_on_host:
+        if layout.spills_experts_of(il):
             host += sums.experts[il].plain
         else:
             devices[place] += sums.experts[il].on(kinds[place])

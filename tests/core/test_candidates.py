@@ -28,7 +28,7 @@ from scheduler.cluster.facts import NodeFacts
 from scheduler.cluster.inventory import Device, Node
 from scheduler.config import Reserves
 from scheduler.costs.host import PROCESS_BYTES
-from scheduler.costs.params import ContextParams
+from scheduler.costs.params import ContextParams, Rates
 from scheduler.units import GIB, MIB, NodeId
 
 CONTEXT = ContextParams(n_ctx=4096)
@@ -177,3 +177,29 @@ def test_whatever_is_found_fits_and_is_complete(sizes: list[int], host_mib: int,
 
 def test_a_runner_is_charged_what_the_command_line_says() -> None:
     assert Reserves().runner_overhead_bytes == PROCESS_BYTES
+
+
+@pytest.mark.parametrize("gib", [2, 4, 8, 12])
+def test_as_many_experts_as_fit_stay_on_the_gpu(gib: int) -> None:
+    """One layer's experts more would not fit."""
+    machine, wanted = node(f"{gib}GiB"), need(MOE)
+    (experts,) = (c for group in candidates(wanted, [machine]) for c in group if c.tier == EXPERTS_IN_RAM)
+    found = experts.solve(room(machine))
+    assert found is not None and found.computes_on_cpu and found.layout.n_gpu_layers == wanted.n_layers
+    assert found.n_resident_layers == wanted.n_layers - found.layout.n_cpu_moe
+    fewer = replace(found.layout, n_cpu_moe=found.layout.n_cpu_moe - 1)
+    more = wanted.placement(EXPERTS_IN_RAM, machine, machine.facts.devices, fewer)
+    assert more.device_bytes[0] > gib * GIB >= found.device_bytes[0]
+
+
+def test_the_fastest_gpu_is_filled_first() -> None:
+    """A token reads every layer once: the more of them where memory is read fast, the sooner it is there."""
+    slow, fast = (replace(gpu("8GiB", f"gpu{i}"), rates=Rates(r, 1e13)) for i, r in enumerate((300e9, 900e9)))
+    facts = NodeFacts(NodeId("box"), "box", "127.0.0.1", 8, 64 * GIB, (slow, fast))
+    machine = Node(facts, 0.0, devices={device.device_id: Device(device) for device in (slow, fast)})
+    both = next(c for group in candidates(need(LARGE), [machine]) for c in group if c.tier == SEVERAL_GPUS)
+    found = both.solve(room(machine))
+    assert found is not None
+    share = dict(zip(found.device_ids, found.device_bytes, strict=True))
+    layer_bytes = both.least_bytes // both.need.n_layers
+    assert 8 * GIB - share[fast.device_id] < 2 * layer_bytes

@@ -24,7 +24,7 @@ ALL = {"small": SMALL, "medium": MEDIUM, "large": LARGE, "moe": MOE}
         ("medium", ["8GiB", "1GiB", "3GiB"], "one GPU", ["gpu2"]),
         ("large", ["8GiB", "6GiB", "5GiB"], "several GPUs", ["gpu2", "gpu0"]),  # two of three, with the least left
         ("large", ["5GiB", "5GiB", "5GiB"], "several GPUs", ["gpu0", "gpu1", "gpu2"]),
-        ("moe", ["3GiB", "2GiB"], "experts in host RAM", ["gpu1"]),
+        ("moe", ["3GiB", "2GiB"], "experts in host RAM", ["gpu0"]),  # where the most experts fit
         ("large", ["8GiB"], "some layers in host RAM", ["gpu0"]),
         ("moe", ["500MiB"], "some layers in host RAM", ["gpu0"]),
         ("small", [], "CPU only", []),
@@ -128,7 +128,7 @@ def test_a_partial_offload_takes_as_many_layers_as_fit() -> None:
 def test_experts_on_host_are_told_to_the_engine() -> None:
     s = Scenario([gpu("3GiB")], ALL)
     s.run("moe")
-    assert s.started[-1].placement.layout.experts_on_host and s.started[-1].placement.computes_on_cpu
+    assert s.started[-1].placement.layout.spills_experts and s.started[-1].placement.computes_on_cpu
 
 
 def test_reserves_stay_free() -> None:

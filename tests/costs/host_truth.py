@@ -41,7 +41,7 @@ class Peak(threading.Thread):
 def main() -> None:
     request = json.load(sys.stdin)
     context = ContextParams(**request.pop("context"))
-    spec = LoadSpec("m", devices=(), n_gpu_layers=0, tensor_split=(), experts_on_host=False, context=context,
+    spec = LoadSpec("m", devices=(), n_gpu_layers=0, tensor_split=(), experts_pattern="", context=context,
                     n_threads=2, host_required_bytes=0, **request)  # fmt: skip
     anonymous, mapped = resident()
     peak = Peak()

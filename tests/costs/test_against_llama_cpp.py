@@ -18,7 +18,7 @@ from scheduler.costs.ggml_types import KV_TYPES
 from scheduler.costs.graph.templates import TEMPLATES
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import ModelShape, read_shape
-from scheduler.costs.weights import EXPERTS_PATTERN
+from scheduler.costs.weights import experts_pattern
 
 pytestmark = pytest.mark.llama
 
@@ -57,6 +57,7 @@ def cases_on_two_devices(name: str) -> list[Case]:
     layouts.append(Layout(layouts[0].devices, 3, (2, 1)))
     if SMALL[name].n_expert:
         layouts.append(on_devices(1, 1, experts_on_host=True))
+        layouts.append(on_devices(1, 1, n_cpu_moe=1))
     return [(name, layout, context) for layout in layouts for context in CONTEXTS[:3]]
 
 
@@ -93,7 +94,7 @@ def ask(
                 "mtp": mtp,
                 "n_gpu_layers": layout.n_gpu_layers,
                 "tensor_split": layout.tensor_split,
-                "experts_pattern": EXPERTS_PATTERN if layout.experts_on_host else None,
+                "experts_pattern": experts_pattern(layout),
                 "context": asdict(context)
                 | {"type_k": KV_TYPES[context.type_k].id, "type_v": KV_TYPES[context.type_v].id},
             }

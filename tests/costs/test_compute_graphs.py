@@ -47,7 +47,8 @@ def layouts(n_layers: int, chance: random.Random) -> list[Layout]:
         devices = tuple(DeviceSpec(f"gpu{i}", chance.choice(("cuda", "rpc"))) for i in range(n))
         split = tuple(float(chance.randint(1, 9)) for _ in devices)
         offloaded = chance.choice((-1, chance.randint(0, n_layers + 1)))
-        found.append(Layout(devices, offloaded, split, experts_on_host=chance.random() < 0.3))
+        n_cpu_moe = chance.choice((0, chance.randint(0, n_layers)))
+        found.append(Layout(devices, offloaded, split, chance.random() < 0.3, n_cpu_moe))
     return found
 
 

@@ -37,7 +37,7 @@ def spec() -> Callable[..., LoadSpec]:
             "devices": (),
             "n_gpu_layers": 0,
             "tensor_split": (),
-            "experts_on_host": False,
+            "experts_pattern": "",
             "n_threads": 2,
             "host_required_bytes": 0,
         }

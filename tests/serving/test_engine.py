@@ -14,6 +14,8 @@ import pytest
 from actors.devices.virtual import start_device_process
 from actors.serving.engine import Engine
 from actors.serving.protocol import EmbedRequest, GenerateRequest, LoadDevice, LoadFailed, Sampling
+from scheduler.costs.params import Layout
+from scheduler.costs.weights import experts_pattern
 from scheduler.errors import Rejected
 from scheduler.units import MIB
 
@@ -54,7 +56,10 @@ def test_answers_like_llama_cpp_python(
 
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [*((kind, layout) for kind in KINDS for layout in ("two", "partial")), *((kind, "experts") for kind in EXPERTS)],
+    [
+        *((kind, layout) for kind in KINDS for layout in ("two", "partial")),
+        *((kind, layout) for kind in EXPERTS for layout in ("experts", "some experts")),
+    ],
 )
 def test_answers_the_same_wherever_the_layers_lie(
     kind: str,
@@ -67,17 +72,18 @@ def test_answers_the_same_wherever_the_layers_lie(
     endpoints: Callable[[int], list[str]],
 ) -> None:
     path = sample(kind)
-    count, n_gpu_layers, split, on_host = {
-        "two": (2, 5, (2, 3), False),
-        "partial": (2, 3, (1, 2), False),
-        "experts": (1, -1, (5,), True),
+    count, n_gpu_layers, split, experts = {
+        "two": (2, 5, (2, 3), ""),
+        "partial": (2, 3, (1, 2), ""),
+        "experts": (1, -1, (5,), experts_pattern(Layout(experts_on_host=True))),
+        "some experts": (1, -1, (5,), experts_pattern(Layout(n_cpu_moe=2))),
     }[layout]
     loaded = spec(
         path,
         devices=virtual_gpus[:count],
         n_gpu_layers=n_gpu_layers,
         tensor_split=tuple(map(float, split)),
-        experts_on_host=on_host,
+        experts_pattern=experts,
     )
     with closing(Engine(loaded, endpoints(count))) as engine:
         assert text(engine, ask()) == baseline(path, ask())

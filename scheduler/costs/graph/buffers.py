@@ -71,14 +71,14 @@ def exact_compute(
     arch = model.arch
     cache_types(arch, context)  # refuses what llama.cpp refuses
     kinds = tuple(device.kind for device in layout.devices)
-    offloads = context.op_offload and "cuda" in kinds and (HOST in places or layout.experts_on_host)
+    offloads = context.op_offload and "cuda" in kinds and (HOST in places or layout.spills_experts)
     alike = model.same if offloads else model.alike
     loaded = sum(layer.is_loaded for layer in arch.layers)
-    drawn = [(alike[il], places[il]) for il in range(loaded)]
+    drawn = [(alike[il], places[il], layout.spills_experts_of(il)) for il in range(loaded)]
     if arch.name in SETTLING and not offloads:  # copied weights leave holes that wander from layer to layer
         drawn = shortened(drawn, _LONG_CYCLE if arch.n_expert or arch.name in ("phi2", "phi3") else _CYCLE)
     whole = HOST not in places
-    totals = _reserved(model, tuple(drawn), places[-1], whole, offloads, kinds, layout.experts_on_host, context)
+    totals = _reserved(model, tuple(drawn), places[-1], whole, offloads, kinds, context)
     return list(totals[:-1]), totals[-1]
 
 
@@ -95,29 +95,29 @@ def shortened(row: Sequence[T], cycle: int) -> list[T]:
 @lru_cache(maxsize=_REMEMBERED)
 def _reserved(
     model: GraphModel,
-    drawn: tuple[tuple[int, int], ...],
+    drawn: tuple[tuple[int, int, bool], ...],
     output: int,
     whole: bool,
     offloads: bool,
     kinds: tuple[DeviceKind, ...],
-    experts_on_host: bool,
     context: ContextParams,
 ) -> list[int]:
-    """Bytes per backend for these layers of `model`, each where it says.
+    """Bytes per backend for these layers of `model`, each where it says, the experts in host RAM if it says so.
 
     `whole`: nothing is left on the host. `offloads`: a device takes over large products from the host.
     """
     size = effective_context(model.arch, context)
     types = cache_types(model.arch, context)
     host = len(kinds)
-    layers = tuple(il for il, _ in drawn)
+    layers = tuple(il for il, _, _ in drawn)
     row = replace(
         model,
         arch=replace(model.arch, layers=tuple(model.arch.layers[il] for il in layers)),
         layers=tuple(model.layers[il] for il in layers),
     )
-    places = [host if place == HOST else place for _, place in drawn] + [host if output == HOST else output]
-    copies = PIPELINE_COPIES if host > 1 and whole and not experts_on_host else 1
+    places = [host if place == HOST else place for _, place, _ in drawn] + [host if output == HOST else output]
+    experts_on_host = tuple(spilled for _, _, spilled in drawn)
+    copies = PIPELINE_COPIES if host > 1 and whole and not any(experts_on_host) else 1
     offloads_to = kinds.index("cuda") if offloads else None
     totals = [0] * (host + 1)
     batches = [Batch(pad(size.n_tokens, size.n_seq_max), size.n_seq_max, min(size.n_tokens, size.n_batch))]

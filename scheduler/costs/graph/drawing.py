@@ -46,7 +46,10 @@ class Batch:
 
 
 class Drawing:
-    """A graph in the making. `places`: where each layer lies and, last, the output; the host is the highest."""
+    """A graph in the making. `places`: where each layer lies and, last, the output; the host is the highest.
+
+    `experts_on_host`: for each layer, whether its experts lie there whatever its place.
+    """
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Drawing:
         batch: Batch,
         places: Sequence[int],
         host: int,
-        experts_on_host: bool,
+        experts_on_host: Sequence[bool],
         embeds: bool,
         on_cuda: bool,
         pins: bool,
@@ -97,7 +100,7 @@ class Drawing:
         """
         il = il if kind == "scale" else self.run_by(il)
         name = stem if kind == "weight" and stem in self._layers[il] else f"{stem}.{kind}"
-        place = self._host if self._experts_on_host and "_exps" in stem else self._places[il]
+        place = self._host if self._experts_on_host[il] and "_exps" in stem else self._places[il]
         return self._stored_weight((il, name), self._layers[il].get(name), place)
 
     def run_by(self, il: int) -> int:
