@@ -34,7 +34,14 @@ QUESTION_TIMEOUT_S = 10.0
 ASK_AGAIN_S = 1.0
 
 Order = Union[  # noqa: UP007
-    cmd.StartReplica, cmd.StopReplica, cmd.CheckReplica, cmd.SetThreads, cmd.CancelAnswer, cmd.ReadShape
+    cmd.StartReplica,
+    cmd.StopReplica,
+    cmd.CheckReplica,
+    cmd.SetThreads,
+    cmd.CancelAnswer,
+    cmd.ReadShape,
+    cmd.ReadAhead,
+    cmd.StopReadAhead,
 ]
 
 log = logging.getLogger(__name__)
@@ -68,6 +75,10 @@ class Effects:
                 self._cancel(command)
             case cmd.ReadShape():
                 self._spawn(self._read_shape(command))
+            case cmd.ReadAhead():
+                self._spawn(self._read_ahead(command))
+            case cmd.StopReadAhead():
+                self._spawn(self._stop_reading_ahead(command))
 
     def adopt(self, replica_id: ReplicaId, runner: Runner) -> None:
         """Take over a runner that outlived a restart of the scheduler."""
@@ -309,6 +320,19 @@ class Effects:
                 shape = answer
             break
         self._post(ev.ShapeRead(command.node_id, command.path, shape, invalid, trouble))
+
+    async def _read_ahead(self, command: cmd.ReadAhead) -> None:
+        try:
+            await self._ask(node_name(command.node_id), "read_ahead", command.path, timeout_s=None)
+        except Exception as error:  # a load that reads from the disk is no worse than before
+            log.warning("%s was not read ahead: %s", command.path, brief(error))
+        self._post(ev.ReadAheadEnded(command.node_id, command.path))
+
+    async def _stop_reading_ahead(self, command: cmd.StopReadAhead) -> None:
+        try:
+            await self._ask(node_name(command.node_id), "stop_reading_ahead")
+        except Exception as error:
+            log.warning("reading ahead was not stopped: %s", brief(error))
 
     async def _ask(
         self, name: str, method: str, *arguments: object, timeout_s: float | None = QUESTION_TIMEOUT_S

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -89,7 +89,8 @@ class NodeWatch:
                 log.warning("could not look at the cluster: %s", brief(error))
 
     async def _look(self) -> None:
-        alive = {NodeId(node["NodeID"]) for node in await asyncio.to_thread(ray.nodes) if node["Alive"]}
+        nodes = {NodeId(node["NodeID"]): node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]}
+        alive = set(nodes)
         for node_id in set(self._joined) - alive:
             self._leave(self._joined.pop(node_id))
         named = await asyncio.to_thread(ray.util.list_named_actors, True)
@@ -97,11 +98,13 @@ class NodeWatch:
         for node_id in alive - set(self._joining):
             joined = self._joined.get(node_id)
             if joined is None or joined.names - present:
-                self._joining[node_id] = asyncio.ensure_future(self._join(node_id))
+                labels = nodes[node_id].get("Labels") or {}
+                self._joining[node_id] = asyncio.ensure_future(self._join(node_id, labels))
 
-    async def _join(self, node_id: NodeId) -> None:
+    async def _join(self, node_id: NodeId, labels: Mapping[str, str]) -> None:
         try:
             joined = await self._start_actors(node_id)
+            joined = replace(joined, facts=replace(joined.facts, labels=dict(labels)))
             if self._joined.setdefault(node_id, joined) is joined:
                 self._on_joined(joined)
         except Exception as error:  # whatever it was, the next try may do better

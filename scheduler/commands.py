@@ -2,7 +2,8 @@
 
 StartReplica  -> ReplicaReady | ReplicaFailed         StopReplica -> ReplicaGone
 ReadShape     -> ShapeRead                            CheckReplica -> ReplicaVouched | ReplicaDied
-SetThreads, CancelAnswer -> (take effect at the runner's next turn)
+ReadAhead     -> ReadAheadEnded
+SetThreads, CancelAnswer, StopReadAhead -> (take effect at the runner's next turn)
 """
 
 from __future__ import annotations
@@ -64,6 +65,20 @@ class ReadShape:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadAhead:
+    """Read a model's file into the page cache, while the disk has nothing else to do."""
+
+    node_id: NodeId
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopReadAhead:
+    node_id: NodeId
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class Remember:
     """Keep what was measured, for after a restart."""
 
@@ -104,6 +119,8 @@ Command = Union[  # noqa: UP007
     SetThreads,
     CancelAnswer,
     ReadShape,
+    ReadAhead,
+    StopReadAhead,
     Remember,
     GrantLease,
     RefuseRequest,

@@ -18,6 +18,7 @@ from scheduler.units import GIB, MIB, parse_bytes
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"type": ["integer", "string"]})]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+Context = Annotated[int, Field(ge=256)] | Literal["auto"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}")
 
 
@@ -25,11 +26,21 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Alternative(_Strict):
+    """Another way of loading a model; what is left out is as usual."""
+
+    n_ctx: int | None = Field(None, ge=256, description="context of all slots together")
+    type_k: CacheType | None = Field(None, description="type of the K cache")
+    type_v: CacheType | None = Field(None, description="type of the V cache")
+
+
 class ModelParams(_Strict):
     """How models are loaded; llama.cpp's names and meanings. Given under `defaults` and, to override, per model."""
 
-    n_ctx: int | None = Field(
-        None, ge=256, description="context of all slots together; none: what was trained, 8192 at most per slot"
+    n_ctx: Context | None = Field(
+        None,
+        description="context of all slots together; none: what was trained, 8192 at most per slot; auto: that, and as "
+        "much more as the GPUs that it is put on have room for",
     )
     n_seq_max: int | None = Field(None, ge=1, le=64, description="slots: sequences served at the same time (1)")
     n_batch: int | None = Field(None, ge=32, description="prompt tokens per llama_decode (2048)")
@@ -44,10 +55,22 @@ class ModelParams(_Strict):
         None, description="repack host weights for faster CPU prompts, at up to twice their memory (false)"
     )
     embeddings: bool | None = Field(None, description="serve /v1/embeddings from this model (embedding models: true)")
+    alternatives: tuple[Alternative, ...] | None = Field(
+        None,
+        description="other contexts and caches, in order of preference: the first with which it is wholly on GPUs now "
+        "is taken where it would not be otherwise",
+    )
     spill: bool | None = Field(None, description="whether parts of it may lie in host RAM, or all of it (true)")
     max_gpus: int | None = Field(None, ge=1, description="at most so many GPUs; none: as many as a machine has")
     gpus: tuple[str, ...] | None = Field(
         None, min_length=1, description="only these GPUs: UUID, label (gpu0) or node/label (box1/gpu0)"
+    )
+    nodes: tuple[str, ...] | None = Field(None, min_length=1, description="only on these machines, by host name")
+    labels: dict[str, str] | None = Field(None, description="only on machines with these labels")
+    near: tuple[str, ...] | None = Field(None, description="on the machine of these models, while they are loaded")
+    not_with: tuple[str, ...] | None = Field(None, description="never on one GPU with these models")
+    min_tokens_per_s: float | None = Field(
+        None, gt=0, description="only where so many tokens per second are predicted, where speeds are known"
     )
     priority: int | None = Field(
         None, ge=-10, le=10, description="of its requests, and against eviction: each step doubles its regret (0)"
@@ -88,6 +111,22 @@ class Policy(_Strict):
         "lru",
         description="who makes room first: whoever was used longest ago (lru), or whoever is asked for least often, "
         "loaded again soonest, and biggest (gdsf)",
+    )
+    placement: Literal["pack", "spread"] = Field(
+        "pack",
+        description="of places that cost nearly the same, the fullest, so that big cards stay free for big models "
+        "(pack), or the emptiest (spread)",
+    )
+    preempt_after_s: float | None = Field(
+        None,
+        ge=0,
+        description="a request of higher priority makes busy replicas take nothing new at once, and ends their answers "
+        "after so many seconds; none: it waits for its turn",
+    )
+    prefetch: Literal["off", "read_ahead", "preload"] = Field(
+        "off",
+        description="while nothing waits: read files of models that will probably be asked for into the page cache "
+        "(read_ahead), and load them where GPUs are free (preload); what was preloaded is evicted first",
     )
     min_residency_s: float = Field(
         5.0, ge=0, description="a replica is not evicted before, unless nothing else is left"
@@ -157,6 +196,9 @@ class Catalogue(_Strict):
     policy: Policy = Policy()
     reserves: Reserves = Reserves()
     server: Server = Server()
+    labels: dict[str, dict[str, str]] = Field(
+        default_factory=dict, description="labels of machines, by host name; those that Ray knows need not be repeated"
+    )
     virtual_gpus: tuple[Bytes, ...] = Field((), description="loopback devices in place of GPUs, on each node")
 
     @field_validator("virtual_gpus")
@@ -170,6 +212,9 @@ class Catalogue(_Strict):
     @model_validator(mode="after")
     def _names(self) -> Catalogue:
         for name in self.models:
+            for other in (*(self.models[name].near or ()), *(self.models[name].not_with or ())):
+                if other == name:
+                    raise ValueError(f"model {name} cannot be kept near to or away from itself")
             if not NAME.fullmatch(name):
                 raise ValueError(f"model name {name!r} may hold letters, digits and ._:@/+- only")
         return self

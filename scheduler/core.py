@@ -8,16 +8,16 @@ balances, no replica with a lease is stopping, every request that arrived has be
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.choice.admission import Admission
-from scheduler.choice.candidates import Need
+from scheduler.choice.need import Need
 from scheduler.choice.price import Prices
 from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choice.speeds import Speeds
 from scheduler.cluster.inventory import Inventory
-from scheduler.cluster.leases import Lease
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import Catalogue
@@ -101,6 +101,8 @@ class SchedulerCore:
                 self._replica_gone(event)
             case ev.ReplicaAdopted():
                 self._replica_adopted(event)
+            case ev.ReadAheadEnded():
+                self._dispatch.read_ahead_ended(event.node_id)
             case ev.UnloadAsked():
                 self._unload(event.model)
             case ev.PinAsked():
@@ -131,6 +133,8 @@ class SchedulerCore:
         facts = event.facts
         if facts.node_id in self.inventory.nodes:
             return
+        labels = {**facts.labels, **self.catalogue.labels.get(facts.hostname, {})}
+        facts = replace(facts, labels=labels)
         self.inventory.join(facts, self._now)
         self.fleet.open_accounts(self.inventory.nodes[facts.node_id])
         self._dispatch.look_again()
@@ -160,6 +164,7 @@ class SchedulerCore:
         if node is not None:
             self.models.update(event.node_id, ())
             self.fleet.lose_node(node)
+            self._dispatch.read_ahead_ended(event.node_id)
             self._dispatch.look_again()
             self._out.announce("node_lost", f"{node.facts.hostname} is gone: {event.reason}")
 
@@ -203,8 +208,16 @@ class SchedulerCore:
             if displaced is not None:
                 self._out.post(cmd.RefuseRequest(displaced.request_id, self.queue.full()))
             self._dispatch.look_at(event.model)
+            self._check_deadline(waiting)
         except (Rejected, Unavailable) as error:
             self._out.post(cmd.RefuseRequest(event.request_id, error))
+
+    def _check_deadline(self, waiting: Waiting) -> None:
+        try:
+            self._dispatch.check_deadline(waiting, self._now)
+        except DeadlineExceeded:
+            self.queue.remove(waiting.request_id)
+            raise
 
     def _request_cancelled(self, event: ev.RequestCancelled) -> None:
         if self.queue.remove(event.request_id) is None:
@@ -227,13 +240,10 @@ class SchedulerCore:
                 self._out.remember(record)
 
     def _release_lease(self, lease_id: LeaseId, *, served: bool) -> Replica | None:
-        lease = self.fleet.leases.take_back(lease_id)
-        if lease is None:
+        released = self._dispatch.release(lease_id, self._now)
+        if released is None:
             return None
-        replica = self.replicas[lease.replica_id]
-        replica.leases.discard(lease_id)
-        replica.last_used_at = self._now
-        self._dispatch.freed(replica)
+        replica, lease = released
         if served and replica.model in self.models.by_name:
             model = self.models.by_name[replica.model]
             model.history.served()
@@ -244,12 +254,7 @@ class SchedulerCore:
         for waiting in list(self.queue):
             self._dispatch.refuse(waiting, Unavailable("the gateway was restarted; ask again", retry_after_s=1.0))
         for lease in self.fleet.leases.all():
-            self._reclaim(lease)
-
-    def _reclaim(self, lease: Lease) -> None:
-        """Take a slot back whose holder has vanished, and end what it computes there."""
-        self._out.post(cmd.CancelAnswer(lease.replica_id, lease.lease_id))
-        self._release_lease(lease.lease_id, served=False)
+            self._dispatch.reclaim(lease)
 
     def _pin(self, event: ev.PinAsked) -> None:
         model = self.models.find(event.model)
@@ -261,8 +266,8 @@ class SchedulerCore:
     def _unload(self, name: str) -> None:
         """Whoever waits for the model is refused: it would be loaded again at once."""
         replicas = self.replicas.of_model(name)
-        if not replicas:
-            self.models.find(name)
+        if name in self.models.by_name or not replicas:
+            self.models.find(name).dismissed = True
         for waiting in self.queue.of_model(name):
             self._dispatch.refuse(
                 waiting, Unavailable(f"{name} was unloaded on request", retry_after_s=1.0, model=name)
@@ -362,20 +367,14 @@ class SchedulerCore:
         for lease in self.fleet.leases.expired(self._now):
             message = f"the lease of request {lease.request_id} was not renewed in time"
             self._out.announce("lease_expired", message, replica=self.replicas[lease.replica_id])
-            self._reclaim(lease)
-        for waiting in self.queue.expired(self._now):
-            waited = (
-                f"{waiting.model}: waited {self._now - waiting.arrived_at:.0f} s; {waiting.reason or 'no free slot'}"
-            )
-            self._out.announce("request_expired", f"a request's deadline has passed: {waited}", waiting.model)
-            self._dispatch.refuse(waiting, DeadlineExceeded(waited, retry_after_s=10.0, model=waiting.model))
+            self._dispatch.reclaim(lease)
         self._dispatch.time_passes(self._now)
         for replica in self.replicas.in_state(ReplicaState.READY):
             self._stop_if_idle_too_long(replica)
 
     def _stop_if_idle_too_long(self, replica: Replica) -> None:
         model = self.models.by_name.get(replica.model)
-        if model is None or model.pinned or not replica.idle:
+        if model is None or not replica.idle or self._dispatch.is_protected(replica):
             return
         keep_alive_s = self.models.params(model).keep_alive_s
         idle_s = self._now - replica.last_used_at

@@ -6,31 +6,31 @@ somebody waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from scheduler import commands as cmd
 from scheduler.choice.admission import Admission
-from scheduler.choice.candidates import Need
-from scheduler.choice.eviction import Victims
 from scheduler.choice.explain import explain_coming, explain_refusal, explain_waiting
 from scheduler.choice.placement import Choice, Chooser, Found
 from scheduler.choice.price import Prices
 from scheduler.choice.queue import RequestQueue, Waiting
+from scheduler.choosers import Choosers
 from scheduler.cluster.inventory import Inventory
+from scheduler.cluster.leases import Lease
 from scheduler.cluster.models import Model, Models
-from scheduler.cluster.replica import Placement, Replica, ReplicaState
-from scheduler.errors import ArrieroError, Impossible, Rejected, Unavailable, UnknownModel
+from scheduler.cluster.replica import Replica, ReplicaState
+from scheduler.errors import ArrieroError, DeadlineExceeded, Impossible, Rejected, Unavailable, UnknownModel
 from scheduler.fleet import Fleet
+from scheduler.forecast import Forecast
 from scheduler.outbox import Outbox
-from scheduler.units import ReplicaId
+from scheduler.turns import Turns
+from scheduler.units import LeaseId, NodeId
+from scheduler.upkeep import Upkeep
 
 MOST_DECISIONS = 8  # per event, the longest waits first: with dozens of models waiting, the others' turn comes later
 LOOK_AGAIN_S = 1.0  # a request for which no place was found is looked at again after so long, facts changed or not,
 LOOK_AGAIN_SHARE = 0.1  # or after so much of the time that it had waited
-LOAD_TIMES_BEFORE_DRAIN = 3.0  # a replica serves for so many times its load time before others may drain it,
-LOAD_TIMES_BEFORE_SPREADING = 2.0  # a wait so many times as long as a load is worth another replica
-LONGEST_REST_S = 60.0  # but not longer than this (or the minimum residency): two busy models take turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +58,19 @@ class Dispatch:
         outbox: Outbox,
         prices: Prices,
     ) -> None:
-        self._prices = prices
+        self._choosers = Choosers(fleet, admission, inventory, models, prices)
+        self._turns = Turns(queue, fleet, outbox)
+        self._upkeep = Upkeep(queue, fleet, self._choosers, inventory, models, outbox)
+        self._forecast = Forecast(queue, models, prices)
         self._queue = queue
         self._fleet = fleet
         self._admission = admission
-        self._inventory = inventory
         self._models = models
         self._policy = fleet.policy
         self._out = outbox
         self._epoch = 0
         self._touched: set[str] = set()
         self._freed: list[Replica] = []
-        self._draining: dict[ReplicaId, Replica] = {}
         self._decisions = 0  # since the last event
         self._now = 0.0
 
@@ -81,22 +82,15 @@ class Dispatch:
         """Something has changed for the requests of one model."""
         self._touched.add(model)
 
-    def freed(self, replica: Replica) -> None:
-        """A slot of the replica has come free."""
-        self._touched.add(replica.model)
-        self._freed.append(replica)
-
     def serve(self, now: float) -> None:
         """Serve whoever waits. Free slots are given away before anybody is evicted, so that a model which is asked for
         is not idle; then places are found for the others, the longest wait first."""
         self._now, self._decisions = now, 0
-        if not len(self._queue) and not self._draining and self._fleet.is_settled:
+        if not len(self._queue) and not self._turns and self._fleet.is_settled:
             self._touched.clear()
             self._freed.clear()
             return
-        for replica in list(self._draining.values()):
-            if replica.replica_id not in self._fleet.replicas or not self._queue.length(replica.drain_for):
-                self._reopen(replica)
+        self._reopened(self._turns.reopen_unwanted())
         self._fleet.stop_retired()
         for name in self._to_serve():
             while (head := self._queue.head(name)) and (ready := self._free_replica(head)):
@@ -123,12 +117,40 @@ class Dispatch:
         return self._now - head.looked_at >= max(LOOK_AGAIN_S, LOOK_AGAIN_SHARE * so_far_s)
 
     def time_passes(self, now: float) -> None:
-        """Busy replicas in somebody's way take nothing new, once they have served long enough."""
+        """Whatever is due although nothing has happened."""
         self._now = now
-        for name in self._queue.models():
+        for lease in list(self._turns.preempted(now)):
+            self.reclaim(lease)
+        self._reopened(self._turns.drain_who_is_due(now))
+        self._refuse_late()
+        self._upkeep.keep_minimum(now)
+        self._upkeep.prefetch(now)
+
+    def _reopened(self, replicas: Iterable[Replica]) -> None:
+        self._touched.update(replica.model for replica in replicas)
+
+    def _refuse_late(self) -> None:
+        """Requests whose deadline has passed, or cannot be met any more."""
+        for waiting in self._queue.expired(self._now):
+            waited = (
+                f"{waiting.model}: waited {self._now - waiting.arrived_at:.0f} s; {waiting.reason or 'no free slot'}"
+            )
+            self._refuse_as_late(waiting, DeadlineExceeded(waited, retry_after_s=10.0, model=waiting.model))
+        for name in list(self._queue.models()):
             head = self._queue.head(name)
-            if head is not None and head.in_the_way and now - head.arrived_at >= self._policy.drain_after_s:
-                self._drain(head, frozenset(r for r in head.in_the_way if r in self._fleet.replicas))
+            if head is not None:
+                try:
+                    self._forecast.check(head, self._coming(head), self._now)
+                except DeadlineExceeded as error:
+                    self._refuse_as_late(head, error)
+
+    def _refuse_as_late(self, waiting: Waiting, error: DeadlineExceeded) -> None:
+        self._out.announce("request_expired", f"a request's deadline cannot be met: {error.message}", waiting.model)
+        self.refuse(waiting, error)
+
+    def check_deadline(self, waiting: Waiting, now: float) -> None:
+        """Raise DeadlineExceeded when the request, in its place in the queue, cannot be served in time."""
+        self._forecast.check(waiting, self._coming(waiting), now)
 
     def plan(self, model: Model, waiting: Waiting, now: float) -> Plan:
         """What would be done for the request now, without doing it.
@@ -142,8 +164,8 @@ class Dispatch:
         need = self._admission.need(model, waiting, now)
         if need is None:
             raise Unavailable(f"{model.name}: {self._admission.why_not_yet(model)}", retry_after_s=1.0)
-        chooser = self._chooser(model, waiting, need, now)
-        choice = chooser.choose(explain=True)
+        chooser = self._choosers.of(model, waiting, need, now)
+        choice = chooser.with_alternatives(explain=True)
         if choice.verdict == "impossible" and not self._admission.final(model):
             raise Unavailable(f"{model.name}: {self._admission.why_not_yet(model)}", retry_after_s=1.0)
         return Plan(None, choice, tuple(chooser.options()))
@@ -158,10 +180,11 @@ class Dispatch:
         self._queue.served(waiting, self._now)
         if waiting.model in self._models.by_name:
             self._models.by_name[waiting.model].popularity.asked(self._now)
+            self._models.by_name[waiting.model].dismissed = False
         if waiting.prefix:
             replica.prefixes.append(waiting.prefix)
         replica.preloaded = False
-        lease = self._fleet.leases.grant(waiting.request_id, replica, self._now)
+        lease = self._fleet.leases.grant(waiting.request_id, replica, self._now, waiting.priority)
         ttl_s = self._fleet.leases.ttl_s
         self._out.post(
             cmd.GrantLease(waiting.request_id, lease.lease_id, replica.replica_id, replica.model, replica.n_ctx, ttl_s)
@@ -198,7 +221,11 @@ class Dispatch:
         """See to it that a place comes for the request; what it waits for. Raises the error to refuse it with."""
         coming = self._coming(head)
         if coming:
-            self._spread(head, coming)
+            for replica in coming:
+                replica.preloaded = False  # now somebody has asked for it
+            if self._decisions < MOST_DECISIONS:
+                self._decisions += self._upkeep.spread(head, coming, self._now)
+                self._fleet.start_pending(self._queue.length, self._now)
             return explain_coming(coming[0])
         ours = self._fleet.replicas.of_model(head.model)
         draining = next((r for r in ours if r.drain_for not in ("", head.model)), None)
@@ -211,12 +238,13 @@ class Dispatch:
         need = self._admission.need(model, head, self._now)
         if need is None:
             return self._admission.why_not_yet(model)
-        chooser = self._chooser(model, head, need, self._now)
-        choice = chooser.choose()
+        chooser = self._choosers.of(model, head, need, self._now)
+        choice = chooser.with_alternatives()
         match choice.verdict:
             case "free" | "evict":
                 replica = self._fleet.place(model, choice, self._now)
-                self._drain(head, frozenset())
+                self._reopened(self._turns.drain(head, frozenset(), self._now))
+                self._upkeep.stop_reading_ahead(replica.placement.node_id)
                 self._fleet.start_pending(self._queue.length, self._now)
                 return explain_coming(replica)
             case "wait":
@@ -224,7 +252,8 @@ class Dispatch:
                 if choice.placement is None and waited_s >= self._policy.release_timeout_s:
                     raise self._refusal(Unavailable, model, chooser)
                 head.in_the_way = choice.victims
-                self._drain(head, choice.victims if waited_s >= self._policy.drain_after_s else frozenset())
+                due = choice.victims if waited_s >= self._policy.drain_after_s else frozenset()
+                self._reopened(self._turns.drain(head, due, self._now))
                 return explain_waiting(self._fleet.replicas[replica_id] for replica_id in sorted(choice.victims))
             case "blocked":
                 raise self._refusal(Unavailable, model, chooser)
@@ -262,62 +291,6 @@ class Dispatch:
             and (waiting.kind != "embed" or replica.placement.context.embeddings)
         ]
 
-    def _spread(self, head: Waiting, coming: Sequence[Replica]) -> None:
-        """Load the model once more, on free GPUs of its own, when that is sooner than the last of its requests would
-        have a slot. Only where speeds are known: on devices that share a CPU it would gain nothing."""
-        model = self._models.by_name.get(head.model)
-        ours = self._fleet.replicas.of_model(head.model)
-        most = self._models.params(model).max_replicas if model else 1
-        if model is None or len(ours) >= (most or len(ours) + 1) or not model.history.may_evict:
-            return
-        shape = model.shape
-        if shape is None or not all(replica.state is ReplicaState.READY for replica in ours):
-            return
-        beside = coming[0].placement
-        wait_s = self._prices.request_s(shape, model.name, beside)
-        wait_s *= self._queue.length(model.name) / sum(replica.slots for replica in coming)
-        if wait_s < LOAD_TIMES_BEFORE_SPREADING * self._prices.load_s(shape, model.name, beside):
-            return
-        need = self._admission.need(model, head, self._now)
-        if need is None or self._price_s(need, beside, frozenset(), self._now) is None:
-            return
-        taken = frozenset(device_id for replica in ours for device_id in replica.placement.device_ids)
-        chooser = self._chooser(model, head, need.elsewhere(taken), self._now)
-        self._decisions += 1
-        choice = replace(chooser, may_evict=False, outgrown=frozenset()).choose()
-        if choice.verdict == "free":
-            self._fleet.place(model, choice, self._now)
-            self._fleet.start_pending(self._queue.length, self._now)
-
-    def _chooser(self, model: Model, waiting: Waiting, need: Need, now: float) -> Chooser:
-        n_ctx = self._admission.least_n_ctx(waiting)
-        return Chooser(
-            need=need,
-            nodes=self._admission.nodes(model),
-            inventory=self._inventory,
-            rooms=self._fleet.rooms,
-            replicas=self._fleet.replicas,
-            pinned=lambda name: name in self._models.by_name and self._models.by_name[name].pinned,
-            policy=self._policy,
-            now=now,
-            waited_s=now - waiting.arrived_at,
-            outgrown=frozenset(
-                r.replica_id
-                for r in self._fleet.replicas.of_model(model.name)
-                if r.idle and not r.retiring and r.drain_for in ("", model.name) and r.n_ctx < n_ctx
-            ),
-            may_evict=model.history.may_evict,
-            price=lambda placement, victims: self._price_s(need, placement, victims, now),
-            regret=_remembering(lambda replica: self._prices.regret_s(replica, now)),
-        )
-
-    def _price_s(self, need: Need, placement: Placement, victims: Victims, now: float) -> float | None:
-        """None where speeds are not known, and for virtual GPUs: they are no faster than the CPU that they run on."""
-        if any(device.facts.kind == "rpc" for device in self._inventory.nodes[placement.node_id].devices.values()):
-            return None
-        price = self._prices.of(need.shape, need.model, placement, victims, now)
-        return price.total_s if price.service_s is not None else None
-
     def _refusal(self, kind: type[ArrieroError], model: Model, chooser: Chooser) -> ArrieroError:
         choice = chooser.choose(explain=True)
         history = model.history
@@ -327,37 +300,25 @@ class Dispatch:
         because = ", ".join(filter(None, (str(chooser.need.wishes), because)))
         return explain_refusal(kind, model.name, choice.rejections, choice.n_ctx_that_fits, because)
 
-    def _drain(self, head: Waiting, victims: frozenset[ReplicaId]) -> None:
-        """Let those `victims` that have served long enough take nothing new until they have made room; others that
-        were to make room for this request are open again."""
-        for replica in list(self._draining.values()):
-            if replica.drain_for == head.model and replica.replica_id not in victims:
-                self._reopen(replica)
-        for replica_id in sorted(victims):
-            replica = self._fleet.replicas[replica_id]
-            if replica.busy and not replica.drain_for and self._now - replica.ready_at >= self._turn_s(replica):
-                replica.drain_for = head.model
-                self._draining[replica_id] = replica
-                message = f"{replica.model} finishes to make room for {head.model}"
-                self._out.announce("replica_draining", message, replica=replica)
+    def reclaim(self, lease: Lease) -> None:
+        """Take a slot back, and end what is computed there."""
+        self._out.post(cmd.CancelAnswer(lease.replica_id, lease.lease_id))
+        self.release(lease.lease_id, self._now)
 
-    def _turn_s(self, replica: Replica) -> float:
-        """How long a replica serves before others may drain it."""
-        return max(self._policy.min_residency_s, min(LOAD_TIMES_BEFORE_DRAIN * replica.load_s, LONGEST_REST_S))
-
-    def _reopen(self, replica: Replica) -> None:
-        replica.drain_for = ""
-        del self._draining[replica.replica_id]
+    def release(self, lease_id: LeaseId, now: float) -> tuple[Replica, Lease] | None:
+        """A slot is free again; None when the lease is not known, or was dropped before."""
+        lease = self._fleet.leases.take_back(lease_id)
+        if lease is None:
+            return None
+        replica = self._fleet.replicas[lease.replica_id]
+        replica.leases.discard(lease_id)
+        replica.last_used_at = now
         self._touched.add(replica.model)
+        self._freed.append(replica)
+        return replica, lease
 
+    def is_protected(self, replica: Replica) -> bool:
+        return self._choosers.is_protected(replica)
 
-def _remembering(regret: Callable[[Replica], float]) -> Callable[[Replica], float]:
-    """The same, asked once for each replica: one decision asks many times."""
-    known: dict[ReplicaId, float] = {}
-
-    def remembered(replica: Replica) -> float:
-        if replica.replica_id not in known:
-            known[replica.replica_id] = regret(replica)
-        return known[replica.replica_id]
-
-    return remembered
+    def read_ahead_ended(self, node_id: NodeId) -> None:
+        self._upkeep.read_ahead_ended(node_id)

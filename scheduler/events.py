@@ -164,6 +164,14 @@ class ReplicaAdopted:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadAheadEnded:
+    """A file has been read into the page cache, or as much of it as was read before that was stopped."""
+
+    node_id: NodeId
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class UnloadAsked:
     """Stop the model's replicas: idle ones at once, busy ones when their requests have ended."""
 
@@ -200,6 +208,7 @@ Event = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     ReplicaVouched,
     ReplicaGone,
     ReplicaAdopted,
+    ReadAheadEnded,
     UnloadAsked,
     PinAsked,
     Ticked,

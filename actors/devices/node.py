@@ -28,12 +28,13 @@ from actors.measurements import llama_build
 from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeFacts, NodeReading
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.errors import ArrieroError, InvalidGGUF, Rejected
-from scheduler.units import NodeId
+from scheduler.units import MIB, NodeId
 
 log = logging.getLogger(__name__)
 
 REPORT_S = 1.0
 SEARCH_S = 10.0
+READ_AHEAD_BYTES = 8 * MIB
 _FIRST_SEARCH_S = 5.0
 _RUNNER_TITLE = "ray::RunnerActor"
 
@@ -60,6 +61,7 @@ class NodeMonitor:
         self._settings, self._report = settings, report
         self._files: tuple[ModelFile, ...] = ()
         self._searched = threading.Event()
+        self._reads_ahead = threading.Event()
         self._shapes: dict[str, tuple[object, ModelShape | ArrieroError]] = {}
         self.facts = NodeFacts(
             node_id=node_id,
@@ -98,6 +100,18 @@ class NodeMonitor:
         except OSError as error:
             return Rejected(f"{path} cannot be read on {self.facts.hostname}: {error.strerror}", path=path)
 
+    def read_ahead(self, path: str) -> None:
+        """Read the model's parts into the page cache, until that is done or to be stopped. Raises OSError."""
+        self._reads_ahead.set()
+        for part in parts_of(Path(path)):
+            with part.open("rb", buffering=0) as file:
+                while self._reads_ahead.is_set() and file.read(READ_AHEAD_BYTES):
+                    pass
+
+    def stop_reading_ahead(self) -> None:
+        """A load needs the disk."""
+        self._reads_ahead.clear()
+
     def wait_gone(self, runners: Sequence[tuple[int, float]], timeout_s: float) -> tuple[int, ...]:
         """Block until every runner (pid, started_at_s) has ended, `timeout_s` seconds at most; the pids still there.
 
@@ -135,8 +149,10 @@ def _shape_or_fault(path: str) -> ModelShape | ArrieroError:
         return InvalidGGUF(f"{path}: its header was not understood ({type(error).__name__}: {error})", path=path)
 
 
-# Three pools of threads: waiting for processes must not keep anybody from a header, nor headers from the rest.
-@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4, concurrency_groups={"headers": 2, "waiting": 16})
+# Four pools of threads: waiting for processes must not keep anybody from a header, nor headers from the rest.
+@ray.remote(
+    num_cpus=0, max_restarts=-1, max_concurrency=4, concurrency_groups={"headers": 2, "waiting": 16, "reading_ahead": 1}
+)
 class NodeActor:
     """`scheduler` is an actor handle with `report_node(NodeReading)`. Create it with hard affinity to its node."""
 
@@ -161,6 +177,15 @@ class NodeActor:
     def read_shape(self, path: str) -> ModelShape | ArrieroError:
         """See `NodeMonitor.read_shape`; faults are values."""
         return self._monitor.read_shape(path)
+
+    @ray.method(concurrency_group="reading_ahead")
+    def read_ahead(self, path: str) -> None:
+        """See `NodeMonitor.read_ahead`."""
+        self._monitor.read_ahead(path)
+
+    def stop_reading_ahead(self) -> None:
+        """See `NodeMonitor.stop_reading_ahead`."""
+        self._monitor.stop_reading_ahead()
 
     def process_alive(self, pid: int, started_at_s: float) -> bool:
         """Whether that process runs; `started_at_s` as `actors.devices.processes.started_at_s` gives it."""

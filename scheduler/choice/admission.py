@@ -6,7 +6,7 @@ whether there is room is not asked here.
 
 from __future__ import annotations
 
-from scheduler.choice.candidates import Need, Wishes
+from scheduler.choice.need import Need, Wishes
 from scheduler.choice.queue import Waiting
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.models import Model, Models
@@ -40,7 +40,8 @@ class Admission:
         if waiting.n_ctx is not None or model is None or model.shape is None:
             return waiting.n_ctx or 0
         context = self._models.context(model, model.shape, None)
-        return context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
+        contexts = context, *self._models.alternatives(model, context, None)
+        return min(each.n_ctx if each.kv_unified else each.n_ctx // each.n_seq_max for each in contexts)
 
     def need(self, model: Model, waiting: Waiting, now: float) -> Need | None:
         """What the request needs; None while headers or machines have not been read yet.
@@ -70,10 +71,10 @@ class Admission:
         if known is None or known[0] != facts or known[1].context != context:
             if len(self._needs) >= MOST_NEEDS:
                 self._needs.clear()
-            known = self._needs[model.name, waiting.n_ctx] = facts, self._need(model, shape, context)
+            known = self._needs[model.name, waiting.n_ctx] = facts, self._need(model, shape, context, waiting.n_ctx)
         return known[1]
 
-    def _need(self, model: Model, shape: ModelShape, context: ContextParams) -> Need:
+    def _need(self, model: Model, shape: ModelShape, context: ContextParams, n_ctx: int | None) -> Need:
         params = self._models.params(model)
         return Need(
             model=model.name,
@@ -84,7 +85,16 @@ class Admission:
             use_extra_bufts=bool(params.use_extra_bufts),
             extra_bytes=model.history.extra_bytes,
             measurements=self._measurements,
-            wishes=Wishes(params.spill is not False, params.max_gpus, params.gpus or ()),
+            wishes=Wishes(
+                spill=params.spill is not False,
+                max_gpus=params.max_gpus,
+                gpus=params.gpus or (),
+                nodes=params.nodes or (),
+                labels=tuple(sorted((params.labels or {}).items())),
+                min_tokens_per_s=params.min_tokens_per_s or 0.0,
+            ),
+            alternatives=self._models.alternatives(model, context, n_ctx),
+            longest_n_ctx=self._models.longest(model, shape, context),
         )
 
     def nodes(self, model: Model) -> list[Node]:

@@ -22,7 +22,7 @@ Victims = frozenset[ReplicaId]
 
 def evictable(
     replicas: Iterable[Replica],
-    pinned: Callable[[str], bool],
+    protected: Callable[[Replica], bool],
     now: float,
     min_residency_s: float,
     claimant: str,
@@ -36,10 +36,10 @@ def evictable(
         (
             replica
             for replica in replicas
-            if replica.idle
-            and not pinned(replica.model)
+            if replica.removable
+            and not protected(replica)
             and replica.drain_for in ("", claimant)
-            and now - replica.ready_at >= min_residency_s
+            and (replica.preloaded or now - replica.ready_at >= min_residency_s)
         ),
         key=lambda replica: (regret(replica), replica.last_used_at, replica.replica_id),
     )

@@ -33,14 +33,16 @@ def explain_candidate(
     later: Room,
     idle: Mapping[ReplicaId, float],
     replicas: Iterable[Replica],
-    pinned: Callable[[str], bool],
+    protected: Callable[[Replica], bool],
+    apart: frozenset[ReplicaId],
+    tokens_per_s: Callable[[Placement], float | None],
     inventory: Inventory,
 ) -> Rejection:
     """What the candidate needs, what is free `now`, what is free `later` without the `idle` replicas (idle seconds by
-    id), and who holds the rest."""
+    id), and who of the machine's `replicas` holds the rest, or must be kept `apart`; or that it would be too slow."""
     node = candidate.node
     plain = candidate.minimum()
-    residents = [replica for replica in replicas if replica.placement.node_id == node.facts.node_id]
+    residents = list(replicas)
     parts: list[str] = []
     for facts, need in zip(candidate.devices, plain.device_bytes, strict=True):
         device = node.devices[facts.device_id]
@@ -53,7 +55,8 @@ def explain_candidate(
             continue
         wants = f"{facts.label}: " if partial else f"needs {format_bytes(need)} on {facts.label}; "
         parts.append(f"{wants}{format_bytes(max(0, free))} free of {format_bytes(facts.total_bytes)}")
-        parts += _holders(facts, free, could, device.foreign_bytes, idle, residents, pinned)
+        parts += [f"{r.model} must not share it" for r in residents if r.replica_id in apart and _is_on(r, facts)]
+        parts += _holders(facts, free, could, device.foreign_bytes, idle, residents, protected)
     if plain.host_bytes > now.host_bytes:
         host = f"needs {format_bytes(plain.host_bytes)} of host RAM; "
         host += f"{format_bytes(max(0, now.host_bytes))} free beyond the reserve"
@@ -64,10 +67,23 @@ def explain_candidate(
         parts.append(f"all {node.facts.physical_cores} CPU cores are booked by other replicas")
     if now.active < 1:
         parts.append("the limit on active models is reached")
+    parts += _too_slow(plain, candidate.need.wishes.min_tokens_per_s, tokens_per_s)
     where = "+".join(facts.label for facts in candidate.devices) or "host RAM"
     if len(inventory.nodes) > 1:
         where += f" on {node.facts.hostname}"
     return Rejection(candidate.tier, where, "; ".join(parts) or "fits too, but less well")
+
+
+def _too_slow(placement: Placement, wanted: float, tokens_per_s: Callable[[Placement], float | None]) -> list[str]:
+    if not wanted or placement.layout.n_gpu_layers < 0:
+        return []
+    predicted = tokens_per_s(placement)
+    too_slow = predicted is not None and predicted < wanted
+    return [f"{predicted:.1f} tokens/s are predicted, {wanted:g} are wanted"] if too_slow else []
+
+
+def _is_on(replica: Replica, device: DeviceFacts) -> bool:
+    return device.device_id in replica.placement.device_ids
 
 
 def _holders(
@@ -77,22 +93,22 @@ def _holders(
     foreign_bytes: int,
     idle: Mapping[ReplicaId, float],
     residents: Sequence[Replica],
-    pinned: Callable[[str], bool],
+    protected: Callable[[Replica], bool],
 ) -> list[str]:
-    here = [replica for replica in residents if device.device_id in replica.placement.device_ids]
+    here = [replica for replica in residents if _is_on(replica, device)]
     parts = []
     frees = [f"{r.model} (idle {idle[r.replica_id]:.0f} s)" for r in here if r.replica_id in idle]
     if frees and could > free:
         parts.append(f"evicting {', '.join(frees)} frees {format_bytes(could - free)}")
-    parts += [f"{r.model} is {_hold(r, pinned)}" for r in here if r.replica_id not in idle]
+    parts += [f"{r.model} is {_hold(r, protected)}" for r in here if r.replica_id not in idle]
     if foreign_bytes:
         parts.append(f"others use {format_bytes(foreign_bytes)}")
     return parts
 
 
-def _hold(replica: Replica, pinned: Callable[[str], bool]) -> str:
+def _hold(replica: Replica, protected: Callable[[Replica], bool]) -> str:
     """Why the replica does not make room."""
-    if pinned(replica.model):
+    if protected(replica):
         return "pinned"
     if replica.drain_for:
         return f"making room for {replica.drain_for}"

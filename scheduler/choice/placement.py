@@ -10,41 +10,40 @@ used, not before `spill_after_s`. `benchmarks/decisions.py` has the times.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
 from typing import Any, Literal
 
 from scheduler.choice.candidates import (
+    CONTEXT_STEP,
     CPU_ONLY,
     EXPERTS_IN_RAM,
     ON_GPU,
-    ONE_GPU,
     SOME_LAYERS_IN_RAM,
     TIERS,
     Candidate,
-    Need,
     candidates,
     exact,
     fits,
     spilling,
 )
 from scheduler.choice.eviction import Victims, cheapest_victims, evictable
-from scheduler.choice.explain import Rejection, explain_candidate
-from scheduler.choice.room import STAYING, Room, Rooms, View
+from scheduler.choice.explain import Rejection
+from scheduler.choice.need import Need
+from scheduler.choice.outlook import Outlook
+from scheduler.choice.reasons import context_that_fits, rejections
+from scheduler.choice.room import STAYING, Room
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.cluster.replicas import Replicas
 from scheduler.config import Policy
-from scheduler.units import NodeId
 
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
 GOOD_ENOUGH = 0.9  # of the GPU layers that could be had: nobody is evicted, and nothing waited for, for the rest
 PARTIAL = frozenset({EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM})
-NEARLY = 1.1  # of the lowest price: what costs no more counts as equally cheap
+NEARLY = 1.25  # of the lowest price: what costs no more counts as equally cheap
 MOST_COMPARED = 16  # combinations of GPUs for which victims are sought, the least memory first
-CONTEXT_STEP = 256  # llama.cpp rounds contexts up to so many tokens
-SMALLEST_CONTEXT = 2048  # tokens per slot: the least that a refusal proposes
 
 Found = tuple[Placement, Victims]
 Groups = Sequence[Sequence[Candidate]]
@@ -77,9 +76,9 @@ class Chooser:
     need: Need
     nodes: Sequence[Node]
     inventory: Inventory
-    rooms: Rooms
+    outlook: Outlook
     replicas: Replicas
-    pinned: Callable[[str], bool]
+    protected: Callable[[Replica], bool]  # never evicted
     policy: Policy
     now: float
     waited_s: float
@@ -87,8 +86,7 @@ class Chooser:
     may_evict: bool = True
     price: Callable[[Placement, Victims], float | None] = lambda placement, victims: None
     regret: Callable[[Replica], float] = lambda replica: replica.last_used_at  # the least regretted goes first
-    _views: dict[NodeId, View] = field(default_factory=dict)
-    _free_now: dict[NodeId, Room] = field(default_factory=dict)
+    tokens_per_s: Callable[[Placement], float | None] = lambda placement: None
 
     def choose(self, *, explain: bool = False) -> Choice:
         """Raises Rejected for parameters that llama.cpp refuses."""
@@ -99,7 +97,26 @@ class Chooser:
             if not _within(drawn, choice.placement):  # the bound lied: do without it
                 return replace(self, need=replace(self.need, draws=True)).choose(explain=explain)
             choice = replace(choice, placement=self._grown(drawn, choice.victims))
-        return replace(choice, rejections=self._rejections(groups, choice)) if explain else choice
+            choice = replace(choice, placement=self._lengthened(choice))
+        return replace(choice, rejections=rejections(self, groups, choice)) if explain else choice
+
+    def _lengthened(self, choice: Choice) -> Placement | None:
+        """The same layout with the longest context that there is room for, where the catalogue leaves that open."""
+        placement, most = choice.placement, self.need.longest_n_ctx
+        if placement is None or placement.tier not in ON_GPU:
+            return placement
+        node = self.inventory.nodes[placement.node_id]
+        room = self.outlook.now(placement.node_id)
+        if choice.victims or not fits(placement, room):
+            room = self.outlook.without(placement.node_id, choice.victims)
+        step = CONTEXT_STEP * placement.context.n_seq_max
+        low, high = placement.context.n_ctx // step, most // step + 1
+        while high - low > 1:  # `low` fits, `high` does not
+            middle = (low + high) // 2
+            need = self.need.with_context(replace(placement.context, n_ctx=middle * step))
+            longer = exact(placement, need, node)
+            low, high, placement = (middle, high, longer) if fits(longer, room) else (low, middle, placement)
+        return placement
 
     def _drawn(self, found: Found) -> Found:
         """The same with the graph drawn, and the layers more that this leaves room for."""
@@ -111,15 +128,30 @@ class Chooser:
         """Some layers more, where the drawn graph leaves room for them."""
         if drawn.tier != SOME_LAYERS_IN_RAM:
             return drawn
-        room = self._now_on(drawn.node_id)
+        room = self.outlook.now(drawn.node_id)
         if victims or not fits(drawn, room):
-            room = self._view_of(drawn.node_id).without(victims)
+            room = self.outlook.without(drawn.node_id, victims)
         return spilling(self.need, self.inventory.nodes[drawn.node_id]).grown(drawn, room)
+
+    def with_alternatives(self, *, explain: bool = False) -> Choice:
+        """The choice for the need itself; where that is not on GPUs now, for the first alternative that is, and where
+        it cannot be had at all, for the first that can. Raises as `choose`."""
+        choice = self.choose(explain=explain)
+        if not self.need.alternatives or _is_on_gpus_now(choice):
+            return choice
+        others = [
+            replace(self, need=self.need.with_context(context)).choose(explain=explain)
+            for context in self.need.alternatives
+        ]
+        better = [other for other in others if _is_on_gpus_now(other)]
+        if not better and choice.verdict in ("blocked", "impossible"):
+            better = [other for other in others if other.verdict not in ("blocked", "impossible")]
+        return better[0] if better else choice
 
     def options(self) -> list[Found]:
         """The best placement of each kind that could be had now, whoever is idle evicted for it: what is chosen among,
         in the order of preference. Raises as `choose`."""
-        found = self._offers(list(candidates(self.need, self.nodes)), self._evictable(0.0))
+        found = self._offers(list(candidates(self.need, self.nodes)), self.evictable(0.0))
         return [self._drawn(each) for each in found]
 
     def _choose(self, groups: Groups) -> Choice:
@@ -135,15 +167,37 @@ class Chooser:
             return self._go(*found)
         return self._refuse(groups)
 
+    def _solve(self, candidate: Candidate, room: Room) -> Placement | None:
+        """The candidate's best placement, if it is fast enough for the catalogue."""
+        placement = candidate.solve(room)
+        wanted = self.need.wishes.min_tokens_per_s
+        if placement is None or not wanted:
+            return placement
+        tokens_per_s = self.tokens_per_s(placement)
+        return placement if tokens_per_s is None or tokens_per_s >= wanted else None
+
+    def evictable(self, min_residency_s: float) -> list[Replica]:
+        """Replicas that may make room for this one, the least regretted first."""
+        if not self.may_evict:
+            return []
+        others = (
+            r
+            for r in self.replicas.in_state(ReplicaState.READY, ReplicaState.LOADING)
+            if r.replica_id not in self.outgrown
+        )
+        return evictable(others, self.protected, self.now, min_residency_s, self.need.model, self.regret)
+
     def _go(self, placement: Placement, victims: Victims) -> Choice:
-        free = not victims and fits(placement, self._now_on(placement.node_id))
+        free = not victims and fits(placement, self.outlook.now(placement.node_id))
         return Choice("free" if free else "evict", placement, victims)
 
     def _refuse(self, groups: Groups) -> Choice:
-        if not any(c.solve(self.rooms.empty(_node_id(c))) for group in groups for c in group):
-            return Choice("impossible", None, frozenset(), n_ctx_that_fits=self._context_that_fits())
-        kept = [replica for replica in self.replicas.values() if self.pinned(replica.model)]
-        if self.may_evict and any(c.solve(self.rooms.empty(_node_id(c), kept)) for group in groups for c in group):
+        if not any(self._solve(c, self.outlook.empty(c.node_id)) for group in groups for c in group):
+            return Choice("impossible", None, frozenset(), n_ctx_that_fits=context_that_fits(self))
+        kept = [replica for replica in self.replicas.values() if self.protected(replica)]
+        if self.may_evict and any(
+            self._solve(c, self.outlook.empty(c.node_id, kept)) for group in groups for c in group
+        ):
             return Choice("wait", None, frozenset())
         return Choice("blocked", None, frozenset())
 
@@ -151,14 +205,7 @@ class Chooser:
 
     def _find(self, groups: Groups, min_residency_s: float) -> Found | None:
         """The best placement that can be had now, evicting idle replicas at least `min_residency_s` old."""
-        return self._cheapest(self._offers(groups, self._evictable(min_residency_s)))
-
-    def _evictable(self, min_residency_s: float) -> list[Replica]:
-        """Replicas that may make room for this one, the least regretted first."""
-        if not self.may_evict:
-            return []
-        others = (r for r in self.replicas.in_state(ReplicaState.READY) if r.replica_id not in self.outgrown)
-        return evictable(others, self.pinned, self.now, min_residency_s, self.need.model, self.regret)
+        return self._cheapest(self._offers(groups, self.evictable(min_residency_s)))
 
     def _offers(self, groups: Groups, idle: Sequence[Replica]) -> Iterator[Found]:
         """The best placement of each tier, on the fewest devices that will do. Once there is a place on GPUs, nobody is
@@ -175,13 +222,11 @@ class Chooser:
     def _cheapest(self, offers: Iterable[Found]) -> Found | None:
         """The cheapest of what each tier offers, best tier first; the first of them where prices are not known."""
         best, least_s = None, inf
-        for found in offers:
+        for offer in offers:
+            found = self._drawn(offer) if offer[0].tier == SOME_LAYERS_IN_RAM else offer
             price_s = self.price(*found)
             if price_s is None:
                 return best or found
-            if found[0].tier == SOME_LAYERS_IN_RAM:
-                found = self._drawn(found)
-                price_s = self.price(*found) or price_s
             if best is None or price_s < least_s:
                 best, least_s = found, price_s
             if found[0].tier in ON_GPU and not found[1]:
@@ -199,16 +244,16 @@ class Chooser:
     def _free(self, candidate: Candidate, idle: Sequence[Replica]) -> Placement | None:
         if self.outgrown:
             return None
-        placement = candidate.solve(self._now_on(_node_id(candidate)))
+        placement = self._solve(candidate, self.outlook.now(candidate.node_id))
         if placement is None or candidate.tier not in PARTIAL:
             return placement
-        best = candidate.solve(self._view_of(_node_id(candidate)).without(replica.replica_id for replica in idle))
+        best = self._solve(candidate, self.outlook.without(candidate.node_id, (replica.replica_id for replica in idle)))
         return placement if best is None or placement.n_resident_layers >= self._worth_taking(best) else None
 
     def _make_best_room(self, group: Sequence[Candidate], removable: Sequence[Replica]) -> Found | None:
         everybody = frozenset(r.replica_id for r in removable) | self.outgrown
-        cleared = {node_id: self._view_of(node_id).without(everybody) for node_id in {_node_id(c) for c in group}}
-        made = (found for c in group if (found := self._make_room(c, removable, cleared[_node_id(c)])))
+        cleared = {node_id: self.outlook.without(node_id, everybody) for node_id in {c.node_id for c in group}}
+        made = (found for c in group if (found := self._make_room(c, removable, cleared[c.node_id])))
         several = bool(group) and len(group[0].devices) > 1
         return self._best_priced(list(islice(made, MOST_COMPARED if several else None)), self._cost)
 
@@ -224,36 +269,37 @@ class Chooser:
     def _make_room(self, candidate: Candidate, removable: Sequence[Replica], cleared: Room) -> Found | None:
         """The placement after stopping the set of `removable` (the least regretted first) that is regretted least;
         `cleared` is the room without all of them."""
-        best = candidate.solve(cleared)
+        best = self._solve(candidate, cleared)
         if best is None:
             return None
         least = self._worth_taking(best)
-        view = self._view_of(_node_id(candidate))
+        node_id = candidate.node_id
 
         def enough(room: Room) -> Placement | None:
-            placement = candidate.solve(room) if candidate.may_hold(least, room) else None
+            placement = self._solve(candidate, room) if candidate.may_hold(least, room) else None
             return placement if placement and placement.n_resident_layers >= least else None
 
-        pool = self._in_the_way(candidate, removable, view, enough)
-        found = cheapest_victims(pool, self.regret, lambda chosen: enough(view.without(chosen | self.outgrown)))
+        pool = self._in_the_way(candidate, removable, enough)
+        found = cheapest_victims(
+            pool, self.regret, lambda chosen: enough(self.outlook.without(node_id, chosen | self.outgrown))
+        )
         return (found[0], found[1] | self.outgrown) if found else None
 
     def _in_the_way(
         self,
         candidate: Candidate,
         removable: Sequence[Replica],
-        view: View,
         enough: Callable[[Room], Placement | None],
     ) -> Sequence[Replica]:
         """Those of `removable` worth looking at: the ones on the candidate's devices, if only devices are short."""
         devices = {device.device_id for device in candidate.devices}
         near = [r for r in removable if devices.intersection(r.placement.device_ids)]
-        as_it_is = view.without(self.outgrown)
-        cleared = view.without({r.replica_id for r in near} | self.outgrown)
+        as_it_is = self.outlook.without(candidate.node_id, self.outgrown)
+        cleared = self.outlook.without(candidate.node_id, {r.replica_id for r in near} | self.outgrown)
         if enough(replace(as_it_is, devices=cleared.devices)):
             return near
         anywhere = self.policy.max_active_models is not None
-        return [r for r in removable if anywhere or r.placement.node_id == _node_id(candidate)]
+        return [r for r in removable if anywhere or r.placement.node_id == candidate.node_id]
 
     @staticmethod
     def _worth_taking(best: Placement) -> float:
@@ -267,7 +313,7 @@ class Chooser:
             return None
         staying = self.replicas.in_state(*STAYING)
         ending = sorted(
-            (replica for replica in staying if not self.pinned(replica.model)),
+            (replica for replica in staying if not self.protected(replica)),
             key=lambda replica: (not (replica.idle or replica.drain_for), replica.replica_id),
         )
         unclaimed = [replica for replica in ending if replica.drain_for in ("", self.need.model)]
@@ -301,74 +347,24 @@ class Chooser:
             return _clearly_better(later[0], found[0])
         return later_s + self.waited_s < now_s
 
-    def _tightness(self, found: Found) -> tuple[int, int, int]:
-        """Most layers on GPUs (they differ for partial offload only), fewest devices, least memory left over there."""
+    def _tightness(self, found: Found) -> tuple[int, int, int, int]:
+        """Most layers on GPUs (they differ for partial offload only), fewest devices, and the least memory left: on the
+        GPUs of the machine, then on those that are used. The most, where models are to be spread."""
         placement, victims = found
-        room = self._view_of(placement.node_id).without(victims)
-        left = sum(room.devices[device_id] for device_id in placement.device_ids) - sum(placement.device_bytes)
+        room = self.outlook.without(placement.node_id, victims)
+        taken = sum(placement.device_bytes)
+        there = sum(room.devices[device_id] for device_id in placement.device_ids) - taken
+        on_node = sum(room.devices.values()) - taken
         if placement.tier == CPU_ONLY:
-            left = -room.host_bytes  # the node with the most RAM free
-        return -placement.n_resident_layers, len(placement.device_ids), left
+            on_node = there = -room.host_bytes  # the node with the most RAM free
+        elif self.policy.placement == "spread":
+            on_node, there = -on_node, -there
+        return -placement.n_resident_layers, len(placement.device_ids), on_node, there
 
-    def _cost(self, found: Found) -> tuple[int, float, int, tuple[int, int, int]]:
+    def _cost(self, found: Found) -> tuple[int, float, int, tuple[int, int, int, int]]:
         placement, victims = found
         regret_s = sum(self.regret(self.replicas[victim]) for victim in victims)
         return len(placement.device_ids), regret_s, len(victims), self._tightness(found)
-
-    def _view_of(self, node_id: NodeId) -> View:
-        if node_id not in self._views:
-            self._views[node_id] = self.rooms.view(node_id)
-        return self._views[node_id]
-
-    def _now_on(self, node_id: NodeId) -> Room:
-        if node_id not in self._free_now:
-            self._free_now[node_id] = self.rooms.now(node_id)
-        return self._free_now[node_id]
-
-    # ------------------------------------------------------------------ explaining
-
-    def _rejections(self, groups: Groups, choice: Choice) -> tuple[Rejection, ...]:
-        """Why each candidate as good as the chosen one or better was passed over, or has to wait. Of several GPUs, all
-        together speak for every smaller combination."""
-        chosen = choice.placement
-        taken = chosen if choice.verdict != "wait" else None
-        speakers: dict[tuple[str, NodeId, object], Candidate] = {}
-        for candidate in (c for group in groups for c in group):
-            if chosen and TIERS.index(candidate.tier) > TIERS.index(chosen.tier):
-                break
-            each = candidate.devices if candidate.tier == ONE_GPU else None
-            speakers[candidate.tier, _node_id(candidate), each] = candidate
-        idle = self._evictable(0.0)
-        return tuple(
-            explain_candidate(
-                candidate,
-                now=self._now_on(_node_id(candidate)),
-                later=self._view_of(_node_id(candidate)).without(replica.replica_id for replica in idle),
-                idle={replica.replica_id: self.now - replica.last_used_at for replica in idle},
-                replicas=self.replicas.values(),
-                pinned=self.pinned,
-                inventory=self.inventory,
-            )
-            for candidate in speakers.values()
-            if not (taken and _same_place(candidate, taken))
-        )
-
-    def _context_that_fits(self) -> int:
-        """The largest context per slot below the one asked for that an empty cluster could hold, to 256 tokens."""
-        context = self.need.context
-
-        def fits(steps: int) -> bool:
-            smaller = self.need.with_context(replace(context, n_ctx=steps * CONTEXT_STEP * context.n_seq_max))
-            groups = candidates(smaller, self.nodes)
-            return any(c.solve(self.rooms.empty(_node_id(c))) for group in groups for c in group)
-
-        low, high = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
-        if high <= low or not fits(low):
-            return 0
-        while high - low > 1:  # `low` fits, `high` does not
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low * CONTEXT_STEP
 
 
 def _within(one: Placement, other: Placement) -> bool:
@@ -377,15 +373,8 @@ def _within(one: Placement, other: Placement) -> bool:
     return one.host_bytes <= other.host_bytes and all(mine <= theirs for mine, theirs in devices)
 
 
-def _node_id(candidate: Candidate) -> NodeId:
-    return candidate.node.facts.node_id
-
-
-def _same_place(candidate: Candidate, placement: Placement) -> bool:
-    devices = {device.device_id for device in candidate.devices}
-    return (candidate.tier, _node_id(candidate)) == (placement.tier, placement.node_id) and devices >= set(
-        placement.device_ids
-    )
+def _is_on_gpus_now(choice: Choice) -> bool:
+    return choice.verdict in ("free", "evict") and choice.placement is not None and choice.placement.tier in ON_GPU
 
 
 def _clearly_better(one: Placement, other: Placement) -> bool:

@@ -125,6 +125,29 @@ class Prices:
             return seen.mean_s
         return (_service_seconds(self._speed(model, shape, placement)) or 0.0) / REQUESTS
 
+    def tokens_per_s(self, shape: ModelShape, model: str, placement: Placement) -> float | None:
+        """Of an answer; None where a device does not tell its rates."""
+        answer = self._speed(model, shape, placement).answer
+        return 1 / answer.seconds if answer is not None else None
+
+    def measured_load_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
+        """How long a load takes there, as far as that was measured or the disk is known; else 0."""
+        known = self._models.by_name.get(model)
+        copy = known.copies.get(placement.node_id) if known else None
+        fraction = copy.file.cached_fraction if copy else None
+        if not self._speeds.knows_loads(shape, placement.node_id, fraction):
+            return 0.0
+        return self._speeds.load(shape, placement.node_id, fraction).seconds
+
+    def least_load_s(self, model: Model, shape: ModelShape) -> float:
+        """The same on the machine where it is the least."""
+        loads = [
+            self._speeds.load(shape, node_id, copy.file.cached_fraction)
+            for node_id, copy in model.copies.items()
+            if self._speeds.knows_loads(shape, node_id, copy.file.cached_fraction)
+        ]
+        return min((load.seconds for load in loads), default=0.0) if len(loads) == len(model.copies) else 0.0
+
     def load_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
         return self._speed(model, shape, placement).load.seconds
 

@@ -11,6 +11,7 @@ from scheduler.costs.measurements import Record
 from scheduler.costs.paces import Estimate, Pace, Paces
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.speed import load_seconds, seconds_per_token
+from scheduler.units import NodeId
 
 REMEMBERED = 4096
 USUAL_TOKENS = 512
@@ -51,9 +52,7 @@ class Speeds:
     def _predict(self, shape: ModelShape, placement: Placement, cached_fraction: float | None) -> Speed:
         context = placement.context
         n_past = min(USUAL_TOKENS, context.n_ctx // context.n_seq_max // 2)
-        node = self._inventory.nodes[placement.node_id]
-        fraction = cached_fraction or 0.0
-        load = self._paces.corrected(_load_seconds(shape, node, fraction), _load_keys(shape, node, fraction))
+        load = self.load(shape, placement.node_id, cached_fraction)
         formulas = self._seconds(shape, placement, n_past)
         if formulas is None:
             return Speed(None, None, load)
@@ -62,6 +61,18 @@ class Speeds:
             for phase, seconds in zip(("answer", "prompt"), formulas, strict=True)
         )
         return Speed(answer, prompt, load)
+
+    def load(self, shape: ModelShape, node_id: NodeId, cached_fraction: float | None) -> Estimate:
+        """Of a load of the model on the machine."""
+        node, fraction = self._inventory.nodes[node_id], cached_fraction or 0.0
+        return self._paces.corrected(_load_seconds(shape, node, fraction), _load_keys(shape, node, fraction))
+
+    def knows_loads(self, shape: ModelShape, node_id: NodeId, cached_fraction: float | None) -> bool:
+        """Whether such a load was measured, or the machine's disk is known."""
+        node = self._inventory.nodes.get(node_id)
+        if node is None:
+            return False
+        return node.facts.disk_bytes_per_s > 0 or self.load(shape, node_id, cached_fraction).samples > 0
 
     def answered(self, shape: ModelShape, replica: Replica, pace: Pace) -> list[Record]:
         """Learn from an answer that had the replica to itself."""

@@ -65,6 +65,7 @@ class NodeFacts:
     devices: tuple[DeviceFacts, ...] = ()
     rates: Rates = NO_RATES  # of its CPU and RAM
     disk_bytes_per_s: float = 0.0  # what loading gets from its disk; 0: not known
+    labels: Mapping[str, str] = field(default_factory=dict)
     llama_build: str = ""  # release of llama-cpp-python there; what was measured holds for it alone
 
 

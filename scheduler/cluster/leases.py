@@ -16,6 +16,7 @@ class Lease:
     replica_id: ReplicaId
     granted_at: float  # seconds of the core's clock
     expires_at: float
+    priority: int = 0
 
 
 class Leases:
@@ -30,12 +31,11 @@ class Leases:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, request_id: RequestId, replica: Replica, now: float) -> Lease:
+    def grant(self, request_id: RequestId, replica: Replica, now: float, priority: int = 0) -> Lease:
         self._serial += 1
-        lease = Lease(
-            LeaseId(f"lease-{self._tag}{self._serial}"), request_id, replica.replica_id, now, now + self.ttl_s
-        )
-        self._leases[lease.lease_id] = lease
+        lease_id = LeaseId(f"lease-{self._tag}{self._serial}")
+        lease = Lease(lease_id, request_id, replica.replica_id, now, now + self.ttl_s, priority)
+        self._leases[lease_id] = lease
         replica.leases.add(lease.lease_id)
         replica.last_used_at = now
         return lease
@@ -60,6 +60,9 @@ class Leases:
         for lease_id in lease_ids:
             if lease_id in self._leases:
                 self._leases[lease_id].expires_at = now + self.ttl_s
+
+    def of(self, replica: Replica) -> list[Lease]:
+        return [self._leases[lease_id] for lease_id in sorted(replica.leases)]
 
     def of_request(self, request_id: RequestId) -> list[Lease]:
         return [lease for lease in self._leases.values() if lease.request_id == request_id]

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import posixpath
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduler.cluster.facts import ModelFile
 from scheduler.cluster.history import LoadHistory, Popularity, ServiceTime
@@ -52,6 +52,7 @@ class Model:
     copies: dict[NodeId, Copy] = field(default_factory=dict)
     history: LoadHistory = field(default_factory=LoadHistory)
     popularity: Popularity = field(default_factory=Popularity)
+    dismissed: bool = False  # unloaded by hand: it is not kept loaded before somebody asks for it again
     service: ServiceTime = field(default_factory=ServiceTime)
 
     @property
@@ -89,6 +90,7 @@ class Models:
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._params: dict[str, ModelParams] = {}  # of every name that was asked about: neither side of it changes
+        self._kept_away_by: dict[str, frozenset[str]] = {}
         self._reported: dict[NodeId, tuple[ModelFile, ...]] = {}
         self._contexts: dict[str, tuple[ModelShape, ContextParams]] = {}  # the default ones
         self._entries: dict[str, tuple[str, ...]] = {}  # of every path that was seen, which is looked up every second
@@ -110,6 +112,13 @@ class Models:
         if model.name not in self._params:
             self._params[model.name] = self._own_params(model)
         return self._params[model.name]
+
+    def kept_away_by(self, name: str) -> frozenset[str]:
+        """Models whose entries say that they share no GPU with this one."""
+        if name not in self._kept_away_by:
+            entries = self._catalogue.models.items()
+            self._kept_away_by[name] = frozenset(other for other, each in entries if name in (each.not_with or ()))
+        return self._kept_away_by[name]
 
     def priority(self, model: Model) -> int:
         return self.params(model).priority or 0
@@ -140,10 +149,11 @@ class Models:
                 f"{model.name} was trained for {trained} tokens of context; {n_ctx_slot} were asked for",
                 model=model.name,
             )
+        said = params.n_ctx if isinstance(params.n_ctx, int) else None
         if n_ctx_slot is not None:
-            n_ctx = max(n_ctx_slot * slots, params.n_ctx or 0)
+            n_ctx = max(n_ctx_slot * slots, said or 0)
         else:
-            n_ctx = params.n_ctx or min(trained, DEFAULT_SLOT_CONTEXT) * slots
+            n_ctx = said or min(trained, DEFAULT_SLOT_CONTEXT) * slots
         embeddings = shape.is_embedding_only if params.embeddings is None else params.embeddings
         n_batch = params.n_batch or 2048
         n_ubatch = params.n_ubatch or 512
@@ -161,6 +171,22 @@ class Models:
             swa_full=bool(params.swa_full),
             embeddings=embeddings,
         )
+
+    def alternatives(self, model: Model, context: ContextParams, n_ctx_slot: int | None) -> tuple[ContextParams, ...]:
+        """Other contexts than `context` that the catalogue allows for the same request, in order of preference."""
+        found = []
+        for other in self.params(model).alternatives or ():
+            changes = other.model_dump(exclude_none=True)
+            if n_ctx_slot is not None:  # what was asked for must be there
+                changes["n_ctx"] = max(changes.get("n_ctx", 0), n_ctx_slot * context.n_seq_max)
+            found.append(replace(context, **changes))
+        return tuple(found)
+
+    def longest(self, model: Model, shape: ModelShape, context: ContextParams) -> int:
+        """The context of all slots that the model may be given where there is room; 0: no more than it needs."""
+        if self.params(model).n_ctx != "auto":
+            return 0
+        return (shape.n_ctx_train or 0) * context.n_seq_max
 
     def update(self, node_id: NodeId, files: tuple[ModelFile, ...]) -> FileChanges:
         """Take a node's list of files: what to read because it is new, changed or was not readable; what changed."""

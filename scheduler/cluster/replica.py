@@ -86,6 +86,7 @@ class Replica:
     waits_for: frozenset[ReplicaId] = frozenset()  # pending: stopping replicas in whose room it will be
     leases: set[LeaseId] = field(default_factory=set)
     drain_for: str = ""  # the waiting model that this one makes room for
+    drained_at: float = 0.0
     retiring: str = ""  # why it is stopped once idle, whoever waits
     doubted: bool = False  # it failed a request; nothing is granted until it has been checked
     ready_at: float = 0.0
@@ -113,6 +114,11 @@ class Replica:
     @property
     def idle(self) -> bool:
         return self.state is ReplicaState.READY and not self.leases
+
+    @property
+    def removable(self) -> bool:
+        """It may be stopped for another: nobody uses it, nor has asked for it if it is still loading."""
+        return self.idle or (self.state is ReplicaState.LOADING and self.preloaded)
 
     @property
     def open(self) -> bool:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from scheduler import commands as cmd
 from scheduler import events as ev
-from scheduler.choice.candidates import CPU_ONLY, ONE_GPU, SEVERAL_GPUS, SOME_LAYERS_IN_RAM, Candidate, Need
+from scheduler.choice.candidates import CPU_ONLY, ONE_GPU, SEVERAL_GPUS, SOME_LAYERS_IN_RAM, Candidate
+from scheduler.choice.need import Need
 from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
 from scheduler.cluster.replica import Placement
 from scheduler.config import Catalogue
@@ -197,4 +198,5 @@ def _facts(node: NodeDescription) -> NodeFacts:
         devices=devices,
         rates=Rates(node.ram_bandwidth, node.tflops * 1e12),
         disk_bytes_per_s=node.disk_read or 0.0,
+        labels=node.labels,
     )

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from scheduler.choice.candidates import Need, candidates
+from scheduler.choice.candidates import candidates
+from scheduler.choice.need import Need
 from scheduler.choice.placement import Choice, Found
 from scheduler.choice.price import Price
 from scheduler.choice.room import Room
@@ -116,8 +117,7 @@ class _Pricing:
         return PricedPlacement(replica.placement, (), price, self._tokens_per_s(replica.placement))
 
     def _tokens_per_s(self, placement: Placement) -> float | None:
-        answer = self._core.speeds.predict(self._shape, placement, None).answer
-        return 1 / answer.seconds if answer is not None else None
+        return self._core.prices.tokens_per_s(self._shape, self._model, placement)
 
 
 def _ways_out(cluster: DescribedCluster, model: str, n_ctx: int | None, choice: Choice) -> list[str]:

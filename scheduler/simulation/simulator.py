@@ -68,6 +68,7 @@ class Run:
     events: int = 0
     cold_loads: int = 0
     bytes_loaded: int = 0
+    bytes_read_ahead: int = 0
     evictions: int = 0
     occupations: list[Occupation] = field(default_factory=list)
     gpus: tuple[DeviceId, ...] = ()
@@ -115,6 +116,7 @@ class _Simulation:
         self._read_at = NOW
         self._leases: set[LeaseId] = set()
         self._loading = 0
+        self._ahead: dict[NodeId, int] = {}
         gpus = [device.device_id for node in self._core.inventory.nodes.values() for device in node.facts.devices]
         self._run = Run([Outcome(request) for request in trace], gpus=tuple(gpus))
 
@@ -164,6 +166,10 @@ class _Simulation:
                     self._after(RELEASE_S, lambda r=replica_id: self._gone(r))  # type: ignore[misc]
                 case cmd.Announce() if command.kind == "replica_evicted":
                     self._run.evictions += 1
+                case cmd.ReadAhead():
+                    self._read_ahead(command)
+                case cmd.StopReadAhead():
+                    self._stop_reading_ahead(command)
                 case cmd.CheckReplica():
                     self._send(ev.ReplicaVouched(command.replica_id))
                 case _:
@@ -248,6 +254,28 @@ class _Simulation:
                 for gpu in runner.placement.device_ids
             ]
         return runner
+
+    # ------------------------------------------------------------------ reading ahead
+
+    def _read_ahead(self, command: cmd.ReadAhead) -> None:
+        shape = next(model.shape for model in self._models.values() if model.path == command.path)
+        load_s = self._core.speeds.load(shape, command.node_id, 0.0).seconds
+        number = next(self._serial)
+        self._ahead[command.node_id] = number
+        self._after(load_s, lambda: self._was_read_ahead(command, number, shape.file_bytes))
+
+    def _was_read_ahead(self, command: cmd.ReadAhead, number: int, file_bytes: int) -> None:
+        if self._ahead.get(command.node_id) == number:
+            del self._ahead[command.node_id]
+            self._caches[command.node_id].read(command.path, file_bytes)
+            self._run.bytes_read_ahead += file_bytes
+            self._read(command.node_id)
+            self._send(ev.ReadAheadEnded(command.node_id, command.path))
+
+    def _stop_reading_ahead(self, command: cmd.StopReadAhead) -> None:
+        """What was read of the file so far does not count."""
+        if self._ahead.pop(command.node_id, None) is not None:
+            self._send(ev.ReadAheadEnded(command.node_id, command.path))
 
     # ------------------------------------------------------------------ readings
 

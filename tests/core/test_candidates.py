@@ -18,11 +18,11 @@ from scheduler.choice.candidates import (
     SOME_LAYERS_IN_RAM,
     TIERS,
     Candidate,
-    Need,
     candidates,
     exact,
     fits,
 )
+from scheduler.choice.need import Need
 from scheduler.choice.room import Room
 from scheduler.cluster.facts import NodeFacts
 from scheduler.cluster.inventory import Device, Node

@@ -105,6 +105,6 @@ def test_who_may_be_evicted() -> None:
     def by_age(each: Replica) -> float:
         return each.last_used_at
 
-    found = evictable([ready, *others, older], lambda name: name == "pinned", 100.0, 5.0, "me", by_age)
+    found = evictable([ready, *others, older], lambda each: each.model == "pinned", 100.0, 5.0, "me", by_age)
     assert found == [older, ready]
-    assert len(evictable(others, lambda name: name == "pinned", 100.0, 0.0, "somebody", by_age)) == 2
+    assert len(evictable(others, lambda each: each.model == "pinned", 100.0, 0.0, "somebody", by_age)) == 2

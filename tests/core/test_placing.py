@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from scenario import LARGE, MEDIUM, MOE, SMALL, Scenario, gpu, shape
 
-import scheduler.choice.candidates
+import scheduler.choice.need
 from scheduler.costs.footprint import footprint
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
 from scheduler.errors import Impossible, InvalidGGUF, Unavailable
@@ -41,7 +41,7 @@ def test_a_bound_that_is_too_low_is_done_without(monkeypatch: pytest.MonkeyPatch
     lies = lambda *asked: Footprint(  # noqa: E731
         tuple(replace(share, compute_bytes=0) for share in footprint(*asked).devices), footprint(*asked).host
     )
-    monkeypatch.setattr(scheduler.choice.candidates, "_bounded_footprint", lies)
+    monkeypatch.setattr(scheduler.choice.need, "_bounded_footprint", lies)
     whole = Layout((DeviceSpec("d0", "rpc"),), -1, (1.0,))
     share = footprint(shape(*SMALL), whole, ContextParams(n_ctx=8192)).devices[0]
     s = Scenario([gpu(f"{share.total_bytes - 1}B"), gpu("8GiB", "gpu1")], ALL)

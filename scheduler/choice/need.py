@@ -1,0 +1,197 @@
+"""What is to be placed: a model with its context and the wishes of the catalogue, and what each layout of it takes.
+
+Shares and placements are remembered with the need, which is asked about with every decision. One that was not tried
+lately costs one footprint: 0.2 ms by the bound on compute buffers, some milliseconds where the graph has to be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from scheduler.cluster.facts import DeviceFacts
+from scheduler.cluster.inventory import Node
+from scheduler.cluster.replica import Placement
+from scheduler.config import Reserves
+from scheduler.costs.footprint import bounded_footprint, filled_footprint, grows
+from scheduler.costs.host import host_memory
+from scheduler.costs.measurements import Measurements
+from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
+from scheduler.costs.shape import ModelShape
+from scheduler.units import DeviceId
+
+REMEMBERED = 4096  # footprints, a kilobyte each; of every need, shares and placements
+_T = TypeVar("_T")
+_footprint = lru_cache(maxsize=REMEMBERED)(filled_footprint)
+_bounded_footprint = lru_cache(maxsize=4 * REMEMBERED)(bounded_footprint)
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """Where a model may be. `gpus`: UUIDs, labels or node/label; none: all, but for those it is `not_on`. `nodes`: host
+    names; `labels`: what they must be labelled with."""
+
+    spill: bool = True
+    max_gpus: int | None = None
+    gpus: tuple[str, ...] = ()
+    not_on: frozenset[DeviceId] = frozenset()
+    nodes: tuple[str, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    min_tokens_per_s: float = 0.0
+
+    def allow(self, node: Node) -> bool:
+        """Whether the machine may be used."""
+        facts = node.facts
+        named = not self.nodes or facts.hostname in self.nodes
+        return named and all(facts.labels.get(label) == value for label, value in self.labels)
+
+    def devices(self, node: Node) -> tuple[DeviceFacts, ...]:
+        """The devices of the node that may be used, the least memory first."""
+        return tuple(
+            sorted(
+                (each.facts for each in node.devices.values() if self._allows(node, each.facts)),
+                key=lambda facts: facts.total_bytes,
+            )
+        )
+
+    def _allows(self, node: Node, facts: DeviceFacts) -> bool:
+        names = {str(facts.device_id), facts.label, f"{node.facts.hostname}/{facts.label}"}
+        return facts.device_id not in self.not_on and (not self.gpus or not names.isdisjoint(self.gpus))
+
+    def __str__(self) -> str:
+        parts = [f"only on {', '.join(self.gpus)}"] if self.gpus else []
+        parts += [f"on {self.max_gpus} GPUs at the most"] if self.max_gpus else []
+        parts += [f"on {', '.join(self.nodes)}"] if self.nodes else []
+        parts += [f"where {label} is {value}" for label, value in self.labels]
+        parts += [f"at {self.min_tokens_per_s:g} tokens/s at the least"] if self.min_tokens_per_s else []
+        parts += [] if self.spill else ["not in host RAM"]
+        return "the catalogue wants it " + ", ".join(parts) if parts else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What is to be placed."""
+
+    model: str
+    shape: ModelShape
+    context: ContextParams
+    reserves: Reserves
+    use_mmap: bool = True
+    use_extra_bufts: bool = False
+    extra_bytes: int = 0
+    measurements: Measurements = field(default_factory=Measurements)
+    wishes: Wishes = Wishes()
+    alternatives: tuple[ContextParams, ...] = ()
+    """Other contexts that would do, in order of preference."""
+    longest_n_ctx: int = 0
+    """Up to so much context is given where there is room; 0: what `context` says."""
+    draws: bool = False
+    """Graphs are drawn for every layout that is tried, not only where the bound on compute buffers does not decide."""
+    known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Shares and placements that were worked out before, for the same need is asked about with every decision."""
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that can be put somewhere; llama.cpp counts the output as one."""
+        return self.shape.n_layer_all + 1
+
+    def least_bytes(self, n_cpu_moe: int = 0) -> int:
+        """What all layers take on devices at the very least, however they are spread, but for the experts of the first
+        `n_cpu_moe`: no use in trying with less."""
+        whole = Layout((DeviceSpec("d0", "rpc"),), self.n_layers, (float(self.n_layers),), n_cpu_moe=n_cpu_moe)
+        share = self.bounded_footprint(whole).devices[0]
+        return share.weights_bytes + share.kv_bytes
+
+    def footprint(self, layout: Layout) -> Footprint:
+        return _footprint(self.shape, layout, self.context)
+
+    def bounded_footprint(self, layout: Layout) -> Footprint:
+        return _bounded_footprint(self.shape, layout, self.context)
+
+    def shares(
+        self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool
+    ) -> tuple[Footprint, tuple[int, ...], tuple[int, ...]]:
+        """What the buffers of the layout take; per device, the overhead, and bytes in all."""
+        products = tuple(device.product for device in devices)
+        key = "shares", node.facts.llama_build, products, layout, bounded
+        return self._once(key, lambda: self._shares(node, devices, layout, bounded))
+
+    def _once(self, key: Hashable, work: Callable[[], _T]) -> _T:
+        if key not in self.known:
+            if len(self.known) >= REMEMBERED:
+                self.known.clear()
+            self.known[key] = work()
+        found: _T = self.known[key]
+        return found
+
+    def _shares(
+        self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, bounded: bool
+    ) -> tuple[Footprint, tuple[int, ...], tuple[int, ...]]:
+        cost = self.bounded_footprint(layout) if bounded else self.footprint(layout)
+        build = node.facts.llama_build
+        measured = self.measurements.load(self.shape, layout, self.context, build)
+        outside = measured.outside_bytes if measured else (0,) * len(devices)
+        if measured and not grows(self.shape):  # what was measured is what the load took
+            cost = measured.settle(cost, layout)
+        overheads = tuple(
+            seen or self.overhead_bytes(device, build) for device, seen in zip(devices, outside, strict=True)
+        )
+        device_bytes = tuple(
+            share.total_bytes + self.extra_bytes + overhead
+            for share, overhead in zip(cost.devices, overheads, strict=True)
+        )
+        return cost, overheads, device_bytes
+
+    def placement(
+        self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool = False
+    ) -> Placement:
+        """The layout on these devices with all that it needs, overheads included; `bounded`: or a little more."""
+        key = "placement", tier, node.facts.node_id, tuple(device.device_id for device in devices), layout, bounded
+        return self._once(key, lambda: self._placement(tier, node, devices, layout, bounded))
+
+    def _placement(
+        self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, bounded: bool
+    ) -> Placement:
+        cost, overheads, device_bytes = self.shares(node, devices, layout, bounded=bounded)
+        host = host_memory(
+            self.shape,
+            layout,
+            self.context,
+            cost,
+            use_mmap=self.use_mmap,
+            use_extra_bufts=self.use_extra_bufts,
+            process_bytes=self.reserves.runner_overhead_bytes,
+            n_threads=node.facts.physical_cores,
+        )
+        return Placement(
+            tier=tier,
+            node_id=node.facts.node_id,
+            device_ids=tuple(device.device_id for device in devices),
+            layout=layout,
+            context=self.context,
+            device_bytes=device_bytes,
+            overhead_bytes=overheads,
+            host_bytes=host.peak_bytes + host.mapped_bytes,
+            host_mapped_bytes=host.mapped_bytes,
+            host_outside_bytes=host.outside_bytes,
+            host_resting_bytes=host.resting_bytes,
+            computes_on_cpu=layout.n_gpu_layers < self.n_layers or layout.spills_experts,
+            n_layers=self.n_layers,
+            grows=grows(self.shape),
+        )
+
+    def with_context(self, context: ContextParams) -> Need:
+        return self._once(("with", context), lambda: replace(self, context=context, known={}))
+
+    def elsewhere(self, taken: frozenset[DeviceId]) -> Need:
+        """The same on other GPUs than those, and nothing of it in host RAM."""
+        return replace(self, wishes=replace(self.wishes, spill=False, not_on=taken))
+
+    def overhead_bytes(self, device: DeviceFacts, build: str) -> int:
+        """What a replica takes on the device besides llama.cpp's buffers: as seen there, or as the reserves say."""
+        if device.kind != "cuda":
+            return 0
+        learned = self.measurements.overhead_bytes(device.product, build)
+        return self.reserves.cuda_overhead_bytes if learned is None else learned

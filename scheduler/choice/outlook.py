@@ -1,0 +1,62 @@
+"""What each machine has room for as one decision sees it: now, without some replicas, and empty.
+
+Devices on which a replica lies that the model must not share them with have no room while that replica stays. Every
+room is worked out once in a decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from scheduler.choice.eviction import Victims
+from scheduler.choice.room import Room, Rooms, View
+from scheduler.cluster.replica import Replica
+from scheduler.cluster.replicas import Replicas
+from scheduler.units import NodeId, ReplicaId
+
+
+@dataclass(slots=True)
+class Outlook:
+    """`apart`: replicas with which no GPU is shared."""
+
+    rooms: Rooms
+    replicas: Replicas
+    apart: Victims = frozenset()
+    _views: dict[NodeId, View] = field(default_factory=dict)
+    _now: dict[NodeId, Room] = field(default_factory=dict)
+    _empty: dict[NodeId, Room] = field(default_factory=dict)
+
+    def now(self, node_id: NodeId) -> Room:
+        if node_id not in self._now:
+            self._now[node_id] = self._open(self.rooms.now(node_id), self.replicas.on_node(node_id), frozenset())
+        return self._now[node_id]
+
+    def without(self, node_id: NodeId, victims: Iterable[ReplicaId]) -> Room:
+        """When the `victims` are gone, and everybody who is stopping already."""
+        if node_id not in self._views:
+            self._views[node_id] = self.rooms.view(node_id)
+        view = self._views[node_id]
+        if not self.apart:
+            return view.without(victims)
+        gone = frozenset(victims)
+        staying = (replica for replica in self.replicas.on_node(node_id) if replica.replica_id in view.freed)
+        return self._open(view.without(gone), staying, gone)
+
+    def empty(self, node_id: NodeId, keeping: Iterable[Replica] = ()) -> Room:
+        """With only the replicas `keeping` on it, nothing of others, and every device well."""
+        keeping = tuple(keeping)
+        if not keeping and node_id in self._empty:
+            return self._empty[node_id]
+        room = self._open(self.rooms.empty(node_id, keeping), keeping, frozenset())
+        if not keeping:
+            self._empty[node_id] = room
+        return room
+
+    def _open(self, room: Room, staying: Iterable[Replica], gone: Victims) -> Room:
+        """The room on devices that are not closed to this model."""
+        if not self.apart:
+            return room
+        there = (r for r in staying if r.replica_id in self.apart and r.replica_id not in gone)
+        closed = {device_id for replica in there for device_id in replica.placement.device_ids}
+        return replace(room, devices={d: 0 if d in closed else free for d, free in room.devices.items()})

@@ -1,0 +1,71 @@
+"""Why places were passed over, and with how much context there would be one: what is worked out when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from scheduler.choice.candidates import CONTEXT_STEP, ONE_GPU, TIERS, Candidate, candidates
+from scheduler.choice.explain import Rejection, explain_candidate
+from scheduler.cluster.replica import Placement
+from scheduler.units import NodeId
+
+if TYPE_CHECKING:
+    from scheduler.choice.placement import Choice, Chooser
+
+SMALLEST_CONTEXT = 2048  # tokens per slot: the least that a refusal proposes
+
+
+def rejections(chooser: Chooser, groups: Sequence[Sequence[Candidate]], choice: Choice) -> tuple[Rejection, ...]:
+    """Why each candidate as good as the chosen one or better was passed over, or has to wait. Of several GPUs, all
+    together speak for every smaller combination."""
+    chosen = choice.placement
+    taken = chosen if choice.verdict != "wait" else None
+    speakers: dict[tuple[str, NodeId, object], Candidate] = {}
+    for candidate in (c for group in groups for c in group):
+        if chosen and TIERS.index(candidate.tier) > TIERS.index(chosen.tier):
+            break
+        each = candidate.devices if candidate.tier == ONE_GPU else None
+        speakers[candidate.tier, candidate.node_id, each] = candidate
+    idle = {replica.replica_id: chooser.now - replica.last_used_at for replica in chooser.evictable(0.0)}
+    return tuple(
+        explain_candidate(
+            candidate,
+            now=chooser.outlook.now(candidate.node_id),
+            later=chooser.outlook.without(candidate.node_id, idle),
+            idle=idle,
+            replicas=chooser.replicas.on_node(candidate.node_id),
+            protected=chooser.protected,
+            apart=chooser.outlook.apart,
+            tokens_per_s=chooser.tokens_per_s,
+            inventory=chooser.inventory,
+        )
+        for candidate in speakers.values()
+        if not (taken and _same_place(candidate, taken))
+    )
+
+
+def context_that_fits(chooser: Chooser) -> int:
+    """The largest context per slot below the one asked for that an empty cluster could hold, to 256 tokens."""
+    context = chooser.need.context
+
+    def fits(steps: int) -> bool:
+        smaller = chooser.need.with_context(replace(context, n_ctx=steps * CONTEXT_STEP * context.n_seq_max))
+        groups = candidates(smaller, chooser.nodes)
+        return any(c.solve(chooser.outlook.empty(c.node_id)) for group in groups for c in group)
+
+    low, high = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
+    if high <= low or not fits(low):
+        return 0
+    while high - low > 1:  # `low` fits, `high` does not
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * CONTEXT_STEP
+
+
+def _same_place(candidate: Candidate, placement: Placement) -> bool:
+    devices = {device.device_id for device in candidate.devices}
+    return (candidate.tier, candidate.node_id) == (placement.tier, placement.node_id) and devices >= set(
+        placement.device_ids
+    )

@@ -1,0 +1,94 @@
+"""Sets up the choice for a model's request: what is known of machines, replicas, speeds and wishes at that moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scheduler.choice.admission import Admission
+from scheduler.choice.eviction import Victims
+from scheduler.choice.need import Need
+from scheduler.choice.outlook import Outlook
+from scheduler.choice.placement import Chooser
+from scheduler.choice.price import Prices
+from scheduler.choice.queue import Waiting
+from scheduler.choice.room import STAYING
+from scheduler.cluster.inventory import Inventory, Node
+from scheduler.cluster.models import Model, Models
+from scheduler.cluster.replica import Placement, Replica
+from scheduler.fleet import Fleet
+from scheduler.units import ReplicaId
+
+
+class Choosers:
+    """Reads everything, changes nothing."""
+
+    def __init__(
+        self, fleet: Fleet, admission: Admission, inventory: Inventory, models: Models, prices: Prices
+    ) -> None:
+        self.admission = admission
+        self.prices = prices
+        self._fleet = fleet
+        self._inventory = inventory
+        self._models = models
+
+    def of(self, model: Model, waiting: Waiting, need: Need, now: float) -> Chooser:
+        n_ctx = self.admission.least_n_ctx(waiting)
+        return Chooser(
+            need=need,
+            nodes=self._near(model, self.admission.nodes(model)),
+            inventory=self._inventory,
+            outlook=Outlook(self._fleet.rooms, self._fleet.replicas, self._kept_apart(model)),
+            replicas=self._fleet.replicas,
+            protected=self.is_protected,
+            policy=self._fleet.policy,
+            now=now,
+            waited_s=now - waiting.arrived_at,
+            outgrown=frozenset(
+                r.replica_id
+                for r in self._fleet.replicas.of_model(model.name)
+                if r.idle and not r.retiring and r.drain_for in ("", model.name) and r.n_ctx < n_ctx
+            ),
+            may_evict=model.history.may_evict,
+            price=lambda placement, victims: self.price_s(need, placement, victims, now),
+            tokens_per_s=lambda placement: self.prices.tokens_per_s(need.shape, need.model, placement),
+            regret=_remembering(lambda replica: self.prices.regret_s(replica, now)),
+        )
+
+    def is_protected(self, replica: Replica) -> bool:
+        """Never evicted: its model is pinned, or has no more replicas than it shall always have."""
+        model = self._models.by_name.get(replica.model)
+        if model is None:
+            return False
+        return model.pinned or (bool(self._models.params(model).min_replicas) and not self.prices.surplus(replica))
+
+    def price_s(self, need: Need, placement: Placement, victims: Victims, now: float) -> float | None:
+        """Seconds; None where speeds are not known, and for virtual GPUs: they are no faster than the CPU that they
+        run on."""
+        if any(device.facts.kind == "rpc" for device in self._inventory.nodes[placement.node_id].devices.values()):
+            return None
+        price = self.prices.of(need.shape, need.model, placement, victims, now)
+        return price.total_s if price.service_s is not None else None
+
+    def _near(self, model: Model, nodes: list[Node]) -> list[Node]:
+        """Those of `nodes` on which the models are that this one shall be near to, as far as they are loaded."""
+        for name in self._models.params(model).near or ():
+            there = {r.placement.node_id for r in self._fleet.replicas.of_model(name) if r.state in STAYING}
+            nodes = [node for node in nodes if node.facts.node_id in there] if there else nodes
+        return nodes
+
+    def _kept_apart(self, model: Model) -> frozenset[ReplicaId]:
+        """Replicas that share no GPU with the model, by its own wish or by theirs."""
+        apart = set(self._models.params(model).not_with or ()) | self._models.kept_away_by(model.name)
+        return frozenset(r.replica_id for name in apart for r in self._fleet.replicas.of_model(name))
+
+
+def _remembering(regret: Callable[[Replica], float]) -> Callable[[Replica], float]:
+    """The same, asked once for each replica: one decision asks many times."""
+    known: dict[ReplicaId, float] = {}
+
+    def remembered(replica: Replica) -> float:
+        if replica.replica_id not in known:
+            known[replica.replica_id] = regret(replica)
+        return known[replica.replica_id]
+
+    return remembered

@@ -1,0 +1,57 @@
+"""How long a request will wait at the least: what cannot be met is refused at once instead of after its deadline.
+
+    no replica            the load, on the machine where it is quickest
+    one that is loading   what is left of that
+    all slots taken       whoever is before it in line, at the pace at which requests were served lately
+
+Only what was measured, or is known of a disk, is held against a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scheduler.choice.price import Prices
+from scheduler.choice.queue import RequestQueue, Waiting
+from scheduler.cluster.models import Models
+from scheduler.cluster.replica import Replica, ReplicaState
+from scheduler.errors import DeadlineExceeded
+
+SEEN = 3  # requests of a model whose pace is believed
+
+
+class Forecast:
+    """Reads queue, models and prices."""
+
+    def __init__(self, queue: RequestQueue, models: Models, prices: Prices) -> None:
+        self._queue = queue
+        self._models = models
+        self._prices = prices
+
+    def check(self, waiting: Waiting, coming: Sequence[Replica], now: float) -> None:
+        """Raise DeadlineExceeded when the request cannot have a slot in time; `coming` are the replicas that would
+        serve it."""
+        if any(replica.free_slots for replica in coming):
+            return
+        least_s, why = self._least_wait(waiting, coming, now)
+        left_s = waiting.deadline_at - now
+        if least_s > left_s:
+            message = f"{waiting.model}: {why} {least_s:.1f} s, and the request's deadline is in {left_s:.1f} s"
+            raise DeadlineExceeded(message, retry_after_s=least_s, model=waiting.model)
+
+    def _least_wait(self, waiting: Waiting, coming: Sequence[Replica], now: float) -> tuple[float, str]:
+        model = self._models.by_name.get(waiting.model)
+        if model is None or model.shape is None:
+            return 0.0, ""
+        if not coming:
+            return self._prices.least_load_s(model, model.shape), "loading it takes"
+        ready = [replica for replica in coming if replica.state is ReplicaState.READY]
+        if not ready:
+            loads = (self._prices.measured_load_s(model.shape, r.model, r.placement) for r in coming)
+            left = (load_s - (now - r.created_at) for load_s, r in zip(loads, coming, strict=True))
+            return max(0.0, min(left)), "its load takes another"
+        if len(ready) < len(coming) or model.service.samples < SEEN:
+            return 0.0, ""
+        before = sum(each.rank < waiting.rank for each in self._queue.of_model(waiting.model))
+        rounds = before // sum(replica.slots for replica in ready)
+        return rounds * model.service.mean_s, f"{before} requests are before it, which will take"

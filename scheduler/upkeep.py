@@ -1,0 +1,184 @@
+"""What is loaded although no request waits for a first replica: copies that a model shall always have, second ones of a
+busy model, and what will probably be asked for next. None of it takes room from anybody who is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from scheduler import commands as cmd
+from scheduler.choice.candidates import ON_GPU
+from scheduler.choice.need import Need
+from scheduler.choice.placement import Choice
+from scheduler.choice.price import SOON_S
+from scheduler.choice.queue import RequestQueue, Waiting
+from scheduler.choosers import Choosers
+from scheduler.cluster.inventory import Inventory
+from scheduler.cluster.models import Copy, Model, Models
+from scheduler.cluster.replica import Replica, ReplicaState
+from scheduler.errors import ArrieroError
+from scheduler.fleet import Fleet
+from scheduler.outbox import Outbox
+from scheduler.units import NodeId, RequestId
+
+LOAD_TIMES_BEFORE_SPREADING = 2.0  # a wait so many times as long as a load is worth another replica
+TRY_AGAIN_S = 5.0  # a copy that shall be there and has no place is looked at again
+READ_AGAIN_S = 120.0  # readings take a while to show what is in the page cache
+CACHED = 0.9  # from this share in the page cache on, a file need not be read ahead
+ON_ITS_WAY = (ReplicaState.PENDING, ReplicaState.LOADING, ReplicaState.STOPPING)
+
+
+class Upkeep:
+    """Belongs to the dispatch, which says when."""
+
+    def __init__(
+        self,
+        queue: RequestQueue,
+        fleet: Fleet,
+        choosers: Choosers,
+        inventory: Inventory,
+        models: Models,
+        outbox: Outbox,
+    ) -> None:
+        self._queue = queue
+        self._fleet = fleet
+        self._choosers = choosers
+        self._inventory = inventory
+        self._models = models
+        self._out = outbox
+        self._prefetch = fleet.policy.prefetch
+        self._kept_again_at = 0.0
+        self._ahead: dict[NodeId, str] = {}  # paths that are read ahead
+        self._read_at: dict[tuple[NodeId, str], float] = {}
+
+    # ------------------------------------------------------------------ more of what is loaded
+
+    def spread(self, head: Waiting, coming: Sequence[Replica], now: float) -> bool:
+        """Load the model once more, on free GPUs of its own, when that is sooner than the last of its requests would
+        have a slot. Only where speeds are known: on devices that share a CPU it would gain nothing. Returns whether a
+        place was sought, which takes its time."""
+        model = self._models.by_name.get(head.model)
+        ours = self._fleet.replicas.of_model(head.model)
+        if model is None or model.shape is None or not model.history.may_evict:
+            return False
+        most = self._models.params(model).max_replicas
+        if (most is not None and len(ours) >= most) or any(r.state is not ReplicaState.READY for r in ours):
+            return False
+        prices, beside = self._choosers.prices, coming[0].placement
+        wait_s = prices.request_s(model.shape, model.name, beside)
+        wait_s *= self._queue.length(model.name) / sum(replica.slots for replica in coming)
+        if wait_s < LOAD_TIMES_BEFORE_SPREADING * prices.load_s(model.shape, model.name, beside):
+            return False
+        need = self._choosers.admission.need(model, head, now)
+        if need is None or self._choosers.price_s(need, beside, frozenset(), now) is None:
+            return False
+        choice = self._free_place(model, head, need, ours, now)
+        if choice is not None:
+            self._place(model, choice, now)
+        return True
+
+    def _place(self, model: Model, choice: Choice, now: float) -> Replica:
+        replica = self._fleet.place(model, choice, now)
+        self.stop_reading_ahead(replica.placement.node_id)
+        return replica
+
+    def _free_place(
+        self, model: Model, waiting: Waiting, need: Need, ours: Sequence[Replica], now: float
+    ) -> Choice | None:
+        """A place on free GPUs on which none of `ours` lies, if there is one."""
+        taken = frozenset(device_id for replica in ours for device_id in replica.placement.device_ids)
+        chooser = self._choosers.of(model, waiting, need.elsewhere(taken), now)
+        choice = replace(chooser, may_evict=False, outgrown=frozenset()).choose()
+        return choice if choice.verdict == "free" else None
+
+    # ------------------------------------------------------------------ what shall always be there
+
+    def keep_minimum(self, now: float) -> None:
+        """Load what has fewer replicas than it shall always have; whoever is idle makes room for the first of them."""
+        if now < self._kept_again_at:
+            return
+        for model in list(self._models.by_name.values()):
+            least = self._models.params(model).min_replicas or 0
+            ours = self._fleet.replicas.of_model(model.name)
+            there = sum(replica.open for replica in ours)
+            busy_with_it = self._queue.length(model.name) or any(r.state in ON_ITS_WAY for r in ours)
+            if least > there and not busy_with_it and not model.dismissed:
+                self._kept_again_at = now + TRY_AGAIN_S
+                choice = self._place_to_keep(model, ours, now)
+                if choice is not None:
+                    self._place(model, choice, now).kept = True
+
+    def _place_to_keep(self, model: Model, ours: Sequence[Replica], now: float) -> Choice | None:
+        waiting = _nobody(model, now)
+        try:
+            need = self._choosers.admission.need(model, waiting, now)
+            if need is None:
+                return None
+            if ours:
+                return self._free_place(model, waiting, need, ours, now)
+            choice = self._choosers.of(model, waiting, need, now).with_alternatives()
+        except ArrieroError:
+            return None  # whoever asks for it is told
+        return choice if choice.verdict in ("free", "evict") else None
+
+    # ------------------------------------------------------------------ what may come next
+
+    def prefetch(self, now: float) -> None:
+        """While nobody waits: read ahead, or load, what is asked for most often of all that is not loaded."""
+        if self._prefetch == "off" or len(self._queue) or self._fleet.replicas.count(*ON_ITS_WAY):
+            return
+        likely = sorted(
+            (gap_s, model.name)
+            for model in self._models.by_name.values()
+            if model.popularity.count
+            and not self._fleet.replicas.of_model(model.name)
+            and not model.dismissed
+            and (gap_s := model.popularity.mean_gap_s(now)) < SOON_S
+        )
+        models = [self._models.by_name[name] for _, name in likely]
+        if self._prefetch == "preload" and any(self._preload(model, now) for model in models):
+            return
+        for model in models:
+            self._read_ahead(model, now)
+
+    def _preload(self, model: Model, now: float) -> bool:
+        waiting = _nobody(model, now)
+        try:
+            need = self._choosers.admission.need(model, waiting, now)
+            choice = self._free_place(model, waiting, need, (), now) if need else None
+        except ArrieroError:
+            return False
+        if choice is None or choice.placement is None or choice.placement.tier not in ON_GPU:
+            return False
+        self._place(model, choice, now).preloaded = True
+        return True
+
+    def _read_ahead(self, model: Model, now: float) -> None:
+        """On every machine with an idle disk that has the file and room for it in the page cache."""
+        for node_id, copy in model.copies.items():
+            lately = now - self._read_at.get((node_id, copy.file.path), -READ_AGAIN_S) < READ_AGAIN_S
+            if node_id not in self._ahead and not lately and self._fits_in_cache(node_id, copy):
+                self._ahead[node_id] = copy.file.path
+                self._read_at[node_id, copy.file.path] = now
+                self._out.post(cmd.ReadAhead(node_id, copy.file.path))
+
+    def _fits_in_cache(self, node_id: NodeId, copy: Copy) -> bool:
+        node = self._inventory.nodes.get(node_id)
+        if node is None or node.reading is None or copy.file.cached_fraction is None:
+            return False
+        missing = (1 - copy.file.cached_fraction) * copy.file.size_bytes
+        return copy.file.cached_fraction < CACHED and missing <= node.reading.memory_available_bytes / 2
+
+    def stop_reading_ahead(self, node_id: NodeId) -> None:
+        """A load there needs the disk."""
+        if node_id in self._ahead:
+            self._out.post(cmd.StopReadAhead(node_id, self._ahead[node_id]))
+
+    def read_ahead_ended(self, node_id: NodeId) -> None:
+        self._ahead.pop(node_id, None)
+
+
+def _nobody(model: Model, now: float) -> Waiting:
+    """A request for the model itself, by nobody in particular."""
+    return Waiting(RequestId(""), model.name, "load", None, now, now)
