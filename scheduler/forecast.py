@@ -21,7 +21,7 @@ SEEN = 3  # requests of a model whose pace is believed
 
 
 class Forecast:
-    """Reads queue, models and prices."""
+    """Reads queue, models and prices. The requests that it is asked about are in the queue."""
 
     def __init__(self, queue: RequestQueue, models: Models, prices: Prices) -> None:
         self._queue = queue
@@ -52,6 +52,6 @@ class Forecast:
             return max(0.0, min(left)), "its load takes another"
         if len(ready) < len(coming) or model.service.samples < SEEN:
             return 0.0, ""
-        before = sum(each.rank < waiting.rank for each in self._queue.of_model(waiting.model))
+        before = self._queue.of_model(waiting.model).index(waiting)
         rounds = before // sum(replica.slots for replica in ready)
         return rounds * model.service.mean_s, f"{before} requests are before it, which will take"

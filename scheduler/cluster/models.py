@@ -124,7 +124,7 @@ class Models:
         return self.params(model).priority or 0
 
     def _own_params(self, model: Model) -> ModelParams:
-        own = model.entry.model_dump(include=set(ModelParams.model_fields)) if model.entry else {}
+        own = {key: getattr(model.entry, key) for key in ModelParams.model_fields} if model.entry else {}
         chosen = {key: value for key, value in own.items() if value is not None}
         return self._catalogue.defaults.model_copy(update=chosen)
 

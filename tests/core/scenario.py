@@ -202,7 +202,8 @@ class Scenario:
             self._sending = False
 
     def _handle(self, event: ev.Event) -> None:
-        loading = {r.replica_id for r in self.core.replicas.values() if r.state is ReplicaState.LOADING}
+        there = self.core.replicas.values()
+        loading = {r.replica_id for r in there if r.state is ReplicaState.LOADING and not r.preloaded}
         if isinstance(event, ev.ReplicaReady):
             loading.discard(event.replica_id)
         commands = pickle.loads(pickle.dumps(self.core.handle(pickle.loads(pickle.dumps(event)), self.now)))

@@ -1,0 +1,239 @@
+"""What is loaded although no request waits for a first replica of it: kept, spread, prefetched; and pre-emption."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from scenario import MEDIUM, SMALL, Scenario, gpu
+
+from scheduler import commands as cmd
+from scheduler import events as ev
+from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeReading
+from scheduler.costs.params import Rates
+from scheduler.units import GIB, NodeId
+
+
+def cards(*sizes: str) -> list[DeviceFacts]:
+    rates = Rates(900e9, 30e12)
+    return [replace(gpu(size, f"gpu{i}", kind="cuda"), rates=rates) for i, size in enumerate(sizes)]
+
+
+def machine(shapes: dict[str, tuple[int, ...]], *sizes: str, auto: bool = True, **catalogue: Any) -> Scenario:
+    return Scenario(cards(*sizes), shapes, catalogue=catalogue, rates=Rates(40e9, 0.5e12), auto=auto)
+
+
+def entry(name: str, **params: Any) -> dict[str, Any]:
+    return {name: {"path": f"{name}.gguf", **params}}
+
+
+def flood(s: Scenario, model: str, count: int) -> list[str]:
+    """Requests of some ten seconds each have been seen; now many come at once."""
+    for _ in range(4):
+        request = s.ask(model)
+        s.wait(10)
+        s.done(request)
+    return [s.ask(model) for _ in range(count)]
+
+
+# ---------------------------------------------------------------------- second replicas
+
+
+def test_a_busy_model_spreads_to_a_free_gpu() -> None:
+    s = machine({"a": MEDIUM}, "4GiB", "4GiB", "4GiB")
+    requests = flood(s, "a", 12)
+    s.wait(3)
+    assert len(s.core.replicas) == 3 and len({r.placement.device_ids for r in s.core.replicas.values()}) == 3
+    assert sum(request in s.grants for request in requests) == 3
+
+
+def test_it_does_not_spread_for_a_wait_that_is_shorter_than_a_load() -> None:
+    s = machine({"a": MEDIUM}, "4GiB", "4GiB")
+    s.done(s.ask("a"))  # it is answered in no time
+    held, waits = s.ask("a"), s.ask("a")
+    s.wait(3)
+    assert held in s.grants and s.waits(waits) and len(s.core.replicas) == 1
+
+
+def test_it_spreads_no_further_than_it_may() -> None:
+    s = machine({"a": MEDIUM}, "4GiB", "4GiB", "4GiB", models=entry("a", max_replicas=2))
+    flood(s, "a", 12)
+    s.wait(3)
+    assert len(s.core.replicas) == 2
+
+
+def test_nobody_is_evicted_for_a_second_replica() -> None:
+    s = machine({"a": MEDIUM, "b": MEDIUM}, "4GiB", "4GiB")
+    s.run("b")
+    flood(s, "a", 12)
+    s.wait(20)
+    assert s.loaded_models() == {"a", "b"} and not s.evicted()
+
+
+def test_a_second_replica_goes_before_anybody_else() -> None:
+    s = machine({"a": MEDIUM, "b": MEDIUM, "c": MEDIUM}, "4GiB", "4GiB", "4GiB")
+    requests = flood(s, "a", 12)
+    s.wait(3)
+    s.unload("a")  # three of them are busy
+    for request in requests:
+        if request in s.grants:
+            s.done(request)
+    s.run("b")
+    s.wait(300, longest_step_s=5)
+    requests = flood(s, "a", 8)
+    s.wait(3)
+    assert [r.model for r in s.core.replicas.values()] == ["b", "a", "a"]
+    for request in requests:
+        if request in s.grants:
+            s.done(request)
+        else:
+            s.cancel(request)
+    s.wait(6)
+    s.run("c")  # b was used longest ago, but one of the two replicas of a serves as well as both
+    assert s.evicted() == ["a"] and s.loaded_models() == {"a", "b", "c"}
+
+
+def test_of_two_replicas_the_less_loaded_serves_and_a_known_prompt_goes_where_it_was() -> None:
+    s = machine({"a": MEDIUM}, "4GiB", "4GiB", models=entry("a", n_seq_max=4, n_ctx=8192))
+    flood(s, "a", 40)
+    s.wait(3)
+    assert len(s.core.replicas) == 2
+    for waiting in list(s.core.queue):
+        s.cancel(waiting.request_id)
+    busy = {replica_id: len(r.leases) for replica_id, r in s.core.replicas.items()}
+    assert set(busy.values()) == {4}
+    first, second = s.core.replicas
+    for grant in list(s.grants.values()):
+        s.send(ev.LeaseReleased(grant.lease_id))
+    one = s.grants[s.ask("a", prefix="p")].replica_id
+    other = s.grants[s.ask("a", prefix="q")].replica_id
+    assert {one, other} == {first, second}
+    assert s.grants[s.ask("a", prefix="p")].replica_id == one
+    assert s.grants[s.ask("a", prefix="p")].replica_id == one  # although the other one has fewer requests
+
+
+# ---------------------------------------------------------------------- kept and prefetched
+
+
+def test_what_shall_always_be_loaded_is_loaded_and_stays() -> None:
+    s = machine({"a": MEDIUM, "b": MEDIUM}, "4GiB", models=entry("a", min_replicas=1) | entry("b", spill=False))
+    s.wait(1)
+    assert s.loaded_models() == {"a"}
+    refused = s.ask("b")
+    s.wait(30)
+    assert refused in s.refusals and s.loaded_models() == {"a"}
+    s.kill("a")
+    s.wait(7)
+    assert s.loaded_models() == {"a"}
+
+
+def test_what_was_unloaded_by_hand_is_not_kept_until_somebody_asks() -> None:
+    s = machine({"a": MEDIUM}, "4GiB", models=entry("a", min_replicas=1))
+    s.wait(1)
+    s.unload("a")
+    s.wait(30)
+    assert not s.core.replicas
+    s.run("a")
+    s.wait(30)
+    assert s.loaded_models() == {"a"}
+
+
+def test_two_are_kept_on_gpus_of_their_own() -> None:
+    s = machine({"a": MEDIUM}, "4GiB", "4GiB", models=entry("a", min_replicas=2))
+    s.wait(12)
+    assert len({r.placement.device_ids for r in s.core.replicas.values()}) == 2
+
+
+@pytest.mark.parametrize(("prefetch", "loaded"), [("off", {"b"}), ("preload", {"a", "b"})])
+def test_what_is_asked_for_often_is_loaded_where_a_gpu_is_free(prefetch: str, loaded: set[str]) -> None:
+    s = machine({"a": MEDIUM, "b": MEDIUM}, "4GiB", "4GiB", policy={"prefetch": prefetch})
+    for _ in range(10):
+        s.run("a")
+    s.kill("a")
+    s.run("b")
+    s.wait(5)
+    assert s.loaded_models() == loaded
+
+
+def test_what_was_preloaded_goes_first_even_while_it_loads() -> None:
+    s = machine({"a": MEDIUM, "b": SMALL, "c": MEDIUM}, "5GiB", policy={"prefetch": "preload"})
+    for _ in range(10):
+        s.run("a")
+    s.run("b")
+    s.kill("a")
+    s.auto = False
+    s.wait(2)
+    assert s.states("a")[-1] == "loading"
+    waits = s.ask("c")
+    assert s.states("a")[-1] == "stopping" and s.states("b") == ["ready"]
+    s.finish_stops()
+    s.finish_load("c")
+    assert waits in s.grants
+
+
+def test_nothing_is_prefetched_while_somebody_waits() -> None:
+    s = machine({"a": MEDIUM, "b": MEDIUM}, "4GiB", "4GiB", policy={"prefetch": "preload"})
+    for _ in range(10):
+        s.run("a")
+    s.run("b")
+    s.auto = False
+    s.ask("b")
+    s.ask("b")
+    s.kill("a")
+    s.wait(5)
+    assert s.states("a") in ([], ["stopping"])
+
+
+def test_files_are_read_ahead_while_the_disk_is_idle_and_no_longer() -> None:
+    s = machine({"a": MEDIUM, "b": MEDIUM}, "4GiB", policy={"prefetch": "read_ahead"})
+    for model in "aaaaaabbbb":
+        s.run(model)
+    files = tuple(ModelFile(f"/models/{m}.gguf", (f"/models/{m}.gguf",), 1000, 1.0, 0.0) for m in "ab")
+    s.send(ev.NodeSampled(NodeReading(NodeId("box"), 60 * GIB, s.now, files)))
+    s.wait(1)
+    assert [c.path for c in s.log if isinstance(c, cmd.ReadAhead)] == ["/models/a.gguf"]
+    s.run("a")  # its load needs the disk
+    assert [c.path for c in s.log if isinstance(c, cmd.StopReadAhead)] == ["/models/a.gguf"]
+    s.send(ev.ReadAheadEnded(NodeId("box"), "/models/a.gguf"))
+    s.wait(1)
+    assert [c.path for c in s.log if isinstance(c, cmd.ReadAhead)][-1] == "/models/b.gguf"
+
+
+# ---------------------------------------------------------------------- pre-emption
+
+
+def contest(**policy: Any) -> tuple[Scenario, str, str]:
+    """A model is being used, and somebody with priority wants another that does not fit beside it."""
+    models = entry("a", spill=False) | entry("b", spill=False)
+    s = machine({"a": MEDIUM, "b": MEDIUM}, "4GiB", policy=policy | {"lease_ttl_s": 1000}, models=models)
+    held = s.ask("a")
+    s.wait(6)
+    urgent = s.ask("b", priority=5)
+    return s, held, urgent
+
+
+def test_without_the_user_s_leave_nobody_is_preempted() -> None:
+    s, held, urgent = contest()
+    s.wait(120)
+    assert s.waits(urgent) and not s.announced("replica_preempted")
+    s.done(held)
+    assert urgent in s.grants
+
+
+def test_it_is_drained_first_and_then_its_answers_end() -> None:
+    s, held, urgent = contest(preempt_after_s=10)
+    s.wait(4)
+    assert s.replica("a").drain_for == "b" and s.waits(urgent)
+    s.wait(12)
+    assert urgent in s.grants and s.announced("replica_preempted")
+    assert [c.lease_id for c in s.log if isinstance(c, cmd.CancelAnswer)] == [s.grants[held].lease_id]
+
+
+def test_the_same_priority_preempts_nobody() -> None:
+    s, _, _ = contest(preempt_after_s=1)
+    for waiting in list(s.core.queue):
+        s.cancel(waiting.request_id)
+    plain = s.ask("b")
+    s.wait(60)
+    assert s.waits(plain) and not s.announced("replica_preempted")
