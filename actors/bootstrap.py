@@ -54,7 +54,7 @@ def bring_up(catalogue: Catalogue, say: Say = lambda _: None) -> Deployment:
     Raises Rejected for an unsafe or impossible gateway address and Unavailable when Ray starts no actors.
     """
     server = catalogue.server
-    check_exposure(server.host, server.api_key)
+    check_exposure(server.host, server.keys)
     head = _head_node()
     version = _version(catalogue)
     replaced = ""
@@ -87,7 +87,7 @@ def _start_all(catalogue: Catalogue, head: str, version: str, say: Say) -> str:
     port: int = catalogue.server.port or _get(scheduler.free_port.remote(host), "the scheduler does not start")
     say("starting the gateway")
     gateway = _start(
-        GatewayActor, GATEWAY, on_head, GatewaySettings(host, port, catalogue.server.api_key), scheduler, NAMESPACE
+        GatewayActor, GATEWAY, on_head, GatewaySettings(host, port, catalogue.server.keys), scheduler, NAMESPACE
     )
     try:
         url: str = _get(gateway.url.remote(), "the gateway does not start")

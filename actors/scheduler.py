@@ -37,7 +37,6 @@ from actors.notices import NoticeBoard
 from actors.survivors import Survivor, find_survivors
 from scheduler import commands as cmd
 from scheduler import events as ev
-from scheduler.choice.queue import RequestKind
 from scheduler.cluster.facts import DeviceReading, NodeReading
 from scheduler.config import Catalogue
 from scheduler.core import SchedulerCore
@@ -199,18 +198,28 @@ class SchedulerActor:
     # ------------------------------------------------------------------ what the gateway asks
 
     async def acquire(self, request: AcquireRequest) -> Lease | ArrieroError:
-        return await self._acquire(request.request_id, request.model, request.kind, request.n_ctx, request.deadline_s)
+        return await self._acquire(
+            ev.RequestArrived(
+                request.request_id,
+                request.model,
+                request.kind,
+                request.n_ctx,
+                request.deadline_s,
+                request.priority,
+                request.key,
+                request.prefix,
+            )
+        )
 
-    async def _acquire(
-        self, request_id: RequestId, model: str, kind: RequestKind, n_ctx: int | None, deadline_s: float | None
-    ) -> Lease | ArrieroError:
+    async def _acquire(self, arrived: ev.RequestArrived) -> Lease | ArrieroError:
         await self._settled.wait()
+        request_id = arrived.request_id
         if request_id in self._answers:  # asked twice: the caller has given up on the first
             self._answer(request_id, Unavailable("asked again under the same request id", retry_after_s=0.0))
             self._post(ev.RequestCancelled(request_id))
         future: asyncio.Future[Lease | ArrieroError] = asyncio.get_running_loop().create_future()
         self._answers[request_id] = future
-        self._post(ev.RequestArrived(request_id, model, kind, n_ctx, deadline_s))
+        self._post(arrived)
         try:
             return await future
         except asyncio.CancelledError:
@@ -257,7 +266,7 @@ class SchedulerActor:
         if (busy := self._core.busy(model, n_ctx, began)) is not None:
             return views.load_result(self._core, busy.replica_id, began)
         self._serial += 1
-        answer = await self._acquire(RequestId(f"load-{self._serial}"), model, "load", n_ctx, None)
+        answer = await self._acquire(ev.RequestArrived(RequestId(f"load-{self._serial}"), model, "load", n_ctx))
         if isinstance(answer, ArrieroError):
             return answer
         if answer.replica_id not in self._core.replicas:

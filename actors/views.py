@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from actors.gateway import wire
-from scheduler.choice.placement import Choice
+from scheduler.choice.placement import Choice, Found
 from scheduler.cluster.inventory import Device, Node
 from scheduler.cluster.ledger import cores_account, device_account, host_account
 from scheduler.cluster.models import Model
@@ -99,7 +99,7 @@ def plan(core: SchedulerCore, model: str, found: Plan, now: float) -> wire.Plan:
             ],
         )
     assert found.choice is not None
-    return _choice_plan(core, model, found.choice, now)
+    return _choice_plan(core, model, found, found.choice, now)
 
 
 def _speed(core: SchedulerCore, name: str, placement: Placement) -> wire.PlanSpeed | None:
@@ -121,7 +121,40 @@ def _duration(estimate: Estimate) -> wire.PlanPace:
     return wire.PlanPace(seconds=estimate.seconds, error=estimate.error, samples=estimate.samples)
 
 
-def _choice_plan(core: SchedulerCore, model: str, choice: Choice, now: float) -> wire.Plan:
+def _cost(core: SchedulerCore, name: str, place: Found, now: float) -> wire.PlanCost | None:
+    model = core.models.by_name.get(name)
+    if model is None or model.shape is None:
+        return None
+    price = core.prices.of(model.shape, name, place[0], place[1], now)
+    return wire.PlanCost(
+        wait=price.wait_s,
+        release=price.release_s,
+        load=price.load_s,
+        service=price.service_s,
+        regret=price.regret_s,
+        total=price.total_s,
+    )
+
+
+def _options(core: SchedulerCore, name: str, places: Sequence[Found], now: float) -> list[wire.PlanOption]:
+    model, options = core.models.by_name.get(name), []
+    for placement, victims in places:
+        cost = _cost(core, name, (placement, victims), now)
+        if cost is not None and model is not None and model.shape is not None:
+            options.append(
+                wire.PlanOption(
+                    tier=placement.tier,
+                    node=_hostname(core, placement),
+                    shares=_layout(core, placement),
+                    evicts=[core.replicas[victim].model for victim in sorted(victims)],
+                    cost_s=cost,
+                    tokens_per_s=core.prices.tokens_per_s(model.shape, name, placement),
+                )
+            )
+    return options
+
+
+def _choice_plan(core: SchedulerCore, model: str, found: Plan, choice: Choice, now: float) -> wire.Plan:
     placement = choice.placement
     shares, n_threads = [], None
     if placement is not None:
@@ -163,10 +196,10 @@ def _choice_plan(core: SchedulerCore, model: str, choice: Choice, now: float) ->
         else None,
         n_threads=n_threads,
         speed=_speed(core, model, placement) if placement else None,
-        reasons=[
-            *([f"with n_ctx {choice.n_ctx_that_fits} it would fit"] if choice.n_ctx_that_fits else []),
-            *map(str, choice.rejections),
-        ],
+        reasons=list(map(str, choice.rejections)),
+        would_fit_if=list(choice.would_fit_if),
+        cost_s=_cost(core, model, (placement, choice.victims), now) if placement else None,
+        options=_options(core, model, found.options, now),
         rejected=[wire.RejectedCandidate(tier=r.tier, reason=f"{r.where}: {r.reason}") for r in choice.rejections],
     )
 

@@ -18,6 +18,8 @@ from actors.gateway.wire import (
     PinRequest,
     PinResult,
     Plan,
+    PlanCost,
+    PlanOption,
     PlanPace,
     PlanShare,
     PlanSpeed,
@@ -66,6 +68,8 @@ __all__ = [
     "PlanShare",
     "PlanSpeed",
     "PlanPace",
+    "PlanCost",
+    "PlanOption",
     "PlanVictim",
     "RejectedCandidate",
     # orders

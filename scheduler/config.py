@@ -185,6 +185,14 @@ class Server(_Strict):
     host: str = Field("127.0.0.1", description="address to listen on; anything but loopback demands api_key")
     port: int = Field(11535, ge=0, le=65535)
     api_key: str | None = Field(None, min_length=8, description="clients send it as a bearer token")
+    api_keys: dict[str, Annotated[str, Field(min_length=8)]] = Field(
+        default_factory=dict, description="the same, by the names of those who share the cluster: each has a fair share"
+    )
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """All keys by name; the one without a name has none."""
+        return {**({} if self.api_key is None else {"": self.api_key}), **self.api_keys}
 
 
 class Catalogue(_Strict):
@@ -252,6 +260,8 @@ def _explain(error: Any) -> str:
 def _fields_at(location: tuple[Any, ...]) -> set[str]:
     if not location:
         return set(Catalogue.model_fields)
+    if "alternatives" in location:
+        return set(Alternative.model_fields)
     room: dict[str, type[BaseModel]] = {
         "models": ModelEntry, "defaults": ModelParams, "policy": Policy, "reserves": Reserves, "server": Server,
     }  # fmt: skip

@@ -199,7 +199,8 @@ class Dispatch:
         for waiting in self._queue.of_model(head.model):
             if (waiting.kind, waiting.n_ctx) == (head.kind, head.n_ctx):
                 self.refuse(waiting, error)
-        self._out.announce("request_refused", error.message, head.model)
+        told = {key: error.details[key] for key in ("reasons", "would_fit_if") if key in error.details}
+        self._out.announce("request_refused", error.message, head.model, **told)
 
     def _serve_model(self, name: str) -> None:
         """Grant or refuse a model's requests in turn, until the first has to wait."""
@@ -298,7 +299,7 @@ class Dispatch:
         if history.pauses:
             because = f"and nobody is evicted for it after repeated failures (last: {history.last_failure})"
         because = ", ".join(filter(None, (str(chooser.need.wishes), because)))
-        return explain_refusal(kind, model.name, choice.rejections, choice.n_ctx_that_fits, because)
+        return explain_refusal(kind, model.name, choice.rejections, choice.would_fit_if, because)
 
     def reclaim(self, lease: Lease) -> None:
         """Take a slot back, and end what is computed there."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ class GatewaySettings:
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
-    api_key: str | None = field(default=None, repr=False)
+    api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=100)
@@ -38,11 +39,11 @@ class GatewayActor:
 
     def __init__(self, settings: GatewaySettings, scheduler: ActorHandle[Any], namespace: str) -> None:
         os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"  # RayBackend.generate gets what has arrived already
-        check_exposure(settings.host, settings.api_key)
+        check_exposure(settings.host, settings.api_keys)
         listener = listen(settings.host, settings.port)
         self._url = url_of(listener)
         scheduler.forget_clients.remote()  # those of a gateway before this one
-        self._server = make_server(make_app(RayBackend(scheduler, namespace), settings.api_key))
+        self._server = make_server(make_app(RayBackend(scheduler, namespace), settings.api_keys))
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
 
     async def url(self) -> str:

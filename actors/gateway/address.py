@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 
 from scheduler.errors import Rejected
 
@@ -19,11 +20,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_exposure(host: str, api_key: str | None) -> None:
-    """Raises Rejected where listening on `host` would open the gateway to others without a key."""
-    if api_key is not None and not api_key.strip():
+def check_exposure(host: str, api_keys: Mapping[str, str]) -> None:
+    """Raises Rejected where listening on `host` would open the gateway to others without a key. `api_keys`: by name."""
+    if not all(key.strip() for key in api_keys.values()):
         raise Rejected("the API key is empty: set ARRIERO_API_KEY to a long random text, or unset it")
-    if api_key is None and not is_loopback(host):
+    if not api_keys and not is_loopback(host):
         raise Rejected(
             f"refusing to listen on {host} without an API key: anybody who reaches this machine could use its models. "
             "Set --api-key or ARRIERO_API_KEY, or listen on 127.0.0.1 (the default)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -26,8 +26,8 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is what proxies log for a cli
 log = logging.getLogger(__name__)
 
 
-def make_app(backend: Backend, api_key: str | None = None, pulse_s: float = PULSE_S) -> FastAPI:
-    """The application over `backend`. Without `api_key` it answers to loopback names only (see `security`)."""
+def make_app(backend: Backend, api_keys: Mapping[str, str] | None = None, pulse_s: float = PULSE_S) -> FastAPI:
+    """The application over `backend`. Without `api_keys` (by name) it answers to loopback names only: `security`."""
     relay = Relay(backend)
 
     @asynccontextmanager
@@ -37,7 +37,7 @@ def make_app(backend: Backend, api_key: str | None = None, pulse_s: float = PULS
 
     # The interactive pages would load scripts from other sites.
     app = FastAPI(title="Arriero", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, api_key=api_key)
+    app.add_middleware(Guard, api_keys=api_keys or {})
     app.include_router(openai_routes(backend, relay, pulse_s))
     app.include_router(management_routes(backend, pulse_s))
 

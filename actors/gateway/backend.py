@@ -21,7 +21,8 @@ from scheduler.units import LeaseId, ReplicaId, RequestId
 class AcquireRequest:
     """A request for a slot. `n_ctx`: tokens that the slot must hold (None: what the catalogue says).
 
-    `deadline_s`: seconds the caller will wait for a slot from now on (None: as long as it takes).
+    `deadline_s`: seconds the caller will wait for a slot from now on (None: as long as it takes). `priority`: None is
+    the model's. `key`: the name of the API key. `prefix`: a hash of what the prompt begins with.
     """
 
     request_id: RequestId
@@ -29,6 +30,9 @@ class AcquireRequest:
     n_ctx: int | None = None
     kind: Literal["generate", "embed"] = "generate"
     deadline_s: float | None = None
+    priority: int | None = None
+    key: str = ""
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from actors.gateway.backend import Backend
-from actors.gateway.openai_requests import ChatRequest, CompletionRequest, EmbeddingsRequest, SamplingRequest
+from actors.gateway.openai_requests import ChatRequest, CompletionRequest, EmbeddingsRequest, SamplingRequest, prefix_of
 from actors.gateway.relay import Relay
+from actors.gateway.security import key_of
 from actors.gateway.stream import EventStream, event, while_connected
 from actors.gateway.wire import ModelInfo
 from actors.serving.protocol import Chunk, EmbedResult, GenerateRequest
@@ -57,13 +58,14 @@ def openai_routes(backend: Backend, relay: Relay, pulse_s: float) -> APIRouter:
     @router.post("/embeddings")
     async def embed(body: EmbeddingsRequest, request: Request) -> JSONResponse:
         asked = body.embedding(_new_id("embd"))
-        result = await while_connected(request, relay.embed(body.need(asked.request_id, "embed"), asked))
+        need = body.need(asked.request_id, "embed", key_of(request))
+        result = await while_connected(request, relay.embed(need, asked))
         return JSONResponse(_embeddings(body, result))
 
     async def generate(
         form: Literal["chat", "text"], body: SamplingRequest, asked: GenerateRequest, request: Request
     ) -> Response:
-        need = body.need(asked.request_id, "generate")
+        need = body.need(asked.request_id, "generate", key_of(request), prefix_of(asked))
         reply = _Reply(form, asked.request_id, body.model)
         if body.stream:
             return EventStream(reply.events(relay.generate(need, asked), body.include_usage), pulse_s)

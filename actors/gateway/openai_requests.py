@@ -4,13 +4,15 @@ Fields that change the answer and that Arriero cannot honour are refused with th
 fields are ignored, because clients send many. Sampling settings that are left out take llama.cpp's defaults (those of
 `Sampling`), not OpenAI's: small quantised models ramble at temperature 1 with nothing cut off.
 
-Beyond OpenAI's fields: `top_k`, `min_p`, `repeat_penalty` (llama.cpp), `n_ctx` and `deadline_s` (Arriero).
+Beyond OpenAI's fields: `top_k`, `min_p`, `repeat_penalty` (llama.cpp), `n_ctx`, `deadline_s` and `priority`
+(Arriero).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,6 +25,7 @@ from scheduler.units import RequestId
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 MAX_STOPS = 32
+PREFIX_LENGTH = 256  # characters or tokens
 MAX_INPUTS = 2048  # OpenAI's own bound on an embeddings request
 
 # These have the same names in `Sampling`; what the caller leaves out takes its default.
@@ -55,6 +58,7 @@ class ModelRequest(BaseModel):
     model: str = Field(min_length=1, max_length=MAX_NAME_LENGTH)
     n_ctx: int | None = Field(default=None, ge=1)
     deadline_s: float | None = Field(default=None, gt=0)
+    priority: int | None = Field(default=None, ge=-10, le=10)
 
     @model_validator(mode="before")
     @classmethod
@@ -67,8 +71,13 @@ class ModelRequest(BaseModel):
             raise ValueError(f"a text holds {half}, half of a surrogate pair: that is no Unicode") from None
         return data
 
-    def need(self, request_id: str, kind: Literal["generate", "embed"]) -> AcquireRequest:
-        return AcquireRequest(RequestId(request_id), self.model, self.n_ctx, kind, self.deadline_s)
+    def need(
+        self, request_id: str, kind: Literal["generate", "embed"], key: str = "", prefix: str = ""
+    ) -> AcquireRequest:
+        """`key`: the name of the API key that it came with; `prefix`: what its prompt begins with, as a hash."""
+        return AcquireRequest(
+            RequestId(request_id), self.model, self.n_ctx, kind, self.deadline_s, self.priority, key, prefix
+        )
 
 
 class SamplingRequest(ModelRequest):
@@ -203,6 +212,13 @@ class EmbeddingsRequest(ModelRequest):
         if len(inputs) > MAX_INPUTS:
             raise _refused("input", f"{len(inputs)} inputs; {MAX_INPUTS} are the most in one request")
         return EmbedRequest(request_id, inputs)
+
+
+def prefix_of(asked: GenerateRequest) -> str:
+    """A hash of what the prompt begins with: of a chat, its first two messages, which stay while it goes on; of a text,
+    its first characters."""
+    beginning: object = asked.prompt[:PREFIX_LENGTH] if asked.prompt is not None else (asked.messages or ())[:2]
+    return blake2b(json.dumps(beginning, default=str).encode(), digest_size=12).hexdigest()
 
 
 def _refused(param: str, message: str) -> Rejected:

@@ -12,9 +12,11 @@ Health stays open, for probes. There are no CORS headers: pages of other origins
 from __future__ import annotations
 
 import hmac
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.gateway.address import is_loopback
@@ -25,14 +27,16 @@ from scheduler.units import MIB, format_bytes
 
 OPEN_PATHS = frozenset({"/health", "/api/v1/health"})
 MAX_BODY_BYTES = 32 * MIB
+_KEY = "arriero.key"
 
 
 class Guard:
-    """The layer itself. `max_body_bytes` bounds what a request may send."""
+    """The layer itself. `api_keys`: by name, none for a gateway without; `max_body_bytes` bounds what a request may
+    send."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Mapping[str, str], max_body_bytes: int = MAX_BODY_BYTES) -> None:
         self._app = app
-        self._api_key = None if api_key is None else api_key.encode()
+        self._api_keys = {name: key.encode() for name, key in api_keys.items()}
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,21 +44,36 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            self._check(scope["path"], Headers(scope=scope))
+            scope[_KEY] = self._check(scope["path"], Headers(scope=scope))
         except ArrieroError as error:
             await error_response(error)(scope, receive, send)
         else:
             await self._app(scope, _BoundedBody(receive, self._max_body_bytes).receive, send)
 
-    def _check(self, path: str, headers: Headers) -> None:
-        if self._api_key is None:
+    def _check(self, path: str, headers: Headers) -> str:
+        """The name of the key that the request carries."""
+        name = ""
+        if not self._api_keys:
             _check_names(headers)
-        elif path not in OPEN_PATHS and not _carries(headers.get("authorization", ""), self._api_key):
+        elif path not in OPEN_PATHS:
+            name = self._name_of_key(headers.get("authorization", ""))
+        if int(headers.get("content-length") or 0) > self._max_body_bytes:
+            raise _too_large(self._max_body_bytes)
+        return name
+
+    def _name_of_key(self, authorization: str) -> str:
+        carried = [name for name, key in self._api_keys.items() if _carries(authorization, key)]
+        if not carried:
             raise Unauthorized(
                 "this gateway needs its API key: send 'Authorization: Bearer KEY' (the client reads ARRIERO_API_KEY)"
             )
-        if int(headers.get("content-length") or 0) > self._max_body_bytes:
-            raise _too_large(self._max_body_bytes)
+        return carried[0]
+
+
+def key_of(request: Request) -> str:
+    """The name of the API key that the request came with; empty where there is none, or but one."""
+    name: str = request.scope.get(_KEY, "")
+    return name
 
 
 def _carries(authorization: str, api_key: bytes) -> bool:

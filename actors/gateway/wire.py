@@ -199,12 +199,36 @@ class PlanSpeed(Record):
     load: PlanPace | None = None
 
 
+class PlanCost(Record):
+    """Seconds: until victims are idle, until their memory is back, for the load, for usual requests at the predicted
+    speed (null where no speed is known), and what stopping the victims will cost. docs/planning.md has the terms."""
+
+    wait: float
+    release: float
+    load: float
+    service: float | None
+    regret: float
+    total: float
+
+
+class PlanOption(Record):
+    """A place that could be had now, the chosen one included."""
+
+    tier: str
+    node: str
+    shares: list[LayoutShare]
+    evicts: list[str] = Field(default_factory=list)
+    cost_s: PlanCost
+    tokens_per_s: float | None = None
+
+
 class Plan(Record):
     """What a request for `model` would cause now. Nothing is started by asking.
 
     ready: a loaded replica has a slot. free: it fits beside the others. evict: after stopping `victims`.
     wait: only after running requests end. blocked: pinned models or other programs are in the way.
-    impossible: never, whatever is evicted; `reasons` has the numbers.
+    impossible: never, whatever is evicted; `reasons` has the numbers, `would_fit_if` the smallest changes that help.
+    `options` are the best places of each kind that could be had now, in the order of preference.
     """
 
     model: str
@@ -218,6 +242,9 @@ class Plan(Record):
     speed: PlanSpeed | None = None
     reasons: list[str] = Field(default_factory=list)
     rejected: list[RejectedCandidate] = Field(default_factory=list)
+    cost_s: PlanCost | None = None
+    options: list[PlanOption] = Field(default_factory=list)
+    would_fit_if: list[str] = Field(default_factory=list)
 
 
 # --- orders -----------------------------------------------------------------------------------------------------

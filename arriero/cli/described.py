@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.table import Table
 
+from arriero.cli.price_table import PricedRow, price_table
 from arriero.cli.service import console
 from scheduler.config import NAME, parse_catalogue
 from scheduler.costs.shape import ModelShape, read_shape
@@ -106,8 +106,8 @@ def _priced(found: PricedPlacement) -> dict[str, Any]:
                 "layers": placement.n_layers - placement.layout.n_gpu_layers,
                 "bytes": placement.host_bytes,
                 "experts": placement.layout.spills_experts,
-                "expert_layers": placement.n_spilled_experts if placement.layout.spills_experts else 0,
             },
+            "n_cpu_moe": placement.n_spilled_experts,
             "n_ctx": context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max,
             "evicts": list(found.evicts),
         },
@@ -141,16 +141,15 @@ def show(name: str, found: DescribedPlan) -> None:
         return
     assert found.best is not None
     title = f"{name}: the plan, and what else could be had (seconds)"
-    table = Table("", "where", "wait", "release", "load", "service", "regret", "total", "tokens/s", title=title)
-    for mark, each in (("*", found.best), *(("", other) for other in found.alternatives)):
-        price = each.price
-        service = "?" if price.service_s is None else f"{price.service_s:.1f}"
-        speed = "?" if each.tokens_per_s is None else f"{each.tokens_per_s:.1f}"
-        terms = (f"{term:.1f}" for term in (price.wait_s, price.release_s, price.load_s))
-        table.add_row(mark, _where(each), *terms, service, f"{price.regret_s:.1f}", f"{price.total_s:.1f}", speed)
-    console.print(table)
+    console.print(price_table(title, [_row(found.best, True), *(_row(other, False) for other in found.alternatives)]))
     for reason in found.passed_over:
         console.print(f"[dim]- {reason}[/]", soft_wrap=True)
+
+
+def _row(found: PricedPlacement, chosen: bool) -> PricedRow:
+    price = found.price
+    terms = price.wait_s, price.release_s, price.load_s, price.service_s, price.regret_s, price.total_s
+    return PricedRow(chosen, _where(found), *terms, found.tokens_per_s)
 
 
 def _where(found: PricedPlacement) -> str:

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from arriero.api import GpuStatus, Notice, Plan, PlanSpeed, ReplicaStatus
+from arriero.api import GpuStatus, Notice, Plan, PlanOption, PlanSpeed, ReplicaStatus
+from arriero.cli.price_table import PricedRow, price_table
 from arriero.cli.service import AsJson, Url, client, console, print_json
 from scheduler.errors import UnknownModel
 from scheduler.units import format_bytes
@@ -192,8 +193,30 @@ def print_plan(found: Plan) -> None:
     for victim in found.victims:
         frees = ", ".join(f"{format_bytes(count)} on {device}" for device, count in victim.frees.items())
         console.print(f"evicts {victim.model} (idle {victim.idle_s:.0f} s), which frees {frees}")
+    if found.options:
+        console.print(price_table("what could be had now (seconds)", (_row(found, each) for each in found.options)))
+    for way in found.would_fit_if:
+        console.print(f"it would fit with: {way}", soft_wrap=True)
     for reason in found.reasons:
         console.print(f"[dim]- {reason}[/]", soft_wrap=True)
+
+
+def _row(found: Plan, option: PlanOption) -> PricedRow:
+    shares = ", ".join(f"{share.device}: {share.layers} ({format_bytes(share.bytes)})" for share in option.shares)
+    evicts = f", evicting {', '.join(option.evicts)}" if option.evicts else ""
+    chosen = (found.tier, found.node, sorted(victim.model for victim in found.victims))
+    cost = option.cost_s
+    return PricedRow(
+        chosen == (option.tier, option.node, sorted(option.evicts)),
+        f"{option.node} {shares}{evicts}",
+        cost.wait,
+        cost.release,
+        cost.load,
+        cost.service,
+        cost.regret,
+        cost.total,
+        option.tokens_per_s,
+    )
 
 
 def print_speed(speed: PlanSpeed) -> None:

@@ -149,11 +149,21 @@ def explain_waiting(victims: Iterable[Replica]) -> str:
 
 
 def explain_refusal(
-    kind: type[ArrieroError], model: str, rejections: Sequence[Rejection], n_ctx_that_fits: int = 0, because: str = ""
+    kind: type[ArrieroError],
+    model: str,
+    rejections: Sequence[Rejection],
+    would_fit_if: Sequence[str] = (),
+    because: str = "",
 ) -> ArrieroError:
-    """The error for a model that has no place, with the reason of every candidate and the way out."""
+    """The error for a model that has no place, with the reason of every candidate and the ways out."""
     what = "can never fit here" if kind is Impossible else "does not fit now, and nothing can make room for it"
     why = f", {because}" if because else ""
-    way_out = f"; with n_ctx {n_ctx_that_fits} it would fit" if n_ctx_that_fits else ""
+    way_out = f"; it would fit with {' or '.join(would_fit_if)}" if would_fit_if else ""
     reasons = "; ".join(map(str, rejections)) or ("no GPU is left for it" if because else "no machine has its file")
-    return kind(f"{model} {what}{why}{way_out}: {reasons}", model=model, retry_after_s=30.0)
+    return kind(
+        f"{model} {what}{why}{way_out}: {reasons}",
+        model=model,
+        retry_after_s=30.0,
+        reasons=list(map(str, rejections)),
+        would_fit_if=list(would_fit_if),
+    )

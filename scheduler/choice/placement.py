@@ -32,8 +32,9 @@ from scheduler.choice.eviction import Victims, cheapest_victims, evictable
 from scheduler.choice.explain import Rejection
 from scheduler.choice.need import Need
 from scheduler.choice.outlook import Outlook
-from scheduler.choice.reasons import context_that_fits, rejections
+from scheduler.choice.reasons import rejections
 from scheduler.choice.room import STAYING, Room
+from scheduler.choice.ways_out import ways_out
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.cluster.replicas import Replicas
@@ -55,15 +56,15 @@ class Choice:
     when that is memory of others or a device that cannot be used now.
 
     `victims` are replicas to stop (for "wait": the ones that are in the way, busy now). `rejections` say, per
-    candidate that was passed over, why; they are there when asked for. `n_ctx_that_fits` (tokens per slot) is what an
-    impossible request could have instead, 0 if nothing.
+    candidate that was passed over, why; `would_fit_if` are the smallest changes that help where there is no place, each
+    by itself. Both are there when asked for.
     """
 
     verdict: Verdict
     placement: Placement | None
     victims: Victims
     rejections: tuple[Rejection, ...] = ()
-    n_ctx_that_fits: int = 0
+    would_fit_if: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -98,7 +99,10 @@ class Chooser:
                 return replace(self, need=replace(self.need, draws=True)).choose(explain=explain)
             choice = replace(choice, placement=self._grown(drawn, choice.victims))
             choice = replace(choice, placement=self._lengthened(choice))
-        return replace(choice, rejections=rejections(self, groups, choice)) if explain else choice
+        if not explain:
+            return choice
+        ways = () if choice.placement else ways_out(self, never=choice.verdict == "impossible")
+        return replace(choice, rejections=rejections(self, groups, choice), would_fit_if=ways)
 
     def _lengthened(self, choice: Choice) -> Placement | None:
         """The same layout with the longest context that there is room for, where the catalogue leaves that open."""
@@ -167,7 +171,7 @@ class Chooser:
             return self._go(*found)
         return self._refuse(groups)
 
-    def _solve(self, candidate: Candidate, room: Room) -> Placement | None:
+    def solve(self, candidate: Candidate, room: Room) -> Placement | None:
         """The candidate's best placement, if it is fast enough for the catalogue."""
         placement = candidate.solve(room)
         wanted = self.need.wishes.min_tokens_per_s
@@ -192,11 +196,11 @@ class Chooser:
         return Choice("free" if free else "evict", placement, victims)
 
     def _refuse(self, groups: Groups) -> Choice:
-        if not any(self._solve(c, self.outlook.empty(c.node_id)) for group in groups for c in group):
-            return Choice("impossible", None, frozenset(), n_ctx_that_fits=context_that_fits(self))
+        if not any(self.solve(c, self.outlook.empty(c.node_id)) for group in groups for c in group):
+            return Choice("impossible", None, frozenset())
         kept = [replica for replica in self.replicas.values() if self.protected(replica)]
         if self.may_evict and any(
-            self._solve(c, self.outlook.empty(c.node_id, kept)) for group in groups for c in group
+            self.solve(c, self.outlook.empty(c.node_id, kept)) for group in groups for c in group
         ):
             return Choice("wait", None, frozenset())
         return Choice("blocked", None, frozenset())
@@ -244,10 +248,10 @@ class Chooser:
     def _free(self, candidate: Candidate, idle: Sequence[Replica]) -> Placement | None:
         if self.outgrown:
             return None
-        placement = self._solve(candidate, self.outlook.now(candidate.node_id))
+        placement = self.solve(candidate, self.outlook.now(candidate.node_id))
         if placement is None or candidate.tier not in PARTIAL:
             return placement
-        best = self._solve(candidate, self.outlook.without(candidate.node_id, (replica.replica_id for replica in idle)))
+        best = self.solve(candidate, self.outlook.without(candidate.node_id, (replica.replica_id for replica in idle)))
         return placement if best is None or placement.n_resident_layers >= self._worth_taking(best) else None
 
     def _make_best_room(self, group: Sequence[Candidate], removable: Sequence[Replica]) -> Found | None:
@@ -269,14 +273,14 @@ class Chooser:
     def _make_room(self, candidate: Candidate, removable: Sequence[Replica], cleared: Room) -> Found | None:
         """The placement after stopping the set of `removable` (the least regretted first) that is regretted least;
         `cleared` is the room without all of them."""
-        best = self._solve(candidate, cleared)
+        best = self.solve(candidate, cleared)
         if best is None:
             return None
         least = self._worth_taking(best)
         node_id = candidate.node_id
 
         def enough(room: Room) -> Placement | None:
-            placement = self._solve(candidate, room) if candidate.may_hold(least, room) else None
+            placement = self.solve(candidate, room) if candidate.may_hold(least, room) else None
             return placement if placement and placement.n_resident_layers >= least else None
 
         pool = self._in_the_way(candidate, removable, enough)

@@ -61,7 +61,7 @@ class Placement:
     @property
     def n_spilled_experts(self) -> int:
         """Layers whose experts lie in host RAM although the layers do not."""
-        return min(self.n_layers - 1, self.layout.n_cpu_moe) if not self.layout.experts_on_host else self.n_layers - 1
+        return self.n_layers - 1 if self.layout.experts_on_host else self.layout.n_cpu_moe
 
     @property
     def n_resident_layers(self) -> int:

@@ -237,7 +237,7 @@ class Stage:
 def serve(backend: FakeBackend | Stage, api_key: str | None = None, pulse_s: float = 5.0) -> Iterator[str]:
     """The URL of a gateway over `backend`, on a real socket, in a thread of its own."""
     listener = listen("127.0.0.1", 0)
-    server = make_server(make_app(backend, api_key, pulse_s))
+    server = make_server(make_app(backend, {"": api_key} if api_key else {}, pulse_s))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     try:

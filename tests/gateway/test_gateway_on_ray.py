@@ -155,7 +155,7 @@ class Service:
 
     def __init__(self) -> None:
         with listen("127.0.0.1", 0) as free:
-            self.settings = GatewaySettings(port=free.getsockname()[1], api_key="s3cret")
+            self.settings = GatewaySettings(port=free.getsockname()[1], api_keys={"": "s3cret"})
         self.scheduler = ScriptedScheduler.remote()
         self.gateway = GatewayActor.remote(self.settings, self.scheduler, NAMESPACE)
         self.runner = self.start_runner("stays")

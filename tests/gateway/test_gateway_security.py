@@ -92,19 +92,19 @@ def test_a_body_that_turns_out_too_large_is_dropped(url: str, backend: FakeBacke
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "127.8.9.10"])
 def test_loopback_needs_no_key(host: str) -> None:
     assert is_loopback(host)
-    check_exposure(host, None)
+    check_exposure(host, {})
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.10", "gpu.lan", ""])
 def test_a_wider_binding_needs_a_key(host: str) -> None:
     with pytest.raises(Rejected, match=r"--api-key or ARRIERO_API_KEY"):
-        check_exposure(host, None)
-    check_exposure(host, "key")
+        check_exposure(host, {})
+    check_exposure(host, {"": "key"})
 
 
 def test_an_empty_key_is_a_mistake() -> None:
     with pytest.raises(Rejected, match="empty"):
-        check_exposure("127.0.0.1", " ")
+        check_exposure("127.0.0.1", {"": " "})
 
 
 def test_a_taken_port_is_an_error_that_names_it() -> None:

@@ -1,0 +1,91 @@
+"""For a model that has no place: the smallest changes each of which alone would give it one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from scheduler.choice.candidates import candidates
+from scheduler.choice.reasons import context_that_fits
+from scheduler.choice.room import Room
+from scheduler.cluster.inventory import Node
+from scheduler.units import MIB, DeviceId, format_bytes
+
+if TYPE_CHECKING:
+    from scheduler.choice.placement import Chooser
+
+STEP_BYTES = 64 * MIB
+"""Memory that is missing is said to this much."""
+_MOST_BYTES = 1 << 40
+
+
+def ways_out(chooser: Chooser, *, never: bool) -> tuple[str, ...]:
+    """A shorter context (for what fits `never`), models that are pinned, memory on the GPU for which it is least, and
+    host RAM."""
+    n_ctx = context_that_fits(chooser) if never else 0
+    ways = [f"n_ctx <= {n_ctx}"] if n_ctx else []
+    return (*ways, *_unpinned(chooser), *_more_memory(chooser))
+
+
+def _unpinned(chooser: Chooser) -> list[str]:
+    """Single protected models, or all of them, without whose protection there would be a place."""
+    kept = sorted({replica.model for replica in chooser.replicas.values() if chooser.protected(replica)})
+    helped = [name for name in kept if _fits_without([name], chooser)]
+    if helped or len(kept) < 2:
+        return [f"unpin {name}" for name in helped]
+    return [f"unpin {', '.join(kept)}"] if _fits_without(kept, chooser) else []
+
+
+def _fits_without(names: Iterable[str], chooser: Chooser) -> bool:
+    free = frozenset(names)
+    bolder = replace(chooser, protected=lambda r: r.model not in free and chooser.protected(r), may_evict=True)
+    return bolder.choose().placement is not None
+
+
+def _more_memory(chooser: Chooser) -> list[str]:
+    devices: list[tuple[int, str]] = []
+    memories: list[tuple[int, str]] = []
+    for node in chooser.nodes:
+        # what could be had with everybody gone who may be stopped
+        here = chooser.replicas.on_node(node.facts.node_id)
+        gone = [replica.replica_id for replica in here if not chooser.protected(replica)]
+        room = chooser.outlook.without(node.facts.node_id, gone)
+        on = f" of {node.facts.hostname}" if len(chooser.nodes) > 1 else ""
+        for device in chooser.need.wishes.devices(node):
+            more = _missing(chooser, node, partial(_with_device, room, device.device_id))
+            if more:
+                devices.append((more, f"{format_bytes(more)} more on {device.label}{on}"))
+        more = _missing(chooser, node, partial(_with_host, room))
+        if more:
+            memories.append((more, f"{format_bytes(more)} more host RAM{on}"))
+    return [min(found)[1] for found in (devices, memories) if found]
+
+
+def _with_device(room: Room, device_id: DeviceId, extra: int) -> Room:
+    return replace(room, devices={**room.devices, device_id: room.devices.get(device_id, 0) + extra})
+
+
+def _with_host(room: Room, extra: int) -> Room:
+    return replace(room, host_bytes=room.host_bytes + extra)
+
+
+def _missing(chooser: Chooser, node: Node, room_with: Callable[[int], Room]) -> int:
+    """The least extra bytes, to `STEP_BYTES`, with which the model fits on the node somehow; 0: no amount helps."""
+    ways = [candidate for group in candidates(chooser.need, [node]) for candidate in group]
+
+    def fits(steps: int) -> bool:
+        room = room_with(steps * STEP_BYTES)
+        return any(chooser.solve(candidate, room) for candidate in ways)
+
+    high = 1
+    while not fits(high):
+        high *= 2
+        if high * STEP_BYTES > 16 * chooser.need.least_bytes() + _MOST_BYTES:
+            return 0
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high * STEP_BYTES
