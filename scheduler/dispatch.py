@@ -94,6 +94,8 @@ class Dispatch:
         self._fleet.stop_retired()
         for name in self._to_serve():
             while (head := self._queue.head(name)) and (ready := self._free_replica(head)):
+                if self._moves(head, ready):
+                    break
                 self._grant(head, ready)
         if any(replica.idle for replica in self._freed):  # its own requests did not take it: it may make room
             self.look_again()
@@ -190,6 +192,13 @@ class Dispatch:
             cmd.GrantLease(waiting.request_id, lease.lease_id, replica.replica_id, replica.model, replica.n_ctx, ttl_s)
         )
 
+    def _moves(self, head: Waiting, replica: Replica) -> bool:
+        """Whether the replica is loaded anew in a better place instead of serving the request where it is."""
+        choice = self._upkeep.better_place(head, replica, self._now)
+        if choice is not None:
+            self._upkeep.move(head, replica, choice, self._now)
+        return choice is not None
+
     def refuse(self, waiting: Waiting, error: ArrieroError) -> None:
         self._queue.remove(waiting.request_id)
         self._out.post(cmd.RefuseRequest(waiting.request_id, error))
@@ -206,7 +215,7 @@ class Dispatch:
         """Grant or refuse a model's requests in turn, until the first has to wait."""
         while head := self._queue.head(name):
             ready = self._free_replica(head)
-            if ready is not None:
+            if ready is not None and not self._moves(head, ready):
                 self._grant(head, ready)
                 continue
             try:

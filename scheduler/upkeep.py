@@ -11,7 +11,7 @@ from scheduler import commands as cmd
 from scheduler.choice.candidates import ON_GPU
 from scheduler.choice.need import Need
 from scheduler.choice.placement import Choice
-from scheduler.choice.price import SOON_S
+from scheduler.choice.price import RELEASE_S, REQUESTS, SOON_S
 from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choosers import Choosers
 from scheduler.cluster.inventory import Inventory
@@ -24,6 +24,8 @@ from scheduler.units import NodeId, RequestId
 
 LOAD_TIMES_BEFORE_SPREADING = 2.0  # a wait so many times as long as a load is worth another replica
 TRY_AGAIN_S = 5.0  # a copy that shall be there and has no place is looked at again
+COMPARE_EVERY_S = 10.0  # a better place is looked for so often
+CLEARLY_FASTER = 1.25  # what it must be at the least
 READ_AGAIN_S = 120.0  # readings take a while to show what is in the page cache
 CACHED = 0.9  # from this share in the page cache on, a file need not be read ahead
 ON_ITS_WAY = (ReplicaState.PENDING, ReplicaState.LOADING, ReplicaState.STOPPING)
@@ -91,6 +93,42 @@ class Upkeep:
         chooser = self._choosers.of(model, waiting, need.elsewhere(taken), now)
         choice = replace(chooser, may_evict=False, outgrown=frozenset()).choose()
         return choice if choice.verdict == "free" else None
+
+    def better_place(self, head: Waiting, replica: Replica, now: float) -> Choice | None:
+        """A place for an idle replica that lies partly in host RAM, where its requests are answered so much sooner that
+        this outweighs loading it again; nobody else is stopped for it but whoever is idle. None while nothing is
+        known to be better; looked for now and then only."""
+        model = self._models.by_name.get(head.model)
+        if model is None or model.shape is None or replica.placement.tier in ON_GPU or not replica.idle:
+            return None
+        if now - replica.compared_at < COMPARE_EVERY_S or self._choosers.is_protected(replica):
+            return None
+        replica.compared_at = now
+        try:
+            need = self._choosers.admission.need(model, head, now)
+        except ArrieroError:
+            return None
+        if need is None or self._choosers.price_s(need, replica.placement, frozenset(), now) is None:
+            return None
+        chooser = replace(self._choosers.of(model, head, need, now), outgrown=frozenset({replica.replica_id}))
+        choice = chooser.choose()
+        if choice.placement is None or choice.verdict not in ("free", "evict"):
+            return None
+        prices, shape = self._choosers.prices, model.shape
+        before_s = prices.usual_request_s(shape, model.name, replica.placement)
+        after_s = prices.usual_request_s(shape, model.name, choice.placement)
+        price = prices.of(shape, model.name, choice.placement, choice.victims - {replica.replica_id}, now)
+        requests = max(REQUESTS, self._queue.length(model.name), SOON_S / model.popularity.mean_gap_s(now))
+        gain_s = requests * (before_s - after_s)
+        worth_it = after_s * CLEARLY_FASTER < before_s and gain_s > RELEASE_S + price.load_s + price.regret_s
+        return choice if worth_it else None
+
+    def move(self, head: Waiting, replica: Replica, choice: Choice, now: float) -> None:
+        """Carry that out."""
+        assert choice.placement is not None
+        message = f"{replica.model} moves from {replica.placement.tier} to {choice.placement.tier}: it is faster there"
+        self._out.announce("replica_moved", message, replica=replica)
+        self._place(self._models.by_name[head.model], choice, now)
 
     # ------------------------------------------------------------------ what shall always be there
 

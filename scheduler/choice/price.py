@@ -130,6 +130,10 @@ class Prices:
         answer = self._speed(model, shape, placement).answer
         return 1 / answer.seconds if answer is not None else None
 
+    def usual_request_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
+        """Of a usual request at the speed of the layout; 0 where that is not known."""
+        return (_service_seconds(self._speed(model, shape, placement)) or 0.0) / REQUESTS
+
     def measured_load_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
         """How long a load takes there, as far as that was measured or the disk is known; else 0."""
         known = self._models.by_name.get(model)

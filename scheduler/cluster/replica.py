@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 
 from scheduler.costs.params import ContextParams, Footprint, Layout
 from scheduler.errors import InvariantBroken
@@ -87,6 +88,7 @@ class Replica:
     leases: set[LeaseId] = field(default_factory=set)
     drain_for: str = ""  # the waiting model that this one makes room for
     drained_at: float = 0.0
+    compared_at: float = -inf  # when a better place was looked for last
     retiring: str = ""  # why it is stopped once idle, whoever waits
     doubted: bool = False  # it failed a request; nothing is granted until it has been checked
     ready_at: float = 0.0
