@@ -123,8 +123,8 @@ class Policy(_Strict):
         description="a request of higher priority makes busy replicas take nothing new at once, and ends their answers "
         "after so many seconds; none: it waits for its turn",
     )
-    prefetch: Literal["none", "read_ahead", "preload"] = Field(
-        "none",
+    prefetch: Literal["read_ahead", "preload"] | None = Field(
+        None,
         description="while nothing waits: read files of models that will probably be asked for into the page cache "
         "(read_ahead), and load them where GPUs are free (preload); what was preloaded is evicted first",
     )

@@ -164,7 +164,7 @@ class Upkeep:
 
     def prefetch(self, now: float) -> None:
         """While nobody waits: read ahead, or load, what is asked for most often of all that is not loaded."""
-        if self._prefetch == "none" or len(self._queue) or self._fleet.replicas.count(*ON_ITS_WAY):
+        if self._prefetch is None or len(self._queue) or self._fleet.replicas.count(*ON_ITS_WAY):
             return
         likely = sorted(
             (gap_s, model.name)

@@ -145,7 +145,7 @@ def test_two_are_kept_on_gpus_of_their_own() -> None:
     assert len({r.placement.device_ids for r in s.core.replicas.values()}) == 2
 
 
-@pytest.mark.parametrize(("prefetch", "loaded"), [("none", {"b"}), ("preload", {"a", "b"})])
+@pytest.mark.parametrize(("prefetch", "loaded"), [(None, {"b"}), ("preload", {"a", "b"})])
 def test_what_is_asked_for_often_is_loaded_where_a_gpu_is_free(prefetch: str, loaded: set[str]) -> None:
     s = machine({"a": MEDIUM, "b": MEDIUM}, "4GiB", "4GiB", policy={"prefetch": prefetch})
     for _ in range(10):
