@@ -12,11 +12,12 @@ from scheduler.choice.placement import Chooser
 from scheduler.choice.price import Prices
 from scheduler.choice.queue import Waiting
 from scheduler.choice.room import STAYING
+from scheduler.choice.shortlist import shortlist
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.fleet import Fleet
-from scheduler.units import ReplicaId
+from scheduler.units import NodeId, ReplicaId
 
 
 class Choosers:
@@ -35,7 +36,7 @@ class Choosers:
         n_ctx = self.admission.least_n_ctx(waiting)
         return Chooser(
             need=need,
-            nodes=self._near(model, self.admission.nodes(model)),
+            nodes=self._shortlist(model, need),
             inventory=self._inventory,
             outlook=Outlook(self._fleet.rooms, self._fleet.replicas, self._kept_apart(model)),
             replicas=self._fleet.replicas,
@@ -53,6 +54,17 @@ class Choosers:
             tokens_per_s=lambda placement: self.prices.tokens_per_s(need.shape, need.model, placement),
             regret=_remembering(lambda replica: self.prices.regret_s(replica, now)),
         )
+
+    def _shortlist(self, model: Model, need: Need) -> list[Node]:
+        nodes = self._near(model, [node for node in self.admission.nodes(model) if need.wishes.allow(node)])
+        if self._fleet.policy.max_active_models is not None:
+            return nodes
+        rooms, replicas = self._fleet.rooms, self._fleet.replicas
+
+        def cached(node_id: NodeId) -> float:
+            return model.copies[node_id].file.cached_fraction or 0.0
+
+        return shortlist(need, nodes, rooms, replicas, self.is_protected, cached)
 
     def is_protected(self, replica: Replica) -> bool:
         """Never evicted: its model is pinned, or has no more replicas than it shall always have."""

@@ -186,6 +186,7 @@ class Dispatch:
         if waiting.prefix:
             replica.prefixes.append(waiting.prefix)
         replica.preloaded = False
+        self._fleet.replicas.used(replica)
         lease = self._fleet.leases.grant(waiting.request_id, replica, self._now, waiting.priority)
         ttl_s = self._fleet.leases.ttl_s
         self._out.post(
@@ -323,6 +324,7 @@ class Dispatch:
         replica = self._fleet.replicas[lease.replica_id]
         replica.leases.discard(lease_id)
         replica.last_used_at = now
+        self._fleet.replicas.used(replica)
         self._touched.add(replica.model)
         self._freed.append(replica)
         return replica, lease

@@ -12,10 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
-from math import comb
 
 from scheduler.choice.need import Need
 from scheduler.choice.room import Room
@@ -33,9 +31,6 @@ CPU_ONLY = "CPU only"
 TIERS = (ONE_GPU, SEVERAL_GPUS, EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM, CPU_ONLY)
 ON_GPU = frozenset({ONE_GPU, SEVERAL_GPUS})
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to so many tokens
-MOST_SORTED = 4096  # device combinations of one size that are looked through
-LARGEST_SUBSETS = 8  # of those tried
-MOST_SUBSETS = 64  # device combinations tried per size: C(8, 4) = 70, so eight GPUs are searched almost whole
 
 
 def fits(placement: Placement, room: Room) -> bool:
@@ -246,52 +241,10 @@ class Candidate:
         return there >= 0.75 * n_gpu_layers * self._layer_bytes()
 
 
-def spilling(need: Need, node: Node) -> Candidate:
-    """As many layers on the node's devices as fit."""
-    most = need.wishes.max_gpus or len(node.devices)
-    return Candidate(SOME_LAYERS_IN_RAM, need, node, need.wishes.devices(node)[-most:], need.least_bytes())
-
-
-def candidates(need: Need, nodes: Sequence[Node]) -> Iterator[list[Candidate]]:
-    """Groups of equally good candidates on all `nodes`, best group first: by tier, then by number of devices.
-
-    Devices that cannot be used now are candidates too (a `Room` has no bytes for them), so that "not now" and "never"
-    are told apart.
-    """
-    wishes = need.wishes
-    nodes = [node for node in nodes if wishes.allow(node)]
-    most = max((len(wishes.devices(node)) for node in nodes), default=0)
-    most = min(most, wishes.max_gpus or most)
-    groups = [(ONE_GPU, 1), *((SEVERAL_GPUS, size) for size in range(2, most + 1))]
-    if need.shape.is_moe and wishes.spill:
-        groups += [(EXPERTS_IN_RAM, size) for size in range(1, most + 1)]
-    least = need.least_bytes()
-    least_without_experts = need.least_bytes(need.n_layers - 1) if need.shape.is_moe else least
-    for tier, size in groups:
-        at_least = least_without_experts if tier == EXPERTS_IN_RAM else least
-        yield [
-            Candidate(tier, need, node, subset, at_least)
-            for node in nodes
-            for subset in _subsets(wishes.devices(node), size)
-        ]
-    if wishes.spill:
-        yield [spilling(need, node) for node in nodes if wishes.devices(node)]
-        yield [Candidate(CPU_ONLY, need, node, ()) for node in nodes]
-
-
 def exact(placement: Placement, need: Need, node: Node) -> Placement:
     """The same placement, with the graph drawn."""
     devices = [node.devices[device_id].facts for device_id in placement.device_ids]
     return need.placement(placement.tier, node, devices, placement.layout)
-
-
-def _subsets(devices: Sequence[DeviceFacts], size: int) -> list[tuple[DeviceFacts, ...]]:
-    """Combinations of `size` devices, the least memory first: big cards stay free for big models. Of many, the smallest
-    and some of the largest; of very many, those of neighbours in size."""
-    if comb(len(devices), size) > MOST_SORTED:
-        return [tuple(devices[i : i + size]) for i in range(len(devices) - size + 1)]
-    sized = sorted(combinations(devices, size), key=lambda subset: sum(facts.total_bytes for facts in subset))
-    return sized if len(sized) <= MOST_SUBSETS else sized[: MOST_SUBSETS - LARGEST_SUBSETS] + sized[-LARGEST_SUBSETS:]
 
 
 def _proportional(weights: Sequence[int], total: int) -> list[int]:

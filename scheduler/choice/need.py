@@ -187,7 +187,12 @@ class Need:
 
     def elsewhere(self, taken: frozenset[DeviceId]) -> Need:
         """The same on other GPUs than those, and nothing of it in host RAM."""
-        return replace(self, wishes=replace(self.wishes, spill=False, not_on=taken))
+        wishes = replace(self.wishes, spill=False, not_on=taken)
+        return self._once(("elsewhere", taken), lambda: replace(self, wishes=wishes, known={}))
+
+    def drawn(self) -> Need:
+        """The same, with the graph drawn for every layout that is tried."""
+        return self._once(("drawn",), lambda: replace(self, draws=True, known={}))
 
     def overhead_bytes(self, device: DeviceFacts, build: str) -> int:
         """What a replica takes on the device besides llama.cpp's buffers: as seen there, or as the reserves say."""

@@ -23,20 +23,19 @@ from scheduler.choice.candidates import (
     SOME_LAYERS_IN_RAM,
     TIERS,
     Candidate,
-    candidates,
     exact,
     fits,
-    spilling,
 )
 from scheduler.choice.eviction import Victims, cheapest_victims, evictable
 from scheduler.choice.explain import Rejection
+from scheduler.choice.groups import Group, groups, spilling
 from scheduler.choice.need import Need
 from scheduler.choice.outlook import Outlook
 from scheduler.choice.reasons import rejections
 from scheduler.choice.room import STAYING, Room
 from scheduler.choice.ways_out import ways_out
 from scheduler.cluster.inventory import Inventory, Node
-from scheduler.cluster.replica import Placement, Replica, ReplicaState
+from scheduler.cluster.replica import Placement, Replica
 from scheduler.cluster.replicas import Replicas
 from scheduler.config import Policy
 
@@ -47,7 +46,7 @@ NEARLY = 1.25  # of the lowest price: what costs no more counts as equally cheap
 MOST_COMPARED = 16  # combinations of GPUs for which victims are sought, the least memory first
 
 Found = tuple[Placement, Victims]
-Groups = Sequence[Sequence[Candidate]]
+Groups = Sequence[Group]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +90,12 @@ class Chooser:
 
     def choose(self, *, explain: bool = False) -> Choice:
         """Raises Rejected for parameters that llama.cpp refuses."""
-        groups = list(candidates(self.need, self.nodes))
+        groups = self._groups()
         choice = self._choose(groups)
         if choice.placement is not None and not self.need.draws:
             drawn = exact(choice.placement, self.need, self.inventory.nodes[choice.placement.node_id])
             if not _within(drawn, choice.placement):  # the bound lied: do without it
-                return replace(self, need=replace(self.need, draws=True)).choose(explain=explain)
+                return replace(self, need=self.need.drawn()).choose(explain=explain)
             choice = replace(choice, placement=self._grown(drawn, choice.victims))
             choice = replace(choice, placement=self._lengthened(choice))
         if not explain:
@@ -155,7 +154,7 @@ class Chooser:
     def options(self) -> list[Found]:
         """The best placement of each kind that could be had now, whoever is idle evicted for it: what is chosen among,
         in the order of preference. Raises as `choose`."""
-        found = self._offers(list(candidates(self.need, self.nodes)), self.evictable(0.0))
+        found = self._offers(self._groups(), self.evictable(0.0))
         return [self._drawn(each) for each in found]
 
     def _choose(self, groups: Groups) -> Choice:
@@ -184,12 +183,18 @@ class Chooser:
         """Replicas that may make room for this one, the least regretted first."""
         if not self.may_evict:
             return []
-        others = (
-            r
-            for r in self.replicas.in_state(ReplicaState.READY, ReplicaState.LOADING)
-            if r.replica_id not in self.outgrown
-        )
+        others = (replica for replica in self._there() if replica.replica_id not in self.outgrown)
         return evictable(others, self.protected, self.now, min_residency_s, self.need.model, self.regret)
+
+    def _there(self) -> Iterable[Replica]:
+        """Replicas that may have to do with it: those on the machines in question, or everywhere where their number is
+        limited."""
+        if self.policy.max_active_models is not None:
+            return self.replicas.values()
+        return (replica for node in self.nodes for replica in self.replicas.on_node(node.facts.node_id))
+
+    def _groups(self) -> list[Group]:
+        return groups(self.need, self.nodes)
 
     def _go(self, placement: Placement, victims: Victims) -> Choice:
         free = not victims and fits(placement, self.outlook.now(placement.node_id))
@@ -198,7 +203,7 @@ class Chooser:
     def _refuse(self, groups: Groups) -> Choice:
         if not any(self.solve(c, self.outlook.empty(c.node_id)) for group in groups for c in group):
             return Choice("impossible", None, frozenset())
-        kept = [replica for replica in self.replicas.values() if self.protected(replica)]
+        kept = [replica for replica in self._there() if self.protected(replica)]
         if self.may_evict and any(
             self.solve(c, self.outlook.empty(c.node_id, kept)) for group in groups for c in group
         ):
@@ -216,7 +221,7 @@ class Chooser:
         evicted for a place of a later tier."""
         tiers: set[str] = set()
         for group in groups:
-            if not group or group[0].tier in tiers:
+            if group.tier in tiers:
                 continue
             found = self._best_free(group, idle) if tiers & ON_GPU else self._best_of(group, idle)
             if found is not None:
@@ -237,29 +242,33 @@ class Chooser:
                 break
         return best
 
-    def _best_of(self, group: Sequence[Candidate], idle: Sequence[Replica]) -> Found | None:
+    def _best_of(self, group: Group, idle: Sequence[Replica]) -> Found | None:
         """The best placement of equally good candidates, evicting the `idle` replicas if nothing is free."""
         return self._best_free(group, idle) or self._make_best_room(group, idle)
 
-    def _best_free(self, group: Sequence[Candidate], idle: Sequence[Replica]) -> Found | None:
-        free = [(placement, self.outgrown) for c in group if (placement := self._free(c, idle))]
+    def _best_free(self, group: Group, idle: Sequence[Replica]) -> Found | None:
+        if self.outgrown:
+            return None
+        there = [node for node in group.nodes if group.may_fit(node, self.outlook.now(node.facts.node_id))]
+        free = [
+            (placement, self.outgrown) for node in there for c in group.on(node) if (placement := self._free(c, idle))
+        ]
         return self._best_priced(free, self._tightness)
 
     def _free(self, candidate: Candidate, idle: Sequence[Replica]) -> Placement | None:
-        if self.outgrown:
-            return None
         placement = self.solve(candidate, self.outlook.now(candidate.node_id))
         if placement is None or candidate.tier not in PARTIAL:
             return placement
         best = self.solve(candidate, self.outlook.without(candidate.node_id, (replica.replica_id for replica in idle)))
         return placement if best is None or placement.n_resident_layers >= self._worth_taking(best) else None
 
-    def _make_best_room(self, group: Sequence[Candidate], removable: Sequence[Replica]) -> Found | None:
+    def _make_best_room(self, group: Group, removable: Sequence[Replica]) -> Found | None:
         everybody = frozenset(r.replica_id for r in removable) | self.outgrown
-        cleared = {node_id: self.outlook.without(node_id, everybody) for node_id in {c.node_id for c in group}}
-        made = (found for c in group if (found := self._make_room(c, removable, cleared[c.node_id])))
-        several = bool(group) and len(group[0].devices) > 1
-        return self._best_priced(list(islice(made, MOST_COMPARED if several else None)), self._cost)
+        cleared = {n.facts.node_id: self.outlook.without(n.facts.node_id, everybody) for n in group.nodes}
+        there = [node for node in group.nodes if group.may_fit(node, cleared[node.facts.node_id])]
+        each = (c for node in there for c in group.on(node))
+        made = (found for c in each if (found := self._make_room(c, removable, cleared[c.node_id])))
+        return self._best_priced(list(islice(made, MOST_COMPARED if group.size > 1 else None)), self._cost)
 
     def _best_priced(self, found: Sequence[Found], key: Callable[[Found], Any]) -> Found | None:
         """The first by `key` of those that cost nearly the least; of all, where prices are not known."""
@@ -315,9 +324,8 @@ class Chooser:
         room for another model already are asked last."""
         if not self.may_evict:
             return None
-        staying = self.replicas.in_state(*STAYING)
         ending = sorted(
-            (replica for replica in staying if not self.protected(replica)),
+            (replica for replica in self._there() if replica.state in STAYING and not self.protected(replica)),
             key=lambda replica: (not (replica.idle or replica.drain_for), replica.replica_id),
         )
         unclaimed = [replica for replica in ending if replica.drain_for in ("", self.need.model)]
@@ -326,7 +334,7 @@ class Chooser:
         def offers() -> Iterator[Found]:
             tiers: set[str] = set()
             for group in groups:
-                if not group or group[0].tier in tiers:
+                if group.tier in tiers:
                     continue
                 found = next((made for pool in pools if (made := self._make_best_room(group, pool))), None)
                 if found is not None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from scheduler.choice.candidates import CONTEXT_STEP, ONE_GPU, TIERS, Candidate, candidates
+from scheduler.choice.candidates import CONTEXT_STEP, ONE_GPU, TIERS, Candidate
 from scheduler.choice.explain import Rejection, explain_candidate
+from scheduler.choice.groups import Group, groups
 from scheduler.cluster.replica import Placement
 from scheduler.units import NodeId
 
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 SMALLEST_CONTEXT = 2048  # tokens per slot: the least that a refusal proposes
 
 
-def rejections(chooser: Chooser, groups: Sequence[Sequence[Candidate]], choice: Choice) -> tuple[Rejection, ...]:
+def rejections(chooser: Chooser, found: Sequence[Group], choice: Choice) -> tuple[Rejection, ...]:
     """Why each candidate as good as the chosen one or better was passed over, or has to wait. Of several GPUs, all
     together speak for every smaller combination."""
     chosen = choice.placement
     taken = chosen if choice.verdict != "wait" else None
     speakers: dict[tuple[str, NodeId, object], Candidate] = {}
-    for candidate in (c for group in groups for c in group):
+    for candidate in (c for group in found for c in group):
         if chosen and TIERS.index(candidate.tier) > TIERS.index(chosen.tier):
             break
         each = candidate.devices if candidate.tier == ONE_GPU else None
@@ -52,8 +53,8 @@ def context_that_fits(chooser: Chooser) -> int:
 
     def fits(steps: int) -> bool:
         smaller = chooser.need.with_context(replace(context, n_ctx=steps * CONTEXT_STEP * context.n_seq_max))
-        groups = candidates(smaller, chooser.nodes)
-        return any(c.solve(chooser.outlook.empty(c.node_id)) for group in groups for c in group)
+        every = (candidate for group in groups(smaller, chooser.nodes) for candidate in group)
+        return any(c.solve(chooser.outlook.empty(c.node_id)) for c in every)
 
     low, high = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
     if high <= low or not fits(low):

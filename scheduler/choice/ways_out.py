@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from scheduler.choice.candidates import candidates
+from scheduler.choice.groups import groups
 from scheduler.choice.reasons import context_that_fits
 from scheduler.choice.room import Room
 from scheduler.cluster.inventory import Node
@@ -73,7 +73,7 @@ def _with_host(room: Room, extra: int) -> Room:
 
 def _missing(chooser: Chooser, node: Node, room_with: Callable[[int], Room]) -> int:
     """The least extra bytes, to `STEP_BYTES`, with which the model fits on the node somehow; 0: no amount helps."""
-    ways = [candidate for group in candidates(chooser.need, [node]) for candidate in group]
+    ways = [candidate for group in groups(chooser.need, [node]) for candidate in group]
 
     def fits(steps: int) -> bool:
         room = room_with(steps * STEP_BYTES)

@@ -19,6 +19,7 @@ class Replicas(Mapping[ReplicaId, Replica]):
         self._all: dict[ReplicaId, Replica] = {}
         self._of_model: dict[str, dict[ReplicaId, Replica]] = {}
         self._on_node: dict[NodeId, dict[ReplicaId, Replica]] = {}
+        self._by_use: dict[ReplicaId, Replica] = {}
         self._in_state: dict[ReplicaState, dict[ReplicaId, Replica]] = {state: {} for state in ReplicaState}
 
     def __getitem__(self, replica_id: ReplicaId) -> Replica:
@@ -46,18 +47,27 @@ class Replicas(Mapping[ReplicaId, Replica]):
         return sum(len(self._in_state[state]) for state in states)
 
     def add(self, replica: Replica) -> None:
-        self._all[replica.replica_id] = replica
+        self._all[replica.replica_id] = self._by_use[replica.replica_id] = replica
         for view in self._views(replica):
             view[replica.replica_id] = replica
 
     def remove(self, replica: Replica) -> None:
-        del self._all[replica.replica_id]
+        del self._all[replica.replica_id], self._by_use[replica.replica_id]
         for view in self._views(replica):
             del view[replica.replica_id]
         if not self._of_model[replica.model]:
             del self._of_model[replica.model]
         if not self._on_node[replica.placement.node_id]:
             del self._on_node[replica.placement.node_id]
+
+    def used(self, replica: Replica) -> None:
+        """It was used just now."""
+        del self._by_use[replica.replica_id]
+        self._by_use[replica.replica_id] = replica
+
+    def least_recently_used(self) -> Iterator[Replica]:
+        """All of them, used longest ago first; not to be changed meanwhile."""
+        return iter(self._by_use.values())
 
     def become(self, replica: Replica, state: ReplicaState) -> None:
         """Change the replica's state. Raises InvariantBroken, and changes nothing, for a step that its table lacks."""

@@ -18,10 +18,10 @@ from scheduler.choice.candidates import (
     SOME_LAYERS_IN_RAM,
     TIERS,
     Candidate,
-    candidates,
     exact,
     fits,
 )
+from scheduler.choice.groups import groups
 from scheduler.choice.need import Need
 from scheduler.choice.room import Room
 from scheduler.cluster.facts import NodeFacts
@@ -49,7 +49,7 @@ def room(machine: Node, host: int = 64 * GIB, cpu_seats: int = 8) -> Room:
 
 
 def tiers(dims: tuple[int, ...], machine: Node) -> list[tuple[str, int]]:
-    return [(group[0].tier, len(group)) for group in candidates(need(dims), [machine]) if group]
+    return [(g.tier, len(list(g))) for g in groups(need(dims), [machine]) if list(g)]
 
 
 def test_tiers_come_in_their_order() -> None:
@@ -100,27 +100,27 @@ def test_fits_looks_at_everything(changed: dict[str, object]) -> None:
 
 def test_layers_move_off_the_fullest_device() -> None:
     machine = node("9GiB", "3500MiB")
-    [candidate] = next(g for g in candidates(need(LARGE), [machine]) if g[0].tier == SEVERAL_GPUS)
+    [candidate] = next(g for g in groups(need(LARGE), [machine]) if g.tier == SEVERAL_GPUS)
     placement = candidate.solve(room(machine))
     assert placement is not None and sum(placement.layers) == 33 and fits(placement, room(machine))
 
 
 def test_too_little_in_all_is_seen_at_once() -> None:
     machine = node("1GiB", "1GiB")
-    [candidate] = next(g for g in candidates(need(LARGE), [machine]) if g[0].tier == SEVERAL_GPUS)
+    [candidate] = next(g for g in groups(need(LARGE), [machine]) if g.tier == SEVERAL_GPUS)
     assert candidate.solve(room(machine)) is None
 
 
 def test_more_devices_than_layers_is_no_spread() -> None:
     machine = node(*["100MiB"] * 10)
-    groups = list(candidates(need((8, 1024, 2816)), [machine]))
-    ten = [c for group in groups for c in group if len(c.devices) == 10 and c.tier == SEVERAL_GPUS]
+    found = groups(need((8, 1024, 2816)), [machine])
+    ten = [c for group in found for c in group if len(c.devices) == 10 and c.tier == SEVERAL_GPUS]
     assert len(ten) == 1 and ten[0].solve(room(machine)) is None
 
 
 def test_a_partial_offload_needs_the_host_for_the_rest() -> None:
     machine = node("8GiB")
-    [candidate] = next(g for g in candidates(need(LARGE), [machine]) if g[0].tier == SOME_LAYERS_IN_RAM)
+    [candidate] = next(g for g in groups(need(LARGE), [machine]) if g.tier == SOME_LAYERS_IN_RAM)
     assert candidate.solve(room(machine, host=GIB)) is None
     tight = candidate.solve(room(machine, host=6 * GIB))
     roomy = candidate.solve(room(machine))
@@ -129,7 +129,7 @@ def test_a_partial_offload_needs_the_host_for_the_rest() -> None:
 
 def test_a_partial_offload_uses_a_second_device_only_for_more_layers() -> None:
     machine = node("8GiB", "100MiB")
-    [candidate] = next(g for g in candidates(need(LARGE), [machine]) if g[0].tier == SOME_LAYERS_IN_RAM)
+    [candidate] = next(g for g in groups(need(LARGE), [machine]) if g.tier == SOME_LAYERS_IN_RAM)
     placement = candidate.solve(room(machine))
     assert placement is not None and len(placement.device_ids) == 1
 
@@ -140,7 +140,7 @@ def test_drawing_only_where_the_bound_does_not_decide_changes_no_layout(dims: tu
     for _ in range(12):
         machine = node(*(f"{chance.randint(500, 9000)}MiB" for _ in range(chance.randint(1, 4))))
         space = room(machine, chance.randint(2, 30) * GIB)
-        pairs = zip(candidates(need(dims), [machine]), candidates(need(dims, draws=True), [machine]), strict=True)
+        pairs = zip(groups(need(dims), [machine]), groups(need(dims, draws=True), [machine]), strict=True)
         for quick, drawn in ((a, b) for group, other in pairs for a, b in zip(group, other, strict=True)):
             found, truth = quick.solve(space), drawn.solve(space)
             if quick.tier == SOME_LAYERS_IN_RAM and found and truth:
@@ -161,7 +161,7 @@ def test_drawing_only_where_the_bound_does_not_decide_changes_no_layout(dims: tu
 def test_whatever_is_found_fits_and_is_complete(sizes: list[int], host_mib: int, dims: tuple[int, ...]) -> None:
     machine = node(*(f"{size}MiB" for size in sizes))
     free = room(machine, host=host_mib * MIB)
-    for group in candidates(need(dims), [machine]):
+    for group in groups(need(dims), [machine]):
         for candidate in group:
             placement = candidate.solve(free)
             if placement is None:
@@ -183,7 +183,7 @@ def test_a_runner_is_charged_what_the_command_line_says() -> None:
 def test_as_many_experts_as_fit_stay_on_the_gpu(gib: int) -> None:
     """One layer's experts more would not fit."""
     machine, wanted = node(f"{gib}GiB"), need(MOE)
-    (experts,) = (c for group in candidates(wanted, [machine]) for c in group if c.tier == EXPERTS_IN_RAM)
+    (experts,) = (c for group in groups(wanted, [machine]) for c in group if c.tier == EXPERTS_IN_RAM)
     found = experts.solve(room(machine))
     assert found is not None and found.computes_on_cpu and found.layout.n_gpu_layers == wanted.n_layers
     assert found.n_resident_layers == wanted.n_layers - found.layout.n_cpu_moe
@@ -197,7 +197,7 @@ def test_the_fastest_gpu_is_filled_first() -> None:
     slow, fast = (replace(gpu("8GiB", f"gpu{i}"), rates=Rates(r, 1e13)) for i, r in enumerate((300e9, 900e9)))
     facts = NodeFacts(NodeId("box"), "box", "127.0.0.1", 8, 64 * GIB, (slow, fast))
     machine = Node(facts, 0.0, devices={device.device_id: Device(device) for device in (slow, fast)})
-    both = next(c for group in candidates(need(LARGE), [machine]) for c in group if c.tier == SEVERAL_GPUS)
+    both = next(c for group in groups(need(LARGE), [machine]) for c in group if c.tier == SEVERAL_GPUS)
     found = both.solve(room(machine))
     assert found is not None
     share = dict(zip(found.device_ids, found.device_bytes, strict=True))

@@ -1,0 +1,80 @@
+"""Which machines of many are looked at closely: a decision must not cost what the cluster is large.
+
+One quick pass over free memory picks the machines on which the model fits most tightly and most quickly, those with the
+most memory free together and the most host RAM; the replicas that were used longest ago name the machines where room is
+made; the page cache, and earlier replicas of the model, name some as well. Up to `ALL` machines are all looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from heapq import nlargest, nsmallest
+from itertools import islice
+
+from scheduler.choice.need import Need
+from scheduler.choice.room import Rooms
+from scheduler.cluster.inventory import Node
+from scheduler.cluster.replica import Replica
+from scheduler.cluster.replicas import Replicas
+from scheduler.units import NodeId
+
+ALL = 8
+OF_A_KIND = 2  # machines that each reason names
+LOOKED_THROUGH = 512  # replicas, used longest ago first
+
+
+def shortlist(
+    need: Need,
+    nodes: Sequence[Node],
+    rooms: Rooms,
+    replicas: Replicas,
+    protected: Callable[[Replica], bool],
+    cached: Callable[[NodeId], float],
+) -> list[Node]:
+    """The machines of `nodes` that are worth a look. `cached`: the share of the model's file in a machine's page
+    cache."""
+    if len(nodes) <= ALL:
+        return list(nodes)
+    least = need.least_bytes()
+    by_id = {node.facts.node_id: node for node in nodes}
+    tight: list[tuple[int, NodeId]] = []
+    fast: list[tuple[float, NodeId]] = []
+    roomy: list[tuple[int, NodeId]] = []
+    ram: list[tuple[int, NodeId]] = []
+    for node_id, node in by_id.items():
+        room = rooms.now(node_id)
+        free = room.devices
+        roomy.append((sum(free.values()), node_id))
+        ram.append((room.host_bytes, node_id))
+        fitting = [device_id for device_id, count in free.items() if count >= least]
+        if fitting:
+            tight.append((min(free[device_id] for device_id in fitting), node_id))
+            fast.append((max(node.devices[d].facts.rates.bytes_per_s for d in fitting), node_id))
+    named = [node_id for _, node_id in nsmallest(OF_A_KIND, tight)]
+    for ranked in (fast, roomy, ram):
+        named += [node_id for _, node_id in nlargest(OF_A_KIND, ranked)]
+    if not tight:
+        named += islice(_with_victims(least, by_id, rooms, replicas, protected), 2 * OF_A_KIND)
+    named += islice((node_id for node_id in by_id if cached(node_id) >= 0.5), OF_A_KIND)
+    named += [r.placement.node_id for r in replicas.of_model(need.model) if r.placement.node_id in by_id]
+    return [by_id[node_id] for node_id in dict.fromkeys(named)]
+
+
+def _with_victims(
+    least: int,
+    by_id: dict[NodeId, Node],
+    rooms: Rooms,
+    replicas: Replicas,
+    protected: Callable[[Replica], bool],
+) -> Iterable[NodeId]:
+    """Machines on which one replica that is idle would make enough room on one GPU; who was used longest ago first."""
+    seen: set[NodeId] = set()
+    for replica in islice(replicas.least_recently_used(), LOOKED_THROUGH):
+        placement = replica.placement
+        if placement.node_id in seen or placement.node_id not in by_id or not replica.idle or protected(replica):
+            continue
+        free = rooms.now(placement.node_id).devices
+        shares = zip(placement.device_ids, placement.device_bytes, strict=True)
+        if any(free.get(device_id, 0) + count >= least for device_id, count in shares):
+            seen.add(placement.node_id)
+            yield placement.node_id
