@@ -58,6 +58,17 @@ class Group:
             return [spilling(self.need, node)] if devices else []
         return [Candidate(self.tier, self.need, node, each, self.least_bytes) for each in _subsets(devices, self.size)]
 
+    def roomiest(self, node: Node, room: Room) -> Candidate | None:
+        """The candidate on the machine's devices with the most free memory."""
+        every = self.on(node)
+        if not self.size:
+            return every[0] if every else None
+        devices = sorted(self.need.wishes.devices(node), key=lambda facts: -room.devices.get(facts.device_id, 0))
+        if len(devices) < self.size:
+            return None
+        most = sorted(devices[: self.size], key=lambda facts: facts.total_bytes)
+        return Candidate(self.tier, self.need, node, tuple(most), self.least_bytes)
+
     def may_fit(self, node: Node, room: Room) -> bool:
         """Whether the most memory that so many devices of the machine have free is enough at all."""
         if not self.size:

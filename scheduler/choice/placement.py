@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import nlargest
 from itertools import islice
 from math import inf
 from typing import Any, Literal
@@ -38,11 +39,13 @@ from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.cluster.replicas import Replicas
 from scheduler.config import Policy
+from scheduler.units import DeviceId
 
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
 GOOD_ENOUGH = 0.9  # of the GPU layers that could be had: nobody is evicted, and nothing waited for, for the rest
 PARTIAL = frozenset({EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM})
 NEARLY = 1.25  # of the lowest price: what costs no more counts as equally cheap
+MOST_ROOMY = 2  # machines on which a free place is sought once there is a place on GPUs
 MOST_COMPARED = 16  # combinations of GPUs for which victims are sought, the least memory first
 
 Found = tuple[Placement, Victims]
@@ -223,7 +226,7 @@ class Chooser:
         for group in groups:
             if group.tier in tiers:
                 continue
-            found = self._best_free(group, idle) if tiers & ON_GPU else self._best_of(group, idle)
+            found = self._roomiest_free(group, idle) if tiers & ON_GPU else self._best_of(group, idle)
             if found is not None:
                 tiers.add(found[0].tier)
                 yield found
@@ -255,6 +258,18 @@ class Chooser:
         ]
         return self._best_priced(free, self._tightness)
 
+    def _roomiest_free(self, group: Group, idle: Sequence[Replica]) -> Found | None:
+        """The same, sought only where there is most memory: what could do without an eviction that is in hand already
+        has to be good, and is not worth a long search."""
+        if self.outgrown:
+            return None
+        rooms = {node.facts.node_id: self.outlook.now(node.facts.node_id) for node in group.nodes}
+        roomy = nlargest(MOST_ROOMY, group.nodes, key=lambda node: sum(rooms[node.facts.node_id].devices.values()))
+        there = (node for node in roomy if group.may_fit(node, rooms[node.facts.node_id]))
+        each = (c for node in there if (c := group.roomiest(node, rooms[node.facts.node_id])) is not None)
+        free = [(placement, self.outgrown) for c in each if (placement := self._free(c, idle))]
+        return self._best_priced(free, self._tightness)
+
     def _free(self, candidate: Candidate, idle: Sequence[Replica]) -> Placement | None:
         placement = self.solve(candidate, self.outlook.now(candidate.node_id))
         if placement is None or candidate.tier not in PARTIAL:
@@ -266,9 +281,36 @@ class Chooser:
         everybody = frozenset(r.replica_id for r in removable) | self.outgrown
         cleared = {n.facts.node_id: self.outlook.without(n.facts.node_id, everybody) for n in group.nodes}
         there = [node for node in group.nodes if group.may_fit(node, cleared[node.facts.node_id])]
-        each = (c for node in there for c in group.on(node))
-        made = (found for c in each if (found := self._make_room(c, removable, cleared[c.node_id])))
-        return self._best_priced(list(islice(made, MOST_COMPARED if group.size > 1 else None)), self._cost)
+        every = [candidate for node in there for candidate in group.on(node)]
+        if group.size == 1 and len(every) > MOST_COMPARED:
+            every = self._promising(every, removable)
+            there = [node for node in there if any(c.node is node for c in every)]
+        most = max(1, MOST_COMPARED // len(there)) if group.size > 1 and there else None
+        made: list[Found] = []
+        for node in there:
+            here = (self._make_room(c, removable, cleared[c.node_id]) for c in every if c.node is node)
+            made += islice((found for found in here if found), most)
+        return self._best_priced(made, self._cost)
+
+    def _promising(self, single: Sequence[Candidate], removable: Sequence[Replica]) -> list[Candidate]:
+        """Of many single GPUs the few of each kind where, by bytes alone, the least regretted would make room."""
+        residents: dict[DeviceId, list[tuple[Replica, int]]] = {}
+        for replica in removable:
+            for device_id, count in zip(replica.placement.device_ids, replica.placement.device_bytes, strict=True):
+                residents.setdefault(device_id, []).append((replica, count))
+        kinds: dict[str, list[tuple[float, int, Candidate]]] = {}
+        for number, candidate in enumerate(single):
+            (device,) = candidate.devices
+            short = candidate.least_bytes - self.outlook.now(candidate.node_id).devices.get(device.device_id, 0)
+            regret_s = 0.0
+            for replica, count in residents.get(device.device_id, ()):
+                if short <= 0:
+                    break
+                short, regret_s = short - count, regret_s + self.regret(replica)
+            if short <= 0:
+                kinds.setdefault(device.product, []).append((regret_s, number, candidate))
+        few = max(2, MOST_COMPARED // max(1, len(kinds)))
+        return [candidate for kind in kinds.values() for _, _, candidate in sorted(kind)[:few]]
 
     def _best_priced(self, found: Sequence[Found], key: Callable[[Found], Any]) -> Found | None:
         """The first by `key` of those that cost nearly the least; of all, where prices are not known."""

@@ -91,7 +91,7 @@ class Prices:
         model, shape = self._models.by_name.get(replica.model), self._shape(replica.model)
         if model is None or shape is None or replica.drain_for or self.surplus(replica):
             return 0.0
-        again_s = COMING_BACK_S + self._speed(replica.model, shape, replica.placement).load.seconds
+        again_s = COMING_BACK_S + self.load_s(shape, replica.model, replica.placement)
         return again_s * SOON_S / (SOON_S + self._back_in_s(model, replica, now)) * 2.0 ** self._models.priority(model)
 
     def _back_in_s(self, model: Model, replica: Replica, now: float) -> float:
@@ -153,7 +153,9 @@ class Prices:
         return min((load.seconds for load in loads), default=0.0) if len(loads) == len(model.copies) else 0.0
 
     def load_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
-        return self._speed(model, shape, placement).load.seconds
+        known = self._models.by_name.get(model)
+        copy = known.copies.get(placement.node_id) if known else None
+        return self._speeds.load(shape, placement.node_id, copy.file.cached_fraction if copy else None).seconds
 
     def _speed(self, name: str, shape: ModelShape, placement: Placement) -> Speed:
         model = self._models.by_name.get(name)
