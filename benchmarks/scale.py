@@ -1,17 +1,18 @@
 """The core at 10, 100 and 1,000 machines of eight GPUs: what a grant, a placement and a reading cost, and its memory.
 
-Every machine has all files, as with shared storage, and its GPUs are full: most placements evict somebody. Models have
-six shapes. Times are CPU time of this process for one event. Run: python -m benchmarks.scale [MACHINES ...]
+Most models lie on twenty machines, five hundred on all; placements are of those. GPUs are full: most placements
+evict somebody. Models have six shapes. Times are CPU time of this process for one event, with the garbage collector set
+as in the scheduler's process. Run: python -m benchmarks.scale [MACHINES ...]
 """
 
 from __future__ import annotations
 
+import gc
 import random
 import resource
 import statistics
 import sys
 import time
-from dataclasses import replace
 
 from arriero.cli.simulate import example_models
 from benchmarks.table import print_table
@@ -28,11 +29,13 @@ from scheduler.simulation.cards import known_card
 from scheduler.units import GIB, DeviceId, LeaseId, NodeId, RequestId
 
 MACHINES = (10, 100, 1000)
-MODELS_PER_MACHINE = 12
+MODELS_PER_MACHINE = 16
 CARDS = ("RTX 3060", "RTX 3060", "RTX 4070", "RTX 4070", "RTX 3090", "RTX 3090", "RTX 4090", "RTX A6000")
-SIZES = 100
-EVENTS = 300
+COPIES = 20  # machines that have a model's file,
+EVERYWHERE = 500  # but for so many models, whose files all machines have
+EVENTS = 200
 SEED = 7
+GC_THRESHOLDS = (50_000, 20, 1000)
 
 
 class Cluster:
@@ -44,15 +47,14 @@ class Cluster:
         self.leases: dict[RequestId, LeaseId] = {}
         self.models = [f"model-{i}" for i in range(machines * MODELS_PER_MACHINE)]
         self._shapes = {name: shapes[i % len(shapes)] for i, name in enumerate(self.models)}
-        self._files = tuple(ModelFile(f"/m/{m}.gguf", (), s.file_bytes, 0.0, 0.0) for m, s in self._shapes.items())
-        for number in range(machines):
-            self._join(number)
-        for name, shape in self._shapes.items():
-            for number in range(machines):
-                self.core.handle(ev.ShapeRead(NodeId(f"n{number}"), f"/m/{name}.gguf", shape), self.now)
+        self.everywhere = self.models[:: max(1, len(self.models) // EVERYWHERE)]
         self.serial = 0
+        for number in range(machines):
+            first = number * MODELS_PER_MACHINE
+            near = (self.models[i % len(self.models)] for i in range(first, first + COPIES * MODELS_PER_MACHINE))
+            self._join(number, list(dict.fromkeys([*near, *self.everywhere])))
 
-    def _join(self, number: int) -> None:
+    def _join(self, number: int, names: list[str]) -> None:
         node_id = NodeId(f"n{number}")
         devices = []
         for i, name in enumerate(CARDS):
@@ -61,12 +63,15 @@ class Cluster:
             device_id = DeviceId(f"n{number}/gpu{i}")
             devices.append(DeviceFacts(device_id, node_id, f"gpu{i}", name, "cuda", card.total_bytes, card.rates))
         facts = NodeFacts(
-            node_id, str(node_id), "", 32, 256 * GIB, tuple(devices), Rates(80e9, 1e12), disk_bytes_per_s=3e9
+            node_id, str(node_id), "", 32, 64 * GIB, tuple(devices), Rates(80e9, 1e12), disk_bytes_per_s=3e9
         )
         self.core.handle(ev.NodeJoined(facts), self.now)
         for device in devices:
             self.core.handle(self.reading(device), self.now)
-        self.core.handle(ev.NodeSampled(NodeReading(node_id, 250 * GIB, self.now, self._files)), self.now)
+        files = tuple(ModelFile(f"/m/{m}.gguf", (), self._shapes[m].file_bytes, 0.0, 0.0) for m in names)
+        self.core.handle(ev.NodeSampled(NodeReading(node_id, 60 * GIB, self.now, files)), self.now)
+        for name in names:
+            self.core.handle(ev.ShapeRead(node_id, f"/m/{name}.gguf", self._shapes[name]), self.now)
 
     def reading(self, device: DeviceFacts) -> ev.DeviceSampled:
         total = device.total_bytes
@@ -118,10 +123,8 @@ class Cluster:
 def main() -> None:
     _, models = example_models()
     kinds = [model.shape for name, model in models.items() if name not in ("chat-1b", "chat-3b")]
-    shapes = [replace(kinds[i % len(kinds)], fingerprint=f"shape-{i}") for i in range(SIZES)]
-    rows = []
-    for machines in map(int, sys.argv[1:] or MACHINES):
-        rows.append(measured(machines, shapes))
+    gc.set_threshold(*GC_THRESHOLDS)
+    rows = [measured(machines, kinds) for machines in map(int, sys.argv[1:] or MACHINES)]
     print_table(
         "The core at scale, CPU time of one event",
         ("machines", "GPUs", "models", "loaded", "grant µs", "release µs", "placement ms", "p99 ms", "reading µs",
@@ -135,6 +138,7 @@ def measured(machines: int, shapes: list[ModelShape]) -> tuple[str, ...]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cluster = Cluster(machines, shapes)
     cluster.fill()
+    gc.freeze()
     warm: list[float] = []
     released: list[float] = []
     cold: list[float] = []
@@ -150,7 +154,10 @@ def measured(machines: int, shapes: list[ModelShape]) -> tuple[str, ...]:
         for device in chance.sample([d for n in cluster.core.inventory.nodes.values() for d in n.facts.devices], 8):
             readings.append(cluster.send(cluster.reading(device)))
         there = set(cluster.loaded())
-        request_id, taken_s = cluster.ask(chance.choice([name for name in cluster.models if name not in there]))
+        absent = [name for name in cluster.everywhere if name not in there]
+        if not absent:
+            break
+        request_id, taken_s = cluster.ask(chance.choice(absent))
         if request_id in cluster.leases:
             cold.append(taken_s)
             cluster.done(request_id)

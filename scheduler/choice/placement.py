@@ -241,8 +241,8 @@ class Chooser:
                 return best or found
             if best is None or price_s < least_s:
                 best, least_s = found, price_s
-            if found[0].tier in ON_GPU and not found[1]:
-                break
+            if found[0].tier in ON_GPU and price_s <= NEARLY * (self.price(found[0], frozenset()) or 0.0):
+                break  # without its victims it would cost nearly the same, and a later tier no less than that
         return best
 
     def _best_of(self, group: Group, idle: Sequence[Replica]) -> Found | None:

@@ -91,6 +91,7 @@ class Models:
         self._catalogue = catalogue
         self._params: dict[str, ModelParams] = {}  # of every name that was asked about: neither side of it changes
         self._kept_away_by: dict[str, frozenset[str]] = {}
+        self._claimed: dict[NodeId, dict[str, list[str]]] = {}  # names by path
         self._reported: dict[NodeId, tuple[ModelFile, ...]] = {}
         self._contexts: dict[str, tuple[ModelShape, ContextParams]] = {}  # the default ones
         self._entries: dict[str, tuple[str, ...]] = {}  # of every path that was seen, which is looked up every second
@@ -197,6 +198,10 @@ class Models:
         for file in files:
             for name in self._names(file, claimed):
                 claimed[name] = file
+        paths: dict[str, list[str]] = {}
+        for name, file in claimed.items():
+            paths.setdefault(file.path, []).append(name)
+        self._claimed[node_id] = paths
         for name, file in claimed.items():
             model = self.by_name.setdefault(name, Model(name))
             known = model.copies.get(node_id)
@@ -213,6 +218,8 @@ class Models:
                     changes.read(file.path)
         copies = [model.copies[node_id] for name in claimed if node_id in (model := self.by_name[name]).copies]
         self._reported.pop(node_id, None)
+        if not files:
+            del self._claimed[node_id]
         if files and not any(copy.undecided for copy in copies):  # else something is left to do
             self._reported[node_id] = files
         for name, gone in [(name, model) for name, model in self.by_name.items() if name not in claimed]:
@@ -225,9 +232,10 @@ class Models:
     ) -> list[Model]:
         """Record what a header said, or why it said nothing; the models it concerns."""
         found = []
-        for model in self.by_name.values():
-            copy = model.copies.get(node_id)
-            if copy is not None and copy.file.path == path:
+        for name in self._claimed.get(node_id, {}).get(path, ()):
+            model = self.by_name.get(name)
+            copy = model.copies.get(node_id) if model else None
+            if model is not None and copy is not None and copy.file.path == path:
                 copy.shape, copy.invalid, copy.trouble, copy.being_read = shape, invalid, trouble, False
                 found.append(model)
         return found
