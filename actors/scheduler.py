@@ -12,6 +12,7 @@ made anew from what is true, by the restart.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -60,6 +61,11 @@ class SchedulerSettings:
     namespace: str = NAMESPACE
 
 
+GC_THRESHOLDS = (50_000, 20, 1000)
+"""Of the garbage collector: what is known of a large cluster is looked through seldom, for that takes tenths of a second
+in which nobody is granted anything."""
+
+
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=MAX_CONCURRENCY)
 class SchedulerActor:
     """Create it detached under `names.SCHEDULER`, on the head."""
@@ -83,6 +89,8 @@ class SchedulerActor:
         self._loops: list[asyncio.Task[None]] = []
         self._spawn(self._tick())
         self._spawn(self._run())
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
 
     # ------------------------------------------------------------------ the core and its surroundings
 

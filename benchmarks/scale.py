@@ -33,7 +33,7 @@ MODELS_PER_MACHINE = 16
 CARDS = ("RTX 3060", "RTX 3060", "RTX 4070", "RTX 4070", "RTX 3090", "RTX 3090", "RTX 4090", "RTX A6000")
 COPIES = 20  # machines that have a model's file,
 EVERYWHERE = 500  # but for so many models, whose files all machines have
-EVENTS = 200
+EVENTS, WARM_UP = 200, 100  # placements, after some whose layouts are new
 SEED = 7
 GC_THRESHOLDS = (50_000, 20, 1000)
 
@@ -149,7 +149,7 @@ def measured(machines: int, shapes: list[ModelShape]) -> tuple[str, ...]:
         request_id, taken_s = cluster.ask(chance.choice(cluster.loaded()))
         warm.append(taken_s)
         released.append(cluster.done(request_id))
-    for _ in range(EVENTS):
+    for number in range(WARM_UP + EVENTS):
         cluster.now += 7.0
         for device in chance.sample([d for n in cluster.core.inventory.nodes.values() for d in n.facts.devices], 8):
             readings.append(cluster.send(cluster.reading(device)))
@@ -159,7 +159,8 @@ def measured(machines: int, shapes: list[ModelShape]) -> tuple[str, ...]:
             break
         request_id, taken_s = cluster.ask(chance.choice(absent))
         if request_id in cluster.leases:
-            cold.append(taken_s)
+            if number >= WARM_UP:
+                cold.append(taken_s)
             cluster.done(request_id)
         else:
             cluster.send(ev.RequestCancelled(request_id))

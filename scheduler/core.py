@@ -51,6 +51,8 @@ class SchedulerCore:
         self._dispatch = Dispatch(
             self.queue, self.fleet, self._admission, self.inventory, self.models, self._out, self.prices
         )
+        every = (catalogue.defaults, *catalogue.models.values())
+        self._some_expire = any(params.keep_alive_s is not None for params in every)
         self._now = 0.0
 
     # ------------------------------------------------------------------ in and out
@@ -369,7 +371,7 @@ class SchedulerCore:
             self._out.announce("lease_expired", message, replica=self.replicas[lease.replica_id])
             self._dispatch.reclaim(lease)
         self._dispatch.time_passes(self._now)
-        for replica in self.replicas.in_state(ReplicaState.READY):
+        for replica in self.replicas.in_state(ReplicaState.READY) if self._some_expire else ():
             self._stop_if_idle_too_long(replica)
 
     def _stop_if_idle_too_long(self, replica: Replica) -> None:

@@ -50,6 +50,7 @@ class Upkeep:
         self._models = models
         self._out = outbox
         self._prefetch = fleet.policy.prefetch
+        self._some_are_kept = models.some_are_kept
         self._kept_again_at = 0.0
         self._ahead: dict[NodeId, str] = {}  # paths that are read ahead
         self._read_at: dict[tuple[NodeId, str], float] = {}
@@ -134,7 +135,7 @@ class Upkeep:
 
     def keep_minimum(self, now: float) -> None:
         """Load what has fewer replicas than it shall always have; whoever is idle makes room for the first of them."""
-        if now < self._kept_again_at:
+        if not self._some_are_kept or now < self._kept_again_at:
             return
         for model in list(self._models.by_name.values()):
             least = self._models.params(model).min_replicas or 0

@@ -30,6 +30,7 @@ SOME_LAYERS_IN_RAM = "some layers in host RAM"
 CPU_ONLY = "CPU only"
 TIERS = (ONE_GPU, SEVERAL_GPUS, EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM, CPU_ONLY)
 ON_GPU = frozenset({ONE_GPU, SEVERAL_GPUS})
+PARTIAL = frozenset({EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM})
 CONTEXT_STEP = 256  # llama.cpp rounds contexts up to so many tokens
 
 
@@ -100,10 +101,10 @@ class Candidate:
         self, devices: Sequence[DeviceFacts], counts: Sequence[int], free: Sequence[int]
     ) -> tuple[Placement | None, list[int]]:
         """The placement with `counts` layers per device, if it fits in `free`, and the bytes left there (negative: at
-        least so much is missing). The graph is drawn only if weights and cache fit and the bound does not; of some
-        layers not at all, which would cost much where CUDA copies weights over: see `grown`."""
+        least so much is missing). The graph is drawn only if weights and cache fit and the bound does not; of partial
+        offloads not at all, which would cost much where CUDA copies weights over: see `grown`."""
         layout = self._layout(devices, counts)
-        spills = self.tier == SOME_LAYERS_IN_RAM
+        spills = self.tier in PARTIAL
         for bounded in (False,) if self.need.draws else (True,) if spills else (True, False):
             cost, _, needs = self.need.shares(self.node, devices, layout, bounded=bounded)
             slack = [there - need for there, need in zip(free, needs, strict=True)]
@@ -194,10 +195,25 @@ class Candidate:
         return sorted(range(len(free)), key=lambda i: (-self.devices[i].rates.bytes_per_s, -free[i]))
 
     def grown(self, placement: Placement, room: Room) -> Placement:
-        """A placement of some layers, with the layers more that the drawn graph leaves room for."""
+        """A partial offload, with the layers (or their experts) more that the drawn graph leaves room for."""
+        if self.tier == EXPERTS_IN_RAM:
+            return self._with_more_experts(placement, room)
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
         more = replace(self, need=replace(self.need, draws=True))._filled_up(placement, free)
         return more if fits(more, room) else placement
+
+    def _with_more_experts(self, best: Placement, room: Room) -> Placement:
+        while best.layout.n_cpu_moe > 1:
+            layout = replace(best.layout, n_cpu_moe=best.layout.n_cpu_moe - 1)
+            cost = self.need.bounded_footprint(layout)
+            needs = [share.weights_bytes + share.kv_bytes for share in cost.devices]  # nothing is drawn in vain
+            if any(need > room.devices.get(d, 0) for d, need in zip(best.device_ids, needs, strict=True)):
+                return best
+            more = self.need.placement(self.tier, self.node, self.devices, layout)
+            if not fits(more, room):
+                return best
+            best = more
+        return best
 
     def _filled_up(self, best: Placement, free: Sequence[int]) -> Placement:
         """Layers are added one by one, each to the roomiest device."""

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from scheduler.choice.candidates import (
     CONTEXT_STEP,
     CPU_ONLY,
-    EXPERTS_IN_RAM,
     ON_GPU,
+    PARTIAL,
     SOME_LAYERS_IN_RAM,
     TIERS,
     Candidate,
@@ -43,10 +43,9 @@ from scheduler.units import DeviceId
 
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
 GOOD_ENOUGH = 0.9  # of the GPU layers that could be had: nobody is evicted, and nothing waited for, for the rest
-PARTIAL = frozenset({EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM})
 NEARLY = 1.25  # of the lowest price: what costs no more counts as equally cheap
 MOST_ROOMY = 2  # machines on which a free place is sought once there is a place on GPUs
-MOST_COMPARED = 16  # combinations of GPUs for which victims are sought, the least memory first
+MOST_COMPARED = 12  # combinations of GPUs for which victims are sought, the least memory first
 
 Found = tuple[Placement, Victims]
 Groups = Sequence[Group]
@@ -132,12 +131,16 @@ class Chooser:
 
     def _grown(self, drawn: Placement, victims: Victims) -> Placement:
         """Some layers more, where the drawn graph leaves room for them."""
-        if drawn.tier != SOME_LAYERS_IN_RAM:
+        if drawn.tier not in PARTIAL:
             return drawn
         room = self.outlook.now(drawn.node_id)
         if victims or not fits(drawn, room):
             room = self.outlook.without(drawn.node_id, victims)
-        return spilling(self.need, self.inventory.nodes[drawn.node_id]).grown(drawn, room)
+        node = self.inventory.nodes[drawn.node_id]
+        if drawn.tier == SOME_LAYERS_IN_RAM:
+            return spilling(self.need, node).grown(drawn, room)
+        devices = tuple(node.devices[device_id].facts for device_id in drawn.device_ids)
+        return Candidate(drawn.tier, self.need, node, devices).grown(drawn, room)
 
     def with_alternatives(self, *, explain: bool = False) -> Choice:
         """The choice for the need itself; where that is not on GPUs now, for the first alternative that is, and where
@@ -235,7 +238,7 @@ class Chooser:
         """The cheapest of what each tier offers, best tier first; the first of them where prices are not known."""
         best, least_s = None, inf
         for offer in offers:
-            found = self._drawn(offer) if offer[0].tier == SOME_LAYERS_IN_RAM else offer
+            found = self._drawn(offer) if offer[0].tier in PARTIAL else offer
             price_s = self.price(*found)
             if price_s is None:
                 return best or found
@@ -309,7 +312,7 @@ class Chooser:
                 short, regret_s = short - count, regret_s + self.regret(replica)
             if short <= 0:
                 kinds.setdefault(device.product, []).append((regret_s, number, candidate))
-        few = max(2, MOST_COMPARED // max(1, len(kinds)))
+        few = max(1, MOST_COMPARED // max(1, len(kinds)))
         return [candidate for kind in kinds.values() for _, _, candidate in sorted(kind)[:few]]
 
     def _best_priced(self, found: Sequence[Found], key: Callable[[Found], Any]) -> Found | None:

@@ -99,6 +99,11 @@ class Models:
             name: Model(name, entry, pinned=entry.pinned) for name, entry in catalogue.models.items()
         }
 
+    @property
+    def some_are_kept(self) -> bool:
+        """Whether any model shall always be loaded."""
+        return any(params.min_replicas for params in (self._catalogue.defaults, *self._catalogue.models.values()))
+
     def find(self, name: str) -> Model:
         """The model, or UnknownModel that suggests the nearest name."""
         model = self.by_name.get(name)
