@@ -104,7 +104,7 @@ class Candidate:
         least so much is missing). The graph is drawn only if weights and cache fit and the bound does not; of partial
         offloads not at all, which would cost much where CUDA copies weights over: see `grown`."""
         layout = self._layout(devices, counts)
-        spills = self.tier in PARTIAL
+        spills = self.tier == SOME_LAYERS_IN_RAM or 0 < self.n_cpu_moe < self.need.n_layers - 1
         for bounded in (False,) if self.need.draws else (True,) if spills else (True, False):
             cost, _, needs = self.need.shares(self.node, devices, layout, bounded=bounded)
             slack = [there - need for there, need in zip(free, needs, strict=True)]
