@@ -24,7 +24,7 @@ from scheduler.config import Catalogue
 from scheduler.costs.measurements import Measurements, Record
 from scheduler.costs.paces import Pace, Paces
 from scheduler.dispatch import Dispatch, Plan
-from scheduler.errors import DeadlineExceeded, Rejected, Unavailable
+from scheduler.errors import Rejected, Unavailable
 from scheduler.fleet import Fleet
 from scheduler.outbox import Outbox
 from scheduler.units import LeaseId, ReplicaId, RequestId, format_bytes
@@ -209,17 +209,9 @@ class SchedulerCore:
             displaced = self.queue.add(waiting)
             if displaced is not None:
                 self._out.post(cmd.RefuseRequest(displaced.request_id, self.queue.full()))
-            self._dispatch.look_at(event.model)
-            self._check_deadline(waiting)
+            self._dispatch.arrived(waiting)
         except (Rejected, Unavailable) as error:
             self._out.post(cmd.RefuseRequest(event.request_id, error))
-
-    def _check_deadline(self, waiting: Waiting) -> None:
-        try:
-            self._dispatch.check_deadline(waiting, self._now)
-        except DeadlineExceeded:
-            self.queue.remove(waiting.request_id)
-            raise
 
     def _request_cancelled(self, event: ev.RequestCancelled) -> None:
         if self.queue.remove(event.request_id) is None:

@@ -71,12 +71,18 @@ class Dispatch:
         self._epoch = 0
         self._touched: set[str] = set()
         self._freed: list[Replica] = []
+        self._newcomer: Waiting | None = None
         self._decisions = 0  # since the last event
         self._now = 0.0
 
     def look_again(self) -> None:
         """Something has changed that every choice depends on."""
         self._epoch += 1
+
+    def arrived(self, waiting: Waiting) -> None:
+        """A request is new in the queue."""
+        self._touched.add(waiting.model)
+        self._newcomer = waiting
 
     def look_at(self, model: str) -> None:
         """Something has changed for the requests of one model."""
@@ -104,6 +110,9 @@ class Dispatch:
         for name in self._to_serve():
             self._serve_model(name)
         self._touched.clear()
+        if self._newcomer is not None:
+            self._refuse_if_late(self._newcomer)
+            self._newcomer = None
 
     def _to_serve(self) -> list[str]:
         """Models that somebody waits for, but for those about which nothing has changed since they were looked at."""
@@ -141,18 +150,21 @@ class Dispatch:
         for name in list(self._queue.models()):
             head = self._queue.head(name)
             if head is not None:
-                try:
-                    self._forecast.check(head, self._coming(head), self._now)
-                except DeadlineExceeded as error:
-                    self._refuse_as_late(head, error)
+                self._refuse_if_late(head)
+
+    def _refuse_if_late(self, waiting: Waiting) -> bool:
+        """Refuse a request that waits if it cannot be served in time, in its place in the queue."""
+        if waiting.request_id in self._queue:
+            try:
+                self._forecast.check(waiting, self._coming(waiting), self._now)
+            except DeadlineExceeded as error:
+                self._refuse_as_late(waiting, error)
+                return True
+        return False
 
     def _refuse_as_late(self, waiting: Waiting, error: DeadlineExceeded) -> None:
         self._out.announce("request_expired", f"a request's deadline cannot be met: {error.message}", waiting.model)
         self.refuse(waiting, error)
-
-    def check_deadline(self, waiting: Waiting, now: float) -> None:
-        """Raise DeadlineExceeded when the request, in its place in the queue, cannot be served in time."""
-        self._forecast.check(waiting, self._coming(waiting), now)
 
     def plan(self, model: Model, waiting: Waiting, now: float) -> Plan:
         """What would be done for the request now, without doing it.
@@ -218,6 +230,8 @@ class Dispatch:
             ready = self._free_replica(head)
             if ready is not None and not self._moves(head, ready):
                 self._grant(head, ready)
+                continue
+            if self._refuse_if_late(head):
                 continue
             try:
                 if self._is_due(head) or self._decisions < MOST_DECISIONS:

@@ -35,7 +35,7 @@ class Forecast:
             return
         least_s, why = self._least_wait(waiting, coming, now)
         left_s = waiting.deadline_at - now
-        if least_s > left_s:
+        if 0 < left_s < least_s:
             message = f"{waiting.model}: {why} {least_s:.1f} s, and the request's deadline is in {left_s:.1f} s"
             raise DeadlineExceeded(message, retry_after_s=least_s, model=waiting.model)
 

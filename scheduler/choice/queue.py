@@ -63,6 +63,9 @@ class RequestQueue:
     def __len__(self) -> int:
         return len(self._by_id)
 
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._by_id
+
     def __iter__(self) -> Iterator[Waiting]:
         return iter(self._by_id.values())
 
