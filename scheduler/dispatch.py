@@ -6,7 +6,7 @@ somebody waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from scheduler import commands as cmd
@@ -116,16 +116,12 @@ class Dispatch:
 
     def _to_serve(self) -> list[str]:
         """Models that somebody waits for, but for those about which nothing has changed since they were looked at."""
-        return [name for name in self._queue.models() if name in self._touched or self._may_have_changed(name)]
-
-    def _may_have_changed(self, name: str) -> bool:
-        head = self._queue.head(name)
-        return head is not None and (head.looked_at_epoch != self._epoch or self._is_due(head))
-
-    def _is_due(self, head: Waiting) -> bool:
-        """The longer somebody has waited, the less another moment changes."""
-        so_far_s = head.looked_at - head.arrived_at
-        return self._now - head.looked_at >= max(LOOK_AGAIN_S, LOOK_AGAIN_SHARE * so_far_s)
+        touched, epoch, now = self._touched, self._epoch, self._now
+        return [
+            head.model
+            for head in self._queue.heads()
+            if head.model in touched or head.looked_at_epoch != epoch or now >= head.look_again_at
+        ]
 
     def time_passes(self, now: float) -> None:
         """Whatever is due although nothing has happened."""
@@ -152,11 +148,11 @@ class Dispatch:
             if head is not None:
                 self._refuse_if_late(head)
 
-    def _refuse_if_late(self, waiting: Waiting) -> bool:
+    def _refuse_if_late(self, waiting: Waiting, coming: Sequence[Replica] | None = None) -> bool:
         """Refuse a request that waits if it cannot be served in time, in its place in the queue."""
         if waiting.request_id in self._queue:
             try:
-                self._forecast.check(waiting, self._coming(waiting), self._now)
+                self._forecast.check(waiting, self._coming(waiting) if coming is None else coming, self._now)
             except DeadlineExceeded as error:
                 self._refuse_as_late(waiting, error)
                 return True
@@ -227,24 +223,27 @@ class Dispatch:
     def _serve_model(self, name: str) -> None:
         """Grant or refuse a model's requests in turn, until the first has to wait."""
         while head := self._queue.head(name):
-            ready = self._free_replica(head)
+            coming = self._coming(head)
+            ready = _free_among(coming, head)
             if ready is not None and not self._moves(head, ready):
                 self._grant(head, ready)
                 continue
-            if self._refuse_if_late(head):
+            if self._refuse_if_late(head, coming):
                 continue
             try:
-                if self._is_due(head) or self._decisions < MOST_DECISIONS:
+                if self._now >= head.look_again_at or self._decisions < MOST_DECISIONS:
                     head.in_the_way = frozenset()
-                    head.reason = self._see_to(head)
-                    head.looked_at_epoch, head.looked_at = self._epoch, self._now
+                    head.reason = self._see_to(head, coming if ready is None else self._coming(head))
+                    head.looked_at_epoch = self._epoch
+                    # the longer somebody has waited, the less another moment changes
+                    waited_s = self._now - head.arrived_at
+                    head.look_again_at = self._now + max(LOOK_AGAIN_S, LOOK_AGAIN_SHARE * waited_s)
                 return
             except (Rejected, Unavailable) as error:
                 self._refuse_alike(head, error)
 
-    def _see_to(self, head: Waiting) -> str:
+    def _see_to(self, head: Waiting, coming: Sequence[Replica]) -> str:
         """See to it that a place comes for the request; what it waits for. Raises the error to refuse it with."""
-        coming = self._coming(head)
         if coming:
             for replica in coming:
                 replica.preloaded = False  # now somebody has asked for it
@@ -292,15 +291,7 @@ class Dispatch:
                 raise self._refusal(Impossible, model, chooser)
 
     def _free_replica(self, waiting: Waiting) -> Replica | None:
-        """A ready replica with a free slot that is long enough: one that knows how the prompt begins, else the one with
-        the fewest requests, of such the most recently used."""
-        able = [replica for replica in self._coming(waiting) if replica.free_slots > 0]
-        if len(able) < 2:
-            return able[0] if able else None
-        prefix = waiting.prefix
-        return max(
-            able, key=lambda each: (bool(prefix) and prefix in each.prefixes, -len(each.leases), each.last_used_at)
-        )
+        return _free_among(self._coming(waiting), waiting)
 
     def _coming(self, waiting: Waiting) -> list[Replica]:
         """Replicas that will serve the request: ready ones, busy or not, and those that are being loaded."""
@@ -348,3 +339,13 @@ class Dispatch:
 
     def read_ahead_ended(self, node_id: NodeId) -> None:
         self._upkeep.read_ahead_ended(node_id)
+
+
+def _free_among(coming: Sequence[Replica], waiting: Waiting) -> Replica | None:
+    """Of the replicas that will serve the request, a ready one with a free slot: one that knows how the prompt begins,
+    else the one with the fewest requests, of such the most recently used."""
+    able = [replica for replica in coming if replica.free_slots > 0]
+    if len(able) < 2:
+        return able[0] if able else None
+    prefix = waiting.prefix
+    return max(able, key=lambda each: (bool(prefix) and prefix in each.prefixes, -len(each.leases), each.last_used_at))

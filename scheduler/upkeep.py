@@ -23,6 +23,7 @@ from scheduler.outbox import Outbox
 from scheduler.units import NodeId, RequestId
 
 LOAD_TIMES_BEFORE_SPREADING = 2.0  # a wait so many times as long as a load is worth another replica
+SPREAD_EVERY_S = 1.0  # and is thought about so often
 TRY_AGAIN_S = 5.0  # a copy that shall be there and has no place is looked at again
 COMPARE_EVERY_S = 10.0  # a better place is looked for so often
 CLEARLY_FASTER = 1.25  # what it must be at the least
@@ -65,6 +66,9 @@ class Upkeep:
         ours = self._fleet.replicas.of_model(head.model)
         if model is None or model.shape is None or not model.history.may_evict:
             return False
+        if now - model.spread_looked_at < SPREAD_EVERY_S:
+            return False
+        model.spread_looked_at = now
         most = self._models.params(model).max_replicas
         if (most is not None and len(ours) >= most) or any(r.state is not ReplicaState.READY for r in ours):
             return False

@@ -27,6 +27,7 @@ class Admission:
         self._reserves = catalogue.reserves
         self._inventory = inventory
         self._models = models
+        self._least_n_ctx: dict[str, tuple[ModelShape, int]] = {}
         self._needs: dict[tuple[str, int | None], tuple[tuple[ModelShape, int, int], Need]] = {}
 
     def check(self, model: Model, waiting: Waiting) -> None:
@@ -39,7 +40,13 @@ class Admission:
         model = self._models.by_name.get(waiting.model)
         if waiting.n_ctx is not None or model is None or model.shape is None:
             return waiting.n_ctx or 0
-        context = self._models.context(model, model.shape, None)
+        known = self._least_n_ctx.get(model.name)
+        if known is None or known[0] is not model.shape:
+            known = self._least_n_ctx[model.name] = model.shape, self._default_n_ctx(model, model.shape)
+        return known[1]
+
+    def _default_n_ctx(self, model: Model, shape: ModelShape) -> int:
+        context = self._models.context(model, shape, None)
         contexts = context, *self._models.alternatives(model, context, None)
         return min(each.n_ctx if each.kv_unified else each.n_ctx // each.n_seq_max for each in contexts)
 

@@ -43,8 +43,8 @@ class Waiting:
     rank: float = 0.0
     reason: str = ""
     in_the_way: frozenset[ReplicaId] = frozenset()  # replicas that it waits for
-    looked_at_epoch: int = -1  # the facts for which no place was found, and when
-    looked_at: float = -inf
+    looked_at_epoch: int = -1  # the facts for which no place was found,
+    look_again_at: float = -inf  # and when they are looked at again although they are the same
 
 
 class RequestQueue:
@@ -112,6 +112,10 @@ class RequestQueue:
         if self._order is None:
             self._order = sorted(self._lines, key=lambda model: self._lines[model][0].rank)
         return self._order
+
+    def heads(self) -> list[Waiting]:
+        """The first request of each model, in their order."""
+        return [self._lines[model][0] for model in self.models()]
 
     def of_model(self, model: str) -> tuple[Waiting, ...]:
         return tuple(self._lines.get(model, ()))

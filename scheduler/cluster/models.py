@@ -11,6 +11,7 @@ import fnmatch
 import posixpath
 import re
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from scheduler.cluster.facts import ModelFile
 from scheduler.cluster.history import LoadHistory, Popularity, ServiceTime
@@ -52,12 +53,13 @@ class Model:
     copies: dict[NodeId, Copy] = field(default_factory=dict)
     history: LoadHistory = field(default_factory=LoadHistory)
     popularity: Popularity = field(default_factory=Popularity)
+    spread_looked_at: float = -inf  # when a second replica was thought about last
     dismissed: bool = False  # unloaded by hand: it is not kept loaded before somebody asks for it again
     service: ServiceTime = field(default_factory=ServiceTime)
+    shape: ModelShape | None = None  # of the first copy whose header has been read
 
-    @property
-    def shape(self) -> ModelShape | None:
-        return next((copy.shape for copy in self.copies.values() if copy.shape is not None), None)
+    def copies_changed(self) -> None:
+        self.shape = next((copy.shape for copy in self.copies.values() if copy.shape is not None), None)
 
     @property
     def invalid(self) -> str:
@@ -212,6 +214,7 @@ class Models:
             known = model.copies.get(node_id)
             if known is None or _identity(known.file) != _identity(file):
                 model.copies[node_id] = Copy(file)
+                model.copies_changed()
                 model.history = LoadHistory()
                 if known is not None:
                     changes.changed.append(name)
@@ -230,6 +233,7 @@ class Models:
         for name, gone in [(name, model) for name, model in self.by_name.items() if name not in claimed]:
             if gone.copies.pop(node_id, None) and not gone.copies and gone.entry is None:
                 del self.by_name[name]
+            gone.copies_changed()
         return changes
 
     def shaped(
@@ -242,6 +246,7 @@ class Models:
             copy = model.copies.get(node_id) if model else None
             if model is not None and copy is not None and copy.file.path == path:
                 copy.shape, copy.invalid, copy.trouble, copy.being_read = shape, invalid, trouble, False
+                model.copies_changed()
                 found.append(model)
         return found
 

@@ -82,6 +82,7 @@ class _Runner:
     placement: Placement
     started_s: float
     busy: list[tuple[float, float]] = field(default_factory=list)
+    pace: tuple[float, float] | None = None
 
 
 def simulate(
@@ -195,9 +196,7 @@ class _Simulation:
 
     def _serve(self, grant: cmd.GrantLease) -> None:
         outcome = self._outcome(grant.request_id)
-        replica = self._core.replicas[grant.replica_id]
-        speed = self._core.speeds.predict(self._models[grant.model].shape, replica.placement, None)
-        prompt_s, answer_s = (each.seconds if each else _FALLBACK_S_PER_TOKEN for each in (speed.prompt, speed.answer))
+        prompt_s, answer_s = self._pace(grant.replica_id, grant.model)
         request = outcome.request
         prompt = min(request.prompt_tokens, grant.n_ctx)
         first_s = prompt * prompt_s + answer_s
@@ -209,6 +208,15 @@ class _Simulation:
         self._runners[grant.replica_id].busy.append((self._elapsed_s, outcome.done_s))
         self._leases.add(grant.lease_id)
         self._after(taken_s, lambda: self._served(grant.lease_id))
+
+    def _pace(self, replica_id: ReplicaId, model: str) -> tuple[float, float]:
+        """Seconds per token of a prompt and of an answer."""
+        runner = self._runners[replica_id]
+        if runner.pace is None:
+            speed = self._core.speeds.predict(self._models[model].shape, runner.placement, None)
+            prompt, answer = (each.seconds if each else _FALLBACK_S_PER_TOKEN for each in (speed.prompt, speed.answer))
+            runner.pace = prompt, answer
+        return runner.pace
 
     def _served(self, lease_id: LeaseId) -> None:
         self._leases.discard(lease_id)
