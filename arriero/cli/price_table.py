@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 
 
 class PricedRow(NamedTuple):
@@ -23,7 +24,8 @@ class PricedRow(NamedTuple):
 
 
 def price_table(title: str, rows: Iterable[PricedRow]) -> Table:
-    table = Table("", "where", "wait", "release", "load", "service", "regret", "total", "tokens/s", title=title)
+    figures = ("wait", "release", "load", "service", "regret", "total", "tokens/s")
+    table = Table("", "where", *(Column(name, no_wrap=True) for name in figures), title=title, box=SIMPLE_HEAD)
     for row in rows:
         terms = (row.wait_s, row.release_s, row.load_s, row.service_s, row.regret_s, row.total_s, row.tokens_per_s)
         table.add_row("*" if row.chosen else "", row.where, *("?" if term is None else f"{term:.1f}" for term in terms))
