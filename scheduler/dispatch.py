@@ -37,7 +37,8 @@ LOOK_AGAIN_SHARE = 0.1  # or after so much of the time that it had waited
 class Plan:
     """Either the replica that serves (or will serve) the request, or the choice that would be made.
 
-    `options` are what could be had now, best first: (placement, victims) of each kind, the chosen one included.
+    `options` are what could be had now, best first: (placement, victims) of each kind, the chosen one included; with a
+    busy replica, where another one could be.
     """
 
     serving: Replica | None
@@ -168,9 +169,11 @@ class Dispatch:
         Raises the error that it would be refused with, but for a lack of room: that is a choice too.
         """
         self._admission.check(model, waiting)
-        serving = self._free_replica(waiting) or next(iter(self._coming(waiting)), None)
+        coming = self._coming(waiting)
+        serving = _free_among(coming, waiting) or next(iter(coming), None)
         if serving is not None:
-            return Plan(serving, None)
+            beside = () if serving.free_slots else self._upkeep.beside(model, waiting, now)
+            return Plan(serving, None, beside)
         need = self._admission.need(model, waiting, now)
         if need is None:
             raise Unavailable(f"{model.name}: {self._admission.why_not_yet(model)}", retry_after_s=1.0)

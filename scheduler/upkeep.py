@@ -10,7 +10,7 @@ from dataclasses import replace
 from scheduler import commands as cmd
 from scheduler.choice.candidates import ON_GPU
 from scheduler.choice.need import Need
-from scheduler.choice.placement import Choice
+from scheduler.choice.placement import Choice, Found
 from scheduler.choice.price import RELEASE_S, REQUESTS, SOON_S
 from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choosers import Choosers
@@ -89,6 +89,19 @@ class Upkeep:
         replica = self._fleet.place(model, choice, now)
         self.stop_reading_ahead(replica.placement.node_id)
         return replica
+
+    def beside(self, model: Model, waiting: Waiting, now: float) -> tuple[Found, ...]:
+        """Where another replica of the model could be loaded, if it may have one more."""
+        most = self._models.params(model).max_replicas
+        ours = self._fleet.replicas.of_model(model.name)
+        try:
+            need = self._choosers.admission.need(model, waiting, now)
+        except ArrieroError:
+            return ()
+        if need is None or (most is not None and len(ours) >= most):
+            return ()
+        choice = self._free_place(model, waiting, need, ours, now)
+        return ((choice.placement, choice.victims),) if choice and choice.placement else ()
 
     def _free_place(
         self, model: Model, waiting: Waiting, need: Need, ours: Sequence[Replica], now: float

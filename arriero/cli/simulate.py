@@ -30,6 +30,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "lru": {"eviction": "lru", "max_active_models": None},
     "gdsf": {"eviction": "gdsf", "max_active_models": None},
     "single": {"eviction": "lru", "max_active_models": 1},
+    "read_ahead": {"eviction": "lru", "max_active_models": None, "prefetch": "read_ahead"},
+    "preload": {"eviction": "lru", "max_active_models": None, "prefetch": "preload"},
 }
 """What each name changes in the catalogue's policy."""
 EXAMPLE_CLUSTER = {

@@ -144,6 +144,8 @@ class RequestQueue:
         """The request has a slot: it leaves the queue."""
         self.remove(waiting.request_id)
         self._left_at.append(now)
+        if not self._by_id:  # how long it is empty says nothing of how fast it moves
+            self._left_at.clear()
 
     def expired(self, now: float) -> list[Waiting]:
         return [entry for entry in self if now >= entry.deadline_at]

@@ -108,6 +108,16 @@ def test_a_busy_replica_is_busy_however_long_ago_it_began() -> None:
         assert served is not None and served.price.wait_s > 0, "its only slot is taken"
 
 
+def test_beside_a_busy_replica_another_one_is_an_alternative() -> None:
+    cards = {"gpus": [{"total": "8GiB"}, {"total": "8GiB"}]}
+    plan = plan_on(cluster({**cards, "replicas": [replica("medium", 0, busy=True)]}), "medium")
+    assert plan.best is not None and plan.best.price.wait_s > 0 and plan.best.price.load_s == 0
+    (second,) = plan.alternatives
+    assert second.placement.device_ids[0].endswith("gpu1") and second.price.load_s > 0 and not second.evicts
+    idle = plan_on(cluster({**cards, "replicas": [replica("medium", 0)]}), "medium")
+    assert not idle.alternatives
+
+
 def test_what_is_loaded_serves_at_the_price_of_its_service() -> None:
     plan = plan_on(cluster({"gpus": [BIG_CARD], "replicas": [replica("medium", 0)]}), "medium")
     assert plan.best is not None and plan.best.price.load_s == 0 and plan.best.price.service_s
