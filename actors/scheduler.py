@@ -62,8 +62,8 @@ class SchedulerSettings:
 
 
 GC_THRESHOLDS = (50_000, 20, 1000)
-"""Of the garbage collector: what is known of a large cluster is looked through seldom, for that takes tenths of a second
-in which nobody is granted anything."""
+"""Of the garbage collector: what is known of a large cluster is looked through seldom, for that takes tenths of a
+second in which nobody is granted anything."""
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=MAX_CONCURRENCY)

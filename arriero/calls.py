@@ -64,6 +64,7 @@ class Options(TypedDict, total=False):
     response_format: Mapping[str, Any]
     n_ctx: int
     deadline_s: float
+    priority: int
 
 
 @dataclass(frozen=True, slots=True)

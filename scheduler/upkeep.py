@@ -154,7 +154,7 @@ class Upkeep:
         """Load what has fewer replicas than it shall always have; whoever is idle makes room for the first of them."""
         if not self._some_are_kept or now < self._kept_again_at:
             return
-        for model in list(self._models.by_name.values()):
+        for model in sorted(self._models.by_name.values(), key=_size, reverse=True):  # the largest find a place first
             least = self._models.params(model).min_replicas or 0
             ours = self._fleet.replicas.of_model(model.name)
             there = sum(replica.open for replica in ours)
@@ -233,6 +233,10 @@ class Upkeep:
 
     def read_ahead_ended(self, node_id: NodeId) -> None:
         self._ahead.pop(node_id, None)
+
+
+def _size(model: Model) -> int:
+    return model.shape.file_bytes if model.shape else 0
 
 
 def _nobody(model: Model, now: float) -> Waiting:

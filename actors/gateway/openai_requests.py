@@ -215,10 +215,15 @@ class EmbeddingsRequest(ModelRequest):
 
 
 def prefix_of(asked: GenerateRequest) -> str:
-    """A hash of what the prompt begins with: of a chat, its first two messages, which stay while it goes on; of a text,
-    its first characters."""
-    beginning: object = asked.prompt[:PREFIX_LENGTH] if asked.prompt is not None else (asked.messages or ())[:2]
+    """A hash of what the prompt begins with: of a chat, all up to the first message of the user, which stays while it
+    goes on; of a text, its first characters."""
+    beginning: object = asked.prompt[:PREFIX_LENGTH] if asked.prompt is not None else _opening(asked.messages or ())
     return blake2b(json.dumps(beginning, default=str).encode(), digest_size=12).hexdigest()
+
+
+def _opening(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    first = next((i for i, message in enumerate(messages) if message.get("role") == "user"), 0)
+    return messages[: first + 1]
 
 
 def _refused(param: str, message: str) -> Rejected:

@@ -67,8 +67,8 @@ def plan_on(cluster: DescribedCluster, model: str, n_ctx: int | None = None) -> 
         return DescribedPlan(None, refusal=Refusal((error.message, *shorter.reasons), only))
     pricing = _Pricing(cluster, model)
     if found.serving is not None:
-        others = tuple(pricing.priced(option) for option in found.options)
-        return DescribedPlan(pricing.served(found.serving.replica_id), others)
+        beside = tuple(pricing.priced(option) for option in found.options)
+        return DescribedPlan(pricing.served(found.serving.replica_id), beside)
     choice = found.choice
     assert choice is not None
     passed_over = tuple(map(str, choice.rejections))

@@ -10,7 +10,7 @@ import asyncio
 import pickle
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -234,10 +234,12 @@ class Stage:
 
 
 @contextmanager
-def serve(backend: FakeBackend | Stage, api_key: str | None = None, pulse_s: float = 5.0) -> Iterator[str]:
+def serve(
+    backend: FakeBackend | Stage, api_keys: Mapping[str, str] | None = None, pulse_s: float = 5.0
+) -> Iterator[str]:
     """The URL of a gateway over `backend`, on a real socket, in a thread of its own."""
     listener = listen("127.0.0.1", 0)
-    server = make_server(make_app(backend, {"": api_key} if api_key else {}, pulse_s))
+    server = make_server(make_app(backend, api_keys, pulse_s))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from gateway_fakes import FakeBackend, serve, web
+from gateway_fakes import MODEL, FakeBackend, serve, web
 
 from actors.gateway.address import check_exposure, is_loopback
 from actors.gateway.security import MAX_BODY_BYTES
@@ -17,7 +17,7 @@ from scheduler.errors import Rejected
 
 @pytest.fixture(scope="module")
 def keyed() -> Iterator[str]:
-    with serve(FakeBackend(), api_key="schlüssel") as url:
+    with serve(FakeBackend(), api_keys={"": "schlüssel"}) as url:
         yield url
 
 
@@ -38,6 +38,17 @@ def test_the_key_opens(keyed: str, scheme: str) -> None:
     headers = {"Authorization": f"{scheme} schlüssel".encode(), "Host": "gpu.lan", "Origin": "https://ui.lan"}
     reply = web.get(f"{keyed}/api/v1/status", headers=headers)  # type: ignore[arg-type]
     assert reply.status_code == 200
+
+
+def test_a_request_is_known_by_the_name_of_its_key() -> None:
+    backend = FakeBackend()
+    with serve(backend, api_keys={"ann": "a-secret", "ben": "b-secret"}) as url:
+        for key, status in (("b-secret", 200), ("a-secret", 200), ("c-secret", 401)):
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "priority": 3}
+            headers = {"Authorization": f"Bearer {key}"}
+            assert web.post(f"{url}/v1/chat/completions", json=body, headers=headers).status_code == status
+    needs = [request for (request,) in backend.wait_for("acquire", 2)]
+    assert [(need.key, need.priority) for need in needs] == [("ben", 3), ("ann", 3)]
 
 
 @pytest.mark.parametrize("path", ["/health", "/api/v1/health"])

@@ -144,7 +144,7 @@ def test_an_error_in_mid_stream_is_an_event(client: openai.OpenAI, backend: Fake
 
 
 def test_with_a_key(backend: FakeBackend) -> None:
-    with serve(backend, api_key="s3cret") as url:
+    with serve(backend, api_keys={"": "s3cret"}) as url:
         with (
             openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
             pytest.raises(openai.AuthenticationError, match="ARRIERO_API_KEY"),
@@ -257,3 +257,12 @@ def test_half_a_surrogate_pair_is_the_callers_fault(url: str, backend: FakeBacke
     reply = web.post(f"{url}/v1/{route}", content=body, headers={"Content-Type": "application/json"})
     assert reply.status_code == 400 and "\\ud800, half of a surrogate pair" in reply.json()["error"]["message"]
     assert not backend.saw("acquire")
+
+
+def test_chats_that_begin_alike_are_known_as_such(client: openai.OpenAI, backend: FakeBackend) -> None:
+    """What is said later does not change what a chat begins with."""
+    later = [*HELLO, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "And then?"}]
+    for messages in (HELLO, later, [{"role": "user", "content": "Something else"}]):
+        client.chat.completions.create(model=MODEL, messages=messages)  # type: ignore[arg-type]
+    first, on, other = [request.prefix for (request,) in backend.wait_for("acquire", 3)]
+    assert first and first == on != other

@@ -211,7 +211,7 @@ def in_background(ask: Callable[[], Any], listener: Any, answer: bytes) -> Any:
 
 def test_where_and_who_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, backend: FakeBackend) -> None:
     assert calls.http_settings(None, None)["base_url"] == "http://127.0.0.1:11535"
-    with serve(backend, api_key="s3cret") as url:
+    with serve(backend, api_keys={"": "s3cret"}) as url:
         monkeypatch.setenv("ARRIERO_URL", url)
         monkeypatch.setenv("ARRIERO_API_KEY", "s3cret")
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
