@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from actors.gateway import wire
-from scheduler.choice.placement import Choice, Found
+from scheduler.choice.placement import Choice
+from scheduler.choice.search import Found
 from scheduler.cluster.inventory import Device, Node
 from scheduler.cluster.ledger import cores_account, device_account, host_account
 from scheduler.cluster.models import Model

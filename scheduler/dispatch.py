@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from scheduler import commands as cmd
 from scheduler.choice.admission import Admission
 from scheduler.choice.explain import explain_coming, explain_refusal, explain_waiting
-from scheduler.choice.placement import Choice, Chooser, Found
+from scheduler.choice.placement import Choice, Chooser
 from scheduler.choice.price import Prices
 from scheduler.choice.queue import RequestQueue, Waiting
+from scheduler.choice.search import Found
 from scheduler.choosers import Choosers
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.leases import Lease

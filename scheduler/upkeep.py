@@ -10,9 +10,10 @@ from dataclasses import replace
 from scheduler import commands as cmd
 from scheduler.choice.candidates import ON_GPU
 from scheduler.choice.need import Need
-from scheduler.choice.placement import Choice, Found
+from scheduler.choice.placement import Choice
 from scheduler.choice.price import RELEASE_S, REQUESTS, SOON_S
 from scheduler.choice.queue import RequestQueue, Waiting
+from scheduler.choice.search import Found
 from scheduler.choosers import Choosers
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.models import Copy, Model, Models

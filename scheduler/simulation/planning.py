@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.choice.placement import Choice, Found
+from scheduler.choice.placement import Choice
 from scheduler.choice.price import Price
+from scheduler.choice.search import Found
 from scheduler.cluster.replica import Placement
 from scheduler.errors import ArrieroError, InvalidGGUF
 from scheduler.simulation.described import NOW, DescribedCluster
