@@ -102,11 +102,16 @@ class Prices:
         return 0.0 if replica.busy else max(0.0, now - replica.last_used_at)
 
     def surplus(self, replica: Replica) -> bool:
-        """Whether its model is served by others, as many as it shall have at least."""
-        others = sum(each.open and each is not replica for each in self._replicas.of_model(replica.model))
+        """Whether its model is served by others, as many as it shall have at least: those that were used last stay."""
+        there = [each for each in self._replicas.of_model(replica.model) if each.open]
         model = self._models.by_name.get(replica.model)
-        least = self._models.params(model).min_replicas or 0 if model else 0
-        return others >= max(1, least)
+        least = max(1, self._models.params(model).min_replicas or 0 if model else 0)
+        if len(there) <= least:
+            return not replica.open and len(there) == least
+        there.sort(
+            key=lambda each: (each.state is ReplicaState.READY, each.last_used_at, each.replica_id), reverse=True
+        )
+        return replica not in there[:least]
 
     def _busy_s(self, replica: Replica) -> float:
         """Until the replica has finished what it is doing: half a request, a load and one that follows it."""

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from scenario import MEDIUM, SMALL, Scenario, gpu
+from scenario import LARGE, MEDIUM, SMALL, Scenario, gpu
 
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeReading
 from scheduler.costs.params import Rates
-from scheduler.units import GIB, NodeId
+from scheduler.units import GIB, NodeId, RequestId
 
 
 def cards(*sizes: str) -> list[DeviceFacts]:
@@ -237,3 +237,35 @@ def test_the_same_priority_preempts_nobody() -> None:
     plain = s.ask("b")
     s.wait(60)
     assert s.waits(plain) and not s.announced("replica_preempted")
+
+
+def test_of_two_replicas_one_stays_however_much_room_is_wanted() -> None:
+    """Either of them could be spared, but not both: the model would have to be loaded again."""
+    s = machine(
+        {"a": MEDIUM, "big": LARGE}, "8GiB", "8GiB", models=entry("a", min_replicas=1) | entry("big", spill=False)
+    )
+    flood(s, "a", 12)
+    s.wait(3)
+    assert len(s.core.replicas) == 2
+    for waiting in list(s.core.queue):
+        s.cancel(waiting.request_id)
+    for grant in list(s.grants.values()):
+        s.send(ev.LeaseReleased(grant.lease_id))
+    s.wait(10)
+    refused = s.ask("big")  # it would need both GPUs, and all of them
+    s.wait(30)
+    assert refused in s.refusals and "a" in s.loaded_models()
+
+
+def test_the_replica_that_was_used_last_is_the_one_that_stays() -> None:
+    s = machine({"a": MEDIUM, "b": MEDIUM, "c": MEDIUM}, "4GiB", "4GiB")
+    requests = flood(s, "a", 6)
+    s.wait(3)
+    for request in requests:
+        s.done(request) if request in s.grants else s.cancel(request)
+    s.wait(10)
+    (first, second) = s.core.replicas.values()
+    s.send(ev.LeaseReleased(s.core.fleet.leases.grant(RequestId("again"), first, s.now).lease_id))
+    s.wait(10)
+    s.run("b")
+    assert second.replica_id not in s.core.replicas and first.replica_id in s.core.replicas
