@@ -34,11 +34,15 @@ class Choosers:
 
     def of(self, model: Model, waiting: Waiting, need: Need, now: float) -> Chooser:
         n_ctx = self.admission.least_n_ctx(waiting)
+        outlook = Outlook(self._fleet.rooms, self._fleet.replicas, self._kept_apart(model))
+        allowed = [node for node in self.admission.nodes(model) if need.wishes.allow(node)]
+        nodes = self._near(model, allowed)
         return Chooser(
             need=need,
-            nodes=self._shortlist(model, need),
+            nodes=self._shortlist(model, need, nodes, outlook),
+            every_node=nodes,
             inventory=self._inventory,
-            outlook=Outlook(self._fleet.rooms, self._fleet.replicas, self._kept_apart(model)),
+            outlook=outlook,
             replicas=self._fleet.replicas,
             protected=self.is_protected,
             policy=self._fleet.policy,
@@ -55,16 +59,14 @@ class Choosers:
             regret=_remembering(lambda replica: self.prices.regret_s(replica, now)),
         )
 
-    def _shortlist(self, model: Model, need: Need) -> list[Node]:
-        nodes = self._near(model, [node for node in self.admission.nodes(model) if need.wishes.allow(node)])
+    def _shortlist(self, model: Model, need: Need, nodes: list[Node], outlook: Outlook) -> list[Node]:
         if self._fleet.policy.max_active_models is not None:
             return nodes
-        rooms, replicas = self._fleet.rooms, self._fleet.replicas
 
         def cached(node_id: NodeId) -> float:
             return model.copies[node_id].file.cached_fraction or 0.0
 
-        return shortlist(need, nodes, rooms, replicas, self.is_protected, cached)
+        return shortlist(need, nodes, outlook, self.is_protected, cached)
 
     def is_protected(self, replica: Replica) -> bool:
         """Never evicted: its model is pinned, or has no more replicas than it shall always have."""
@@ -85,7 +87,7 @@ class Choosers:
         """Those of `nodes` on which the models are that this one shall be near to, as far as they are loaded."""
         for name in self._models.params(model).near or ():
             there = {r.placement.node_id for r in self._fleet.replicas.of_model(name) if r.state in STAYING}
-            nodes = [node for node in nodes if node.facts.node_id in there] if there else nodes
+            nodes = [node for node in nodes if node.facts.node_id in there] or nodes  # the file may not be there
         return nodes
 
     def _kept_apart(self, model: Model) -> frozenset[ReplicaId]:

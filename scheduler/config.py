@@ -120,8 +120,8 @@ class Policy(_Strict):
     preempt_after_s: float | None = Field(
         None,
         ge=0,
-        description="a request of higher priority makes busy replicas take nothing new at once, and ends their answers "
-        "after so many seconds; none: it waits for its turn",
+        description="a request of higher priority that has waited drain_after_s makes busy replicas take nothing new, "
+        "and ends their answers after so many seconds; none: it waits for its turn",
     )
     prefetch: Literal["read_ahead", "preload"] | None = Field(
         None,
@@ -138,6 +138,12 @@ class Policy(_Strict):
         30.0, ge=0, description="wait so long for room on GPUs before settling for host RAM, where speeds are not known"
     )
     queue_limit: int = Field(256, ge=1, description="requests waiting in all")
+    request_priority_max: int = Field(
+        0,
+        ge=-10,
+        le=10,
+        description="requests may claim no higher priority than this, or their model's if that is more",
+    )
     priority_s: float = Field(
         60.0, ge=0, description="one step of priority is worth so many seconds of waiting: nobody waits for ever"
     )

@@ -203,7 +203,7 @@ class SchedulerCore:
         waiting = Waiting(event.request_id, event.model, event.kind, event.n_ctx, self._now, self._now + deadline_s)
         try:
             model = self.models.find(event.model)
-            waiting.priority = self.models.priority(model) if event.priority is None else event.priority
+            waiting.priority = self._priority(model, event.priority)
             waiting.key, waiting.prefix = event.key, event.prefix
             self._admission.check(model, waiting)
             displaced = self.queue.add(waiting)
@@ -212,6 +212,11 @@ class SchedulerCore:
             self._dispatch.arrived(waiting)
         except (Rejected, Unavailable) as error:
             self._out.post(cmd.RefuseRequest(event.request_id, error))
+
+    def _priority(self, model: Model, asked: int | None) -> int:
+        """The model's, or what the request asks for as far as it may."""
+        own = self.models.priority(model)
+        return own if asked is None else min(asked, max(own, self.policy.request_priority_max))
 
     def _request_cancelled(self, event: ev.RequestCancelled) -> None:
         if self.queue.remove(event.request_id) is None:
@@ -238,7 +243,7 @@ class SchedulerCore:
         if released is None:
             return None
         replica, lease = released
-        if served and replica.model in self.models.by_name:
+        if served and lease.answers and replica.model in self.models.by_name:
             model = self.models.by_name[replica.model]
             model.history.served()
             model.service.took(self._now - lease.granted_at)

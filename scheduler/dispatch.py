@@ -196,10 +196,12 @@ class Dispatch:
             self._models.by_name[waiting.model].popularity.asked(self._now)
             self._models.by_name[waiting.model].dismissed = False
         if waiting.prefix:
-            replica.prefixes.append(waiting.prefix)
+            replica.saw(waiting.prefix)
         replica.preloaded = False
         self._fleet.replicas.used(replica)
-        lease = self._fleet.leases.grant(waiting.request_id, replica, self._now, waiting.priority)
+        lease = self._fleet.leases.grant(
+            waiting.request_id, replica, self._now, waiting.priority, answers=waiting.kind != "load"
+        )
         ttl_s = self._fleet.leases.ttl_s
         self._out.post(
             cmd.GrantLease(waiting.request_id, lease.lease_id, replica.replica_id, replica.model, replica.n_ctx, ttl_s)
@@ -254,10 +256,12 @@ class Dispatch:
             if self._decisions < MOST_DECISIONS:
                 self._decisions += self._upkeep.spread(head, coming, self._now)
                 self._fleet.start_pending(self._queue.length, self._now)
+            self._reopened(self._turns.drain(head, frozenset(), self._now))
             return explain_coming(coming[0])
         ours = self._fleet.replicas.of_model(head.model)
         draining = next((r for r in ours if r.drain_for not in ("", head.model)), None)
         if draining is not None:  # a second replica beside it would stay where there happens to be room now
+            self._reopened(self._turns.drain(head, frozenset(), self._now))
             return f"{head.model} finishes to make room for {draining.drain_for}, and comes back after it"
         self._decisions += 1
         model = self._models.by_name.get(head.model)

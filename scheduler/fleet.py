@@ -173,6 +173,7 @@ class Fleet:
         """Loaded. Books what the load really took instead of what was predicted."""
         self._become(replica, ReplicaState.READY)
         replica.ready_at = replica.last_used_at = now
+        self.replicas.used(replica)
         replica.load_s, replica.pid, replica.n_ctx, replica.progress = event.load_s, event.pid, event.n_ctx, 1.0
         replica.measured = event.buffers
         self._learn(replica)

@@ -49,6 +49,9 @@ class Turns:
             for replica in list(self._draining.values())
             if replica.drain_for == head.model and replica.replica_id not in victims
         ]
+        ours = self._fleet.replicas.of_model(head.model)
+        if any(replica.drain_for not in ("", head.model) for replica in ours):
+            return reopened  # it makes room for somebody itself: two that wait for each other would wait for ever
         for replica_id in sorted(victims & self._fleet.replicas.keys()):
             replica = self._fleet.replicas[replica_id]
             turn_s = 0.0 if self._may_preempt(head, replica) else self._turn_s(replica)

@@ -53,7 +53,7 @@ class Upkeep:
         self._out = outbox
         self._prefetch = fleet.policy.prefetch
         self._some_are_kept = models.some_are_kept
-        self._kept_again_at = 0.0
+        self._kept_again_at = self._prefetch_again_at = 0.0
         self._ahead: dict[NodeId, str] = {}  # paths that are read ahead
         self._read_at: dict[tuple[NodeId, str], float] = {}
 
@@ -120,7 +120,7 @@ class Upkeep:
         model = self._models.by_name.get(head.model)
         if model is None or model.shape is None or replica.placement.tier in ON_GPU or not replica.idle:
             return None
-        if now - replica.compared_at < COMPARE_EVERY_S or self._choosers.is_protected(replica):
+        if now - replica.compared_at < COMPARE_EVERY_S:
             return None
         replica.compared_at = now
         try:
@@ -129,6 +129,7 @@ class Upkeep:
             return None
         if need is None or self._choosers.price_s(need, replica.placement, frozenset(), now) is None:
             return None
+        need = need.with_context(replica.placement.context)  # no shorter one, whatever this request would do with
         chooser = replace(self._choosers.of(model, head, need, now), outgrown=frozenset({replica.replica_id}))
         choice = chooser.choose()
         if choice.placement is None or choice.verdict not in ("free", "evict"):
@@ -139,7 +140,9 @@ class Upkeep:
         price = prices.of(shape, model.name, choice.placement, choice.victims - {replica.replica_id}, now)
         requests = max(REQUESTS, self._queue.length(model.name), SOON_S / model.popularity.mean_gap_s(now))
         gain_s = requests * (before_s - after_s)
-        worth_it = after_s * CLEARLY_FASTER < before_s and gain_s > RELEASE_S + price.load_s + price.regret_s
+        moving_s = RELEASE_S + price.load_s
+        worth_it = after_s * CLEARLY_FASTER < before_s and gain_s > moving_s + price.regret_s
+        worth_it = worth_it and 2 * moving_s < head.deadline_at - now
         return choice if worth_it else None
 
     def move(self, head: Waiting, replica: Replica, choice: Choice, now: float) -> None:
@@ -153,7 +156,7 @@ class Upkeep:
 
     def keep_minimum(self, now: float) -> None:
         """Load what has fewer replicas than it shall always have; whoever is idle makes room for the first of them."""
-        if not self._some_are_kept or now < self._kept_again_at:
+        if not self._some_are_kept or now < self._kept_again_at or not self._inventory.complete:
             return
         for model in sorted(self._models.by_name.values(), key=_size, reverse=True):  # the largest find a place first
             least = self._models.params(model).min_replicas or 0
@@ -183,14 +186,18 @@ class Upkeep:
 
     def prefetch(self, now: float) -> None:
         """While nobody waits: read ahead, or load, what is asked for most often of all that is not loaded."""
-        if self._prefetch is None or len(self._queue) or self._fleet.replicas.count(*ON_ITS_WAY):
+        if self._prefetch is None or now < self._prefetch_again_at or len(self._queue):
             return
+        if self._fleet.replicas.count(*ON_ITS_WAY):
+            return
+        self._prefetch_again_at = now + TRY_AGAIN_S
         likely = sorted(
             (gap_s, model.name)
             for model in self._models.by_name.values()
             if model.popularity.count
             and not self._fleet.replicas.of_model(model.name)
             and not model.dismissed
+            and self._models.params(model).keep_alive_s is None  # it is to go when nobody uses it
             and (gap_s := model.popularity.mean_gap_s(now)) < SOON_S
         )
         models = [self._models.by_name[name] for _, name in likely]

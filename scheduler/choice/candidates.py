@@ -66,15 +66,27 @@ class Candidate:
         """The best placement of this family that fits `room`, or None."""
         if self.tier == SOME_LAYERS_IN_RAM:
             found = self._most_layers(room)
-        elif self.tier == EXPERTS_IN_RAM:
+        elif self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
             found = self._most_experts(room)
         elif self.devices:
             found = self._spread(room)
         else:
             found = self._placement((), (), bounded=not self.need.draws)
-        if found and not fits(found, room):
+        if found and not fits(found, room) and self._may_do_drawn(found, room):
             found = exact(found, self.need, self.node)
         return found if found and fits(found, room) else None
+
+    def _may_do_drawn(self, bounded: Placement, room: Room) -> bool:
+        """Whether it could fit `room` with a graph that takes less than the bound: nothing is drawn in vain."""
+        most_bytes = self.need.bounded_footprint(bounded.layout).host.compute_bytes
+        return fits(replace(bounded, host_bytes=max(0, bounded.host_bytes - most_bytes)), room)
+
+    def feasible(self, room: Room) -> bool:
+        """Whether it fits `room` somehow, the best way or not."""
+        if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
+            most = self.need.n_layers - 1
+            return replace(self, n_cpu_moe=most, least_bytes=self.need.least_bytes(most)).solve(room) is not None
+        return self.solve(room) is not None
 
     def minimum(self) -> Placement:
         """The family's plainest placement, whether or not it fits: what the numbers in a refusal are taken from."""
@@ -82,9 +94,8 @@ class Candidate:
             return self._placement((), ())
         if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
             return replace(self, n_cpu_moe=self.need.n_layers - 1).minimum()
-        return self._placement(
-            self.devices, _proportional([device.total_bytes for device in self.devices], self.need.n_layers)
-        )
+        counts = _proportional([device.total_bytes for device in self.devices], self.need.n_layers)
+        return self._placement(self.devices, counts, bounded=self.tier in PARTIAL)
 
     def _placement(self, devices: Sequence[DeviceFacts], counts: Sequence[int], *, bounded: bool = False) -> Placement:
         return self.need.placement(self.tier, self.node, devices, self._layout(devices, counts), bounded=bounded)

@@ -6,11 +6,12 @@ room is worked out once in a decision.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from scheduler.choice.eviction import Victims
 from scheduler.choice.room import Room, Rooms, View
+from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Replica
 from scheduler.cluster.replicas import Replicas
 from scheduler.units import NodeId, ReplicaId
@@ -52,6 +53,16 @@ class Outlook:
         if not keeping:
             self._empty[node_id] = room
         return room
+
+    def unlike(self, nodes: Iterable[Node], keeping: Iterable[Replica] = ()) -> Iterator[tuple[Node, Room]]:
+        """Machines and their rooms with only the replicas `keeping` on them, one of all that are alike."""
+        seen = set()
+        for node in nodes:
+            room = self.empty(node.facts.node_id, keeping)
+            kind = tuple(device.product for device in node.facts.devices), tuple(room.devices.values()), room.host_bytes
+            if kind not in seen:
+                seen.add(kind)
+                yield node, room
 
     def _open(self, room: Room, staying: Iterable[Replica], gone: Victims) -> Room:
         """The room on devices that are not closed to this model."""

@@ -18,8 +18,10 @@ from scheduler.choice.groups import Group, groups
 from scheduler.choice.reasons import rejections
 from scheduler.choice.room import STAYING
 from scheduler.choice.search import GOOD_ENOUGH, Found, Search, within
+from scheduler.choice.shortlist import wider
 from scheduler.choice.ways_out import ways_out
-from scheduler.cluster.replica import Placement
+from scheduler.cluster.inventory import Node
+from scheduler.cluster.replica import Placement, Replica
 
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
 Groups = Sequence[Group]
@@ -47,11 +49,17 @@ class Chooser(Search):
     """Decides what to do about the need. `waited_s`: seconds that it has been waited for already."""
 
     waited_s: float = 0.0
+    every_node: Sequence[Node] = ()
+    """`nodes` may be a shortlist of them."""
 
     def choose(self, *, explain: bool = False) -> Choice:
         """Raises Rejected for parameters that llama.cpp refuses."""
         groups = self._groups()
         choice = self._choose(groups)
+        if len(self.nodes) < len(self.every_node) and not _is_on_gpus_now(choice):
+            more = wider(self.need, self.every_node, self.outlook)
+            nodes = list({node.facts.node_id: node for node in (*self.nodes, *more)}.values())
+            return replace(self, nodes=nodes, every_node=()).choose(explain=explain)
         if choice.placement is not None and not self.need.draws:
             drawn = exact(choice.placement, self.need, self.inventory.nodes[choice.placement.node_id])
             if not within(drawn, choice.placement):  # the bound lied: do without it
@@ -122,13 +130,20 @@ class Chooser(Search):
         free = not victims and fits(placement, self.outlook.now(placement.node_id))
         return Choice("free" if free else "evict", placement, victims)
 
+    def _feasible_somewhere(self, groups: Groups, keeping: Sequence[Replica]) -> bool:
+        """Whether the model fits on some machine with only the replicas `keeping` on it. On the devices with the most
+        memory it does, if it does on as many others."""
+        for node, room in self.outlook.unlike(self.nodes, keeping):
+            roomiest = (group.roomiest(node, room) for group in groups if node in group.nodes)
+            if any(candidate is not None and self.feasible(candidate, room) for candidate in roomiest):
+                return True
+        return False
+
     def _refuse(self, groups: Groups) -> Choice:
-        if not any(self.solve(c, self.outlook.empty(c.node_id)) for group in groups for c in group):
+        if not self._feasible_somewhere(groups, ()):
             return Choice("impossible", None, frozenset())
         kept = [replica for replica in self.there() if self.protected(replica)]
-        if self.may_evict and any(
-            self.solve(c, self.outlook.empty(c.node_id, kept)) for group in groups for c in group
-        ):
+        if self.may_evict and self._feasible_somewhere(groups, kept):
             return Choice("wait", None, frozenset())
         return Choice("blocked", None, frozenset())
 

@@ -103,14 +103,12 @@ class Prices:
 
     def surplus(self, replica: Replica) -> bool:
         """Whether its model is served by others, as many as it shall have at least: those that were used last stay."""
-        there = [each for each in self._replicas.of_model(replica.model) if each.open]
+        there = [r for r in self._replicas.of_model(replica.model) if r.open and r.state is ReplicaState.READY]
         model = self._models.by_name.get(replica.model)
         least = max(1, self._models.params(model).min_replicas or 0 if model else 0)
         if len(there) <= least:
-            return not replica.open and len(there) == least
-        there.sort(
-            key=lambda each: (each.state is ReplicaState.READY, each.last_used_at, each.replica_id), reverse=True
-        )
+            return replica not in there and len(there) == least
+        there.sort(key=lambda each: (each.last_used_at, each.replica_id), reverse=True)
         return replica not in there[:least]
 
     def _busy_s(self, replica: Replica) -> float:

@@ -53,8 +53,12 @@ def context_that_fits(chooser: Chooser) -> int:
 
     def fits(steps: int) -> bool:
         smaller = chooser.need.with_context(replace(context, n_ctx=steps * CONTEXT_STEP * context.n_seq_max))
-        every = (candidate for group in groups(smaller, chooser.nodes) for candidate in group)
-        return any(c.solve(chooser.outlook.empty(c.node_id)) for c in every)
+        found = groups(smaller, chooser.nodes)
+        for node, room in chooser.outlook.unlike(chooser.nodes):
+            roomiest = (group.roomiest(node, room) for group in found if node in group.nodes)
+            if any(candidate is not None and candidate.feasible(room) for candidate in roomiest):
+                return True
+        return False
 
     low, high = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
     if high <= low or not fits(low):

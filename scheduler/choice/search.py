@@ -64,6 +64,12 @@ class Search:
         tokens_per_s = self.tokens_per_s(placement)
         return placement if tokens_per_s is None or tokens_per_s >= wanted else None
 
+    def feasible(self, candidate: Candidate, room: Room) -> bool:
+        """Whether the candidate has any placement in the room that would do."""
+        if self.need.wishes.min_tokens_per_s:
+            return self.solve(candidate, room) is not None
+        return candidate.feasible(room)
+
     def evictable(self, min_residency_s: float) -> list[Replica]:
         """Replicas that may make room for this one, the least regretted first."""
         if not self.may_evict:

@@ -2,7 +2,8 @@
 
 One quick pass over free memory picks the machines on which the model fits most tightly and most quickly, those with the
 most memory free together and the most host RAM; the replicas that were used longest ago name the machines where room is
-made; the page cache, and earlier replicas of the model, name some as well. Up to `ALL` machines are all looked at.
+made; the page cache, and earlier replicas of the model, name some as well. Up to `ALL` machines are all looked at. When
+no place on GPUs is found on them, others are looked at too: all up to `MANY`, of more the largest of each kind.
 """
 
 from __future__ import annotations
@@ -12,22 +13,21 @@ from heapq import nlargest, nsmallest
 from itertools import islice
 
 from scheduler.choice.need import Need
-from scheduler.choice.room import Rooms
+from scheduler.choice.outlook import Outlook
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Replica
-from scheduler.cluster.replicas import Replicas
-from scheduler.units import NodeId
+from scheduler.units import GIB, NodeId
 
 ALL = 8
 OF_A_KIND = 2  # machines that each reason names
+MANY = 32
 LOOKED_THROUGH = 512  # replicas, used longest ago first
 
 
 def shortlist(
     need: Need,
     nodes: Sequence[Node],
-    rooms: Rooms,
-    replicas: Replicas,
+    outlook: Outlook,
     protected: Callable[[Replica], bool],
     cached: Callable[[NodeId], float],
 ) -> list[Node]:
@@ -35,15 +35,15 @@ def shortlist(
     cache."""
     if len(nodes) <= ALL:
         return list(nodes)
-    least = need.least_bytes()
+    least, replicas = need.least_bytes(), outlook.replicas
     by_id = {node.facts.node_id: node for node in nodes}
     tight: list[tuple[int, NodeId]] = []
     fast: list[tuple[float, NodeId]] = []
     roomy: list[tuple[int, NodeId]] = []
     ram: list[tuple[int, NodeId]] = []
     for node_id, node in by_id.items():
-        room = rooms.now(node_id)
-        free = room.devices
+        room = outlook.now(node_id)
+        free = {d.device_id: room.devices.get(d.device_id, 0) for d in need.wishes.devices(node)}
         roomy.append((sum(free.values()), node_id))
         ram.append((room.host_bytes, node_id))
         fitting = [device_id for device_id, count in free.items() if count >= least]
@@ -54,26 +54,38 @@ def shortlist(
     for ranked in (fast, roomy, ram):
         named += [node_id for _, node_id in nlargest(OF_A_KIND, ranked)]
     if not tight:
-        named += islice(_with_victims(least, by_id, rooms, replicas, protected), 2 * OF_A_KIND)
+        named += islice(_with_victims(need, by_id, outlook, protected), 2 * OF_A_KIND)
     named += islice((node_id for node_id in by_id if cached(node_id) >= 0.5), OF_A_KIND)
     named += [r.placement.node_id for r in replicas.of_model(need.model) if r.placement.node_id in by_id]
     return [by_id[node_id] for node_id in dict.fromkeys(named)]
 
 
+def wider(need: Need, nodes: Sequence[Node], outlook: Outlook) -> list[Node]:
+    """Machines among which one is that the model fits on, if there is any among `nodes`: all of them, or of many the
+    two of each kind that would have the most memory free."""
+    if len(nodes) <= MANY:
+        return list(nodes)
+    kinds: dict[tuple[object, ...], list[tuple[int, int, Node]]] = {}
+    for number, node in enumerate(nodes):
+        totals = tuple(device.total_bytes for device in need.wishes.devices(node))
+        kind = totals, node.facts.memory_total_bytes // GIB, node.facts.physical_cores
+        here = outlook.replicas.on_node(node.facts.node_id)
+        room = outlook.without(node.facts.node_id, [replica.replica_id for replica in here if replica.idle])
+        kinds.setdefault(kind, []).append((-sum(room.devices.values()), number, node))
+    return [node for kind in kinds.values() for _, _, node in nsmallest(OF_A_KIND, kind)]
+
+
 def _with_victims(
-    least: int,
-    by_id: dict[NodeId, Node],
-    rooms: Rooms,
-    replicas: Replicas,
-    protected: Callable[[Replica], bool],
+    need: Need, by_id: dict[NodeId, Node], outlook: Outlook, protected: Callable[[Replica], bool]
 ) -> Iterable[NodeId]:
     """Machines on which one replica that is idle would make enough room on one GPU; who was used longest ago first."""
     seen: set[NodeId] = set()
-    for replica in islice(replicas.least_recently_used(), LOOKED_THROUGH):
+    least = need.least_bytes()
+    for replica in islice(outlook.replicas.least_recently_used(), LOOKED_THROUGH):
         placement = replica.placement
         if placement.node_id in seen or placement.node_id not in by_id or not replica.idle or protected(replica):
             continue
-        free = rooms.now(placement.node_id).devices
+        free = outlook.now(placement.node_id).devices
         shares = zip(placement.device_ids, placement.device_bytes, strict=True)
         if any(free.get(device_id, 0) + count >= least for device_id, count in shares):
             seen.add(placement.node_id)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 STEP_BYTES = 64 * MIB
 """Memory that is missing is said to this much."""
-_MOST_BYTES = 1 << 40
+MOST_NODES = 4
+"""Machines for which it is worked out: it takes some milliseconds for each of their devices."""
+_SPARE_STEPS = 128
+"""More than buffers take that are not weights or cache; with twice these two and so much, any model fits."""
 
 
 def ways_out(chooser: Chooser, *, never: bool) -> tuple[str, ...]:
@@ -47,13 +50,16 @@ def _fits_without(names: Iterable[str], chooser: Chooser) -> bool:
 def _more_memory(chooser: Chooser) -> list[str]:
     devices: list[tuple[int, str]] = []
     memories: list[tuple[int, str]] = []
-    for node in chooser.nodes:
+    for node in chooser.nodes[:MOST_NODES]:
         # what could be had with everybody gone who may be stopped
         here = chooser.replicas.on_node(node.facts.node_id)
         gone = [replica.replica_id for replica in here if not chooser.protected(replica)]
         room = chooser.outlook.without(node.facts.node_id, gone)
         on = f" of {node.facts.hostname}" if len(chooser.nodes) > 1 else ""
-        for device in chooser.need.wishes.devices(node):
+        alike = {
+            (d.product, d.total_bytes, room.devices.get(d.device_id)): d for d in chooser.need.wishes.devices(node)
+        }
+        for device in alike.values():
             more = _missing(chooser, node, partial(_with_device, room, device.device_id))
             if more:
                 devices.append((more, f"{format_bytes(more)} more on {device.label}{on}"))
@@ -73,17 +79,19 @@ def _with_host(room: Room, extra: int) -> Room:
 
 def _missing(chooser: Chooser, node: Node, room_with: Callable[[int], Room]) -> int:
     """The least extra bytes, to `STEP_BYTES`, with which the model fits on the node somehow; 0: no amount helps."""
-    ways = [candidate for group in groups(chooser.need, [node]) for candidate in group]
+    ways = groups(chooser.need, [node])
 
     def fits(steps: int) -> bool:
         room = room_with(steps * STEP_BYTES)
-        return any(chooser.solve(candidate, room) for candidate in ways)
+        roomiest = (way.roomiest(node, room) for way in ways)
+        return any(candidate is not None and chooser.feasible(candidate, room) for candidate in roomiest)
 
+    enough = -(-2 * chooser.need.least_bytes() // STEP_BYTES) + _SPARE_STEPS
+    if not fits(enough):
+        return 0
     high = 1
     while not fits(high):
-        high *= 2
-        if high * STEP_BYTES > 16 * chooser.need.least_bytes() + _MOST_BYTES:
-            return 0
+        high = min(2 * high, enough)
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2

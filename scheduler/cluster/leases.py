@@ -17,6 +17,7 @@ class Lease:
     granted_at: float  # seconds of the core's clock
     expires_at: float
     priority: int = 0
+    answers: bool = True  # it is for an answer, not for loading the model alone
 
 
 class Leases:
@@ -31,10 +32,12 @@ class Leases:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def grant(self, request_id: RequestId, replica: Replica, now: float, priority: int = 0) -> Lease:
+    def grant(
+        self, request_id: RequestId, replica: Replica, now: float, priority: int = 0, *, answers: bool = True
+    ) -> Lease:
         self._serial += 1
         lease_id = LeaseId(f"lease-{self._tag}{self._serial}")
-        lease = Lease(lease_id, request_id, replica.replica_id, now, now + self.ttl_s, priority)
+        lease = Lease(lease_id, request_id, replica.replica_id, now, now + self.ttl_s, priority, answers)
         self._leases[lease_id] = lease
         replica.leases.add(lease.lease_id)
         replica.last_used_at = now

@@ -124,8 +124,11 @@ class Models:
     def kept_away_by(self, name: str) -> frozenset[str]:
         """Models whose entries say that they share no GPU with this one."""
         if name not in self._kept_away_by:
+            by_default = self._catalogue.defaults.not_with or ()
             entries = self._catalogue.models.items()
-            self._kept_away_by[name] = frozenset(other for other, each in entries if name in (each.not_with or ()))
+            self._kept_away_by[name] = frozenset(
+                other for other, each in entries if name in (by_default if each.not_with is None else each.not_with)
+            )
         return self._kept_away_by[name]
 
     def priority(self, model: Model) -> int:
@@ -194,7 +197,7 @@ class Models:
         """The context of all slots that the model may be given where there is room; 0: no more than it needs."""
         if self.params(model).n_ctx != "auto":
             return 0
-        return (shape.n_ctx_train or 0) * context.n_seq_max
+        return (shape.n_ctx_train or 0) * (1 if context.kv_unified else context.n_seq_max)
 
     def update(self, node_id: NodeId, files: tuple[ModelFile, ...]) -> FileChanges:
         """Take a node's list of files: what to read because it is new, changed or was not readable; what changed."""

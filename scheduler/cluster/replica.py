@@ -109,6 +109,12 @@ class Replica:
             raise InvariantBroken(f"replica {self.replica_id}: {self.state.value} cannot become {state.value}")
         self.state = state
 
+    def saw(self, prefix: str) -> None:
+        """A prompt that begins like this is in its cache."""
+        if prefix in self.prefixes:
+            self.prefixes.remove(prefix)
+        self.prefixes.append(prefix)
+
     @property
     def busy(self) -> bool:
         return bool(self.leases)
@@ -130,7 +136,7 @@ class Replica:
     @property
     def free_slots(self) -> int:
         grants = self.state is ReplicaState.READY and self.open and not self.doubted
-        return self.slots - len(self.leases) if grants else 0
+        return max(0, self.slots - len(self.leases)) if grants else 0  # more may have outlived a restart
 
     @property
     def anonymous_bytes(self) -> int:

@@ -27,6 +27,8 @@ from scheduler.units import DeviceId, LeaseId, NodeId, ReplicaId, RequestId
 
 TICK_S = 1.0
 """How often the core is told that time has passed, while anything goes on."""
+IDLE_TICK_S = 5.0
+"""And while nothing does, where models are unloaded after some idle time."""
 _READ_S = 5.0
 """Readings come at least so often; a device that falls silent gets nothing new."""
 _UNDER_WAY_S = 5.0
@@ -116,6 +118,9 @@ class _Simulation:
         self._caches = {node.name: _PageCache(node) for node in description.nodes}
         self._read_at = NOW
         self._leases: set[LeaseId] = set()
+        self._answers: dict[LeaseId, Outcome] = {}
+        every = (catalogue.defaults, *catalogue.models.values())
+        self._some_expire = any(params.keep_alive_s is not None for params in every)
         self._loading = 0
         self._ahead: dict[NodeId, int] = {}
         gpus = [device.device_id for node in self._core.inventory.nodes.values() for device in node.facts.devices]
@@ -167,6 +172,8 @@ class _Simulation:
                     self._after(RELEASE_S, lambda r=replica_id: self._gone(r))  # type: ignore[misc]
                 case cmd.Announce() if command.kind == "replica_evicted":
                     self._run.evictions += 1
+                case cmd.CancelAnswer():
+                    self._broken_off(command.lease_id)
                 case cmd.ReadAhead():
                     self._read_ahead(command)
                 case cmd.StopReadAhead():
@@ -186,6 +193,8 @@ class _Simulation:
         self._send(ev.Ticked())
         if self._leases or self._loading or len(self._core.queue):
             self._after(TICK_S, self._tick)
+        elif self._agenda and self._some_expire and self._core.replicas:
+            self._after(IDLE_TICK_S, self._tick)
         elif self._agenda:  # nothing can happen before
             self._at(max(self._agenda[0][0] - NOW, self._elapsed_s + TICK_S), self._tick)
 
@@ -207,6 +216,7 @@ class _Simulation:
         outcome.done_s = self._elapsed_s + taken_s
         self._runners[grant.replica_id].busy.append((self._elapsed_s, outcome.done_s))
         self._leases.add(grant.lease_id)
+        self._answers[grant.lease_id] = outcome
         self._after(taken_s, lambda: self._served(grant.lease_id))
 
     def _pace(self, replica_id: ReplicaId, model: str) -> tuple[float, float]:
@@ -218,8 +228,19 @@ class _Simulation:
             runner.pace = prompt, answer
         return runner.pace
 
-    def _served(self, lease_id: LeaseId) -> None:
+    def _broken_off(self, lease_id: LeaseId) -> None:
+        """The rest of an answer is not wanted, or not to be had, any more."""
         self._leases.discard(lease_id)
+        outcome = self._answers.pop(lease_id, None)
+        if outcome is not None and outcome.done_s is not None and outcome.done_s > self._elapsed_s:
+            outcome.tokens, outcome.done_s = 0, None
+            outcome.refusal = "its answer was ended for a request of higher priority"
+
+    def _served(self, lease_id: LeaseId) -> None:
+        if lease_id not in self._leases:
+            return
+        self._leases.discard(lease_id)
+        self._answers.pop(lease_id, None)
         self._send(ev.LeaseReleased(lease_id))
 
     # ------------------------------------------------------------------ replicas

@@ -510,3 +510,34 @@ def test_readings_that_name_processes_are_exact() -> None:
 
 def test_medium_is_what_these_tests_think() -> None:
     assert MEDIUM == M
+
+
+def test_two_that_are_in_each_other_s_way_do_not_wait_for_ever() -> None:
+    """Each wants a longer context, for which it needs the GPU that the other one is busy on."""
+    sizes = ["3GiB", "3GiB"]
+    s = Scenario([gpu(size, f"gpu{i}") for i, size in enumerate(sizes)], {"a": M, "b": M})
+    held = [s.ask("a"), s.ask("b")]
+    s.wait(70)
+    longer = [s.ask("a", n_ctx=16384), s.ask("b", n_ctx=16384)]
+    s.wait(5)
+    for request in held:
+        s.done(request)  # in vain where the lease has gone with its replica
+    s.wait(30)
+    assert any(request in s.grants for request in longer) or all(request in s.refusals for request in longer)
+    assert all(not replica.drain_for or replica.busy for replica in s.core.replicas.values())
+
+
+def test_a_replica_takes_requests_again_when_what_it_was_drained_for_is_served_otherwise() -> None:
+    s = Scenario([gpu("3GiB"), gpu("3GiB", "gpu1")], {"a": M, "b": M}, catalogue={"policy": {"lease_ttl_s": 1000}})
+    s.run("a")
+    s.run("b")
+    busy = [s.ask("a"), s.ask("b")]
+    s.wait(70)
+    longer = s.ask("b", n_ctx=16384)
+    s.wait(5)
+    s.cancel(longer)
+    waits = s.ask("b")
+    s.wait(5)
+    assert all(not replica.drain_for for replica in s.core.replicas.values())
+    s.done(busy[0])
+    assert s.ask("a") in s.grants and s.waits(waits)

@@ -117,12 +117,21 @@ def test_models_come_in_the_order_of_their_first_requests() -> None:
 
 
 def test_a_request_s_own_priority_or_its_model_s_decides() -> None:
-    s = Scenario([gpu("4GiB")], {"a": MEDIUM})
+    s = Scenario([gpu("4GiB")], {"a": MEDIUM}, catalogue={"policy": {"request_priority_max": 5}})
     first = s.ask("a")
     plain, urgent = s.ask("a"), s.ask("a", priority=3)
     s.wait(1)
     s.done(first)
     assert urgent in s.grants and s.waits(plain)
+
+
+def test_nobody_claims_more_than_the_catalogue_allows() -> None:
+    s = Scenario([gpu("4GiB")], {"a": MEDIUM})
+    first = s.ask("a")
+    plain, pushing, modest = s.ask("a"), s.ask("a", priority=10), s.ask("a", priority=-1)
+    s.wait(1)
+    s.done(first)
+    assert plain in s.grants and s.waits(pushing) and s.waits(modest)
 
 
 def test_whoever_is_displaced_is_refused() -> None:

@@ -12,7 +12,7 @@ from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeReading
 from scheduler.costs.params import Rates
-from scheduler.units import GIB, NodeId, RequestId
+from scheduler.units import GIB, DeviceId, NodeId, RequestId
 
 
 def cards(*sizes: str) -> list[DeviceFacts]:
@@ -163,7 +163,7 @@ def test_what_was_preloaded_goes_first_even_while_it_loads() -> None:
     s.run("b")
     s.kill("a")
     s.auto = False
-    s.wait(2)
+    s.wait(6)
     assert s.states("a")[-1] == "loading"
     waits = s.ask("c")
     assert s.states("a")[-1] == "stopping" and s.states("b") == ["ready"]
@@ -191,12 +191,12 @@ def test_files_are_read_ahead_while_the_disk_is_idle_and_no_longer() -> None:
         s.run(model)
     files = tuple(ModelFile(f"/models/{m}.gguf", (f"/models/{m}.gguf",), 1000, 1.0, 0.0) for m in "ab")
     s.send(ev.NodeSampled(NodeReading(NodeId("box"), 60 * GIB, s.now, files)))
-    s.wait(1)
+    s.wait(6)
     assert [c.path for c in s.log if isinstance(c, cmd.ReadAhead)] == ["/models/a.gguf"]
     s.run("a")  # its load needs the disk
     assert [c.path for c in s.log if isinstance(c, cmd.StopReadAhead)] == ["/models/a.gguf"]
     s.send(ev.ReadAheadEnded(NodeId("box"), "/models/a.gguf"))
-    s.wait(1)
+    s.wait(6)
     assert [c.path for c in s.log if isinstance(c, cmd.ReadAhead)][-1] == "/models/b.gguf"
 
 
@@ -206,7 +206,12 @@ def test_files_are_read_ahead_while_the_disk_is_idle_and_no_longer() -> None:
 def contest(**policy: Any) -> tuple[Scenario, str, str]:
     """A model is being used, and somebody with priority wants another that does not fit beside it."""
     models = entry("a", spill=False) | entry("b", spill=False)
-    s = machine({"a": MEDIUM, "b": MEDIUM}, "4GiB", policy=policy | {"lease_ttl_s": 1000}, models=models)
+    s = machine(
+        {"a": MEDIUM, "b": MEDIUM},
+        "4GiB",
+        policy=policy | {"lease_ttl_s": 1000, "request_priority_max": 10},
+        models=models,
+    )
     held = s.ask("a")
     s.wait(6)
     urgent = s.ask("b", priority=5)
@@ -269,3 +274,56 @@ def test_the_replica_that_was_used_last_is_the_one_that_stays() -> None:
     s.wait(10)
     s.run("b")
     assert second.replica_id not in s.core.replicas and first.replica_id in s.core.replicas
+
+
+# ---------------------------------------------------------------------- moving
+
+
+def in_host_ram(**catalogue: Any) -> Scenario:
+    """A model that had to be loaded into host RAM; now the GPU is free."""
+    s = machine({"a": MEDIUM}, "4GiB", **catalogue)
+    s.foreign[DeviceId("id-gpu0")] = 3 * GIB
+    s.read_devices()
+    s.run("a")
+    assert s.tier("a") != "one GPU"
+    s.foreign.clear()
+    s.read_devices()
+    s.wait(20)
+    return s
+
+
+def test_a_model_in_host_ram_moves_to_a_gpu_that_has_come_free() -> None:
+    s = in_host_ram()
+    s.run("a")
+    assert s.tier("a") == "one GPU" and s.announced("replica_moved")
+    assert s.replica("a").n_ctx == 8192
+
+
+def test_it_does_not_move_under_a_request_that_could_not_wait_for_it() -> None:
+    s = in_host_ram()
+    assert s.ask("a", deadline_s=0.3) in s.grants and not s.announced("replica_moved")
+
+
+def test_a_short_request_does_not_make_its_context_shorter() -> None:
+    s = in_host_ram()
+    for n_ctx in (512, None, 512, None):
+        s.run("a", n_ctx)
+        s.wait(15)
+    assert s.replica("a").n_ctx == 8192 and len(s.started) == 2
+
+
+def test_loading_a_model_is_no_answer_of_it() -> None:
+    s = machine({"a": MEDIUM}, "4GiB")
+    s.run("a")
+    service_s = s.core.models.by_name["a"].service.mean_s
+    for _ in range(8):
+        s.done(s.ask("a", kind="load"))
+    assert s.core.models.by_name["a"].service.mean_s == service_s > 0
+
+
+def test_what_goes_when_it_is_idle_is_not_preloaded() -> None:
+    s = machine({"a": MEDIUM}, "4GiB", policy={"prefetch": "preload"}, models=entry("a", keep_alive_s=10))
+    for _ in range(10):
+        s.run("a")
+    s.wait(60)
+    assert not s.core.replicas and len(s.started) == 1

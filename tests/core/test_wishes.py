@@ -156,3 +156,39 @@ def test_auto_is_the_longest_context_that_keeps_the_layout() -> None:
     assert 8192 <= sizes["4GiB"] <= sizes["5GiB"] <= sizes["6GiB"]
     s.run("m")
     assert len(s.started) == 1
+
+
+def many_boxes(models: dict[str, tuple[int, ...]], catalogue: dict[str, Any], big: int = 2) -> Scenario:
+    """Twelve machines, the first of them with GPUs of 14 GiB, the others with 8 GiB."""
+    s = Scenario([], models, catalogue=catalogue)
+    for number in range(12):
+        s.add_node(f"n{number}", [gpu("14GiB" if number < big else "8GiB", f"gpu-{number}")])
+    return s
+
+
+def test_of_many_machines_the_one_that_is_named_is_found() -> None:
+    s = many_boxes(M, wants(gpus=["n9/gpu-9"], spill=False))
+    s.run("m")
+    assert s.node("m") == "n9"
+
+
+def test_what_fits_only_on_machines_that_are_busy_waits_for_them_however_many_others_there_are() -> None:
+    catalogue = {"models": {name: {"path": f"{name}.gguf", "spill": False} for name in ("x", "y", "large")}}
+    s = many_boxes({"x": LARGE, "y": LARGE, "large": LARGE}, catalogue)
+    held = [s.ask("x"), s.ask("y")]
+    assert {s.node("x"), s.node("y")} == {"n0", "n1"}
+    waits = s.ask("large")
+    s.wait(1)
+    assert s.waits(waits), s.why(waits)
+    s.done(held[0])
+    s.wait(10)
+    assert waits in s.grants
+
+
+def test_a_model_whose_neighbour_is_where_its_file_is_not_is_loaded_all_the_same() -> None:
+    s = Scenario([gpu("4GiB")], {"first": MEDIUM, "second": SMALL}, catalogue=wants("second", near=["first"]))
+    s.report_node("box", has=["second"])
+    s.add_node("other", [gpu("4GiB", "gpu-other")], has=["first"])
+    s.run("first")
+    s.run("second")
+    assert (s.node("first"), s.node("second")) == ("other", "box")
