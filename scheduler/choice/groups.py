@@ -73,7 +73,12 @@ class Group:
         """Whether the most memory that so many devices of the machine have free is enough at all."""
         if not self.size:
             return True
-        return sum(nlargest(self.size, room.devices.values())) >= self.least_bytes
+        if sum(nlargest(self.size, room.devices.values())) < self.least_bytes:
+            return False
+        if self.tier != EXPERTS_IN_RAM:
+            return True
+        roomiest = self.roomiest(node, room)  # else the host RAM for the experts would be found short again and again
+        return roomiest is not None and roomiest.feasible(room)
 
 
 def groups(need: Need, nodes: Sequence[Node]) -> list[Group]:
