@@ -1,32 +1,25 @@
 """What ways of evicting and placing cost on traces of several kinds, against rivals' ways and against hindsight.
 
 Every run is decided by the production core in the simulator. Eight models in Q4_K of 1 to 70 billion parameters share a
-machine with 24 and 12 GiB cards. The policies are Arriero's own, and what others do, built here by replacing a rule or
-two of the core and leaving it the rest: whether a place is worth a wait, whose turn it is, what goes to host RAM. So
-what is compared is the rule, not the product that it was seen in.
+machine with 24 and 12 GiB cards. Policies are Arriero's own, and what others do, built here by replacing a rule or two
+of the core and leaving it the rest: what is compared is the rule, not the product that it was seen in.
 
-Bytes loaded are held against two figures of `lower_bound`. "to the bound" is the ratio to PFOO-L over the requests as
-they come, the same for all policies of a trace. It can be below 1: who is late serves in another order, and who refuses
-need not load. "to its order" is the ratio to the optimum for whom it served, in the order in which it did. That can be
-below 1 only by use of host RAM: a model counts with what it takes of the GPUs in its place on the empty machine, where
-the 70B model, too large for both together, takes all that it can get.
+"to the bound" is the ratio of bytes loaded to PFOO-L (`lower_bound`) over the requests as they come; it can be below 1,
+for who serves in another order or refuses loads less. "to its order" is the ratio to the optimum for whom a policy
+served, in its order; below 1 only by use of host RAM: a model counts with what it takes of the GPUs of the empty
+machine. Mean waits count a refused request as one that waited for its whole deadline.
 
-Mean waits count a refused request as one that waited for its whole deadline, so that refusing does not look good.
+One trace does without the 70B model, which is most of what is waited for; on one machine the disk is slower than the
+page cache. Traces in CSV (docs/planning.md) are played as they came and more slowly, models drawn by Zipf's law. With
+more to do than the machine can, one early decision changes an hour: several seeds tell a rule from luck.
 
-The 70B model is most of what is waited for, so one trace does without it: there all models fit, and who goes decides. On
-one machine the disk is slower than the page cache (500 MB/s, a plain SSD), so that it matters what is in the latter; on
-the others both read 2 GB/s.
-
-Traces with real arrival times and lengths can be given (CSV as in docs/planning.md). Models are then drawn by Zipf's
-law, and the first requests are played twice: as they came, and ten times slower, so that the machine keeps up.
-
-Run: python -m benchmarks.eviction [CSV ...]
+Run: python -m benchmarks.eviction [--seeds N] [CSV ...]
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -37,14 +30,15 @@ from unittest.mock import patch
 from arriero.cli.simulate import POLICIES, example_models
 from benchmarks.lower_bound import Item, first_loads, optimum, pfoo_l
 from benchmarks.table import print_table
-from scheduler.choice import placement as choice_of_places
+from scheduler.choice import search
 from scheduler.choice.candidates import ONE_GPU, Candidate
 from scheduler.choice.eviction import Victims
 from scheduler.choice.groups import Group
-from scheduler.choice.placement import Chooser, Found
 from scheduler.choice.price import Prices
+from scheduler.choice.search import GOOD_ENOUGH, Found, Search
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.config import Catalogue, Policy
+from scheduler.simulation import report
 from scheduler.simulation.described import NOW, DescribedCluster, ModelOnDisk
 from scheduler.simulation.description import ClusterDescription, parse_cluster
 from scheduler.simulation.report import summary
@@ -53,7 +47,8 @@ from scheduler.simulation.trace import Popularity, TraceRequest, made_trace, rea
 from scheduler.units import NodeId, format_bytes
 
 SEED, REQUESTS = 7, 1000
-SLOWER = 10.0
+SLOWER = 10.0, 50.0
+"""How many times as far apart the requests of a file come. By ten the machine has still more to do than it can."""
 DEFAULT = "lru"
 LLAMA_CPP_MODELS = 4
 """Loaded at the same time by llama.cpp's router, unless it is told otherwise."""
@@ -68,7 +63,7 @@ COLUMNS = (
     *("p99 s", "mean, refused as late, s", "tokens/s"),
 )
 BEST_COLUMNS = (
-    *("trace", "first loads", "PFOO-L", "optimum", "least mean wait", f"{DEFAULT} waits"),
+    *("trace", "first loads", "PFOO-L", "optimum", "least mean wait", f"{DEFAULT} waits", "the least in"),
     *("fewest bytes", f"{DEFAULT} loads"),
 )
 
@@ -88,16 +83,18 @@ class Memory(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What one way came to in one scenario."""
+    """What one way came to in one scenario, or in several."""
 
-    told: Mapping[str, Any]
-    mean_wait_s: float
+    refused: int
+    cold_loads: int
+    loaded_bytes: int
     order_bytes: int
     """The least for whom it served, in its order."""
-
-    @property
-    def loaded_bytes(self) -> int:
-        return int(self.told["bytes_loaded"])
+    waits_s: Sequence[float]
+    """Of whom it served."""
+    mean_waits_s: Sequence[float]
+    """By scenario, refused requests counted as late."""
+    tokens_per_s: float
 
 
 class Hindsight(NamedTuple):
@@ -155,8 +152,8 @@ def keep_alive_order() -> Sequence[Patch]:
     is, and it is tried again. All have the same here: so by name, whatever their size, and wherever they lie."""
     return (
         _goes_first(lambda replica: (replica.model, replica.replica_id)),
-        patch.object(choice_of_places, "cheapest_victims", _one_after_another),
-        patch.object(Chooser, "_in_the_way", lambda chooser, candidate, removable, enough: removable),
+        patch.object(search, "cheapest_victims", _one_after_another),
+        patch.object(Search, "_in_the_way", lambda places, candidate, removable, enough: removable),
     )
 
 
@@ -176,30 +173,32 @@ def _one_after_another(
 def largest_free_gpu() -> Sequence[Patch]:
     """Many simple schedulers: a model goes to the GPU with the most free memory, and if it has too little, others are
     evicted there; to the next one only where it could not fit at all."""
-    free, make_room = Chooser._best_free, Chooser._make_best_room
+    free, make_room = Search._best_free, Search.make_best_room
 
-    def best_free(chooser: Chooser, group: Group, idle: Sequence[Replica]) -> Found | None:
-        return chooser._roomiest_free(group, idle) if group.tier == ONE_GPU else free(chooser, group, idle)
+    def best_free(places: Search, group: Group, idle: Sequence[Replica]) -> Found | None:
+        return places._roomiest_free(group, idle) if group.tier == ONE_GPU else free(places, group, idle)
 
-    def make_best_room(chooser: Chooser, group: Group, removable: Sequence[Replica]) -> Found | None:
+    def make_best_room(
+        places: Search, group: Group, removable: Sequence[Replica], share: float = GOOD_ENOUGH
+    ) -> Found | None:
         if group.tier != ONE_GPU:
-            return make_room(chooser, group, removable)
+            return make_room(places, group, removable, share)
 
         def free_bytes(candidate: Candidate) -> int:
-            return chooser.outlook.now(candidate.node_id).devices.get(candidate.devices[0].device_id, 0)
+            return places.outlook.now(candidate.node_id).devices.get(candidate.devices[0].device_id, 0)
 
-        everybody = chooser.outgrown.union(replica.replica_id for replica in removable)
+        everybody = places.outgrown.union(replica.replica_id for replica in removable)
         roomiest_first = sorted(group, key=free_bytes, reverse=True)
-        cleared = (chooser.outlook.without(candidate.node_id, everybody) for candidate in roomiest_first)
-        made = map(chooser._make_room, roomiest_first, (removable for _ in roomiest_first), cleared)
+        cleared = (places.outlook.without(candidate.node_id, everybody) for candidate in roomiest_first)
+        each = zip(roomiest_first, cleared, strict=True)
+        made = (places._make_room(candidate, removable, room, share) for candidate, room in each)
         return next(filter(None, made), None)
 
-    return patch.object(Chooser, "_best_free", best_free), patch.object(Chooser, "_make_best_room", make_best_room)
+    return patch.object(Search, "_best_free", best_free), patch.object(Search, "make_best_room", make_best_room)
 
 
 WAYS = {
     **{name: Way(changes) for name, changes in POLICIES.items()},
-    "lru, read ahead": Way({"prefetch": "read_ahead"}),
     "by count": Way({"max_active_models": LLAMA_CPP_MODELS}, rules=by_count, rival=True),
     "keep-alive order": Way({}, OLLAMA_KEEP_ALIVE_S, keep_alive_order, rival=True),
     "largest free GPU": Way({}, rules=largest_free_gpu, rival=True),
@@ -209,25 +208,25 @@ WAYS = {
 # ---------------------------------------------------------------------- scenarios
 
 
-def scenarios(models: list[str], files: list[str]) -> dict[str, Scenario]:
+def scenarios(models: list[str], files: list[str], seed: int) -> dict[str, Scenario]:
     """By name; the first requests of each file."""
     fast, slow = machine(FAST_DISK), machine(SLOW_DISK)
     small = [name for name in models if name != TOO_LARGE]
     steady, drifting = Popularity(models), Popularity(models, drift_s=1800)
     found = {
-        "steady Zipf": Scenario(made_trace(steady, SEED, n_requests=REQUESTS, mean_gap_s=20), fast),
-        "drifting Zipf": Scenario(made_trace(drifting, SEED, n_requests=REQUESTS, mean_gap_s=20), fast),
-        "drifting Zipf, slow disk": Scenario(made_trace(drifting, SEED, n_requests=REQUESTS, mean_gap_s=20), slow),
-        "even": Scenario(made_trace(Popularity(models, 0.0), SEED, n_requests=REQUESTS, mean_gap_s=40), fast),
-        "even, all fit": Scenario(made_trace(Popularity(small, 0.0), SEED, n_requests=REQUESTS, mean_gap_s=20), fast),
-        "bursts": Scenario(made_trace(steady, SEED, n_requests=REQUESTS, mean_gap_s=20, burst=16), fast),
+        "steady Zipf": Scenario(made_trace(steady, seed, n_requests=REQUESTS, mean_gap_s=20), fast),
+        "drifting Zipf": Scenario(made_trace(drifting, seed, n_requests=REQUESTS, mean_gap_s=20), fast),
+        "drifting Zipf, slow disk": Scenario(made_trace(drifting, seed, n_requests=REQUESTS, mean_gap_s=20), slow),
+        "even": Scenario(made_trace(Popularity(models, 0.0), seed, n_requests=REQUESTS, mean_gap_s=40), fast),
+        "even, all fit": Scenario(made_trace(Popularity(small, 0.0), seed, n_requests=REQUESTS, mean_gap_s=20), fast),
+        "bursts": Scenario(made_trace(steady, seed, n_requests=REQUESTS, mean_gap_s=20, burst=16), fast),
     }
     for file in files:
         with Path(file).open(newline="", encoding="utf-8") as lines:
-            first = read_trace(lines, steady, SEED, file)[:REQUESTS]
+            first = read_trace(lines, steady, seed, file)[:REQUESTS]
         name = Path(file).stem
         found[name] = Scenario(first, fast)
-        found[f"{name}, {SLOWER:g} times slower"] = Scenario(stretched(first, SLOWER), fast)
+        found |= {f"{name}, {times:g} times slower": Scenario(stretched(first, times), fast) for times in SLOWER}
     return found
 
 
@@ -263,48 +262,76 @@ def hindsight(trace: Sequence[TraceRequest], memory: Memory) -> Hindsight:
     return Hindsight(first_loads(asked, memory.items), pfoo_l(asked, *memory), optimum(asked, *memory))
 
 
-def figures(run: Run, name: str, deadline_s: float, memory: Memory) -> Figures:
+def figures(run: Run, deadline_s: float, memory: Memory) -> Figures:
+    told = summary(run, "", 0)
     served = sorted((o.granted_s, i) for i, o in enumerate(run.outcomes) if o.granted_s is not None)
     order = [run.outcomes[i].request.model for _, i in served]
-    waits_s = [deadline_s if o.granted_s is None else o.granted_s - o.request.at_s for o in run.outcomes]
-    return Figures(summary(run, name, SEED), statistics.fmean(waits_s), optimum(order, *memory))
+    waits_s = report.waits_s(run)
+    late_s = deadline_s * (len(run.outcomes) - len(waits_s))
+    return Figures(
+        *(told["refused"], run.cold_loads, run.bytes_loaded, optimum(order, *memory)),
+        *(waits_s, [(sum(waits_s) + late_s) / len(run.outcomes)], told["tokens_per_s"]),
+    )
+
+
+def together(every: Sequence[Figures]) -> Figures:
+    """Of scenarios with as many requests each."""
+    return Figures(
+        refused=sum(each.refused for each in every),
+        cold_loads=sum(each.cold_loads for each in every),
+        loaded_bytes=sum(each.loaded_bytes for each in every),
+        order_bytes=sum(each.order_bytes for each in every),
+        waits_s=[wait_s for each in every for wait_s in each.waits_s],
+        mean_waits_s=[mean_s for each in every for mean_s in each.mean_waits_s],
+        tokens_per_s=statistics.fmean(each.tokens_per_s for each in every),
+    )
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.eviction")
+    parser.add_argument("--seeds", type=int, default=1, help="how many traces of each kind are made")
+    parser.add_argument("traces", nargs="*", metavar="CSV", help="requests with arrival times and lengths")
+    asked = parser.parse_args()
     settings, models = example_models()
     memory = one_memory(settings, models)
     rows: list[tuple[str, ...]] = []
     best: list[tuple[str, ...]] = []
-    for kind, scenario in scenarios(list(models), sys.argv[1:]).items():
-        least = hindsight(scenario.trace, memory)
-        found = {
-            name: figures(way.play(settings, models, scenario), name, settings.policy.deadline_s, memory)
-            for name, way in WAYS.items()
-        }
+    seeds = range(SEED, SEED + asked.seeds)
+    by_seed = [scenarios(list(models), asked.traces, seed) for seed in seeds]
+    for kind in by_seed[0]:
+        alike = [scenarios_of_seed[kind] for scenarios_of_seed in by_seed]
+        least = Hindsight(*map(sum, zip(*(hindsight(each.trace, memory) for each in alike), strict=True)))
+        found = {}
+        for name, way in WAYS.items():
+            runs = (way.play(settings, models, each) for each in alike)
+            found[name] = together([figures(run, settings.policy.deadline_s, memory) for run in runs])
         rows += (row(kind, name, each, least) for name, each in found.items())
         best.append(who_is_best(kind, found, least))
-    title = f"Eviction, {len(models)} models on 24 + 12 GiB, simulated, seed {SEED}; * a rival's way"
+    which = f"seed {SEED}" if len(seeds) == 1 else f"seeds {SEED} to {seeds[-1]}"
+    title = f"Eviction, {len(models)} models on 24 + 12 GiB, simulated, {which}; * a rival's way"
     print_table(title, COLUMNS, rows)
     print_table(f"Who is best (to {SAME - 1:.0%}), and {DEFAULT}, the default, beside it", BEST_COLUMNS, best)
 
 
 def row(kind: str, name: str, found: Figures, least: Hindsight) -> tuple[str, ...]:
-    told = found.told
+    waits_s = report.quantiles(found.waits_s)
     return (
-        *(kind, name + "*" * WAYS[name].rival, str(told["refused"]), str(told["cold_loads"])),
+        *(kind, name + "*" * WAYS[name].rival, str(found.refused), str(found.cold_loads)),
         *(format_bytes(found.loaded_bytes), f"{found.loaded_bytes / least.bound_bytes:.2f}"),
         f"{found.loaded_bytes / found.order_bytes:.2f}" if found.order_bytes else "",
-        *(f"{told['wait_s'][quantile]:.1f}" for quantile in ("p50", "p95", "p99")),
-        *(f"{found.mean_wait_s:.1f}", f"{told['tokens_per_s']:.1f}"),
+        *(f"{waits_s[quantile]:.1f}" for quantile in ("p50", "p95", "p99")),
+        *(f"{statistics.fmean(found.mean_waits_s):.1f}", f"{found.tokens_per_s:.1f}"),
     )
 
 
 def who_is_best(kind: str, found: Mapping[str, Figures], least: Hindsight) -> tuple[str, ...]:
-    waits_s = {name: each.mean_wait_s for name, each in found.items()}
+    waits_s = {name: statistics.fmean(each.mean_waits_s) for name, each in found.items()}
     loaded = {name: float(each.loaded_bytes) for name, each in found.items()}
+    each_seed = list(zip(*(each.mean_waits_s for each in found.values()), strict=True))
+    as_good = [mine <= SAME * min(all_s) for mine, all_s in zip(found[DEFAULT].mean_waits_s, each_seed, strict=True)]
     return (
         *(kind, format_bytes(least.first_bytes), format_bytes(least.bound_bytes), format_bytes(least.optimum_bytes)),
-        *(f"{_least(waits_s)}: {min(waits_s.values()):.1f} s", _beside(waits_s)),
+        *(f"{_least(waits_s)}: {min(waits_s.values()):.1f} s", _beside(waits_s), f"{sum(as_good)} of {len(as_good)}"),
         *(f"{_least(loaded)}: {format_bytes(int(min(loaded.values())))}", _beside(loaded)),
     )
 

@@ -26,7 +26,7 @@ from scheduler.cluster.replicas import Replicas
 from scheduler.config import Policy
 from scheduler.units import DeviceId
 
-GOOD_ENOUGH = 0.9  # of the GPU layers that could be had: nobody is evicted, and nothing waited for, for the rest
+GOOD_ENOUGH = 0.9  # of the GPU layers that could be had; where prices are not known, nobody is evicted for the rest
 NEARLY = 1.25  # of the lowest price: what costs no more counts as equally cheap
 MOST_ROOMY = 2  # machines on which a free place is sought once there is a place on GPUs
 MOST_COMPARED = 12  # combinations of GPUs for which victims are sought, the least memory first
@@ -113,8 +113,14 @@ class Search:
         return best
 
     def _best_of(self, group: Group, idle: Sequence[Replica]) -> Found | None:
-        """The best placement of equally good candidates, evicting the `idle` replicas if nothing is free."""
-        return self._best_free(group, idle) or self.make_best_room(group, idle)
+        """The best placement of equally good candidates, evicting the `idle` replicas if nothing is free; of partial
+        offloads the cheapest of what is free, most layers, and nearly so many, where prices are known."""
+        free = self._best_free(group, idle)
+        if group.tier not in PARTIAL or (free is not None and self.price(*free) is None):
+            return free or self.make_best_room(group, idle)
+        made = [self.make_best_room(group, idle, share) for share in (GOOD_ENOUGH, 1.0)]
+        found = [(price_s, i, each) for i, each in enumerate((free, *made)) if each and (price_s := self.price(*each))]
+        return min(found)[2] if found else free or made[0]
 
     def _best_free(self, group: Group, idle: Sequence[Replica]) -> Found | None:
         if self.outgrown:
@@ -139,12 +145,14 @@ class Search:
 
     def _free(self, candidate: Candidate, idle: Sequence[Replica]) -> Placement | None:
         placement = self.solve(candidate, self.outlook.now(candidate.node_id))
-        if placement is None or candidate.tier not in PARTIAL:
+        if placement is None or candidate.tier not in PARTIAL or self.price(placement, frozenset()) is not None:
             return placement
         best = self.solve(candidate, self.outlook.without(candidate.node_id, (replica.replica_id for replica in idle)))
-        return placement if best is None or placement.n_resident_layers >= self._worth_taking(best) else None
+        least = GOOD_ENOUGH * best.n_resident_layers if best else 0  # fewer are not worth taking
+        return placement if placement.n_resident_layers >= least else None
 
-    def make_best_room(self, group: Group, removable: Sequence[Replica]) -> Found | None:
+    def make_best_room(self, group: Group, removable: Sequence[Replica], share: float = GOOD_ENOUGH) -> Found | None:
+        """The best placement with some of `removable` gone, with `share` of the layers on GPUs that could be there."""
         everybody = frozenset(r.replica_id for r in removable) | self.outgrown
         cleared = {n.facts.node_id: self.outlook.without(n.facts.node_id, everybody) for n in group.nodes}
         there = [node for node in group.nodes if group.may_fit(node, cleared[node.facts.node_id])]
@@ -155,7 +163,7 @@ class Search:
         most = max(1, MOST_COMPARED // len(there)) if group.size > 1 and there else None
         made: list[Found] = []
         for node in there:
-            here = (self._make_room(c, removable, cleared[c.node_id]) for c in every if c.node is node)
+            here = (self._make_room(c, removable, cleared[c.node_id], share) for c in every if c.node is node)
             made += islice((found for found in here if found), most)
         return self._best_priced(made, self._cost)
 
@@ -188,13 +196,15 @@ class Search:
                 found = [each for each, price_s in zip(found, prices, strict=True) if price_s <= most_s]
         return min(found, key=key, default=None)
 
-    def _make_room(self, candidate: Candidate, removable: Sequence[Replica], cleared: Room) -> Found | None:
+    def _make_room(
+        self, candidate: Candidate, removable: Sequence[Replica], cleared: Room, share: float
+    ) -> Found | None:
         """The placement after stopping the set of `removable` (the least regretted first) that is regretted least;
         `cleared` is the room without all of them."""
         best = self.solve(candidate, cleared)
         if best is None:
             return None
-        least = self._worth_taking(best)
+        least = share * best.n_resident_layers if best.tier in PARTIAL else 0
         node_id = candidate.node_id
 
         def enough(room: Room) -> Placement | None:
@@ -222,11 +232,6 @@ class Search:
             return near
         anywhere = self.policy.max_active_models is not None
         return [r for r in removable if anywhere or r.placement.node_id == candidate.node_id]
-
-    @staticmethod
-    def _worth_taking(best: Placement) -> float:
-        """GPU layers below which a partial offload is not worth taking, since stopping others would give the best."""
-        return GOOD_ENOUGH * best.n_resident_layers if best.tier in PARTIAL else 0
 
     # ------------------------------------------------------------------ comparing
 

@@ -1,0 +1,1166 @@
+"""A soak of the core: millions of random events from a seed, with every invariant checked after each of them.
+
+    python -m benchmarks.soak [EVENTS] [--seed N] [--phase N] [--until N]
+
+Four machines of unlike GPUs (one of them with virtual GPUs, whose speeds nobody knows) and a dozen models live through
+requests, loads that fail, memory of others, lost GPUs and machines, changed files, restarts of gateway and scheduler.
+Each phase is a fresh core under another policy; at its end everything has to come to rest. A violation prints the seed,
+the phase, the event and the last events before it; `--phase` repeats one phase alone, `--until` ends it early.
+
+`World` plays what is outside of the core: clients, runners, devices and the clock. What a command leads to comes later,
+in events of its own. `Referee` keeps books of its own on what the core was told and said, and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import heapq
+import random
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from arriero.cli.described import read_model
+from arriero.example_models import Dimensions, write_example_model
+from benchmarks.table import print_table
+from scheduler import commands as cmd
+from scheduler import events as ev
+from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
+from scheduler.cluster.ledger import STATES
+from scheduler.cluster.replica import Placement, Replica, ReplicaState
+from scheduler.config import Catalogue, parse_catalogue
+from scheduler.core import SchedulerCore
+from scheduler.costs.footprint import footprint
+from scheduler.costs.measurements import ROUNDING_BYTES, Record
+from scheduler.costs.paces import Pace
+from scheduler.costs.params import NO_RATES, ContextParams, DeviceBytes, Footprint, Layout, Rates
+from scheduler.costs.shape import ModelShape
+from scheduler.errors import UnknownModel
+from scheduler.simulation.cards import known_card
+from scheduler.units import GIB, MIB, DeviceId, LeaseId, NodeId, ReplicaId, RequestId
+
+EVENTS, MOST_PER_PHASE = 10_000_000, 500_000
+SLOW = 5  # with few active models everybody waits, and every event costs decisions: such phases are so much shorter
+SHOWN, PROGRESS_S = 30, 30.0
+SELDOM = 100  # events between two looks at what is expensive to look at
+STEP_S = 0.02  # of the clock, on average
+REST_S = 4000.0  # in which everything has to come to rest
+GC_THRESHOLDS = (50_000, 20, 1000)
+FAILURES: Sequence[ev.FailureKind] = ("crashed", "crashed", "failed", "failed", "out_of_memory", "out_of_memory")
+
+MODELS = {
+    "ant": Dimensions(4, 1024, 8, 4, 4096, 16000),  # 0.05 GiB
+    "bee": Dimensions(6, 2048, 16, 4, 8192, 16000),  # 0.2
+    "cat": Dimensions(8, 4096, 32, 8, 11008, 32000),  # 1
+    "cow": Dimensions(8, 4096, 32, 8, 16384, 32000),  # 1.2
+    "dog": Dimensions(12, 4096, 32, 8, 16384, 32000),  # 1.8
+    "fox": Dimensions(8, 8192, 64, 8, 16384, 32000),  # 2.7
+    "gnu": Dimensions(10, 8192, 64, 8, 28672, 32000),  # 5
+    "elk": Dimensions(8, 2048, 16, 4, 4096, 32000, 16, 2),  # 2, of which 1.8 are experts
+    "emu": Dimensions(10, 4096, 32, 8, 8192, 32000, 12, 2),  # 7, of which 6.3 are experts
+    "owl": Dimensions(12, 8192, 64, 8, 32768, 64000),  # 7
+    "ram": Dimensions(6, 4096, 32, 4, 14336, 32000),  # 0.8
+    "yak": Dimensions(16, 8192, 64, 8, 40960, 64000),  # 11
+}
+ENTRIES: dict[str, dict[str, Any]] = {
+    "ant": {"n_seq_max": 4, "max_replicas": 3},
+    "bee": {"embeddings": True, "kv_unified": True, "n_seq_max": 2},
+    "cat": {"min_replicas": 1, "priority": 1},
+    "cow": {"min_replicas": 2, "max_replicas": 3, "n_seq_max": 2},
+    "dog": {"keep_alive_s": 20.0, "n_seq_max": 2},
+    "fox": {"not_with": ["cat", "ant"], "n_ctx": "auto"},
+    "gnu": {"near": ["dog"], "n_ctx": 4096},
+    "elk": {"n_ctx": 4096, "alternatives": [{"n_ctx": 1024}]},
+    "emu": {"keep_alive_s": 90.0, "max_replicas": 1},
+    "owl": {"n_ctx": 16384, "alternatives": [{"n_ctx": 4096}, {"n_ctx": 2048, "type_k": "q8_0", "type_v": "q8_0"}]},
+    "ram": {"spill": False, "priority": 3, "max_gpus": 1},
+}  # yak is known by its file alone
+POLICIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"eviction": "gdsf", "placement": "spread"},
+    {"max_active_models": 1, "preempt_after_s": 5.0},
+    {"prefetch": "preload", "preempt_after_s": 0.0},
+    {"prefetch": "read_ahead", "eviction": "gdsf", "min_residency_s": 0.0, "spill_after_s": 0.0},
+    {"max_active_models": 4, "prefetch": "preload", "drain_after_s": 0.0},
+    {"placement": "spread", "preempt_after_s": 2.0, "queue_limit": 12, "fair_share_s": 60.0},
+    {"eviction": "gdsf", "prefetch": "preload", "preflight": "always", "deadline_s": 60.0},
+    {"min_residency_s": 60.0, "drain_after_s": 30.0, "lease_ttl_s": 20.0, "release_timeout_s": 3.0},
+    {"max_load_attempts": 1, "preflight": "never", "backoff_s": 1.0, "max_active_models": 2},
+)
+
+
+class Box(NamedTuple):
+    """A machine: its GPUs by product and size, or virtual ones of these sizes."""
+
+    name: str
+    cards: tuple[str, ...]
+    virtual: tuple[int, ...]
+    ram_bytes: int
+    cores: int
+    tells_processes: bool
+    files: str  # models that lie there
+
+
+BOXES = (
+    Box("barn", ("RTX 2080 Ti", "RTX 3070"), (), 24 * GIB, 8, True, "ant bee cat cow dog fox gnu elk emu owl ram yak"),
+    Box("loft", ("RTX 2060", "GTX 1060"), (), 16 * GIB, 4, False, "ant bee cat cow dog fox gnu elk emu ram"),
+    Box("shed", (), (2 * GIB, 2 * GIB, 3 * GIB), 12 * GIB, 3, True, "ant bee cat cow dog elk ram"),
+    Box("yard", ("RTX 3050",), (), 8 * GIB, 2, True, "ant cat cow fox elk ram gnu"),
+)
+
+
+class Violation(Exception):
+    """Something that must never be."""
+
+
+@cache
+def shapes() -> dict[str, ModelShape]:
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            name: read_model(write_example_model(Path(folder) / f"{name}.gguf", name, of))
+            for name, of in MODELS.items()
+        }
+
+
+@cache
+def predicted(model: str, layout: Layout, context: ContextParams) -> Footprint:
+    return footprint(shapes()[model], layout, context)
+
+
+def facts_of(box: Box, node_id: NodeId) -> NodeFacts:
+    """The machine under a name that Ray gives it anew each time; its GPUs keep theirs."""
+    devices = []
+    for i, name in enumerate(box.cards):
+        card = known_card(name)
+        assert card is not None
+        device_id, label = DeviceId(f"GPU-{box.name}-{i}"), f"gpu{i}"
+        devices.append(DeviceFacts(device_id, node_id, label, name, "cuda", card.total_bytes, card.rates))
+    for i, total_bytes in enumerate(box.virtual):
+        device_id = DeviceId(f"virtual-{box.name}-{i}")
+        devices.append(DeviceFacts(device_id, node_id, f"gpu{i}", "virtual", "rpc", total_bytes))
+    rates = NO_RATES if box.virtual else Rates(40e9, 5e11)
+    disk = 0.0 if box.virtual else 2e9
+    return NodeFacts(node_id, box.name, "", box.cores, box.ram_bytes, tuple(devices), rates, disk, llama_build="1")
+
+
+def catalogue_of(phase: int, chance: random.Random) -> Catalogue:
+    """The phase's policy with some settings by chance, and one model that is pinned. Where only one or two models may
+    be loaded, none is to stay for good."""
+    by_chance = {"queue_limit": chance.choice((24, 64)), "deadline_s": chance.choice((60.0, 300.0, 600.0))}
+    by_chance["request_priority_max"] = chance.choice((0, 5))
+    policy = {**by_chance, **POLICIES[phase % len(POLICIES)]}
+    pinned = chance.choice(("ant", "dog", "ram"))
+    entries = {
+        name: {"path": f"/m/{name}.gguf", "pinned": name == pinned, **wishes} for name, wishes in ENTRIES.items()
+    }
+    if policy.get("max_active_models", 8) <= 2:
+        for entry in entries.values():
+            entry["pinned"], entry["min_replicas"] = False, 0
+    reserves = {"host_bytes": GIB, "cuda_overhead_bytes": 300 * MIB, "gpus": {"loft/gpu0": 200 * MIB}}
+    defaults = {"n_seq_max": 2}
+    return parse_catalogue({"models": entries, "defaults": defaults, "policy": policy, "reserves": reserves})
+
+
+# ---------------------------------------------------------------------- the referee
+
+
+@dataclass
+class Tally:
+    """What happened in a phase."""
+
+    events: int = 0
+    seconds: float = 0.0
+    grants: int = 0
+    cold_loads: int = 0
+    evictions: int = 0
+    preemptions: int = 0
+    moves: int = 0
+    prefetches: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    tiers: Counter[str] = field(default_factory=Counter)
+    checksum: int = 0  # of all that was decided: equal for equal seeds
+
+    def row(self, name: str) -> tuple[str, ...]:
+        speed = f"{self.events / self.seconds:,.0f}" if self.seconds else ""
+        counts = (self.grants, self.refused.total(), self.cold_loads, self.evictions, self.preemptions, self.moves)
+        return (name, f"{self.events:,}", speed, *(f"{count:,}" for count in (*counts, self.prefetches)), "0")
+
+    def add(self, other: Tally) -> None:
+        for name in "events seconds grants cold_loads evictions preemptions moves prefetches".split():
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.tiers.update(other.tiers)
+        self.refused.update(other.refused)
+        self.checksum = zlib.crc32(str(other.checksum).encode(), self.checksum)
+
+
+ENTRY = {
+    ReplicaState.PENDING: "promised",
+    ReplicaState.LOADING: "held",
+    ReplicaState.READY: "held",
+    ReplicaState.STOPPING: "releasing",
+}
+
+
+class Referee:
+    """Knows from events and commands alone who waits and who holds which lease, and looks into the core to compare."""
+
+    def __init__(self, core: SchedulerCore, tally: Tally) -> None:
+        self.core = core
+        self.tally = tally
+        self.queued: dict[RequestId, ev.RequestArrived] = {}
+        self.leases: dict[LeaseId, tuple[RequestId, ReplicaId]] = {}
+        self.of_request: dict[RequestId, LeaseId] = {}
+        self.on_replica: defaultdict[ReplicaId, set[LeaseId]] = defaultdict(set)
+        self._checks = 0
+
+    # ------------------------------------------------------------------ before and after an event
+
+    def before(self, event: ev.Event) -> None:
+        """What the event itself says, whatever the core makes of it."""
+        match event:
+            case ev.RequestArrived():
+                self.queued[event.request_id] = event
+            case ev.RequestCancelled():
+                if self.queued.pop(event.request_id, None) is None and event.request_id in self.of_request:
+                    self._end(self.of_request[event.request_id])
+            case ev.LeaseReleased():
+                if event.lease_id in self.leases:
+                    self._end(event.lease_id)
+            case ev.NodeLost():
+                for replica in self.core.replicas.on_node(event.node_id):
+                    self._void(replica.replica_id)
+            case _:
+                pass
+
+    def after(self, event: ev.Event, commands: Sequence[cmd.Command]) -> None:
+        if isinstance(event, ev.ReplicaAdopted) and event.replica_id in self.core.replicas:
+            for lease_id in event.lease_ids:
+                self._begin(lease_id, RequestId(lease_id), event.replica_id)
+        for command in commands:
+            match command:
+                case cmd.GrantLease():
+                    self._granted(command)
+                case cmd.RefuseRequest():
+                    if self.queued.pop(command.request_id, None) is None:
+                        raise Violation(f"{command.request_id} is refused, and does not wait: {command.error}")
+                    self.tally.refused[command.error.code] += 1
+                case cmd.CancelAnswer():
+                    if self.leases.get(command.lease_id, ("", ""))[1] != command.replica_id:
+                        raise Violation(f"{command.lease_id} is taken back, and was not there")
+                    self._end(command.lease_id)
+                case cmd.StopReplica():
+                    self._stopped(event, command)
+                case cmd.StartReplica():
+                    self._started(command)
+                case cmd.Announce():
+                    self._announced(command)
+                case _:
+                    pass
+
+    def _granted(self, grant: cmd.GrantLease) -> None:
+        asked = self.queued.pop(grant.request_id, None)
+        if asked is None:
+            raise Violation(f"{grant.request_id} is granted a slot, and does not wait")
+        if asked.model != grant.model or grant.n_ctx < (asked.n_ctx or 0):
+            raise Violation(f"{asked} was granted {grant}")
+        self._begin(grant.lease_id, grant.request_id, grant.replica_id)
+        self.tally.grants += 1
+        self._sum(f"{grant.lease_id} {grant.replica_id}")
+
+    def _stopped(self, event: ev.Event, stop: cmd.StopReplica) -> None:
+        self._sum(f"stop {stop.replica_id}")
+        left = self.on_replica.get(stop.replica_id)
+        if left:
+            lost = isinstance(event, ev.DeviceSampled) and event.reading.lost_reason
+            died = isinstance(event, (ev.ReplicaDied, ev.ReplicaGone)) and event.replica_id == stop.replica_id
+            if not lost and not died:
+                raise Violation(f"{stop.replica_id} is stopped ({stop.reason}) under {sorted(left)}")
+            self._void(stop.replica_id)
+        replica = self.core.replicas.get(stop.replica_id)
+        if replica is None:
+            if not isinstance(event, ev.ReplicaAdopted):
+                raise Violation(f"{stop.replica_id} is stopped, and is not there")
+            return
+        _, _, claimant = stop.reason.partition("evicted for ")
+        if (claimant and claimant != replica.model) or stop.reason == "idle":
+            self._may_go(replica, stop.reason)
+
+    def _may_go(self, replica: Replica, reason: str) -> None:
+        model = self.core.models.by_name.get(replica.model)
+        if model is None:
+            return
+        if model.pinned:
+            raise Violation(f"{replica.replica_id} is pinned, and stopped: {reason}")
+        least = self.core.models.params(model).min_replicas or 0
+        left = sum(other.open for other in self.core.replicas.of_model(replica.model))
+        if left < least:
+            raise Violation(f"{replica.replica_id} is stopped ({reason}): {left} of {least} are left")
+
+    def _started(self, start: cmd.StartReplica) -> None:
+        self._sum(f"start {start.replica_id} {start.placement.device_ids} {start.placement.device_bytes}")
+        self.tally.cold_loads += 1
+        self.tally.tiers[start.placement.tier] += 1
+        self.tally.prefetches += self.core.replicas[start.replica_id].preloaded
+
+    def _announced(self, notice: cmd.Announce) -> None:
+        self.tally.evictions += notice.kind == "replica_evicted"
+        self.tally.preemptions += notice.kind == "replica_preempted"
+        self.tally.moves += notice.kind == "replica_moved"
+
+    def _begin(self, lease_id: LeaseId, request_id: RequestId, replica_id: ReplicaId) -> None:
+        if lease_id in self.leases:
+            raise Violation(f"{lease_id} is granted twice")
+        self.leases[lease_id] = request_id, replica_id
+        self.of_request[request_id] = lease_id
+        self.on_replica[replica_id].add(lease_id)
+
+    def _end(self, lease_id: LeaseId) -> None:
+        request_id, replica_id = self.leases.pop(lease_id)
+        del self.of_request[request_id]
+        self.on_replica[replica_id].discard(lease_id)
+        if not self.on_replica[replica_id]:
+            del self.on_replica[replica_id]
+
+    def _void(self, replica_id: ReplicaId) -> None:
+        for lease_id in list(self.on_replica.get(replica_id, ())):
+            self._end(lease_id)
+
+    def _sum(self, text: str) -> None:
+        self.tally.checksum = zlib.crc32(text.encode(), self.tally.checksum)
+
+    # ------------------------------------------------------------------ what must hold
+
+    def check(self, event: ev.Event, now: float) -> None:
+        core = self.core
+        core.ledger.check()
+        core.rooms.check()
+        leases, threads = 0, Counter[NodeId]()
+        for replica in core.replicas.values():
+            if core.ledger.state(replica.replica_id) != ENTRY[replica.state]:
+                raise Violation(f"{replica.replica_id}: {replica.state}, {core.ledger.state(replica.replica_id)}")
+            if replica.leases:
+                leases += len(replica.leases)
+                if len(replica.leases) > replica.slots or replica.state is not ReplicaState.READY:
+                    raise Violation(f"{replica.replica_id}: {len(replica.leases)} leases, {replica.state}")
+            if replica.placement.computes_on_cpu and replica.state is not ReplicaState.PENDING:
+                threads[replica.placement.node_id] += replica.n_threads
+        if not leases == len(core.fleet.leases) == len(self.leases):
+            raise Violation(f"{leases} leases on replicas, {len(core.fleet.leases)} in all, {len(self.leases)} known")
+        if len(core.queue) != len(self.queued):
+            raise Violation(f"{len(core.queue)} in the queue, of {len(self.queued)} who wait")
+        for node_id, count in threads.items():
+            if count > core.inventory.nodes[node_id].facts.physical_cores:
+                raise Violation(f"{count} threads on {node_id}")
+        if isinstance(event, ev.Ticked) and (late := core.queue.expired(now)):
+            raise Violation(f"{late[0]} waits beyond its deadline")
+        self._checks += 1
+        if self._checks % SELDOM == 0:
+            self.check_all()
+
+    def check_all(self) -> None:
+        """Everything of which the core keeps a second copy, made anew."""
+        core = self.core
+        if {waiting.request_id for waiting in core.queue} != self.queued.keys():
+            raise Violation("others are in the queue than those who wait")
+        if {lease.lease_id: lease.replica_id for lease in core.fleet.leases.all()} != {
+            lease_id: replica_id for lease_id, (_, replica_id) in self.leases.items()
+        }:
+            raise Violation("other leases are kept than were granted")
+        if {lease_id for replica in core.replicas.values() for lease_id in replica.leases} != self.leases.keys():
+            raise Violation("replicas have other leases than were granted")
+        self._check_queue()
+        self._check_replicas()
+
+    def _check_queue(self) -> None:
+        queue = self.core.queue
+        lines: defaultdict[str, list[Any]] = defaultdict(list)
+        for waiting in queue:
+            lines[waiting.model].append(waiting)
+        for model, line in lines.items():
+            kept = queue.of_model(model)
+            if sorted(map(id, kept)) != sorted(map(id, line)) or any(
+                one.rank > other.rank for one, other in pairwise(kept)
+            ):
+                raise Violation(f"the line of {model} is not that of the queue")
+        if sorted(lines) != sorted(queue.models()) or queue._of_key != Counter(waiting.key for waiting in queue):
+            raise Violation("the queue's lines or keys are not those of its requests")
+
+    def _check_replicas(self) -> None:
+        replicas = self.core.replicas
+        every = dict(replicas)
+        views: tuple[tuple[Any, Callable[[Replica], Any]], ...] = (
+            (replicas._of_model, lambda replica: replica.model),
+            (replicas._on_node, lambda replica: replica.placement.node_id),
+            (replicas._in_state, lambda replica: replica.state),
+        )
+        for view, key in views:
+            anew: defaultdict[Any, dict[ReplicaId, Replica]] = defaultdict(dict)
+            for replica_id, replica in every.items():
+                anew[key(replica)][replica_id] = replica
+            if {k: v for k, v in view.items() if v} != anew:
+                raise Violation(f"a view of the replicas is stale: {view} is kept, {dict(anew)} is true")
+        if replicas._by_use != every:
+            raise Violation("replicas by use are not all of them")
+        draining = {replica_id for replica_id, replica in every.items() if replica.drain_for}
+        if not draining <= self.core._dispatch._turns._draining.keys():
+            raise Violation(f"{draining} drain, and nobody remembers")
+        retiring = {replica_id for replica_id, replica in every.items() if replica.retiring}
+        if retiring != self.core.fleet._retiring.keys():
+            raise Violation(f"{retiring} retire, {list(self.core.fleet._retiring)} are remembered")
+
+    def check_empty(self) -> None:
+        """After the last request has ended and everything was unloaded."""
+        core = self.core
+        left = {
+            "requests": len(core.queue),
+            "leases": len(core.fleet.leases),
+            "replicas": list(core.replicas),
+            "draining": list(core._dispatch._turns._draining),
+            "retiring": list(core.fleet._retiring),
+            "read ahead": core._dispatch._upkeep._ahead,
+            "bookings": {
+                account: core.ledger.booked(account, *STATES)
+                for account in core.ledger.accounts()
+                if core.ledger.booked(account, *STATES)
+            },
+            "entries": list(core.ledger._entries),
+        }
+        if any(left.values()):
+            raise Violation(f"left at the end: { {what: there for what, there in left.items() if there} }")
+        self.check_all()
+
+
+# ---------------------------------------------------------------------- the world
+
+
+@dataclass(eq=False)
+class Runner:
+    """A process. `device_bytes`: what it really holds; `promised`: what the core knows that it may hold."""
+
+    command: cmd.StartReplica
+    pid: int
+    state: str = "starting"  # loading, ready, failed, stopping
+    device_bytes: dict[DeviceId, int] = field(default_factory=dict)
+    anonymous_bytes: int = 0
+    ready: ev.ReplicaReady | None = None
+    n_threads: int = 1
+
+    @property
+    def placement(self) -> Placement:
+        return self.command.placement
+
+    @property
+    def promised(self) -> dict[DeviceId, int]:
+        return dict(zip(self.placement.device_ids, self.placement.device_bytes, strict=True))
+
+    def may_hold(self, device_id: DeviceId) -> int:
+        """All that it holds there, or will once it is loaded."""
+        if self.state in ("starting", "loading"):
+            return self.promised.get(device_id, 0)
+        return self.device_bytes.get(device_id, 0)
+
+    def exceeds(self, device_id: DeviceId) -> bool:
+        """Whether it took more than it was given: nobody could know."""
+        return self.device_bytes.get(device_id, 0) > self.promised.get(device_id, 0)
+
+
+@dataclass(eq=False)
+class Machine:
+    """One of `BOXES` as it is now."""
+
+    box: Box
+    facts: NodeFacts
+    files: tuple[ModelFile, ...]
+    there: bool = False
+    lives: int = 0
+    foreign: Counter[DeviceId] = field(default_factory=Counter)
+    host_foreign: int = 0
+    lost: dict[DeviceId, str] = field(default_factory=dict)
+    silent: set[DeviceId] = field(default_factory=set)
+
+    def find(self, device_id: DeviceId) -> None:
+        """A lost GPU is back."""
+        self.lost.pop(device_id, None)
+
+
+@dataclass(eq=False)
+class Client:
+    """Who holds a lease. One that has `vanished` never says that it has ended; `cancelled`: the runner has ended it."""
+
+    request_id: RequestId
+    replica_id: ReplicaId
+    vanished: bool = False
+    cancelled: bool = False
+
+
+class World:
+    """Everything around the core. Effects wait in a heap until they are due; they end with the scheduler that asked."""
+
+    def __init__(self, seed: int, phase: int) -> None:
+        self.chance = random.Random(f"{seed}/{phase}")
+        self.catalogue = catalogue_of(phase, self.chance)
+        self.phase = phase
+        self.now = 1000.0
+        self.tally = Tally()
+        self.recent: deque[tuple[int, float, ev.Event]] = deque(maxlen=SHOWN)
+        self.records: dict[tuple[str, str], Record] = {}
+        self.runners: dict[ReplicaId, Runner] = {}
+        self.leftovers: dict[ReplicaId, Runner] = {}  # of an earlier scheduler: others' memory as far as this one knows
+        self.clients: dict[LeaseId, Client] = {}
+        self.machines = {box.name: self._machine(box) for box in BOXES}
+        self.calm = False  # from now on nothing goes wrong
+        self._heap: list[tuple[float, int, Callable[[], object]]] = []
+        self._serial = 0
+        self._generation = 0  # of the scheduler
+        self._truth = {name: self.chance.choice((0.85, 1.0, 1.0, 1.0, 1.0, 1.06)) for name in MODELS}
+        self._overhead = {name: self.chance.choice((60, 150, 250, 280)) * MIB for name in MODELS}
+        self._popular: list[float] = []
+        self._busy = 1.0
+        self._turn_tide()
+        self._actions = self._weighed()
+        self._begin_scheduler()
+
+    def _machine(self, box: Box) -> Machine:
+        files = tuple(self._file(name, 1.0) for name in box.files.split())
+        return Machine(box, facts_of(box, NodeId(f"{box.name}#0")), files)
+
+    def _file(self, name: str, modified_at_s: float) -> ModelFile:
+        cached = self.chance.choice((None, 0.0, 0.0, 0.3, 1.0))
+        return ModelFile(f"/m/{name}.gguf", (f"/m/{name}.gguf",), shapes()[name].file_bytes, modified_at_s, cached)
+
+    # ------------------------------------------------------------------ the core and its surroundings
+
+    def _begin_scheduler(self) -> None:
+        self._generation += 1
+        tag = f"{self._generation}."
+        self.core = SchedulerCore(self.catalogue, tag, tuple(self.records.values()))
+        self.referee = Referee(self.core, self.tally)
+        for machine in self.machines.values():
+            machine.there = False
+            self._join(machine)
+
+    def send(self, event: ev.Event) -> None:
+        """One event; what its commands lead to comes later."""
+        self.tally.events += 1
+        self.recent.append((self.tally.events, self.now, event))
+        self.referee.before(event)
+        try:
+            commands = self.core.handle(event, self.now)
+        except UnknownModel:
+            if not isinstance(event, (ev.UnloadAsked, ev.PinAsked)):
+                raise
+            commands = []
+        self.referee.after(event, commands)
+        for command in commands:
+            self._carry_out(command)
+        self.referee.check(event, self.now)
+
+    def later(self, seconds: float, effect: Callable[[], object]) -> None:
+        """Physics: happens whatever becomes of the scheduler."""
+        self._serial += 1
+        heapq.heappush(self._heap, (self.now + seconds, self._serial, effect))
+
+    def answer(self, seconds: float, effect: Callable[[], object]) -> None:
+        """What this scheduler is told, unless it ends before."""
+        generation = self._generation
+        self.later(seconds, lambda: effect() if generation == self._generation else None)
+
+    def _carry_out(self, command: cmd.Command) -> None:
+        match command:
+            case cmd.StartReplica():
+                self._start(command)
+            case cmd.StopReplica():
+                self._stop(command)
+            case cmd.GrantLease():
+                self._granted(command)
+            case cmd.CancelAnswer():
+                self._cancelled(command.lease_id)
+            case cmd.CheckReplica():
+                self.answer(self.chance.random() * 2, lambda: self._checked(command.replica_id))
+            case cmd.ReadShape():
+                self.answer(self.chance.expovariate(3.0), lambda: self._read_header(command))
+            case cmd.ReadAhead():
+                self.tally.prefetches += 1
+                self.answer(self.chance.expovariate(0.2), lambda: self._read_ahead(command, 1.0))
+            case cmd.StopReadAhead():
+                pass  # read-ahead ends earlier, or just does not notice in time
+            case cmd.SetThreads():
+                if command.replica_id in self.runners:
+                    self.runners[command.replica_id].n_threads = command.n_threads
+            case cmd.Remember():
+                self.records[command.record.kind, command.record.key] = command.record
+            case cmd.RefuseRequest() | cmd.Announce():
+                pass
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self, events: int) -> None:
+        actions, weights = zip(*self._actions, strict=True)
+        cumulative = [sum(weights[: i + 1]) for i in range(len(weights))]
+        while self.tally.events < events:
+            for action in self.chance.choices(actions, cum_weights=cumulative, k=1000):
+                self._catch_up()
+                action()
+                self.now += self.chance.expovariate(1 / STEP_S)
+                if self.tally.events >= events:
+                    break
+
+    def _catch_up(self) -> None:
+        while self._heap and self._heap[0][0] <= self.now:
+            heapq.heappop(self._heap)[2]()
+
+    def come_to_rest(self) -> None:
+        """Nothing goes wrong any more and nobody asks: everybody is answered, and everything can be unloaded."""
+        self.calm = True
+        for machine in self.machines.values():
+            machine.foreign.clear()
+            machine.lost.clear()
+            machine.silent.clear()
+            machine.host_foreign = 0
+            self._join(machine)
+        self._settle(lambda: not (len(self.core.queue) or self.clients or self.referee.leases), "requests")
+        for name in list(self.core.models.by_name) + [replica.model for replica in self.core.replicas.values()]:
+            self.send(ev.UnloadAsked(name))
+        self._settle(lambda: not (self.core.replicas or self._heap), "replicas")
+        self.referee.check_empty()
+        if self.runners or self.leftovers:
+            raise Violation(f"processes are left: {list(self.runners)} {list(self.leftovers)}")
+
+    def _settle(self, done: Callable[[], bool], what: str) -> None:
+        until = self.now + REST_S
+        while not done():
+            if self.now > until:
+                waiting = [(w.request_id, w.model, w.reason) for w in self.core.queue]
+                there = [(r.replica_id, r.state.value, len(r.leases)) for r in self.core.replicas.values()]
+                raise Violation(f"{what} do not end: {waiting} {there}")
+            self.now += 1.0
+            self._catch_up()
+            for machine in self.machines.values():
+                self._read_machine(machine)
+            self._renew()
+            self.send(ev.Ticked())
+
+    def _weighed(self) -> list[tuple[Callable[[], object], float]]:
+        return [
+            (self._ask, 24.0),
+            (self._read_some_device, 22.0),
+            (self._read_some_node, 8.0),
+            (self._tick, 20.0),
+            (self._renew, 1.5),
+            (self._cancel, 1.0),
+            (self._mishap, 0.15),
+            (self._others_use_memory, 0.1),
+            (self._turn_tide, 0.02),
+            (self._time_jumps, 0.01),
+            (self._quiet, 0.005),
+            (self._restart, 0.005),
+        ]
+
+    # ------------------------------------------------------------------ time
+
+    def _tick(self) -> None:
+        self.send(ev.Ticked())
+
+    def _time_jumps(self) -> None:
+        self.now += self.chance.choice((3.0, 12.0, 40.0, 130.0, 1000.0))
+
+    def _quiet(self) -> None:
+        """Nobody asks for a while."""
+        for _ in range(self.chance.choice((20, 60, 200))):
+            self.now += 1.0
+            self._catch_up()
+            self._read_machine(self.chance.choice(list(self.machines.values())))
+            self._renew()
+            self.send(ev.Ticked())
+
+    def _turn_tide(self) -> None:
+        """Others are popular now, and there is more or less to do."""
+        self._popular = [self.chance.paretovariate(0.7) for _ in MODELS]
+        self._busy = self.chance.choice((0.05, 0.2, 0.4, 0.8))
+
+    # ------------------------------------------------------------------ clients
+
+    def _ask(self) -> None:
+        chance = self.chance
+        if chance.random() > self._busy:
+            return
+        self._serial += 1
+        model = chance.choices(tuple(MODELS), self._popular)[0] if chance.random() > 0.003 else "unicorn"
+        kind: Any = chance.choices(("generate", "embed", "load"), (20, 5 if model == "bee" else 0.1, 1))[0]
+        n_ctx = None if chance.random() < 0.9 else chance.choice((300, 300, 2048, 8192, 16384, 40000))
+        deadline_s = None if chance.random() < 0.8 else chance.choice((0.5, 3.0, 20.0, 100.0))
+        priority = None if chance.random() < 0.7 else chance.randint(-3, 6)
+        prefix = chance.choice(("", "a", "b", "c")) if chance.random() < 0.5 else ""
+        request_id = RequestId(f"r{self._serial}")
+        key = chance.choice(("", "ann", "ann", "ann", "bob", "cid"))
+        self.send(ev.RequestArrived(request_id, model, kind, n_ctx, deadline_s, priority, key, prefix))
+
+    def _granted(self, grant: cmd.GrantLease) -> None:
+        vanished = not self.calm and self.chance.random() < 0.003
+        self.clients[grant.lease_id] = Client(grant.request_id, grant.replica_id, vanished)
+        self.later(self.chance.expovariate(3.0), lambda: self._answered(grant.lease_id))
+
+    def _answered(self, lease_id: LeaseId) -> None:
+        """The answer has ended, well or not."""
+        client = self.clients.pop(lease_id, None)
+        if client is None or client.vanished:
+            return
+        runner = self.runners.get(client.replica_id)
+        failed = runner is None or runner.state != "ready" or self.chance.random() < 0.002
+        self.send(ev.LeaseReleased(lease_id, failed, None if failed else self._pace()))
+
+    def _cancelled(self, lease_id: LeaseId) -> None:
+        if lease_id in self.clients:
+            self.clients[lease_id].cancelled = True
+            self.later(self.chance.random(), lambda: self._answered(lease_id))
+
+    def _pace(self) -> Pace | None:
+        chance = self.chance
+        if chance.random() < 0.7:
+            return None
+        tokens, answer = chance.randint(0, 2000), chance.randint(0, 500)
+        slow = chance.choice((1.0, 1.0, 1.0, 3.0, 0.0, 1e6))
+        return Pace(tokens, tokens * 0.001 * slow, answer, answer * chance.uniform(0.01, 0.03) * slow, tokens + answer)
+
+    def _renew(self) -> None:
+        held = tuple(lease_id for lease_id, client in self.clients.items() if not client.vanished)
+        if held:
+            self.send(ev.LeasesRenewed(held))
+
+    def _cancel(self) -> None:
+        if self.referee.queued and self.chance.random() < 0.5:
+            self.send(ev.RequestCancelled(self.chance.choice(list(self.referee.queued))))
+        elif self.clients:
+            lease_id = self.chance.choice(list(self.clients))
+            self.send(ev.RequestCancelled(self.clients[lease_id].request_id))
+            self._cancelled(lease_id)
+            if self.chance.random() < 0.7:
+                self.clients.pop(lease_id)
+
+    # ------------------------------------------------------------------ runners
+
+    def _start(self, command: cmd.StartReplica) -> None:
+        """A process is started. What the others may hold and what was promised to it must fit by now."""
+        self._serial += 1
+        runner = Runner(command, pid=self._serial, n_threads=command.n_threads)
+        self.runners[command.replica_id] = runner
+        for device in self._machine_of(runner).facts.devices:
+            if need := runner.promised.get(device.device_id, 0):
+                others = self._ours(device.device_id, runner)
+                if need + others > device.total_bytes and not self._somebody_exceeds(device.device_id):
+                    raise Violation(f"{command.replica_id}: {need} + {others} on {device.device_id} are oversubscribed")
+        self.answer(self.chance.expovariate(5.0), lambda: self._begin(runner))
+
+    def _begin(self, runner: Runner) -> None:
+        """The process looks at what is free, and begins to load."""
+        if runner.state != "starting":
+            return
+        runner.state = "loading"
+        replica_id, chance = runner.command.replica_id, self.chance
+        self.send(ev.ReplicaStarted(replica_id, runner.pid))
+        machine = self._machine_of(runner)
+        short = [
+            device.device_id
+            for device in machine.facts.devices
+            if (need := runner.promised.get(device.device_id, 0))
+            and (device.device_id in machine.lost or need > self._free(machine, device, runner))
+        ]
+        if short:
+            self._fail(runner, "refused", f"there is not enough on {short}")
+        elif runner.command.preflight and self._would_take_more(runner):
+            self._fail(runner, "underestimated", "llama.cpp would take more", self._report(runner))
+        elif self._allocate(runner, chance.uniform(0.2, 0.9)):
+            load_s = runner.placement.n_layers * chance.lognormvariate(-3.0, 0.8)
+            if not self.calm and chance.random() < 0.001:
+                load_s = self.core.policy.load_timeout_s
+            self.answer(load_s * chance.random(), lambda: self._progress(runner))
+            self.answer(load_s, lambda: self._finish(runner, load_s))
+
+    def _progress(self, runner: Runner) -> None:
+        if runner.state == "loading":
+            self.send(ev.ReplicaProgressed(runner.command.replica_id, self.chance.random()))
+
+    def _finish(self, runner: Runner, load_s: float) -> None:
+        if runner.state != "loading":
+            return
+        chance, context = self.chance, runner.placement.context
+        if not self.calm and chance.random() < 0.04:
+            kind = "invalid_model" if chance.random() < 0.02 else chance.choice(FAILURES)
+            self._fail(runner, kind, f"it {kind}")
+        elif load_s >= self.core.policy.load_timeout_s:
+            self._fail(runner, "failed", "the load took too long")
+        elif self._allocate(runner, 1.0):
+            runner.state = "ready"
+            n_ctx = context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
+            if not self.calm and chance.random() < 0.003:
+                n_ctx //= 2
+            runner.ready = ev.ReplicaReady(runner.command.replica_id, runner.pid, self._report(runner), n_ctx, load_s)
+            self.send(runner.ready)
+
+    def _fail(self, runner: Runner, kind: ev.FailureKind, message: str, buffers: Footprint | None = None) -> None:
+        """The load has failed; the process holds what it holds until it is stopped."""
+        runner.state = "failed"
+        if self.chance.random() < 0.7:  # else the event is overtaken by the next readings
+            self._read_machine(self._machine_of(runner))
+        self.send(ev.ReplicaFailed(runner.command.replica_id, kind, message, buffers))
+
+    def _report(self, runner: Runner) -> Footprint:
+        """What llama.cpp says: some models take a little more or less than the formulas say, always the same."""
+        found = predicted(runner.command.model, runner.placement.layout, runner.placement.context)
+        factor = self._truth[runner.command.model]
+        if factor == 1.0:
+            return found
+        return replace(found, devices=tuple(_scaled(share, factor) for share in found.devices))
+
+    def _would_take_more(self, runner: Runner) -> bool:
+        placement = runner.placement
+        shares = zip(self._report(runner).devices, placement.overhead_bytes, placement.device_bytes, strict=True)
+        return any(truth.total_bytes + overhead > need + ROUNDING_BYTES for truth, overhead, need in shares)
+
+    def _allocate(self, runner: Runner, share: float) -> bool:
+        """It takes a share of its memory; False when a device has not got that and the load has failed."""
+        machine, placement = self._machine_of(runner), runner.placement
+        overhead = self._overhead[runner.command.model]
+        devices = {device.device_id: device for device in machine.facts.devices}
+        for device_id, truth in zip(placement.device_ids, self._report(runner).devices, strict=True):
+            device = devices[device_id]
+            wanted = truth.total_bytes + (overhead if device.kind == "cuda" else 0)
+            if device_id in machine.lost or int(wanted * share) > self._free(machine, device, runner):
+                self._fail(runner, "out_of_memory", f"{device_id} has no memory left")
+                return False
+            runner.device_bytes[device_id] = int(wanted * share)
+            ours = self._ours(device_id, runner) + runner.device_bytes[device_id]
+            if ours > device.total_bytes and not self._somebody_exceeds(device_id):
+                raise Violation(f"{runner.command.replica_id} finds {device_id} oversubscribed: {ours}")
+        runner.anonymous_bytes = int(placement.host_resting_bytes * share)
+        return True
+
+    def _stop(self, command: cmd.StopReplica) -> None:
+        """The process is killed, and its memory comes back after a while."""
+        runner = self.runners.get(command.replica_id)
+        if runner is not None:
+            if runner.state == "loading" and self.chance.random() < 0.3:  # its last word is on the way already
+                report, pid = self._report(runner), runner.pid
+                late: ev.Event = ev.ReplicaFailed(command.replica_id, "crashed", "its process ended while loading")
+                if self.chance.random() < 0.5:
+                    late = ev.ReplicaReady(command.replica_id, pid, report, runner.placement.context.n_ctx, 1.0)
+                self.answer(0.0, lambda: self.send(late))
+            runner.state = "stopping"
+            self._clients_notice(runner)
+        self.answer(self.chance.expovariate(1.5), lambda: self._gone(command.replica_id))
+
+    def _gone(self, replica_id: ReplicaId) -> None:
+        runner = self.runners.pop(replica_id, None)
+        if runner is not None and self._is_there(runner):
+            self._read_machine(self._machine_of(runner))
+        self.send(ev.ReplicaGone(replica_id))
+
+    def _die(self, runner: Runner) -> None:
+        """A ready runner's process ends by itself; sometimes those who hold a lease see it first."""
+        replica_id = runner.command.replica_id
+        runner.device_bytes, runner.anonymous_bytes, runner.state = {}, 0, "dead"
+        self._clients_notice(runner)
+        delay_s = self.chance.choice((0.0, 0.1, 3.0))
+        self.answer(delay_s, lambda: self.send(ev.ReplicaDied(replica_id, "killed")))
+
+    def _clients_notice(self, runner: Runner) -> None:
+        for lease_id, client in self.clients.items():
+            if client.replica_id == runner.command.replica_id:
+                self.later(self.chance.random(), partial(self._answered, lease_id))
+
+    def _checked(self, replica_id: ReplicaId) -> None:
+        runner = self.runners.get(replica_id)
+        if runner is None or runner.state == "stopping":
+            return  # its ReplicaGone is on the way
+        if runner.state == "ready" and self.chance.random() < 0.9:
+            self.send(ev.ReplicaVouched(replica_id))
+        else:
+            self.send(ev.ReplicaDied(replica_id, "it does not answer"))
+
+    # ------------------------------------------------------------------ machines
+
+    def _machine_of(self, runner: Runner) -> Machine:
+        return self.machines[runner.placement.node_id.partition("#")[0]]
+
+    def _is_there(self, runner: Runner) -> bool:
+        machine = self._machine_of(runner)
+        return machine.there and machine.facts.node_id == runner.placement.node_id
+
+    def _ours(self, device_id: DeviceId, but: Runner | None = None) -> int:
+        return sum(each.may_hold(device_id) for each in self.runners.values() if each is not but)
+
+    def _somebody_exceeds(self, device_id: DeviceId) -> bool:
+        return any(each.exceeds(device_id) for each in self.runners.values())
+
+    def _free(self, machine: Machine, device: DeviceFacts, but: Runner | None = None) -> int:
+        device_id = device.device_id
+        everybody = (*self.runners.values(), *self.leftovers.values())
+        used = sum(each.device_bytes.get(device_id, 0) for each in everybody if each is not but)
+        return device.total_bytes - used - machine.foreign[device_id]
+
+    def _join(self, machine: Machine) -> None:
+        """The machine is there: its facts, then what still runs on it, then the first readings."""
+        if machine.there:
+            return
+        machine.there = True
+        node_id = machine.facts.node_id
+        self.send(ev.NodeJoined(machine.facts))
+        for runner in [each for each in self.runners.values() if each.placement.node_id == node_id]:
+            self._adopt(runner)
+        if not self.calm and self.chance.random() < 0.1:
+            self.answer(self.chance.choice((1.0, 35.0)), lambda: self._read_machine(machine))
+        else:
+            self._read_machine(machine)
+
+    def _adopt(self, runner: Runner) -> None:
+        command, replica_id = runner.command, runner.command.replica_id
+        assert runner.ready is not None
+        answering = tuple(
+            lease_id
+            for lease_id, client in self.clients.items()
+            if client.replica_id == replica_id and not client.cancelled
+        )
+        self.send(
+            ev.ReplicaAdopted(
+                replica_id, command.model, command.path, command.placement, runner.n_threads, runner.ready, answering
+            )
+        )
+
+    def _read_machine(self, machine: Machine) -> None:
+        for device in machine.facts.devices:
+            self._read_device(machine, device)
+        self._read_node(machine)
+
+    def _read_device(self, machine: Machine, device: DeviceFacts) -> None:
+        device_id, total = device.device_id, device.total_bytes
+        if not machine.there or device_id in machine.silent:
+            return
+        if device_id in machine.lost:
+            reading = DeviceReading(device_id, 0, 0, 0, self.now, lost_reason=machine.lost[device_id])
+        else:
+            free = self._free(machine, device)
+            if free < 0:
+                raise Violation(f"{-free} bytes more than there are are in use on {device_id}")
+            everybody = (*self.runners.values(), *self.leftovers.values())
+            told = {r.pid: held for r in everybody if (held := r.device_bytes.get(device_id, 0))}
+            at = self.now if self.chance.random() < 0.98 else self.now - self.chance.uniform(0.0, 8.0)
+            processes = told if machine.box.tells_processes else None
+            reading = DeviceReading(device_id, total, free, total - free, at, processes)
+        self.send(ev.DeviceSampled(reading))
+
+    def _read_node(self, machine: Machine) -> None:
+        if machine.there:
+            name = machine.box.name + "#"
+            everybody = (*self.runners.values(), *self.leftovers.values())
+            ours = sum(r.anonymous_bytes for r in everybody if r.placement.node_id.startswith(name))
+            available = max(0, machine.facts.memory_total_bytes - ours - machine.host_foreign)
+            self.send(ev.NodeSampled(NodeReading(machine.facts.node_id, available, self.now, machine.files)))
+
+    def _read_some_device(self) -> None:
+        machine = self.chance.choice(list(self.machines.values()))
+        self._read_device(machine, self.chance.choice(machine.facts.devices))
+
+    def _read_some_node(self) -> None:
+        self._read_node(self.chance.choice(list(self.machines.values())))
+
+    def _read_header(self, command: cmd.ReadShape) -> None:
+        name = Path(command.path).stem
+        luck = 1.0 if self.calm else self.chance.random()
+        if luck < 0.03:
+            self.send(ev.ShapeRead(command.node_id, command.path, None, trouble="the disk is busy"))
+        elif luck < 0.035:
+            self.send(ev.ShapeRead(command.node_id, command.path, None, invalid="it is no GGUF"))
+        else:
+            self.send(ev.ShapeRead(command.node_id, command.path, shapes()[name]))
+
+    def _read_ahead(self, command: cmd.ReadAhead, cached: float) -> None:
+        for machine in self.machines.values():
+            if machine.there and machine.facts.node_id == command.node_id:
+                machine.files = tuple(
+                    replace(file, cached_fraction=cached) if file.path == command.path else file
+                    for file in machine.files
+                )
+        self.send(ev.ReadAheadEnded(command.node_id, command.path))
+
+    # ------------------------------------------------------------------ what goes wrong, or is done by hand
+
+    def _mishap(self) -> None:
+        chance = self.chance
+        machine = chance.choice(list(self.machines.values()))
+        device_id = chance.choice(machine.facts.devices).device_id
+        model = chance.choice((*MODELS, "unicorn"))
+        ready = [runner for runner in self.runners.values() if runner.state == "ready"]
+        what = chance.choices(
+            ("die", "lose GPU", "silence", "lose machine", "file", "caches", "pin", "unpin", "unload", "gateway"),
+            (4, 2, 2, 1, 2, 2, 1, 2, 3, 0.5),
+        )[0]
+        if what == "die" and ready:
+            self._die(chance.choice(ready))
+        elif what == "lose GPU" and machine.there:
+            machine.lost[device_id] = "it fell off the bus"
+            self.later(chance.expovariate(0.05), lambda: machine.find(device_id))
+        elif what == "silence":
+            machine.silent.add(device_id)
+            self.later(chance.expovariate(0.05), lambda: machine.silent.discard(device_id))
+        elif what == "lose machine" and machine.there:
+            self._lose(machine)
+        elif what in ("file", "caches"):
+            self._change_file(machine, what == "file")
+        elif what in ("pin", "unpin"):
+            self.send(ev.PinAsked(model, what == "pin"))
+        elif what == "unload":
+            self.send(ev.UnloadAsked(model))
+        elif what == "gateway":
+            self.clients.clear()
+            self.send(ev.ClientsLost())
+
+    def _lose(self, machine: Machine) -> None:
+        """Ray calls it by another name when it is back, mostly: its raylet has started anew, or was only not heard."""
+        node_id = machine.facts.node_id
+        for everybody in (self.runners, self.leftovers):
+            for replica_id in [each for each, r in everybody.items() if r.placement.node_id == node_id]:
+                runner = everybody.pop(replica_id)
+                runner.state = "dead"
+                self._clients_notice(runner)
+        self.send(ev.NodeLost(node_id, "unplugged"))
+        machine.there = False
+        machine.lost.clear()
+        machine.silent.clear()
+        if self.chance.random() < 0.7:
+            machine.lives += 1
+            machine.facts = facts_of(machine.box, NodeId(f"{machine.box.name}#{machine.lives}"))
+        self.later(self.chance.expovariate(0.03), lambda: self._join(machine))
+
+    def _change_file(self, machine: Machine, truly: bool) -> None:
+        """A file is written anew, comes, or goes; or just the page cache holds other ones."""
+        chance = self.chance
+        name = chance.choice(machine.box.files.split())
+        others = tuple(file for file in machine.files if file.path != f"/m/{name}.gguf")
+        if not truly:
+            machine.files = tuple(
+                replace(f, cached_fraction=chance.choice((None, 0.0, 0.5, 1.0))) for f in machine.files
+            )
+        elif len(others) == len(machine.files) or chance.random() < 0.7:
+            machine.files = (*others, self._file(name, self.now))
+        else:
+            machine.files = others
+            self.later(chance.expovariate(0.02), lambda: self._bring_back(machine, name))
+        self._read_node(machine)
+
+    def _bring_back(self, machine: Machine, name: str) -> None:
+        if not any(file.path == f"/m/{name}.gguf" for file in machine.files):
+            machine.files = (*machine.files, self._file(name, self.now))
+
+    def _others_use_memory(self) -> None:
+        chance = self.chance
+        machine = chance.choice(list(self.machines.values()))
+        device = chance.choice(machine.facts.devices)
+        if chance.random() < 0.3:
+            machine.host_foreign = chance.choice((0, 0, GIB, 4 * GIB, 10 * GIB))
+            return
+        machine.foreign[device.device_id] = 0
+        wanted = chance.choice((0, 0, 300 * MIB, 2 * GIB, device.total_bytes))
+        machine.foreign[device.device_id] = min(wanted, max(0, self._free(machine, device)))
+        if chance.random() < 0.5:
+            self._read_device(machine, device)
+
+    def _restart(self) -> None:
+        """The scheduler starts anew: ready runners are found, all others are killed, and who waited asks again."""
+        kept = {each: runner for each, runner in self.runners.items() if runner.state == "ready"}
+        for replica_id, runner in self.runners.items():
+            if replica_id not in kept:
+                self.leftovers[replica_id] = runner
+                self._clients_notice(runner)
+                self.later(self.chance.expovariate(1.0), partial(self.leftovers.pop, replica_id, None))
+        self.runners = kept
+        self._begin_scheduler()
+
+
+def _scaled(share: DeviceBytes, factor: float) -> DeviceBytes:
+    counts = (share.weights_bytes, share.kv_bytes, share.compute_bytes)
+    return DeviceBytes(*(int(count * factor) for count in counts))
+
+
+# ---------------------------------------------------------------------- phases
+
+
+def run_phase(seed: int, phase: int, events: int) -> Tally:
+    began = time.perf_counter()
+    world: World | None = None
+    try:
+        world = World(seed, phase)
+        for goal in range(0, events, 50_000):
+            world.run(min(events, goal + 50_000))
+            _progress(seed, phase, world, began)
+        world.come_to_rest()
+    except Exception as error:
+        if world is None:
+            raise
+        _report_violation(seed, phase, world, error)
+        sys.exit(1)
+    world.tally.seconds = time.perf_counter() - began
+    return world.tally
+
+
+def _progress(seed: int, phase: int, world: World, began: float) -> None:
+    tally, taken_s = world.tally, time.perf_counter() - began
+    print(
+        f"phase {phase}: {tally.events:,} events in {taken_s:.0f} s ({tally.events / taken_s:,.0f}/s), "
+        f"{world.now / 3600:.1f} h of the clock, {tally.grants:,} grants, {tally.cold_loads:,} loads",
+        flush=True,
+    )
+
+
+def _report_violation(seed: int, phase: int, world: World, error: Exception) -> None:
+    print(f"\nVIOLATION at seed {seed}, phase {phase}, event {world.tally.events}: {type(error).__name__}: {error}\n")
+    for number, now, event in world.recent:
+        print(f"{number:>9} {now:12.3f} {str(event)[:400]}")
+    import traceback
+
+    traceback.print_exception(error)
+    print(f"\nagain: python -m benchmarks.soak --seed {seed} --phase {phase}", flush=True)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
+    arguments.add_argument("events", nargs="?", type=int, default=EVENTS)
+    arguments.add_argument("--seed", type=int, default=1)
+    arguments.add_argument("--phase", type=int, help="this phase alone")
+    arguments.add_argument("--until", type=int, help="events of a phase, at the most")
+    given = arguments.parse_args()
+    gc.set_threshold(*GC_THRESHOLDS)
+    shapes()
+    length = max(1000, min(MOST_PER_PHASE, given.events // len(POLICIES)))
+    total, rows, phase = Tally(), [], given.phase or 0
+    while total.events < given.events:
+        policy = POLICIES[phase % len(POLICIES)]
+        events = given.until or length // (SLOW if "max_active_models" in policy else 1)
+        tally = run_phase(given.seed, phase, events)
+        words = ", ".join(f"{key} {value}" for key, value in policy.items()) or "default"
+        rows.append(tally.row(f"{phase}: {words}"))
+        total.add(tally)
+        if given.phase is not None:
+            break
+        phase += 1
+    print_table(
+        f"Soak with seed {given.seed}",
+        ("phase", "events", "events/s", "grants", "refusals", "cold loads", "evictions", "preemptions", "moves",
+         "prefetches", "violations"),
+        [*rows, total.row("all")],
+    )  # fmt: skip
+    print("\nloads by tier:", dict(total.tiers.most_common()))
+    print("refusals:", dict(total.refused.most_common()))
+    print(f"checksum of all decisions: {total.checksum:08x}")
+
+
+if __name__ == "__main__":
+    main()
