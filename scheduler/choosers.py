@@ -56,7 +56,7 @@ class Choosers:
             may_evict=model.history.may_evict,
             price=lambda placement, victims: self.price_s(need, placement, victims, now),
             tokens_per_s=lambda placement: self.prices.tokens_per_s(need.shape, need.model, placement),
-            regret=_remembering(lambda replica: self.prices.regret_s(replica, now)),
+            regret=_remembering(lambda replica: self.prices.worth(replica, now)),
         )
 
     def _shortlist(self, model: Model, need: Need, nodes: list[Node], outlook: Outlook) -> list[Node]:

@@ -1,9 +1,10 @@
 """Who makes room: of all sets of idle replicas that would be enough, the one that is regretted least.
 
-Regret is what stopping a replica will cost, in seconds (`price`); of a set, the sum. With replicas of one size on one
-device, the set is the least recently used ones. Never a busy, pinned or loading replica; a fresh one only when nothing
-else helps. Sets are tried in the order of their regret, so that the first that is enough is the one: exact, up to a
-thousand sets; beyond that the least regretted go one by one until it is enough, then whoever was not needed stays.
+Regret is how likely a replica is wanted soon, or what stopping it will cost (`Prices.worth`); of a set, the sum. With
+replicas of one size on one device, the set is the least recently used ones. Never a busy, pinned or loading replica; a
+fresh one only when nothing else helps. Sets are tried in the order of their regret, so that the first that is enough is
+the one: exact, up to a thousand sets; beyond that the least regretted go one by one until it is enough, then whoever
+was not needed stays.
 """
 
 from __future__ import annotations

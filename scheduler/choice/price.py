@@ -94,6 +94,15 @@ class Prices:
         again_s = COMING_BACK_S + self.load_s(shape, replica.model, replica.placement)
         return again_s * SOON_S / (SOON_S + self._back_in_s(model, replica, now)) * 2.0 ** self._models.priority(model)
 
+    def worth(self, replica: Replica, now: float) -> float:
+        """By what victims are chosen: the least goes first. With `lru`, how likely it is wanted soon and nothing else,
+        so that of replicas that would do alike the least recently used goes; with `gdsf` the regret in seconds."""
+        regret_s = self.regret_s(replica, now)
+        if self._by_frequency or not regret_s:
+            return regret_s
+        shape = self._shape(replica.model)
+        return regret_s / (COMING_BACK_S + self.load_s(shape, replica.model, replica.placement)) if shape else 0.0
+
     def _back_in_s(self, model: Model, replica: Replica, now: float) -> float:
         if replica.preloaded:
             return inf

@@ -24,6 +24,8 @@ from scheduler.costs.weights import HOST, WeightSums, pad
 
 PIPELINE_COPIES = 4
 """`GGML_SCHED_MAX_COPIES`."""
+MORE_HOLES = 12
+"""And one part in so many more where only some layers have their experts in host RAM: 5 % was seen."""
 HOLES = 32
 """One part in so many is added for holes, where layers lie on the host as well: up to one in fifty was seen."""
 _SMALL_INPUTS_BYTES = 1536
@@ -210,6 +212,8 @@ def place_compute(
     if context.op_offload and layout.devices and layout.devices[0].kind == "cuda":
         devices[0] = max(devices[0], _offloaded(graph, weights, layout, places, layers))
     host = _host(graph, layout, places, layers, copies)
+    if layout.n_cpu_moe:  # where layers differ in where their experts are, holes fit the next layer less well
+        return [_with_holes(total + total // MORE_HOLES) for total in devices], _with_holes(host)
     if HOST in places or layout.spills_experts:
         return [_with_holes(total) for total in devices], _with_holes(host)
     return devices, host
@@ -301,10 +305,14 @@ def _offloaded(
             total, graph.moment(il) + 2 * graph.cache(il) + 2 * pad(largest, 128) + graph.floats(4 * graph.arch.n_embd)
         )
     if layout.spills_experts:
+        at_once = 2 if layout.n_cpu_moe or len(layout.devices) > 1 else 1  # of two layers, as they follow each other
         total = max(
             [total]
             + [
-                graph.moment(il) + graph.floats(layer.feed_forward) + pad(weights.largest_expert_tensor_bytes[il], 128)
+                graph.moment(il)
+                + graph.floats(layer.feed_forward)
+                + (2 if layout.n_cpu_moe or len(layout.devices) > 1 else 1)
+                * pad(weights.largest_expert_tensor_bytes[il], 128)
                 for il, layer in enumerate(graph.demand.layers)
                 if layer.routed and layout.spills_experts_of(il)
             ]
