@@ -311,8 +311,7 @@ def _offloaded(
             + [
                 graph.moment(il)
                 + graph.floats(layer.feed_forward)
-                + (2 if layout.n_cpu_moe or len(layout.devices) > 1 else 1)
-                * pad(weights.largest_expert_tensor_bytes[il], 128)
+                + at_once * pad(weights.largest_expert_tensor_bytes[il], 128)
                 for il, layer in enumerate(graph.demand.layers)
                 if layer.routed and layout.spills_experts_of(il)
             ]
