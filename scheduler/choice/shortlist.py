@@ -37,13 +37,16 @@ def shortlist(
         return list(nodes)
     least, replicas = need.least_bytes(), outlook.replicas
     by_id = {node.facts.node_id: node for node in nodes}
+    some_only = bool(need.wishes.gpus or need.wishes.not_on)
     tight: list[tuple[int, NodeId]] = []
     fast: list[tuple[float, NodeId]] = []
     roomy: list[tuple[int, NodeId]] = []
     ram: list[tuple[int, NodeId]] = []
     for node_id, node in by_id.items():
         room = outlook.now(node_id)
-        free = {d.device_id: room.devices.get(d.device_id, 0) for d in need.wishes.devices(node)}
+        free = room.devices
+        if some_only:
+            free = {d.device_id: free.get(d.device_id, 0) for d in need.wishes.devices(node)}
         roomy.append((sum(free.values()), node_id))
         ram.append((room.host_bytes, node_id))
         fitting = [device_id for device_id, count in free.items() if count >= least]
