@@ -253,9 +253,6 @@ class Models:
                 found.append(model)
         return found
 
-    def forget_node(self, node_id: NodeId) -> None:
-        self.update(node_id, ())
-
     def _names(self, file: ModelFile, taken: dict[str, ModelFile]) -> list[str]:
         if file.path not in self._entries:
             matching = (name for name, entry in self._catalogue.models.items() if _matches(file.path, entry.path))

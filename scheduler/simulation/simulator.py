@@ -70,7 +70,6 @@ class Run:
     events: int = 0
     cold_loads: int = 0
     bytes_loaded: int = 0
-    bytes_read_ahead: int = 0
     evictions: int = 0
     occupations: list[Occupation] = field(default_factory=list)
     gpus: tuple[DeviceId, ...] = ()
@@ -297,7 +296,6 @@ class _Simulation:
         if self._ahead.get(command.node_id) == number:
             del self._ahead[command.node_id]
             self._caches[command.node_id].read(command.path, file_bytes)
-            self._run.bytes_read_ahead += file_bytes
             self._read(command.node_id)
             self._send(ev.ReadAheadEnded(command.node_id, command.path))
 

@@ -1,0 +1,1 @@
+"""A soak of the core: see `__main__`."""
