@@ -82,8 +82,9 @@ class Dispatch:
         self._epoch += 1
 
     def arrived(self, waiting: Waiting) -> None:
-        """A request is new in the queue."""
-        self._touched.add(waiting.model)
+        """A request is new in the queue. For those before it in its line nothing has changed."""
+        if self._queue.head(waiting.model) is waiting:
+            self._touched.add(waiting.model)
         self._newcomer = waiting
 
     def look_at(self, model: str) -> None:
@@ -94,26 +95,32 @@ class Dispatch:
         """Serve whoever waits. Free slots are given away before anybody is evicted, so that a model which is asked for
         is not idle; then places are found for the others, the longest wait first."""
         self._now, self._decisions = now, 0
-        if not len(self._queue) and not self._turns and self._fleet.is_settled:
+        if not self._queue and not self._turns and self._fleet.is_settled:
             self._touched.clear()
             self._freed.clear()
             return
-        self._reopened(self._turns.reopen_unwanted())
-        self._fleet.stop_retired()
+        if self._turns:
+            self._reopened(self._turns.reopen_unwanted())
+        if not self._fleet.is_settled:
+            self._fleet.stop_retired()
         for name in self._to_serve():
             while (head := self._queue.head(name)) and (ready := self._free_replica(head)):
                 if self._moves(head, ready):
                     break
                 self._grant(head, ready)
-        if any(replica.idle for replica in self._freed):  # its own requests did not take it: it may make room
-            self.look_again()
-        self._freed.clear()
-        self._fleet.start_pending(self._queue.length, now)
-        for name in self._to_serve():
-            self._serve_model(name)
+        if self._freed:
+            if any(replica.idle for replica in self._freed):  # its own requests did not take it: it may make room
+                self.look_again()
+            self._freed.clear()
+        if not self._fleet.is_settled:
+            self._fleet.start_pending(self._queue.length, now)
+        if self._queue:
+            for name in self._to_serve():
+                self._serve_model(name)
         self._touched.clear()
         if self._newcomer is not None:
-            self._refuse_if_late(self._newcomer)
+            if self._newcomer is not self._queue.head(self._newcomer.model):  # or it has just been looked at
+                self._refuse_if_late(self._newcomer)
             self._newcomer = None
 
     def _to_serve(self) -> list[str]:
@@ -145,10 +152,8 @@ class Dispatch:
                 f"{waiting.model}: waited {self._now - waiting.arrived_at:.0f} s; {waiting.reason or 'no free slot'}"
             )
             self._refuse_as_late(waiting, DeadlineExceeded(waited, retry_after_s=10.0, model=waiting.model))
-        for name in list(self._queue.models()):
-            head = self._queue.head(name)
-            if head is not None:
-                self._refuse_if_late(head)
+        for head in tuple(self._queue.heads()):
+            self._refuse_if_late(head)
 
     def _refuse_if_late(self, waiting: Waiting, coming: Sequence[Replica] | None = None) -> bool:
         """Refuse a request that waits if it cannot be served in time, in its place in the queue."""
@@ -253,8 +258,8 @@ class Dispatch:
         if coming:
             for replica in coming:
                 replica.preloaded = False  # now somebody has asked for it
-            if self._decisions < MOST_DECISIONS:
-                self._decisions += self._upkeep.spread(head, coming, self._now)
+            if self._decisions < MOST_DECISIONS and self._upkeep.spread(head, coming, self._now):
+                self._decisions += 1
                 self._fleet.start_pending(self._queue.length, self._now)
             self._reopened(self._turns.drain(head, frozenset(), self._now))
             return explain_coming(coming[0])

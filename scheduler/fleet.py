@@ -302,6 +302,7 @@ class Fleet:
         return not self._retiring and not self.replicas.count(ReplicaState.PENDING)
 
     def stop_retired(self) -> None:
+        """Stop whoever is to go, and is idle by now."""
         for replica in [r for r in self._retiring.values() if r.idle]:
             self.stop(replica, replica.retiring)
 

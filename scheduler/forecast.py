@@ -52,6 +52,6 @@ class Forecast:
             return max(0.0, min(left)), "its load takes another"
         if len(ready) < len(coming) or model.service.samples < SEEN:
             return 0.0, ""
-        before = self._queue.of_model(waiting.model).index(waiting)
+        before = self._queue.before(waiting)
         rounds = before // sum(replica.slots for replica in ready)
         return rounds * model.service.mean_s, f"{before} requests are before it, which will take"

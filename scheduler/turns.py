@@ -44,6 +44,8 @@ class Turns:
     def drain(self, head: Waiting, victims: frozenset[ReplicaId], now: float) -> list[Replica]:
         """Let those `victims` that have served long enough take nothing new until they have made room; others that
         were to make room for this request are open again, and returned."""
+        if not victims and not self._draining:
+            return []
         reopened = [
             self._reopen(replica)
             for replica in list(self._draining.values())
@@ -65,9 +67,8 @@ class Turns:
     def drain_who_is_due(self, now: float) -> list[Replica]:
         """For everybody who has waited long enough for busy replicas. Returns those that are open again."""
         reopened = []
-        for name in self._queue.models():
-            head = self._queue.head(name)
-            if head is not None and head.in_the_way and now - head.arrived_at >= self._policy.drain_after_s:
+        for head in self._queue.heads():
+            if head.in_the_way and now - head.arrived_at >= self._policy.drain_after_s:
                 reopened += self.drain(head, head.in_the_way, now)
         return reopened
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -205,23 +205,26 @@ class Referee:
                 one.rank > other.rank for one, other in pairwise(kept)
             ):
                 raise Violation(f"the line of {model} is not that of the queue")
-        if sorted(lines) != sorted(queue.models()) or queue._of_key != Counter(waiting.key for waiting in queue):
-            raise Violation("the queue's lines or keys are not those of its requests")
+        heads = queue.heads()
+        firsts = {queue.of_model(model)[0] for model in lines}
+        if firsts != set(heads) or any(one.rank > other.rank for one, other in pairwise(heads)):
+            raise Violation("the heads of the queue's lines are not those of its requests")
+        if queue._of_key != Counter(waiting.key for waiting in queue):
+            raise Violation("the queue's keys are not those of its requests")
 
     def _check_replicas(self) -> None:
         replicas = self.core.replicas
         every = dict(replicas)
-        views: tuple[tuple[Any, Callable[[Replica], Any]], ...] = (
+        views: tuple[tuple[Mapping[Any, Collection[Replica]], Callable[[Replica], Any]], ...] = (
             (replicas._of_model, lambda replica: replica.model),
             (replicas._on_node, lambda replica: replica.placement.node_id),
-            (replicas._in_state, lambda replica: replica.state),
+            ({state: each.values() for state, each in replicas._in_state.items()}, lambda replica: replica.state),
         )
         for view, key in views:
-            anew: defaultdict[Any, dict[ReplicaId, Replica]] = defaultdict(dict)
-            for replica_id, replica in every.items():
-                anew[key(replica)][replica_id] = replica
-            if {k: v for k, v in view.items() if v} != anew:
-                raise Violation(f"a view of the replicas is stale: {view} is kept, {dict(anew)} is true")
+            kept = sorted((str(k), replica.replica_id) for k, each in view.items() for replica in each)
+            anew = sorted((str(key(replica)), replica_id) for replica_id, replica in every.items())
+            if kept != anew:
+                raise Violation(f"a view of the replicas is stale: {kept} is kept, {anew} is true")
         if replicas._by_use != every:
             raise Violation("replicas by use are not all of them")
         draining = {replica_id for replica_id, replica in every.items() if replica.drain_for}

@@ -64,6 +64,8 @@ class Candidate:
 
     def solve(self, room: Room) -> Placement | None:
         """The best placement of this family that fits `room`, or None."""
+        if room.active < 1:
+            return None
         if self.tier == SOME_LAYERS_IN_RAM:
             found = self._most_layers(room)
         elif self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:

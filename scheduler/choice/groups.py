@@ -71,6 +71,8 @@ class Group:
 
     def may_fit(self, node: Node, room: Room) -> bool:
         """Whether the most memory that so many devices of the machine have free is enough at all."""
+        if room.active < 1:
+            return False
         if not self.size:
             return True
         if sum(nlargest(self.size, room.devices.values())) < self.least_bytes:

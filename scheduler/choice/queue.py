@@ -57,7 +57,7 @@ class RequestQueue:
         self._lines: dict[str, list[Waiting]] = {}
         self._by_id: dict[RequestId, Waiting] = {}
         self._of_key: Counter[str] = Counter()
-        self._order: list[str] | None = []
+        self._heads: list[Waiting] | None = []  # None: they have changed
         self._left_at: deque[float] = deque(maxlen=_SEEN_LEAVING)
 
     def __len__(self) -> int:
@@ -82,8 +82,10 @@ class RequestQueue:
         waiting.rank = waiting.arrived_at - waiting.priority * self._priority_s + ahead * self._fair_share_s
         self._by_id[waiting.request_id] = waiting
         self._of_key[waiting.key] += 1
-        insort(self._lines.setdefault(waiting.model, []), waiting, key=_rank)
-        self._order = None
+        line = self._lines.setdefault(waiting.model, [])
+        insort(line, waiting, key=_rank)
+        if line[0] is waiting:
+            self._heads = None
         return displaced
 
     def _displaced_by(self, newcomer: Waiting) -> Waiting:
@@ -107,15 +109,15 @@ class RequestQueue:
         span_s = self._left_at[-1] - self._left_at[0] if self._left_at else 0.0
         return min(_LONGEST_RETRY_S, max(_SHORTEST_RETRY_S, span_s / max(1, len(self._left_at) - 1)))
 
-    def models(self) -> list[str]:
-        """Models that somebody waits for, in the order of their first requests. Not to be changed."""
-        if self._order is None:
-            self._order = sorted(self._lines, key=lambda model: self._lines[model][0].rank)
-        return self._order
-
     def heads(self) -> list[Waiting]:
-        """The first request of each model, in their order."""
-        return [self._lines[model][0] for model in self.models()]
+        """The first request of each model, in their order. Not to be changed."""
+        if self._heads is None:
+            self._heads = sorted((line[0] for line in self._lines.values()), key=_rank)
+        return self._heads
+
+    def before(self, waiting: Waiting) -> int:
+        """How many of its line stand before the request."""
+        return self._lines[waiting.model].index(waiting)
 
     def of_model(self, model: str) -> tuple[Waiting, ...]:
         return tuple(self._lines.get(model, ()))
@@ -131,13 +133,14 @@ class RequestQueue:
         waiting = self._by_id.pop(request_id, None)
         if waiting is not None:
             line = self._lines[waiting.model]
+            if line[0] is waiting:
+                self._heads = None
             line.remove(waiting)
             if not line:
                 del self._lines[waiting.model]
             self._of_key[waiting.key] -= 1
             if not self._of_key[waiting.key]:
                 del self._of_key[waiting.key]
-            self._order = None
         return waiting
 
     def served(self, waiting: Waiting, now: float) -> None:

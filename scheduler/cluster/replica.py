@@ -135,8 +135,9 @@ class Replica:
 
     @property
     def free_slots(self) -> int:
-        grants = self.state is ReplicaState.READY and self.open and not self.doubted
-        return max(0, self.slots - len(self.leases)) if grants else 0  # more may have outlived a restart
+        if self.state is not ReplicaState.READY or self.drain_for or self.retiring or self.doubted:
+            return 0
+        return max(0, self.slots - len(self.leases))  # more may have outlived a restart
 
     @property
     def anonymous_bytes(self) -> int:

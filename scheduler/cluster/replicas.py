@@ -7,9 +7,12 @@ Insertion order is kept in every view, so that decisions do not depend on hashes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.units import NodeId, ReplicaId
+
+K = TypeVar("K")
 
 
 class Replicas(Mapping[ReplicaId, Replica]):
@@ -17,8 +20,8 @@ class Replicas(Mapping[ReplicaId, Replica]):
 
     def __init__(self) -> None:
         self._all: dict[ReplicaId, Replica] = {}
-        self._of_model: dict[str, dict[ReplicaId, Replica]] = {}
-        self._on_node: dict[NodeId, dict[ReplicaId, Replica]] = {}
+        self._of_model: dict[str, tuple[Replica, ...]] = {}
+        self._on_node: dict[NodeId, tuple[Replica, ...]] = {}
         self._by_use: dict[ReplicaId, Replica] = {}
         self._in_state: dict[ReplicaState, dict[ReplicaId, Replica]] = {state: {} for state in ReplicaState}
 
@@ -35,30 +38,29 @@ class Replicas(Mapping[ReplicaId, Replica]):
         return replica_id in self._all
 
     def of_model(self, model: str) -> Sequence[Replica]:
-        return tuple(self._of_model.get(model, {}).values())
+        return self._of_model.get(model, ())
 
     def on_node(self, node_id: NodeId) -> Sequence[Replica]:
-        return tuple(self._on_node.get(node_id, {}).values())
+        return self._on_node.get(node_id, ())
 
-    def in_state(self, *states: ReplicaState) -> Sequence[Replica]:
-        return tuple(replica for state in states for replica in self._in_state[state].values())
+    def in_state(self, state: ReplicaState) -> Sequence[Replica]:
+        return tuple(self._in_state[state].values())
 
     def count(self, *states: ReplicaState) -> int:
-        return sum(len(self._in_state[state]) for state in states)
+        return sum([len(self._in_state[state]) for state in states])
 
     def add(self, replica: Replica) -> None:
         self._all[replica.replica_id] = self._by_use[replica.replica_id] = replica
-        for view in self._views(replica):
-            view[replica.replica_id] = replica
+        self._in_state[replica.state][replica.replica_id] = replica
+        self._of_model[replica.model] = (*self.of_model(replica.model), replica)
+        node_id = replica.placement.node_id
+        self._on_node[node_id] = (*self.on_node(node_id), replica)
 
     def remove(self, replica: Replica) -> None:
         del self._all[replica.replica_id], self._by_use[replica.replica_id]
-        for view in self._views(replica):
-            del view[replica.replica_id]
-        if not self._of_model[replica.model]:
-            del self._of_model[replica.model]
-        if not self._on_node[replica.placement.node_id]:
-            del self._on_node[replica.placement.node_id]
+        del self._in_state[replica.state][replica.replica_id]
+        _take_out(self._of_model, replica.model, replica)
+        _take_out(self._on_node, replica.placement.node_id, replica)
 
     def used(self, replica: Replica) -> None:
         """It was used just now."""
@@ -76,9 +78,10 @@ class Replicas(Mapping[ReplicaId, Replica]):
         del self._in_state[before][replica.replica_id]
         self._in_state[state][replica.replica_id] = replica
 
-    def _views(self, replica: Replica) -> tuple[dict[ReplicaId, Replica], ...]:
-        return (
-            self._of_model.setdefault(replica.model, {}),
-            self._on_node.setdefault(replica.placement.node_id, {}),
-            self._in_state[replica.state],
-        )
+
+def _take_out(view: dict[K, tuple[Replica, ...]], key: K, replica: Replica) -> None:
+    left = tuple(each for each in view[key] if each is not replica)
+    if left:
+        view[key] = left
+    else:
+        del view[key]

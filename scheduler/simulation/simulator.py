@@ -116,8 +116,7 @@ class _Simulation:
         self._runners = {r.replica_id: _Runner(r.model, r.placement, 0.0) for r in self._core.replicas.values()}
         self._caches = {node.name: _PageCache(node) for node in description.nodes}
         self._read_at = NOW
-        self._leases: set[LeaseId] = set()
-        self._answers: dict[LeaseId, Outcome] = {}
+        self._leases: dict[LeaseId, Outcome | None] = {}  # None: of somebody who was answered when it began
         every = (catalogue.defaults, *catalogue.models.values())
         self._some_expire = any(params.keep_alive_s is not None for params in every)
         self._loading = 0
@@ -131,7 +130,7 @@ class _Simulation:
         self._at(TICK_S, self._tick)
         self._carry_out(self._cluster.commands)
         for lease_id in self._cluster.leases:  # of those who were answered when it began
-            self._leases.add(lease_id)
+            self._leases[lease_id] = None
             self._at(_UNDER_WAY_S, lambda lease=lease_id: self._served(lease))  # type: ignore[misc]
         while self._agenda:
             self._now, _, happen = heapq.heappop(self._agenda)
@@ -188,7 +187,7 @@ class _Simulation:
     def _tick(self) -> None:
         if self._now - self._read_at >= _READ_S:
             self._read_all()
-        self._send(ev.LeasesRenewed(tuple(sorted(self._leases))))
+        self._send(ev.LeasesRenewed(tuple(self._leases)))
         self._send(ev.Ticked())
         if self._leases or self._loading or len(self._core.queue):
             self._after(TICK_S, self._tick)
@@ -205,17 +204,14 @@ class _Simulation:
     def _serve(self, grant: cmd.GrantLease) -> None:
         outcome = self._outcome(grant.request_id)
         prompt_s, answer_s = self._pace(grant.replica_id, grant.model)
-        request = outcome.request
-        prompt = min(request.prompt_tokens, grant.n_ctx)
-        first_s = prompt * prompt_s + answer_s
-        taken_s = first_s + max(0, min(request.output_tokens, grant.n_ctx) - 1) * answer_s
+        request, elapsed_s = outcome.request, self._elapsed_s
+        first_s = min(request.prompt_tokens, grant.n_ctx) * prompt_s + answer_s
         outcome.tokens = min(request.output_tokens, grant.n_ctx)
-        outcome.granted_s = self._elapsed_s
-        outcome.first_token_s = self._elapsed_s + first_s
-        outcome.done_s = self._elapsed_s + taken_s
-        self._runners[grant.replica_id].busy.append((self._elapsed_s, outcome.done_s))
-        self._leases.add(grant.lease_id)
-        self._answers[grant.lease_id] = outcome
+        taken_s = first_s + max(0, outcome.tokens - 1) * answer_s
+        outcome.granted_s, outcome.first_token_s = elapsed_s, elapsed_s + first_s
+        outcome.done_s = elapsed_s + taken_s
+        self._runners[grant.replica_id].busy.append((elapsed_s, outcome.done_s))
+        self._leases[grant.lease_id] = outcome
         self._after(taken_s, lambda: self._served(grant.lease_id))
 
     def _pace(self, replica_id: ReplicaId, model: str) -> tuple[float, float]:
@@ -229,18 +225,15 @@ class _Simulation:
 
     def _broken_off(self, lease_id: LeaseId) -> None:
         """The rest of an answer is not wanted, or not to be had, any more."""
-        self._leases.discard(lease_id)
-        outcome = self._answers.pop(lease_id, None)
+        outcome = self._leases.pop(lease_id, None)
         if outcome is not None and outcome.done_s is not None and outcome.done_s > self._elapsed_s:
             outcome.tokens, outcome.done_s = 0, None
             outcome.refusal = "its answer was ended for a request of higher priority"
 
     def _served(self, lease_id: LeaseId) -> None:
-        if lease_id not in self._leases:
-            return
-        self._leases.discard(lease_id)
-        self._answers.pop(lease_id, None)
-        self._send(ev.LeaseReleased(lease_id))
+        if lease_id in self._leases:
+            del self._leases[lease_id]
+            self._send(ev.LeaseReleased(lease_id))
 
     # ------------------------------------------------------------------ replicas
 

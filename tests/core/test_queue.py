@@ -108,9 +108,9 @@ def test_models_come_in_the_order_of_their_first_requests() -> None:
     line = queue(priority_s=60)
     line.add(waiting("a", 0, model="late"))
     line.add(waiting("b", 5, model="urgent", priority=2))
-    assert line.models() == ["urgent", "late"]
+    assert [head.model for head in line.heads()] == ["urgent", "late"]
     line.remove(RequestId("b"))
-    assert line.models() == ["late"] and line.length("urgent") == 0
+    assert [head.model for head in line.heads()] == ["late"] and line.length("urgent") == 0
 
 
 # ---------------------------------------------------------------------- through the core
