@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from scheduler import commands as cmd
 from scheduler.choice.admission import Admission
+from scheduler.choice.candidates import ON_GPU
 from scheduler.choice.explain import explain_coming, explain_refusal, explain_waiting
 from scheduler.choice.placement import Choice, Chooser
 from scheduler.choice.price import Prices
@@ -176,7 +177,7 @@ class Dispatch:
         """
         self._admission.check(model, waiting)
         coming = self._coming(waiting)
-        serving = _free_among(coming, waiting) or next(iter(coming), None)
+        serving = self._free_among(coming, waiting) or next(iter(coming), None)
         if serving is not None:
             beside = () if serving.free_slots else self._upkeep.beside(model, waiting, now)
             return Plan(serving, None, beside)
@@ -213,11 +214,15 @@ class Dispatch:
         )
 
     def _moves(self, head: Waiting, replica: Replica) -> bool:
-        """Whether the replica is loaded anew in a better place instead of serving the request where it is."""
-        choice = self._upkeep.better_place(head, replica, self._now)
+        """Whether the replica is loaded anew in a better place instead of serving the request where it is; a busy one
+        serves on until the other is ready."""
+        if replica.placement.tier in ON_GPU:
+            return False
+        busy, choice = replica.busy, self._upkeep.better_place(head, replica, self._now)
         if choice is not None:
-            self._upkeep.move(head, replica, choice, self._now)
-        return choice is not None
+            self._upkeep.move(replica, choice, self._now)
+            self._fleet.start_pending(self._queue.length, self._now)
+        return choice is not None and not busy
 
     def refuse(self, waiting: Waiting, error: ArrieroError) -> None:
         self._queue.remove(waiting.request_id)
@@ -235,11 +240,12 @@ class Dispatch:
         """Grant or refuse a model's requests in turn, until the first has to wait."""
         while head := self._queue.head(name):
             coming = self._coming(head)
-            ready = _free_among(coming, head)
+            ready = self._free_among(coming, head)
             if ready is not None and not self._moves(head, ready):
                 self._grant(head, ready)
                 continue
-            if self._refuse_if_late(head, coming):
+            served = any(replica.state is ReplicaState.READY for replica in coming)  # then the first in line is next
+            if not served and self._refuse_if_late(head, coming):
                 continue
             try:
                 if self._now >= head.look_again_at or self._decisions < MOST_DECISIONS:
@@ -304,7 +310,23 @@ class Dispatch:
                 raise self._refusal(Impossible, model, chooser)
 
     def _free_replica(self, waiting: Waiting) -> Replica | None:
-        return _free_among(self._coming(waiting), waiting)
+        return self._free_among(self._coming(waiting), waiting)
+
+    def _free_among(self, coming: Sequence[Replica], waiting: Waiting) -> Replica | None:
+        """Of the replicas that will serve the request, a ready one with a free slot: one on GPUs, unless requests for
+        other models wait, which may need these; one that knows how the prompt begins; else the one with the fewest
+        requests, of such the most recently used."""
+        able = [replica for replica in coming if replica.free_slots > 0]
+        if len(able) < 2:
+            return able[0] if able else None
+        contended = any(head.model != waiting.model for head in self._queue.heads())
+
+        def fitness(replica: Replica) -> tuple[bool, bool, int, float]:
+            knows_prompt = bool(waiting.prefix) and waiting.prefix in replica.prefixes
+            on_gpus = contended or replica.placement.tier in ON_GPU
+            return on_gpus, knows_prompt, -len(replica.leases), replica.last_used_at
+
+        return max(able, key=fitness)
 
     def _coming(self, waiting: Waiting) -> list[Replica]:
         """Replicas that will serve the request: ready ones, busy or not, and those that are being loaded."""
@@ -352,13 +374,3 @@ class Dispatch:
 
     def read_ahead_ended(self, node_id: NodeId) -> None:
         self._upkeep.read_ahead_ended(node_id)
-
-
-def _free_among(coming: Sequence[Replica], waiting: Waiting) -> Replica | None:
-    """Of the replicas that will serve the request, a ready one with a free slot: one that knows how the prompt begins,
-    else the one with the fewest requests, of such the most recently used."""
-    able = [replica for replica in coming if replica.free_slots > 0]
-    if len(able) < 2:
-        return able[0] if able else None
-    prefix = waiting.prefix
-    return max(able, key=lambda each: (bool(prefix) and prefix in each.prefixes, -len(each.leases), each.last_used_at))

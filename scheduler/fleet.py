@@ -120,7 +120,8 @@ class Fleet:
         a model's requests), and those whose room did not come `release_timeout_s` after the last one stopping for it
         was gone."""
         for replica in self.replicas.in_state(ReplicaState.PENDING):
-            if not (replica.kept or replica.preloaded or waiting_for(replica.model)):
+            wanted = replica.kept or replica.preloaded or replica.supersedes in self.replicas
+            if not wanted and not waiting_for(replica.model):
                 self.forget(replica)
             elif fits(replica.placement, self.rooms.to_start(replica)) and self._take_cores(replica):
                 self._start(replica)
@@ -179,6 +180,9 @@ class Fleet:
         self._learn(replica)
         for account, amount in self._measured(replica.placement, event).items():
             self._book_measured(replica, account, amount)
+        slower = self.replicas.get(replica.supersedes) if replica.supersedes else None
+        if slower is not None and slower.state is ReplicaState.READY:
+            self.retire(slower, f"{replica.model} is on {replica.placement.tier} now")
         self._balance_threads(replica.placement.node_id)
         self._out.announce(
             "replica_ready",

@@ -61,17 +61,14 @@ class Upkeep:
 
     def spread(self, head: Waiting, coming: Sequence[Replica], now: float) -> bool:
         """Load the model once more, on free GPUs of its own, when that is sooner than the last of its requests would
-        have a slot. Only where speeds are known: on devices that share a CPU it would gain nothing. Returns whether a
-        place was sought, which takes its time."""
+        have a slot; where there are none, move it if it is in host RAM. Only where speeds are known: on devices that
+        share a CPU it would gain nothing. Returns whether a place was sought, which takes its time."""
         model = self._models.by_name.get(head.model)
-        ours = self._fleet.replicas.of_model(head.model)
-        if model is None or model.shape is None or not model.history.may_evict:
-            return False
-        if now - model.spread_looked_at < SPREAD_EVERY_S:
+        if model is None or model.shape is None or now - model.spread_looked_at < SPREAD_EVERY_S:
             return False
         model.spread_looked_at = now
-        most = self._models.params(model).max_replicas
-        if (most is not None and len(ours) >= most) or any(r.state is not ReplicaState.READY for r in ours):
+        ours = self._fleet.replicas.of_model(head.model)
+        if not model.history.may_evict or not self._may_have_another(model):
             return False
         prices, beside = self._choosers.prices, coming[0].placement
         wait_s = prices.request_s(model.shape, model.name, beside)
@@ -84,6 +81,8 @@ class Upkeep:
         choice = self._free_place(model, head, need, ours, now)
         if choice is not None:
             self._place(model, choice, now)
+        elif (better := self.better_place(head, coming[0], now)) is not None:
+            self.move(coming[0], better, now)
         return True
 
     def _place(self, model: Model, choice: Choice, now: float) -> Replica:
@@ -114,13 +113,16 @@ class Upkeep:
         return choice if choice.verdict == "free" else None
 
     def better_place(self, head: Waiting, replica: Replica, now: float) -> Choice | None:
-        """A place for an idle replica that lies partly in host RAM, where its requests are answered so much sooner that
-        this outweighs loading it again; nobody else is stopped for it but whoever is idle. None while nothing is
-        known to be better; looked for now and then only."""
+        """A place for a replica that lies partly in host RAM, where its requests are answered so much sooner that this
+        outweighs loading it again; nobody else is stopped for it but whoever is idle. A busy replica stays until the
+        other is ready, and stays where it is while anybody else waits for room. None while nothing is known to be
+        better; looked for now and then only."""
         model = self._models.by_name.get(head.model)
-        if model is None or model.shape is None or replica.placement.tier in ON_GPU or not replica.idle:
+        if model is None or model.shape is None or replica.placement.tier in ON_GPU:
             return None
         if now - replica.compared_at < COMPARE_EVERY_S:
+            return None
+        if replica.busy and (self._others_wait(model) or not self._may_have_another(model)):
             return None
         replica.compared_at = now
         try:
@@ -130,8 +132,8 @@ class Upkeep:
         if need is None or self._choosers.price_s(need, replica.placement, frozenset(), now) is None:
             return None
         need = need.with_context(replica.placement.context)  # no shorter one, whatever this request would do with
-        chooser = replace(self._choosers.of(model, head, need, now), outgrown=frozenset({replica.replica_id}))
-        choice = chooser.choose()
+        makes_room = frozenset() if replica.busy else frozenset({replica.replica_id})
+        choice = replace(self._choosers.of(model, head, need, now), outgrown=makes_room).choose()
         if choice.placement is None or choice.verdict not in ("free", "evict"):
             return None
         prices, shape = self._choosers.prices, model.shape
@@ -142,15 +144,24 @@ class Upkeep:
         gain_s = requests * (before_s - after_s)
         moving_s = RELEASE_S + price.load_s
         worth_it = after_s * CLEARLY_FASTER < before_s and gain_s > moving_s + price.regret_s
-        worth_it = worth_it and 2 * moving_s < head.deadline_at - now
-        return choice if worth_it else None
+        in_time = replica.busy or 2 * moving_s < head.deadline_at - now
+        return choice if worth_it and in_time else None
 
-    def move(self, head: Waiting, replica: Replica, choice: Choice, now: float) -> None:
+    def move(self, replica: Replica, choice: Choice, now: float) -> None:
         """Carry that out."""
         assert choice.placement is not None
         message = f"{replica.model} moves from {replica.placement.tier} to {choice.placement.tier}: it is faster there"
         self._out.announce("replica_moved", message, replica=replica)
-        self._place(self._models.by_name[head.model], choice, now)
+        moved = self._place(self._models.by_name[replica.model], choice, now)
+        moved.supersedes = replica.replica_id if replica.busy else None
+
+    def _others_wait(self, model: Model) -> bool:
+        return any(head.model != model.name for head in self._queue.heads())
+
+    def _may_have_another(self, model: Model) -> bool:
+        """Whether the model may have one replica more, and none is on its way."""
+        ours, most = self._fleet.replicas.of_model(model.name), self._models.params(model).max_replicas
+        return (most is None or len(ours) < most) and all(r.state is ReplicaState.READY for r in ours)
 
     # ------------------------------------------------------------------ what shall always be there
 

@@ -101,6 +101,7 @@ class Replica:
     room_since: float | None = None  # pending: when the last victim was gone
     preloaded: bool = False  # nobody has asked for it yet
     kept: bool = False  # loaded because the model shall always have a replica
+    supersedes: ReplicaId | None = None  # a slower replica of the model that goes once this one is ready
     prefixes: deque[str] = field(default_factory=lambda: deque(maxlen=8))  # of the prompts that it saw last
 
     def become(self, state: ReplicaState) -> None:

@@ -11,6 +11,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 from scheduler import commands as cmd
@@ -125,13 +126,16 @@ class _Simulation:
         self._run = Run([Outcome(request) for request in trace], gpus=tuple(gpus))
 
     def run(self) -> Run:
-        for number, outcome in enumerate(self._run.outcomes):
-            self._at(outcome.request.at_s, lambda n=number: self._arrive(n))  # type: ignore[misc]
+        self._agenda += [
+            (NOW + outcome.request.at_s, next(self._serial), partial(self._arrive, number))
+            for number, outcome in enumerate(self._run.outcomes)
+        ]
+        heapq.heapify(self._agenda)
         self._at(TICK_S, self._tick)
         self._carry_out(self._cluster.commands)
         for lease_id in self._cluster.leases:  # of those who were answered when it began
             self._leases[lease_id] = None
-            self._at(_UNDER_WAY_S, lambda lease=lease_id: self._served(lease))  # type: ignore[misc]
+            self._at(_UNDER_WAY_S, partial(self._served, lease_id))
         while self._agenda:
             self._now, _, happen = heapq.heappop(self._agenda)
             happen()
@@ -166,8 +170,7 @@ class _Simulation:
                 case cmd.StartReplica():
                     self._load(command)
                 case cmd.StopReplica():
-                    replica_id = command.replica_id
-                    self._after(RELEASE_S, lambda r=replica_id: self._gone(r))  # type: ignore[misc]
+                    self._after(RELEASE_S, partial(self._gone, command.replica_id))
                 case cmd.Announce() if command.kind == "replica_evicted":
                     self._run.evictions += 1
                 case cmd.CancelAnswer():
@@ -212,7 +215,7 @@ class _Simulation:
         outcome.done_s = elapsed_s + taken_s
         self._runners[grant.replica_id].busy.append((elapsed_s, outcome.done_s))
         self._leases[grant.lease_id] = outcome
-        self._after(taken_s, lambda: self._served(grant.lease_id))
+        self._after(taken_s, partial(self._served, grant.lease_id))
 
     def _pace(self, replica_id: ReplicaId, model: str) -> tuple[float, float]:
         """Seconds per token of a prompt and of an answer."""
@@ -248,7 +251,7 @@ class _Simulation:
         cache.read(command.path, shape.file_bytes)
         self._loading += 1
         self._send(ev.ReplicaStarted(command.replica_id, next(self._serial)))
-        self._after(speed.load.seconds, lambda: self._loaded(command, speed.load.seconds))
+        self._after(speed.load.seconds, partial(self._loaded, command, speed.load.seconds))
 
     def _loaded(self, command: cmd.StartReplica, load_s: float) -> None:
         self._loading -= 1
@@ -283,7 +286,7 @@ class _Simulation:
         load_s = self._core.speeds.load(shape, command.node_id, 0.0).seconds
         number = next(self._serial)
         self._ahead[command.node_id] = number
-        self._after(load_s, lambda: self._was_read_ahead(command, number, shape.file_bytes))
+        self._after(load_s, partial(self._was_read_ahead, command, number, shape.file_bytes))
 
     def _was_read_ahead(self, command: cmd.ReadAhead, number: int, file_bytes: int) -> None:
         if self._ahead.get(command.node_id) == number:

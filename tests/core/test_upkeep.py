@@ -304,6 +304,40 @@ def test_it_does_not_move_under_a_request_that_could_not_wait_for_it() -> None:
     assert s.ask("a", deadline_s=0.3) in s.grants and not s.announced("replica_moved")
 
 
+def test_one_that_is_never_idle_moves_as_well_and_ends_no_answer_for_it() -> None:
+    s, answers = always_busy_in_host_ram()
+    before = s.replica("a").replica_id
+    answers.append(s.ask("a"))
+    assert s.grants[answers[-1]].replica_id == before and s.announced("replica_moved")
+    s.wait(5)
+    later = s.ask("a")
+    assert s.grants[later].replica_id != before and before in s.core.replicas
+    for answer in answers:
+        s.done(answer)
+    s.wait(5)
+    assert before not in s.core.replicas and s.tier("a") == "one GPU" and len(s.started) == 2
+
+
+def test_what_it_moves_for_keeps_to_the_most_replicas_it_may_have() -> None:
+    s, _ = always_busy_in_host_ram(max_replicas=1)
+    s.ask("a")
+    s.wait(30)
+    assert len(s.core.replicas) == 1 and not s.announced("replica_moved")
+
+
+def always_busy_in_host_ram(**params: Any) -> tuple[Scenario, list[str]]:
+    """A model that was loaded into host RAM and has been answering ever since; now the GPU is free."""
+    s = machine({"a": MEDIUM}, "4GiB", models=entry("a", n_seq_max=4, n_ctx=8192, **params))
+    s.foreign[DeviceId("id-gpu0")] = 4 * GIB
+    s.read_devices()
+    answers = [s.ask("a")]
+    assert s.tier("a") == "CPU only"
+    s.foreign.clear()
+    s.read_devices()
+    s.wait(20)
+    return s, answers
+
+
 def test_a_short_request_does_not_make_its_context_shorter() -> None:
     s = in_host_ram()
     for n_ctx in (512, None, 512, None):
