@@ -98,6 +98,7 @@ def plan(core: SchedulerCore, model: str, found: Plan, now: float) -> wire.Plan:
                 f"{replica.replica_id} is {replica.state.value}, "
                 f"{replica.slots - len(replica.leases)} of {replica.slots} slots free"
             ],
+            options=_options(core, model, found.options, now),
         )
     assert found.choice is not None
     return _choice_plan(core, model, found, found.choice, now)

@@ -33,10 +33,18 @@ class Choosers:
         self._models = models
 
     def of(self, model: Model, waiting: Waiting, need: Need, now: float) -> Chooser:
-        n_ctx = self.admission.least_n_ctx(waiting)
         outlook = Outlook(self._fleet.rooms, self._fleet.replicas, self._kept_apart(model))
         allowed = [node for node in self.admission.nodes(model) if need.wishes.allow(node)]
-        nodes = self._near(model, allowed)
+        near = self._near(model, allowed)
+        chooser = self._chooser(model, waiting, need, near, outlook, now)
+        if len(near) < len(allowed) and not chooser.ever_fits():  # not there, whoever were evicted
+            return self._chooser(model, waiting, need, allowed, outlook, now)
+        return chooser
+
+    def _chooser(
+        self, model: Model, waiting: Waiting, need: Need, nodes: list[Node], outlook: Outlook, now: float
+    ) -> Chooser:
+        n_ctx = self.admission.least_n_ctx(waiting)
         return Chooser(
             need=need,
             nodes=self._shortlist(model, need, nodes, outlook),

@@ -19,6 +19,7 @@ from scheduler.units import GIB, MIB, parse_bytes
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"type": ["integer", "string"]})]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 Context = Annotated[int, Field(ge=256)] | Literal["auto"]
+UNNAMED_KEY = "unnamed"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}")
 
 
@@ -197,8 +198,17 @@ class Server(_Strict):
 
     @property
     def keys(self) -> dict[str, str]:
-        """All keys by name; the one without a name has none."""
-        return {**({} if self.api_key is None else {"": self.api_key}), **self.api_keys}
+        """All keys by name. The one without a name has none while nobody shares the cluster, else it is one of them."""
+        if self.api_key is None:
+            return self.api_keys
+        return {UNNAMED_KEY if self.api_keys else "": self.api_key, **self.api_keys}
+
+    @field_validator("api_keys")
+    @classmethod
+    def _unlike_the_unnamed(cls, keys: dict[str, str]) -> dict[str, str]:
+        if UNNAMED_KEY in keys:
+            raise ValueError(f"{UNNAMED_KEY!r} is what the key without a name is called; choose another name")
+        return keys
 
 
 class Catalogue(_Strict):
@@ -231,6 +241,15 @@ class Catalogue(_Strict):
                     raise ValueError(f"model {name} cannot be kept near to or away from itself")
             if not NAME.fullmatch(name):
                 raise ValueError(f"model name {name!r} may hold letters, digits and ._:@/+- only")
+        return self
+
+    @model_validator(mode="after")
+    def _as_many_replicas_as_allowed(self) -> Catalogue:
+        for name, params in {"defaults": self.defaults, **self.models}.items():
+            least = self.defaults.min_replicas if params.min_replicas is None else params.min_replicas
+            most = self.defaults.max_replicas if params.max_replicas is None else params.max_replicas
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{name}: min_replicas {least} is more than max_replicas {most}")
         return self
 
 

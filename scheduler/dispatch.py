@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from scheduler import commands as cmd
 from scheduler.choice.admission import Admission
 from scheduler.choice.candidates import ON_GPU
+from scheduler.choice.eviction import Victims
 from scheduler.choice.explain import explain_coming, explain_refusal, explain_waiting
 from scheduler.choice.placement import Choice, Chooser
 from scheduler.choice.price import Prices
@@ -274,6 +275,9 @@ class Dispatch:
         if draining is not None:  # a second replica beside it would stay where there happens to be room now
             self._reopened(self._turns.drain(head, frozenset(), self._now))
             return f"{head.model} finishes to make room for {draining.drain_for}, and comes back after it"
+        too_many = self._upkeep.more_than_allowed(head)
+        if too_many:  # they do not hold what is asked for, and one of them has to go first
+            return self._wait_for(head, too_many)
         self._decisions += 1
         model = self._models.by_name.get(head.model)
         if model is None:
@@ -294,10 +298,7 @@ class Dispatch:
                 waited_s = self._now - head.arrived_at
                 if choice.placement is None and waited_s >= self._policy.release_timeout_s:
                     raise self._refusal(Unavailable, model, chooser)
-                head.in_the_way = choice.victims
-                due = choice.victims if waited_s >= self._policy.drain_after_s else frozenset()
-                self._reopened(self._turns.drain(head, due, self._now))
-                return explain_waiting(self._fleet.replicas[replica_id] for replica_id in sorted(choice.victims))
+                return self._wait_for(head, choice.victims)
             case "blocked":
                 raise self._refusal(Unavailable, model, chooser)
             case "impossible":
@@ -308,6 +309,13 @@ class Dispatch:
                     self._fleet.remember_extra(model)
                     raise self._refusal(Unavailable, model, chooser)
                 raise self._refusal(Impossible, model, chooser)
+
+    def _wait_for(self, head: Waiting, in_the_way: Victims) -> str:
+        """Have the replicas make room once they have ended, and take nothing new before long. What it waits for."""
+        head.in_the_way = in_the_way
+        due = in_the_way if self._now - head.arrived_at >= self._policy.drain_after_s else frozenset()
+        self._reopened(self._turns.drain(head, due, self._now))
+        return explain_waiting(self._fleet.replicas[replica_id] for replica_id in sorted(in_the_way))
 
     def _free_replica(self, waiting: Waiting) -> Replica | None:
         return self._free_among(self._coming(waiting), waiting)

@@ -13,6 +13,7 @@ from scheduler.choice.need import Need
 from scheduler.choice.placement import Choice
 from scheduler.choice.price import RELEASE_S, REQUESTS, SOON_S
 from scheduler.choice.queue import RequestQueue, Waiting
+from scheduler.choice.room import STAYING
 from scheduler.choice.search import Found
 from scheduler.choosers import Choosers
 from scheduler.cluster.inventory import Inventory
@@ -21,7 +22,7 @@ from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.errors import ArrieroError
 from scheduler.fleet import Fleet
 from scheduler.outbox import Outbox
-from scheduler.units import NodeId, RequestId
+from scheduler.units import NodeId, ReplicaId, RequestId
 
 LOAD_TIMES_BEFORE_SPREADING = 2.0  # a wait so many times as long as a load is worth another replica
 SPREAD_EVERY_S = 1.0  # and is thought about so often
@@ -155,6 +156,16 @@ class Upkeep:
         moved = self._place(self._models.by_name[replica.model], choice, now)
         moved.supersedes = replica.replica_id if replica.busy else None
 
+    def more_than_allowed(self, head: Waiting) -> frozenset[ReplicaId]:
+        """The replica that has to go before the model may be loaded once more for the request: of those that cannot
+        make room at once, the one with the fewest requests. Empty while the model has fewer than it may have."""
+        model = self._models.by_name.get(head.model)
+        most = self._models.params(model).max_replicas if model else None
+        there = [r for r in self._fleet.replicas.of_model(head.model) if r.state in STAYING and not r.idle]
+        if most is None or len(there) < most:
+            return frozenset()
+        return frozenset({min(there, key=lambda each: (len(each.leases), each.replica_id)).replica_id})
+
     def _others_wait(self, model: Model) -> bool:
         return any(head.model != model.name for head in self._queue.heads())
 
@@ -211,6 +222,7 @@ class Upkeep:
             and self._models.params(model).keep_alive_s is None  # it is to go when nobody uses it
             and (gap_s := model.popularity.mean_gap_s(now)) < SOON_S
         )
+        self._read_at = {what: at for what, at in self._read_at.items() if now - at < READ_AGAIN_S}
         models = [self._models.by_name[name] for _, name in likely]
         if self._prefetch == "preload" and any(self._preload(model, now) for model in models):
             return
@@ -232,7 +244,7 @@ class Upkeep:
     def _read_ahead(self, model: Model, now: float) -> None:
         """On every machine with an idle disk that has the file and room for it in the page cache."""
         for node_id, copy in model.copies.items():
-            lately = now - self._read_at.get((node_id, copy.file.path), -READ_AGAIN_S) < READ_AGAIN_S
+            lately = (node_id, copy.file.path) in self._read_at
             if node_id not in self._ahead and not lately and self._fits_in_cache(node_id, copy):
                 self._ahead[node_id] = copy.file.path
                 self._read_at[node_id, copy.file.path] = now

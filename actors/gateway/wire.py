@@ -225,10 +225,11 @@ class PlanOption(Record):
 class Plan(Record):
     """What a request for `model` would cause now. Nothing is started by asking.
 
-    ready: a loaded replica has a slot. free: it fits beside the others. evict: after stopping `victims`.
+    ready: a replica serves it, or will. free: it fits beside the others. evict: after stopping `victims`.
     wait: only after running requests end. blocked: pinned models or other programs are in the way.
     impossible: never, whatever is evicted; `reasons` has the numbers, `would_fit_if` the smallest changes that help.
-    `options` are the best places of each kind that could be had now, in the order of preference.
+    `options` are the best places of each kind that could be had now, in the order of preference; where the replica is
+    busy, the one where another could be.
     """
 
     model: str

@@ -173,7 +173,7 @@ def print_notice(notice: Notice) -> None:
 def print_plan(found: Plan) -> None:
     """A plan as people read it: the verdict, the shares, the victims, and why better places were passed over."""
     verdicts = {
-        "ready": "[green]served at once[/]",
+        "ready": "[green]has a replica[/]",
         "free": "[green]fits beside the others[/]",
         "evict": "[yellow]fits after evicting[/]",
         "wait": "[yellow]must wait for running requests[/]",

@@ -18,7 +18,7 @@ import gc
 import sys
 import time
 
-from benchmarks.soak.stage import GC_THRESHOLDS, POLICIES, SLOW, Tally, shapes
+from benchmarks.soak.stage import GC_THRESHOLDS, POLICIES, Tally, shapes
 from benchmarks.soak.world import World
 from benchmarks.table import print_table
 
@@ -71,12 +71,11 @@ def main() -> None:
     given = arguments.parse_args()
     gc.set_threshold(*GC_THRESHOLDS)
     shapes()
-    length = max(1000, min(MOST_PER_PHASE, given.events // len(POLICIES)))
+    length = given.until or max(1000, min(MOST_PER_PHASE, given.events // len(POLICIES)))
     total, rows, phase = Tally(), [], given.phase or 0
     while total.events < given.events:
         policy = POLICIES[phase % len(POLICIES)]
-        events = given.until or length // (SLOW if "max_active_models" in policy else 1)
-        tally = run_phase(given.seed, phase, events)
+        tally = run_phase(given.seed, phase, length)
         words = ", ".join(f"{key} {value}" for key, value in policy.items()) or "default"
         rows.append(tally.row(f"{phase}: {words}"))
         total.add(tally)

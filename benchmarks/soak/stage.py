@@ -23,7 +23,6 @@ from scheduler.costs.shape import ModelShape
 from scheduler.simulation.cards import known_card
 from scheduler.units import GIB, MIB, DeviceId, NodeId
 
-SLOW = 5  # with few active models everybody waits, and every event costs decisions: such phases are so much shorter
 SHOWN, PROGRESS_S = 30, 30.0
 SELDOM = 100  # events between two looks at what is expensive to look at
 STEP_S = 0.02  # of the clock, on average

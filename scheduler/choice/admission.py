@@ -28,7 +28,7 @@ class Admission:
         self._inventory = inventory
         self._models = models
         self._least_n_ctx: dict[str, tuple[ModelShape, int]] = {}
-        self._needs: dict[tuple[str, int | None], tuple[tuple[ModelShape, int, int], Need]] = {}
+        self._needs: dict[tuple[str, int | None], tuple[tuple[ModelShape, int, int, int], Need]] = {}
 
     def check(self, model: Model, waiting: Waiting) -> None:
         """Raise Rejected when the model cannot do what is asked; nothing is said before its header has been read."""
@@ -47,7 +47,7 @@ class Admission:
 
     def _default_n_ctx(self, model: Model, shape: ModelShape) -> int:
         context = self._models.context(model, shape, None)
-        contexts = context, *self._models.alternatives(model, context, None)
+        contexts = context, *self._models.alternatives(model, shape, None)
         return min(each.n_ctx if each.kv_unified else each.n_ctx // each.n_seq_max for each in contexts)
 
     def need(self, model: Model, waiting: Waiting, now: float) -> Need | None:
@@ -73,7 +73,7 @@ class Admission:
         if shape is None or not self.nodes(model):
             return None
         context = self._context(model, shape, waiting)
-        facts = shape, history.extra_bytes, self._measurements.changes
+        facts = shape, history.extra_bytes, self._measurements.changes, self._inventory.changes
         known = self._needs.get((model.name, waiting.n_ctx))
         if known is None or known[0] != facts or known[1].context != context:
             if len(self._needs) >= MOST_NEEDS:
@@ -100,7 +100,7 @@ class Admission:
                 labels=tuple(sorted((params.labels or {}).items())),
                 min_tokens_per_s=params.min_tokens_per_s or 0.0,
             ),
-            alternatives=self._models.alternatives(model, context, n_ctx),
+            alternatives=self._models.alternatives(model, shape, n_ctx),
             longest_n_ctx=self._models.longest(model, shape, context),
         )
 

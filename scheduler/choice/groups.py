@@ -45,10 +45,10 @@ class Group:
 
     def on(self, node: Node) -> Sequence[Candidate]:
         key = "group", self.tier, self.size, node.facts.node_id
-        known: tuple[Node, Sequence[Candidate]] | None = self.need.known.get(key)
-        if known is None or known[0] is not node:  # a machine that has come back is another one
-            known = self.need.known[key] = node, self._on(node)
-        return known[1]
+        if key not in self.need.known:
+            self.need.known[key] = self._on(node)
+        found: Sequence[Candidate] = self.need.known[key]
+        return found
 
     def _on(self, node: Node) -> Sequence[Candidate]:
         devices = self.need.wishes.devices(node)

@@ -185,6 +185,11 @@ class Need:
     def with_context(self, context: ContextParams) -> Need:
         return self._once(("with", context), lambda: replace(self, context=context, known={}))
 
+    def with_n_ctx(self, context: ContextParams, n_ctx: int) -> Need:
+        """The same with `context`, but for so many tokens."""
+        longer = replace(context, n_ctx=n_ctx)
+        return self.with_context(longer.for_whole_sequences() if self.shape.is_embedding_only else longer)
+
     def elsewhere(self, taken: frozenset[DeviceId]) -> Need:
         """The same on other GPUs than those, and nothing of it in host RAM."""
         wishes = replace(self.wishes, spill=False, not_on=taken)

@@ -84,8 +84,7 @@ class Chooser(Search):
         low, high = placement.context.n_ctx // step, most // step + 1
         while high - low > 1:  # `low` fits, `high` does not
             middle = (low + high) // 2
-            need = self.need.with_context(replace(placement.context, n_ctx=middle * step))
-            longer = exact(placement, need, node)
+            longer = exact(placement, self.need.with_n_ctx(placement.context, middle * step), node)
             low, high, placement = (middle, high, longer) if fits(longer, room) else (low, middle, placement)
         return placement
 
@@ -138,6 +137,10 @@ class Chooser(Search):
             if any(candidate is not None and self.feasible(candidate, room) for candidate in roomiest):
                 return True
         return False
+
+    def ever_fits(self) -> bool:
+        """Whether the model fits on one of the machines when nobody else is there."""
+        return self._feasible_somewhere(self._groups(), ())
 
     def _refuse(self, groups: Groups) -> Choice:
         if not self._feasible_somewhere(groups, ()):

@@ -62,6 +62,7 @@ class Inventory:
 
     def __init__(self) -> None:
         self.nodes: dict[NodeId, Node] = {}
+        self.changes = 0  # machines that have come or gone so far
         self._devices: dict[DeviceId, Device] = {}
 
     @property
@@ -73,9 +74,11 @@ class Inventory:
         devices = {device.device_id: Device(device) for device in facts.devices}
         self.nodes[facts.node_id] = Node(facts, now, devices=devices)
         self._devices.update(devices)
+        self.changes += 1
 
     def leave(self, node_id: NodeId) -> Node | None:
         node = self.nodes.pop(node_id, None)
+        self.changes += 1
         for device_id in node.devices if node else ():
             self._devices.pop(device_id, None)
         return node

@@ -152,6 +152,10 @@ class Models:
         return known[1]
 
     def _context(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> ContextParams:
+        context = self._plain_context(model, shape, n_ctx_slot)
+        return context.for_whole_sequences() if shape.is_embedding_only else context
+
+    def _plain_context(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> ContextParams:
         params = self.params(model)
         slots = params.n_seq_max or 1
         trained = shape.n_ctx_train or DEFAULT_SLOT_CONTEXT
@@ -167,14 +171,11 @@ class Models:
             n_ctx = said or min(trained, DEFAULT_SLOT_CONTEXT) * slots
         embeddings = shape.is_embedding_only if params.embeddings is None else params.embeddings
         n_batch = params.n_batch or 2048
-        n_ubatch = params.n_ubatch or 512
-        if shape.is_embedding_only:  # non-causal attention sees a whole sequence in one graph
-            n_batch = n_ubatch = max(n_ubatch, n_ctx // slots)
         return ContextParams(
             n_ctx=n_ctx,
             n_seq_max=slots,
             n_batch=n_batch,
-            n_ubatch=min(n_ubatch, n_batch),
+            n_ubatch=min(params.n_ubatch or 512, n_batch),
             type_k=params.type_k or "f16",
             type_v=params.type_v or "f16",
             flash_attn=params.flash_attn or "on",
@@ -183,15 +184,15 @@ class Models:
             embeddings=embeddings,
         )
 
-    def alternatives(self, model: Model, context: ContextParams, n_ctx_slot: int | None) -> tuple[ContextParams, ...]:
-        """Other contexts than `context` that the catalogue allows for the same request, in order of preference."""
-        found = []
+    def alternatives(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> tuple[ContextParams, ...]:
+        """Other contexts that the catalogue allows for the same request, best first. Raises as `context`."""
+        context, found = self._plain_context(model, shape, n_ctx_slot), []
         for other in self.params(model).alternatives or ():
             changes = other.model_dump(exclude_none=True)
             if n_ctx_slot is not None:  # what was asked for must be there
                 changes["n_ctx"] = max(changes.get("n_ctx", 0), n_ctx_slot * context.n_seq_max)
             found.append(replace(context, **changes))
-        return tuple(found)
+        return tuple(each.for_whole_sequences() if shape.is_embedding_only else each for each in found)
 
     def longest(self, model: Model, shape: ModelShape, context: ContextParams) -> int:
         """The context of all slots that the model may be given where there is room; 0: no more than it needs."""
@@ -204,6 +205,8 @@ class Models:
         changes = FileChanges()
         if files == self._reported.get(node_id):
             return changes
+        for path in self._claimed.get(node_id, {}).keys() - {file.path for file in files}:
+            self._entries.pop(path, None)
         claimed: dict[str, ModelFile] = {}
         for file in files:
             for name in self._names(file, claimed):

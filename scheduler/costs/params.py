@@ -5,7 +5,7 @@ Names and meanings are llama.cpp's own (`llama_model_params`, `llama_context_par
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 DeviceKind = Literal["cuda", "rpc"]
@@ -42,6 +42,12 @@ class ContextParams:
     swa_full: bool = False
     embeddings: bool = False
     op_offload: bool = True
+
+    def for_whole_sequences(self) -> ContextParams:
+        """The same with batches that hold all that a slot does, as non-causal attention wants it: it sees a whole
+        sequence in one graph."""
+        n_ubatch = max(self.n_ubatch, self.n_ctx // self.n_seq_max)
+        return replace(self, n_batch=n_ubatch, n_ubatch=n_ubatch)
 
 
 @dataclass(frozen=True, slots=True)

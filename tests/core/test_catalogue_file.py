@@ -49,11 +49,21 @@ def test_sizes_and_yaml_booleans() -> None:
         ("[1, 2]", "a catalogue is a mapping with keys such as models and policy, not list"),
         ("policy: {max_active_models: 0}", "policy.max_active_models"),
         ("server: {api_key: short}", "server.api_key"),
+        ("server: {api_keys: {unnamed: long-enough}}", "'unnamed' is what the key without a name is called"),
+        ("models: {a: {path: x, min_replicas: 3, max_replicas: 2}}", "a: min_replicas 3 is more than max_replicas 2"),
+        ("{defaults: {max_replicas: 1}, models: {a: {path: x, min_replicas: 2}}}", "a: min_replicas 2 is more than"),
     ],
 )
 def test_mistakes_are_named(text: str, words: str) -> None:
     message = refusal(text)
     assert message.startswith("home.yaml: ") and words in message
+
+
+def test_the_key_without_a_name_has_one_where_the_cluster_is_shared() -> None:
+    alone = parse("server: {api_key: long-enough}").server
+    shared = parse("server: {api_key: long-enough, api_keys: {ann: another-one}}").server
+    assert alone.keys == {"": "long-enough"}  # nobody to be fair to
+    assert shared.keys == {"unnamed": "long-enough", "ann": "another-one"}
 
 
 def test_every_mistake_is_named_at_once() -> None:

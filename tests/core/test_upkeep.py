@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from scenario import LARGE, MEDIUM, SMALL, Scenario, gpu
 
+from actors.views import plan
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeReading
@@ -69,6 +70,28 @@ def test_nobody_is_evicted_for_a_second_replica() -> None:
     flood(s, "a", 12)
     s.wait(20)
     assert s.loaded_models() == {"a", "b"} and not s.evicted()
+
+
+def test_the_plan_of_a_busy_model_says_where_another_replica_could_be() -> None:
+    s = machine({"a": MEDIUM}, "4GiB", "4GiB")
+    s.ask("a")
+    told = plan(s.core, "a", s.core.plan("a", None, s.now), s.now)
+    (option,) = told.options
+    assert told.verdict == "ready" and option.tier == "one GPU"
+    assert {option.shares[0].device, *s.where("a")} == {"gpu0", "gpu1"}
+
+
+def test_a_longer_context_is_no_way_around_the_most_replicas() -> None:
+    s = machine({"a": MEDIUM}, "8GiB", "8GiB", models=entry("a", max_replicas=1, n_ctx=2048))
+    held = s.ask("a")
+    longer = s.ask("a", n_ctx=4096)
+    s.wait(5)
+    assert s.waits(longer) and "a (busy)" in s.why(longer) and len(s.core.replicas) == 1
+    next_one = s.ask("a")
+    assert s.waits(next_one)  # the small one takes nothing new: else the longer one would wait for ever
+    s.done(held)
+    s.wait(3)
+    assert longer in s.grants and [r.n_ctx for r in s.core.replicas.values()] == [4096]
 
 
 def test_a_second_replica_goes_before_anybody_else() -> None:

@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from scenario import LARGE, MEDIUM, SMALL, Scenario, gpu
+from scenario import LARGE, MEDIUM, SMALL, Scenario, gpu, shape
 
+from scheduler.choice.need import Need
 from scheduler.cluster.facts import DeviceFacts
-from scheduler.config import parse_catalogue
-from scheduler.costs.params import Rates
+from scheduler.cluster.models import Models
+from scheduler.config import Reserves, parse_catalogue
+from scheduler.costs.params import ContextParams, Rates
 from scheduler.errors import Impossible, Rejected
 
 M = {"m": MEDIUM}
@@ -72,6 +74,16 @@ def test_near_to_a_model_that_is_not_loaded_is_anywhere() -> None:
     assert s.tier("second") == "one GPU"
 
 
+def test_near_to_a_model_on_a_machine_that_could_never_hold_it_is_anywhere() -> None:
+    s = Scenario(
+        [gpu("3GiB")], {"first": SMALL, "second": LARGE}, catalogue=wants("second", near=["first"], spill=False)
+    )
+    s.run("first")
+    s.add_node("other", [gpu("24GiB", "gpu-other")])
+    s.run("second")
+    assert (s.node("first"), s.node("second")) == ("box", "other")
+
+
 @pytest.mark.parametrize("who", ["first", "second"])
 def test_never_on_one_gpu_whoever_of_the_two_says_so(who: str) -> None:
     other = "second" if who == "first" else "first"
@@ -88,6 +100,21 @@ def test_on_the_only_gpu_one_of_two_that_must_not_share_it_goes() -> None:
     s.wait(10)
     s.run("a")
     assert s.evicted() == ["b"] and s.loaded_models() == {"a"}
+
+
+def test_other_contexts_of_an_embedding_model_hold_whole_sequences_in_one_batch() -> None:
+    plain = shape(*SMALL)
+    embeds = replace(plain, arch=replace(plain.arch, pools=True))
+    catalogue = parse_catalogue(wants(n_ctx=8192, alternatives=[{"n_ctx": 2048}, {"type_k": "q8_0"}]))
+    models = Models(catalogue)
+    contexts = (
+        models.context(models.by_name["m"], embeds, None),
+        *models.alternatives(models.by_name["m"], embeds, None),
+        Need("m", embeds, ContextParams(), Reserves()).with_n_ctx(ContextParams(), 16384).context,
+    )
+    assert [(each.n_ctx, each.n_batch, each.n_ubatch) for each in contexts] == [
+        (n_ctx, n_ctx, n_ctx) for n_ctx in (8192, 2048, 8192, 16384)
+    ]
 
 
 def test_a_model_is_not_its_own_neighbour() -> None:
