@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from benchmarks.soak.clients import Clients
+from benchmarks.soak.mishaps import Mishaps
+from benchmarks.soak.players import Machine, Runner
 from benchmarks.soak.referee import Referee
 from benchmarks.soak.stage import (
     BOXES,
@@ -29,74 +30,12 @@ from benchmarks.soak.stage import (
 )
 from scheduler import commands as cmd
 from scheduler import events as ev
-from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
-from scheduler.cluster.replica import Placement
+from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeReading
 from scheduler.core import SchedulerCore
 from scheduler.costs.measurements import ROUNDING_BYTES, Record
-from scheduler.costs.paces import Pace
 from scheduler.costs.params import DeviceBytes, Footprint
 from scheduler.errors import UnknownModel
-from scheduler.units import GIB, MIB, DeviceId, LeaseId, NodeId, ReplicaId, RequestId
-
-
-@dataclass(eq=False)
-class Runner:
-    """A process. `device_bytes`: what it really holds; `promised`: what the core knows that it may hold."""
-
-    command: cmd.StartReplica
-    pid: int
-    state: str = "starting"  # loading, ready, failed, stopping
-    device_bytes: dict[DeviceId, int] = field(default_factory=dict)
-    anonymous_bytes: int = 0
-    ready: ev.ReplicaReady | None = None
-    n_threads: int = 1
-
-    @property
-    def placement(self) -> Placement:
-        return self.command.placement
-
-    @property
-    def promised(self) -> dict[DeviceId, int]:
-        return dict(zip(self.placement.device_ids, self.placement.device_bytes, strict=True))
-
-    def may_hold(self, device_id: DeviceId) -> int:
-        """All that it holds there, or will once it is loaded."""
-        if self.state in ("starting", "loading"):
-            return self.promised.get(device_id, 0)
-        return self.device_bytes.get(device_id, 0)
-
-    def exceeds(self, device_id: DeviceId) -> bool:
-        """Whether it took more than it was given: nobody could know."""
-        return self.device_bytes.get(device_id, 0) > self.promised.get(device_id, 0)
-
-
-@dataclass(eq=False)
-class Machine:
-    """One of `BOXES` as it is now."""
-
-    box: Box
-    facts: NodeFacts
-    files: tuple[ModelFile, ...]
-    there: bool = False
-    lives: int = 0
-    foreign: Counter[DeviceId] = field(default_factory=Counter)
-    host_foreign: int = 0
-    lost: dict[DeviceId, str] = field(default_factory=dict)
-    silent: set[DeviceId] = field(default_factory=set)
-
-    def find(self, device_id: DeviceId) -> None:
-        """A lost GPU is back."""
-        self.lost.pop(device_id, None)
-
-
-@dataclass(eq=False)
-class Client:
-    """Who holds a lease. One that has `vanished` never says that it has ended; `cancelled`: the runner has ended it."""
-
-    request_id: RequestId
-    replica_id: ReplicaId
-    vanished: bool = False
-    cancelled: bool = False
+from scheduler.units import MIB, DeviceId, NodeId, ReplicaId
 
 
 class World:
@@ -112,7 +51,6 @@ class World:
         self.records: dict[tuple[str, str], Record] = {}
         self.runners: dict[ReplicaId, Runner] = {}
         self.leftovers: dict[ReplicaId, Runner] = {}  # of an earlier scheduler: others' memory as far as this one knows
-        self.clients: dict[LeaseId, Client] = {}
         self.machines = {box.name: self._machine(box) for box in BOXES}
         self.calm = False  # from now on nothing goes wrong
         self._heap: list[tuple[float, int, Callable[[], object]]] = []
@@ -120,30 +58,34 @@ class World:
         self._generation = 0  # of the scheduler
         self._truth = {name: self.chance.choice((0.85, 1.0, 1.0, 1.0, 1.0, 1.06)) for name in MODELS}
         self._overhead = {name: self.chance.choice((60, 150, 250, 280)) * MIB for name in MODELS}
-        self._popular: list[float] = []
-        self._busy = 1.0
-        self._turn_tide()
+        self.clients = Clients(self)
+        self.mishaps = Mishaps(self)
         self._actions = self._weighed()
-        self._begin_scheduler()
+        self.begin_scheduler()
+
+    def count(self) -> int:
+        """A number that nothing else has."""
+        self._serial += 1
+        return self._serial
 
     def _machine(self, box: Box) -> Machine:
-        files = tuple(self._file(name, 1.0) for name in box.files.split())
+        files = tuple(self.file(name, 1.0) for name in box.files.split())
         return Machine(box, facts_of(box, NodeId(f"{box.name}#0")), files)
 
-    def _file(self, name: str, modified_at_s: float) -> ModelFile:
+    def file(self, name: str, modified_at_s: float) -> ModelFile:
         cached = self.chance.choice((None, 0.0, 0.0, 0.3, 1.0))
         return ModelFile(f"/m/{name}.gguf", (f"/m/{name}.gguf",), shapes()[name].file_bytes, modified_at_s, cached)
 
     # ------------------------------------------------------------------ the core and its surroundings
 
-    def _begin_scheduler(self) -> None:
+    def begin_scheduler(self) -> None:
         self._generation += 1
         tag = f"{self._generation}."
         self.core = SchedulerCore(self.catalogue, tag, tuple(self.records.values()))
         self.referee = Referee(self.core, self.tally)
         for machine in self.machines.values():
             machine.there = False
-            self._join(machine)
+            self.join(machine)
 
     def send(self, event: ev.Event) -> None:
         """One event; what its commands lead to comes later."""
@@ -163,8 +105,7 @@ class World:
 
     def later(self, seconds: float, effect: Callable[[], object]) -> None:
         """Physics: happens whatever becomes of the scheduler."""
-        self._serial += 1
-        heapq.heappush(self._heap, (self.now + seconds, self._serial, effect))
+        heapq.heappush(self._heap, (self.now + seconds, self.count(), effect))
 
     def answer(self, seconds: float, effect: Callable[[], object]) -> None:
         """What this scheduler is told, unless it ends before."""
@@ -178,9 +119,9 @@ class World:
             case cmd.StopReplica():
                 self._stop(command)
             case cmd.GrantLease():
-                self._granted(command)
+                self.clients.granted(command)
             case cmd.CancelAnswer():
-                self._cancelled(command.lease_id)
+                self.clients.cancelled(command.lease_id)
             case cmd.CheckReplica():
                 self.answer(self.chance.random() * 2, lambda: self._checked(command.replica_id))
             case cmd.ReadShape():
@@ -223,8 +164,8 @@ class World:
             machine.lost.clear()
             machine.silent.clear()
             machine.host_foreign = 0
-            self._join(machine)
-        self._settle(lambda: not (len(self.core.queue) or self.clients or self.referee.leases), "requests")
+            self.join(machine)
+        self._settle(lambda: not (len(self.core.queue) or self.clients.held or self.referee.leases), "requests")
         for name in list(self.core.models.by_name) + [replica.model for replica in self.core.replicas.values()]:
             self.send(ev.UnloadAsked(name))
         self._settle(lambda: not (self.core.replicas or self._heap), "replicas")
@@ -242,24 +183,24 @@ class World:
             self.now += 1.0
             self._catch_up()
             for machine in self.machines.values():
-                self._read_machine(machine)
-            self._renew()
+                self.read_machine(machine)
+            self.clients.renew()
             self.send(ev.Ticked())
 
     def _weighed(self) -> list[tuple[Callable[[], object], float]]:
         return [
-            (self._ask, 24.0),
+            (self.clients.ask, 24.0),
             (self._read_some_device, 22.0),
             (self._read_some_node, 8.0),
             (self._tick, 20.0),
-            (self._renew, 1.5),
-            (self._cancel, 1.0),
-            (self._mishap, 0.15),
-            (self._others_use_memory, 0.1),
-            (self._turn_tide, 0.02),
+            (self.clients.renew, 1.5),
+            (self.clients.cancel, 1.0),
+            (self.mishaps.strike, 0.15),
+            (self.mishaps.others_use_memory, 0.1),
+            (self.clients.turn_tide, 0.02),
             (self._time_jumps, 0.01),
             (self._quiet, 0.005),
-            (self._restart, 0.005),
+            (self.mishaps.restart, 0.005),
         ]
 
     # ------------------------------------------------------------------ time
@@ -275,80 +216,15 @@ class World:
         for _ in range(self.chance.choice((20, 60, 200))):
             self.now += 1.0
             self._catch_up()
-            self._read_machine(self.chance.choice(list(self.machines.values())))
-            self._renew()
+            self.read_machine(self.chance.choice(list(self.machines.values())))
+            self.clients.renew()
             self.send(ev.Ticked())
-
-    def _turn_tide(self) -> None:
-        """Others are popular now, and there is more or less to do."""
-        self._popular = [self.chance.paretovariate(0.7) for _ in MODELS]
-        self._busy = self.chance.choice((0.05, 0.2, 0.4, 0.8))
-
-    # ------------------------------------------------------------------ clients
-
-    def _ask(self) -> None:
-        chance = self.chance
-        if chance.random() > self._busy:
-            return
-        self._serial += 1
-        model = chance.choices(tuple(MODELS), self._popular)[0] if chance.random() > 0.003 else "unicorn"
-        kind: Any = chance.choices(("generate", "embed", "load"), (20, 5 if model == "bee" else 0.1, 1))[0]
-        n_ctx = None if chance.random() < 0.9 else chance.choice((300, 300, 2048, 8192, 16384, 40000))
-        deadline_s = None if chance.random() < 0.8 else chance.choice((0.5, 3.0, 20.0, 100.0))
-        priority = None if chance.random() < 0.7 else chance.randint(-3, 6)
-        prefix = chance.choice(("", "a", "b", "c")) if chance.random() < 0.5 else ""
-        request_id = RequestId(f"r{self._serial}")
-        key = chance.choice(("", "ann", "ann", "ann", "bob", "cid"))
-        self.send(ev.RequestArrived(request_id, model, kind, n_ctx, deadline_s, priority, key, prefix))
-
-    def _granted(self, grant: cmd.GrantLease) -> None:
-        vanished = not self.calm and self.chance.random() < 0.003
-        self.clients[grant.lease_id] = Client(grant.request_id, grant.replica_id, vanished)
-        self.later(self.chance.expovariate(3.0), lambda: self._answered(grant.lease_id))
-
-    def _answered(self, lease_id: LeaseId) -> None:
-        """The answer has ended, well or not."""
-        client = self.clients.pop(lease_id, None)
-        if client is None or client.vanished:
-            return
-        runner = self.runners.get(client.replica_id)
-        failed = runner is None or runner.state != "ready" or self.chance.random() < 0.002
-        self.send(ev.LeaseReleased(lease_id, failed, None if failed else self._pace()))
-
-    def _cancelled(self, lease_id: LeaseId) -> None:
-        if lease_id in self.clients:
-            self.clients[lease_id].cancelled = True
-            self.later(self.chance.random(), lambda: self._answered(lease_id))
-
-    def _pace(self) -> Pace | None:
-        chance = self.chance
-        if chance.random() < 0.7:
-            return None
-        tokens, answer = chance.randint(0, 2000), chance.randint(0, 500)
-        slow = chance.choice((1.0, 1.0, 1.0, 3.0, 0.0, 1e6))
-        return Pace(tokens, tokens * 0.001 * slow, answer, answer * chance.uniform(0.01, 0.03) * slow, tokens + answer)
-
-    def _renew(self) -> None:
-        held = tuple(lease_id for lease_id, client in self.clients.items() if not client.vanished)
-        if held:
-            self.send(ev.LeasesRenewed(held))
-
-    def _cancel(self) -> None:
-        if self.referee.queued and self.chance.random() < 0.5:
-            self.send(ev.RequestCancelled(self.chance.choice(list(self.referee.queued))))
-        elif self.clients:
-            lease_id = self.chance.choice(list(self.clients))
-            self.send(ev.RequestCancelled(self.clients[lease_id].request_id))
-            self._cancelled(lease_id)
-            if self.chance.random() < 0.7:
-                self.clients.pop(lease_id)
 
     # ------------------------------------------------------------------ runners
 
     def _start(self, command: cmd.StartReplica) -> None:
         """A process is started. What the others may hold and what was promised to it must fit by now."""
-        self._serial += 1
-        runner = Runner(command, pid=self._serial, n_threads=command.n_threads)
+        runner = Runner(command, pid=self.count(), n_threads=command.n_threads)
         self.runners[command.replica_id] = runner
         for device in self._machine_of(runner).facts.devices:
             if need := runner.promised.get(device.device_id, 0):
@@ -369,7 +245,7 @@ class World:
             device.device_id
             for device in machine.facts.devices
             if (need := runner.promised.get(device.device_id, 0))
-            and (device.device_id in machine.lost or need > self._free(machine, device, runner))
+            and (device.device_id in machine.lost or need > self.free(machine, device, runner))
         ]
         if short:
             self._fail(runner, "refused", f"there is not enough on {short}")
@@ -407,7 +283,7 @@ class World:
         """The load has failed; the process holds what it holds until it is stopped."""
         runner.state = "failed"
         if self.chance.random() < 0.7:  # else the event is overtaken by the next readings
-            self._read_machine(self._machine_of(runner))
+            self.read_machine(self._machine_of(runner))
         self.send(ev.ReplicaFailed(runner.command.replica_id, kind, message, buffers))
 
     def _report(self, runner: Runner) -> Footprint:
@@ -431,7 +307,7 @@ class World:
         for device_id, truth in zip(placement.device_ids, self._report(runner).devices, strict=True):
             device = devices[device_id]
             wanted = truth.total_bytes + (overhead if device.kind == "cuda" else 0)
-            if device_id in machine.lost or int(wanted * share) > self._free(machine, device, runner):
+            if device_id in machine.lost or int(wanted * share) > self.free(machine, device, runner):
                 self._fail(runner, "out_of_memory", f"{device_id} has no memory left")
                 return False
             runner.device_bytes[device_id] = int(wanted * share)
@@ -452,27 +328,14 @@ class World:
                     late = ev.ReplicaReady(command.replica_id, pid, report, runner.placement.context.n_ctx, 1.0)
                 self.answer(0.0, lambda: self.send(late))
             runner.state = "stopping"
-            self._clients_notice(runner)
+            self.clients.notice(runner)
         self.answer(self.chance.expovariate(1.5), lambda: self._gone(command.replica_id))
 
     def _gone(self, replica_id: ReplicaId) -> None:
         runner = self.runners.pop(replica_id, None)
         if runner is not None and self._is_there(runner):
-            self._read_machine(self._machine_of(runner))
+            self.read_machine(self._machine_of(runner))
         self.send(ev.ReplicaGone(replica_id))
-
-    def _die(self, runner: Runner) -> None:
-        """A ready runner's process ends by itself; sometimes those who hold a lease see it first."""
-        replica_id = runner.command.replica_id
-        runner.device_bytes, runner.anonymous_bytes, runner.state = {}, 0, "dead"
-        self._clients_notice(runner)
-        delay_s = self.chance.choice((0.0, 0.1, 3.0))
-        self.answer(delay_s, lambda: self.send(ev.ReplicaDied(replica_id, "killed")))
-
-    def _clients_notice(self, runner: Runner) -> None:
-        for lease_id, client in self.clients.items():
-            if client.replica_id == runner.command.replica_id:
-                self.later(self.chance.random(), partial(self._answered, lease_id))
 
     def _checked(self, replica_id: ReplicaId) -> None:
         runner = self.runners.get(replica_id)
@@ -498,13 +361,13 @@ class World:
     def _somebody_exceeds(self, device_id: DeviceId) -> bool:
         return any(each.exceeds(device_id) for each in self.runners.values())
 
-    def _free(self, machine: Machine, device: DeviceFacts, but: Runner | None = None) -> int:
+    def free(self, machine: Machine, device: DeviceFacts, but: Runner | None = None) -> int:
         device_id = device.device_id
         everybody = (*self.runners.values(), *self.leftovers.values())
         used = sum(each.device_bytes.get(device_id, 0) for each in everybody if each is not but)
         return device.total_bytes - used - machine.foreign[device_id]
 
-    def _join(self, machine: Machine) -> None:
+    def join(self, machine: Machine) -> None:
         """The machine is there: its facts, then what still runs on it, then the first readings."""
         if machine.there:
             return
@@ -514,16 +377,16 @@ class World:
         for runner in [each for each in self.runners.values() if each.placement.node_id == node_id]:
             self._adopt(runner)
         if not self.calm and self.chance.random() < 0.1:
-            self.answer(self.chance.choice((1.0, 35.0)), lambda: self._read_machine(machine))
+            self.answer(self.chance.choice((1.0, 35.0)), lambda: self.read_machine(machine))
         else:
-            self._read_machine(machine)
+            self.read_machine(machine)
 
     def _adopt(self, runner: Runner) -> None:
         command, replica_id = runner.command, runner.command.replica_id
         assert runner.ready is not None
         answering = tuple(
             lease_id
-            for lease_id, client in self.clients.items()
+            for lease_id, client in self.clients.held.items()
             if client.replica_id == replica_id and not client.cancelled
         )
         self.send(
@@ -532,19 +395,19 @@ class World:
             )
         )
 
-    def _read_machine(self, machine: Machine) -> None:
+    def read_machine(self, machine: Machine) -> None:
         for device in machine.facts.devices:
-            self._read_device(machine, device)
-        self._read_node(machine)
+            self.read_device(machine, device)
+        self.read_node(machine)
 
-    def _read_device(self, machine: Machine, device: DeviceFacts) -> None:
+    def read_device(self, machine: Machine, device: DeviceFacts) -> None:
         device_id, total = device.device_id, device.total_bytes
         if not machine.there or device_id in machine.silent:
             return
         if device_id in machine.lost:
             reading = DeviceReading(device_id, 0, 0, 0, self.now, lost_reason=machine.lost[device_id])
         else:
-            free = self._free(machine, device)
+            free = self.free(machine, device)
             if free < 0:
                 raise Violation(f"{-free} bytes more than there are are in use on {device_id}")
             everybody = (*self.runners.values(), *self.leftovers.values())
@@ -554,7 +417,7 @@ class World:
             reading = DeviceReading(device_id, total, free, total - free, at, processes)
         self.send(ev.DeviceSampled(reading))
 
-    def _read_node(self, machine: Machine) -> None:
+    def read_node(self, machine: Machine) -> None:
         if machine.there:
             name = machine.box.name + "#"
             everybody = (*self.runners.values(), *self.leftovers.values())
@@ -564,10 +427,10 @@ class World:
 
     def _read_some_device(self) -> None:
         machine = self.chance.choice(list(self.machines.values()))
-        self._read_device(machine, self.chance.choice(machine.facts.devices))
+        self.read_device(machine, self.chance.choice(machine.facts.devices))
 
     def _read_some_node(self) -> None:
-        self._read_node(self.chance.choice(list(self.machines.values())))
+        self.read_node(self.chance.choice(list(self.machines.values())))
 
     def _read_header(self, command: cmd.ReadShape) -> None:
         name = Path(command.path).stem
@@ -588,103 +451,7 @@ class World:
                 )
         self.send(ev.ReadAheadEnded(command.node_id, command.path))
 
-    # ------------------------------------------------------------------ what goes wrong, or is done by hand
-
-    def _mishap(self) -> None:
-        chance = self.chance
-        machine = chance.choice(list(self.machines.values()))
-        device_id = chance.choice(machine.facts.devices).device_id
-        model = chance.choice((*MODELS, "unicorn"))
-        ready = [runner for runner in self.runners.values() if runner.state == "ready"]
-        what = chance.choices(
-            ("die", "lose GPU", "silence", "lose machine", "file", "caches", "pin", "unpin", "unload", "gateway"),
-            (4, 2, 2, 1, 2, 2, 1, 2, 3, 0.5),
-        )[0]
-        if what == "die" and ready:
-            self._die(chance.choice(ready))
-        elif what == "lose GPU" and machine.there:
-            machine.lost[device_id] = "it fell off the bus"
-            self.later(chance.expovariate(0.05), lambda: machine.find(device_id))
-        elif what == "silence":
-            machine.silent.add(device_id)
-            self.later(chance.expovariate(0.05), lambda: machine.silent.discard(device_id))
-        elif what == "lose machine" and machine.there:
-            self._lose(machine)
-        elif what in ("file", "caches"):
-            self._change_file(machine, what == "file")
-        elif what in ("pin", "unpin"):
-            self.send(ev.PinAsked(model, what == "pin"))
-        elif what == "unload":
-            self.send(ev.UnloadAsked(model))
-        elif what == "gateway":
-            self.clients.clear()
-            self.send(ev.ClientsLost())
-
-    def _lose(self, machine: Machine) -> None:
-        """Ray calls it by another name when it is back, mostly: its raylet has started anew, or was only not heard."""
-        node_id = machine.facts.node_id
-        for everybody in (self.runners, self.leftovers):
-            for replica_id in [each for each, r in everybody.items() if r.placement.node_id == node_id]:
-                runner = everybody.pop(replica_id)
-                runner.state = "dead"
-                self._clients_notice(runner)
-        self.send(ev.NodeLost(node_id, "unplugged"))
-        machine.there = False
-        machine.lost.clear()
-        machine.silent.clear()
-        if self.chance.random() < 0.7:
-            machine.lives += 1
-            machine.facts = facts_of(machine.box, NodeId(f"{machine.box.name}#{machine.lives}"))
-        self.later(self.chance.expovariate(0.03), lambda: self._join(machine))
-
-    def _change_file(self, machine: Machine, truly: bool) -> None:
-        """A file is written anew, comes, or goes; or just the page cache holds other ones."""
-        chance = self.chance
-        name = chance.choice(machine.box.files.split())
-        others = tuple(file for file in machine.files if file.path != f"/m/{name}.gguf")
-        if not truly:
-            machine.files = tuple(
-                replace(f, cached_fraction=chance.choice((None, 0.0, 0.5, 1.0))) for f in machine.files
-            )
-        elif len(others) == len(machine.files) or chance.random() < 0.7:
-            machine.files = (*others, self._file(name, self.now))
-        else:
-            machine.files = others
-            self.later(chance.expovariate(0.02), lambda: self._bring_back(machine, name))
-        self._read_node(machine)
-
-    def _bring_back(self, machine: Machine, name: str) -> None:
-        if not any(file.path == f"/m/{name}.gguf" for file in machine.files):
-            machine.files = (*machine.files, self._file(name, self.now))
-
-    def _others_use_memory(self) -> None:
-        chance = self.chance
-        machine = chance.choice(list(self.machines.values()))
-        device = chance.choice(machine.facts.devices)
-        if chance.random() < 0.3:
-            machine.host_foreign = chance.choice((0, 0, GIB, 4 * GIB, 10 * GIB))
-            return
-        machine.foreign[device.device_id] = 0
-        wanted = chance.choice((0, 0, 300 * MIB, 2 * GIB, device.total_bytes))
-        machine.foreign[device.device_id] = min(wanted, max(0, self._free(machine, device)))
-        if chance.random() < 0.5:
-            self._read_device(machine, device)
-
-    def _restart(self) -> None:
-        """The scheduler starts anew: ready runners are found, all others are killed, and who waited asks again."""
-        kept = {each: runner for each, runner in self.runners.items() if runner.state == "ready"}
-        for replica_id, runner in self.runners.items():
-            if replica_id not in kept:
-                self.leftovers[replica_id] = runner
-                self._clients_notice(runner)
-                self.later(self.chance.expovariate(1.0), partial(self.leftovers.pop, replica_id, None))
-        self.runners = kept
-        self._begin_scheduler()
-
 
 def _scaled(share: DeviceBytes, factor: float) -> DeviceBytes:
     counts = (share.weights_bytes, share.kv_bytes, share.compute_bytes)
     return DeviceBytes(*(int(count * factor) for count in counts))
-
-
-# ---------------------------------------------------------------------- phases

@@ -1,0 +1,94 @@
+"""Those who ask, hold leases, and give them back or do not."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.soak.players import Client, Runner
+from benchmarks.soak.stage import MODELS
+from scheduler import commands as cmd
+from scheduler import events as ev
+from scheduler.costs.paces import Pace
+from scheduler.units import LeaseId, RequestId
+
+if TYPE_CHECKING:
+    from benchmarks.soak.world import World
+
+
+class Clients:
+    """`held`: who holds which lease."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.held: dict[LeaseId, Client] = {}
+        self._popular: list[float] = []
+        self._busy = 1.0
+        self.turn_tide()
+
+    def ask(self) -> None:
+        chance = self._world.chance
+        if chance.random() > self._busy:
+            return
+        serial = self._world.count()
+        model = chance.choices(tuple(MODELS), self._popular)[0] if chance.random() > 0.003 else "unicorn"
+        kind: Any = chance.choices(("generate", "embed", "load"), (20, 5 if model == "bee" else 0.1, 1))[0]
+        n_ctx = None if chance.random() < 0.9 else chance.choice((300, 300, 2048, 8192, 16384, 40000))
+        deadline_s = None if chance.random() < 0.8 else chance.choice((0.5, 3.0, 20.0, 100.0))
+        priority = None if chance.random() < 0.7 else chance.randint(-3, 6)
+        prefix = chance.choice(("", "a", "b", "c")) if chance.random() < 0.5 else ""
+        request_id = RequestId(f"r{serial}")
+        key = chance.choice(("", "ann", "ann", "ann", "bob", "cid"))
+        self._world.send(ev.RequestArrived(request_id, model, kind, n_ctx, deadline_s, priority, key, prefix))
+
+    def granted(self, grant: cmd.GrantLease) -> None:
+        vanished = not self._world.calm and self._world.chance.random() < 0.003
+        self.held[grant.lease_id] = Client(grant.request_id, grant.replica_id, vanished)
+        self._world.later(self._world.chance.expovariate(3.0), lambda: self.answered(grant.lease_id))
+
+    def answered(self, lease_id: LeaseId) -> None:
+        """The answer has ended, well or not."""
+        client = self.held.pop(lease_id, None)
+        if client is None or client.vanished:
+            return
+        runner = self._world.runners.get(client.replica_id)
+        failed = runner is None or runner.state != "ready" or self._world.chance.random() < 0.002
+        self._world.send(ev.LeaseReleased(lease_id, failed, None if failed else self._pace()))
+
+    def cancelled(self, lease_id: LeaseId) -> None:
+        if lease_id in self.held:
+            self.held[lease_id].cancelled = True
+            self._world.later(self._world.chance.random(), lambda: self.answered(lease_id))
+
+    def _pace(self) -> Pace | None:
+        chance = self._world.chance
+        if chance.random() < 0.7:
+            return None
+        tokens, answer = chance.randint(0, 2000), chance.randint(0, 500)
+        slow = chance.choice((1.0, 1.0, 1.0, 3.0, 0.0, 1e6))
+        return Pace(tokens, tokens * 0.001 * slow, answer, answer * chance.uniform(0.01, 0.03) * slow, tokens + answer)
+
+    def renew(self) -> None:
+        held = tuple(lease_id for lease_id, client in self.held.items() if not client.vanished)
+        if held:
+            self._world.send(ev.LeasesRenewed(held))
+
+    def cancel(self) -> None:
+        if self._world.referee.queued and self._world.chance.random() < 0.5:
+            self._world.send(ev.RequestCancelled(self._world.chance.choice(list(self._world.referee.queued))))
+        elif self.held:
+            lease_id = self._world.chance.choice(list(self.held))
+            self._world.send(ev.RequestCancelled(self.held[lease_id].request_id))
+            self.cancelled(lease_id)
+            if self._world.chance.random() < 0.7:
+                self.held.pop(lease_id)
+
+    def notice(self, runner: Runner) -> None:
+        for lease_id, client in self.held.items():
+            if client.replica_id == runner.command.replica_id:
+                self._world.later(self._world.chance.random(), partial(self.answered, lease_id))
+
+    def turn_tide(self) -> None:
+        """Others are popular now, and there is more or less to do."""
+        self._popular = [self._world.chance.paretovariate(0.7) for _ in MODELS]
+        self._busy = self._world.chance.choice((0.05, 0.2, 0.4, 0.8))
