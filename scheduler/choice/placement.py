@@ -68,8 +68,15 @@ class Chooser(Search):
             choice = replace(choice, placement=self._lengthened(choice))
         if not explain:
             return choice
-        ways = () if choice.placement else ways_out(self, never=choice.verdict == "impossible")
-        return replace(choice, rejections=rejections(self, groups, choice), would_fit_if=ways)
+        never, waits = choice.verdict == "impossible", choice.verdict == "wait"
+        ways = () if choice.placement else ways_out(self, self._fits_unpinned, never=never)
+        why_not = rejections(self, groups, choice.placement, waits=waits)
+        return replace(choice, rejections=why_not, would_fit_if=ways)
+
+    def _fits_unpinned(self, names: frozenset[str]) -> bool:
+        """Whether there would be a place if those models were not protected."""
+        bolder = replace(self, protected=lambda r: r.model not in names and self.protected(r), may_evict=True)
+        return bolder.choose().placement is not None
 
     def _lengthened(self, choice: Choice) -> Placement | None:
         """The same layout with the longest context that there is room for, where the catalogue leaves that open."""

@@ -4,57 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from scheduler.choice.candidates import CONTEXT_STEP, ONE_GPU, TIERS, Candidate
 from scheduler.choice.explain import Rejection, explain_candidate
 from scheduler.choice.groups import Group, groups
+from scheduler.choice.search import Search
 from scheduler.cluster.replica import Placement
 from scheduler.units import NodeId
-
-if TYPE_CHECKING:
-    from scheduler.choice.placement import Choice, Chooser
 
 SMALLEST_CONTEXT = 2048  # tokens per slot: the least that a refusal proposes
 
 
-def rejections(chooser: Chooser, found: Sequence[Group], choice: Choice) -> tuple[Rejection, ...]:
-    """Why each candidate as good as the chosen one or better was passed over, or has to wait. Of several GPUs, all
-    together speak for every smaller combination."""
-    chosen = choice.placement
-    taken = chosen if choice.verdict != "wait" else None
+def rejections(
+    search: Search, found: Sequence[Group], chosen: Placement | None, *, waits: bool
+) -> tuple[Rejection, ...]:
+    """Why each candidate as good as the chosen one or better was passed over, or has to wait, as the chosen one may
+    (`waits`). Of several GPUs, all together speak for every smaller combination."""
+    taken = None if waits else chosen
     speakers: dict[tuple[str, NodeId, object], Candidate] = {}
     for candidate in (c for group in found for c in group):
         if chosen and TIERS.index(candidate.tier) > TIERS.index(chosen.tier):
             break
         each = candidate.devices if candidate.tier == ONE_GPU else None
         speakers[candidate.tier, candidate.node_id, each] = candidate
-    idle = {replica.replica_id: chooser.now - replica.last_used_at for replica in chooser.evictable(0.0)}
+    idle = {replica.replica_id: search.now - replica.last_used_at for replica in search.evictable(0.0)}
     return tuple(
         explain_candidate(
             candidate,
-            now=chooser.outlook.now(candidate.node_id),
-            later=chooser.outlook.without(candidate.node_id, idle),
+            now=search.outlook.now(candidate.node_id),
+            later=search.outlook.without(candidate.node_id, idle),
             idle=idle,
-            replicas=chooser.replicas.on_node(candidate.node_id),
-            protected=chooser.protected,
-            apart=chooser.outlook.apart,
-            tokens_per_s=chooser.tokens_per_s,
-            inventory=chooser.inventory,
+            replicas=search.replicas.on_node(candidate.node_id),
+            protected=search.protected,
+            apart=search.outlook.apart,
+            tokens_per_s=search.tokens_per_s,
+            inventory=search.inventory,
         )
         for candidate in speakers.values()
         if not (taken and _same_place(candidate, taken))
     )
 
 
-def context_that_fits(chooser: Chooser) -> int:
+def context_that_fits(search: Search) -> int:
     """The largest context per slot below the one asked for that an empty cluster could hold, to 256 tokens."""
-    context = chooser.need.context
+    context = search.need.context
 
     def fits(steps: int) -> bool:
-        smaller = chooser.need.with_context(replace(context, n_ctx=steps * CONTEXT_STEP * context.n_seq_max))
-        found = groups(smaller, chooser.nodes)
-        for node, room in chooser.outlook.unlike(chooser.nodes):
+        smaller = search.need.with_context(replace(context, n_ctx=steps * CONTEXT_STEP * context.n_seq_max))
+        found = groups(smaller, search.nodes)
+        for node, room in search.outlook.unlike(search.nodes):
             roomiest = (group.roomiest(node, room) for group in found if node in group.nodes)
             if any(candidate is not None and candidate.feasible(room) for candidate in roomiest):
                 return True

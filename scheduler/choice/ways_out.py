@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from scheduler.choice.groups import groups
 from scheduler.choice.reasons import context_that_fits
 from scheduler.choice.room import Room
+from scheduler.choice.search import Search
 from scheduler.cluster.inventory import Node
 from scheduler.units import MIB, DeviceId, format_bytes
-
-if TYPE_CHECKING:
-    from scheduler.choice.placement import Chooser
 
 STEP_BYTES = 64 * MIB
 """Memory that is missing is said to this much."""
@@ -24,46 +21,38 @@ _SPARE_STEPS = 128
 """More than buffers take that are not weights or cache; with twice these two and so much, any model fits."""
 
 
-def ways_out(chooser: Chooser, *, never: bool) -> tuple[str, ...]:
+def ways_out(search: Search, fits_unpinned: Callable[[frozenset[str]], bool], *, never: bool) -> tuple[str, ...]:
     """A shorter context (for what fits `never`), models that are pinned, memory on the GPU for which it is least, and
-    host RAM."""
-    n_ctx = context_that_fits(chooser) if never else 0
+    host RAM. `fits_unpinned`: whether there would be a place if such models were not protected."""
+    n_ctx = context_that_fits(search) if never else 0
     ways = [f"n_ctx <= {n_ctx}"] if n_ctx else []
-    return (*ways, *_unpinned(chooser), *_more_memory(chooser))
+    return (*ways, *_unpinned(search, fits_unpinned), *_more_memory(search))
 
 
-def _unpinned(chooser: Chooser) -> list[str]:
+def _unpinned(search: Search, fits_unpinned: Callable[[frozenset[str]], bool]) -> list[str]:
     """Single protected models, or all of them, without whose protection there would be a place."""
-    kept = sorted({replica.model for replica in chooser.replicas.values() if chooser.protected(replica)})
-    helped = [name for name in kept if _fits_without([name], chooser)]
+    kept = sorted({replica.model for replica in search.replicas.values() if search.protected(replica)})
+    helped = [name for name in kept if fits_unpinned(frozenset({name}))]
     if helped or len(kept) < 2:
         return [f"unpin {name}" for name in helped]
-    return [f"unpin {', '.join(kept)}"] if _fits_without(kept, chooser) else []
+    return [f"unpin {', '.join(kept)}"] if fits_unpinned(frozenset(kept)) else []
 
 
-def _fits_without(names: Iterable[str], chooser: Chooser) -> bool:
-    free = frozenset(names)
-    bolder = replace(chooser, protected=lambda r: r.model not in free and chooser.protected(r), may_evict=True)
-    return bolder.choose().placement is not None
-
-
-def _more_memory(chooser: Chooser) -> list[str]:
+def _more_memory(search: Search) -> list[str]:
     devices: list[tuple[int, str]] = []
     memories: list[tuple[int, str]] = []
-    for node in chooser.nodes[:MOST_NODES]:
+    for node in search.nodes[:MOST_NODES]:
         # what could be had with everybody gone who may be stopped
-        here = chooser.replicas.on_node(node.facts.node_id)
-        gone = [replica.replica_id for replica in here if not chooser.protected(replica)]
-        room = chooser.outlook.without(node.facts.node_id, gone)
-        on = f" of {node.facts.hostname}" if len(chooser.nodes) > 1 else ""
-        alike = {
-            (d.product, d.total_bytes, room.devices.get(d.device_id)): d for d in chooser.need.wishes.devices(node)
-        }
+        here = search.replicas.on_node(node.facts.node_id)
+        gone = [replica.replica_id for replica in here if not search.protected(replica)]
+        room = search.outlook.without(node.facts.node_id, gone)
+        on = f" of {node.facts.hostname}" if len(search.nodes) > 1 else ""
+        alike = {(d.product, d.total_bytes, room.devices.get(d.device_id)): d for d in search.need.wishes.devices(node)}
         for device in alike.values():
-            more = _missing(chooser, node, partial(_with_device, room, device.device_id))
+            more = _missing(search, node, partial(_with_device, room, device.device_id))
             if more:
                 devices.append((more, f"{format_bytes(more)} more on {device.label}{on}"))
-        more = _missing(chooser, node, partial(_with_host, room))
+        more = _missing(search, node, partial(_with_host, room))
         if more:
             memories.append((more, f"{format_bytes(more)} more host RAM{on}"))
     return [min(found)[1] for found in (devices, memories) if found]
@@ -77,16 +66,16 @@ def _with_host(room: Room, extra: int) -> Room:
     return replace(room, host_bytes=room.host_bytes + extra)
 
 
-def _missing(chooser: Chooser, node: Node, room_with: Callable[[int], Room]) -> int:
+def _missing(search: Search, node: Node, room_with: Callable[[int], Room]) -> int:
     """The least extra bytes, to `STEP_BYTES`, with which the model fits on the node somehow; 0: no amount helps."""
-    ways = groups(chooser.need, [node])
+    ways = groups(search.need, [node])
 
     def fits(steps: int) -> bool:
         room = room_with(steps * STEP_BYTES)
         roomiest = (way.roomiest(node, room) for way in ways)
-        return any(candidate is not None and chooser.feasible(candidate, room) for candidate in roomiest)
+        return any(candidate is not None and search.feasible(candidate, room) for candidate in roomiest)
 
-    enough = -(-2 * chooser.need.least_bytes() // STEP_BYTES) + _SPARE_STEPS
+    enough = -(-2 * search.need.least_bytes() // STEP_BYTES) + _SPARE_STEPS
     if not fits(enough):
         return 0
     high = 1
