@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from scheduler.choice.admission import Admission
 from scheduler.choice.eviction import Victims
+from scheduler.choice.explain import ALWAYS_LOADED
 from scheduler.choice.need import Need
 from scheduler.choice.outlook import Outlook
 from scheduler.choice.placement import Chooser
@@ -52,7 +53,7 @@ class Choosers:
             inventory=self._inventory,
             outlook=outlook,
             replicas=self._fleet.replicas,
-            protected=self.is_protected,
+            protected=self.protection,
             policy=self._fleet.policy,
             now=now,
             waited_s=now - waiting.arrived_at,
@@ -74,14 +75,17 @@ class Choosers:
         def cached(node_id: NodeId) -> float:
             return model.copies[node_id].file.cached_fraction or 0.0
 
-        return shortlist(need, nodes, outlook, self.is_protected, cached)
+        return shortlist(need, nodes, outlook, self.protection, cached)
 
-    def is_protected(self, replica: Replica) -> bool:
-        """Never evicted: its model is pinned, or has no more replicas than it shall always have."""
+    def protection(self, replica: Replica) -> str:
+        """Why it is never evicted: its model is pinned, or has no more replicas than it shall always have. Or empty."""
         model = self._models.by_name.get(replica.model)
         if model is None:
-            return False
-        return model.pinned or (bool(self._models.params(model).min_replicas) and not self.prices.surplus(replica))
+            return ""
+        if model.pinned:
+            return "pinned"
+        kept = self._models.params(model).min_replicas and not self.prices.surplus(replica)
+        return ALWAYS_LOADED if kept else ""
 
     def price_s(self, need: Need, placement: Placement, victims: Victims, now: float) -> float | None:
         """Seconds; None where speeds are not known, and for virtual GPUs: they are no faster than the CPU that they

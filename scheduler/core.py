@@ -119,7 +119,9 @@ class SchedulerCore:
 
         Raises UnknownModel, InvalidGGUF, Rejected or Unavailable as the request itself would be refused.
         """
-        return self._dispatch.plan(self.models.find(model_name), _load(model_name, n_ctx, now), now)
+        waiting = _load(model_name, n_ctx, now)
+        waiting.deadline_at = now + self.policy.deadline_s
+        return self._dispatch.plan(self.models.find(model_name), waiting, now)
 
     def need(self, model_name: str, n_ctx: int | None, now: float) -> Need | None:
         """What such a request needs; None while headers or machines have not been read. Raises as `plan`."""

@@ -179,6 +179,9 @@ class Dispatch:
         self._admission.check(model, waiting)
         coming = self._coming(waiting)
         serving = self._free_among(coming, waiting) or next(iter(coming), None)
+        moved = self._upkeep.moved(model, waiting, serving, now) if serving is not None else None
+        if moved is not None and moved.placement is not None:
+            return Plan(None, moved, ((moved.placement, moved.victims),))
         if serving is not None:
             beside = () if serving.free_slots else self._upkeep.beside(model, waiting, now)
             return Plan(serving, None, beside)
@@ -378,7 +381,7 @@ class Dispatch:
         return replica, lease
 
     def is_protected(self, replica: Replica) -> bool:
-        return self._choosers.is_protected(replica)
+        return bool(self._choosers.protection(replica))
 
     def read_ahead_ended(self, node_id: NodeId) -> None:
         self._upkeep.read_ahead_ended(node_id)

@@ -46,11 +46,12 @@ def parse_bytes(text: str | int) -> int:
         raise ValueError(f"{str(text)[:20]}... is more than any machine has") from None
 
 
-def format_bytes(count: int) -> str:
-    """`count` bytes for people: one decimal, binary units ("9.1 GiB", "512 B")."""
+def format_bytes(count: int, *, up: bool = False) -> str:
+    """`count` bytes for people: one decimal, binary units ("9.1 GiB", "512 B"); `up`: never less than it is."""
     for unit, size in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(count) >= size:
-            return f"{count / size:.1f} {unit}"
+            tenths = -(-10 * count // size) if up else round(10 * count / size)
+            return f"{tenths / 10:.1f} {unit}"
     return f"{count} B"
 
 

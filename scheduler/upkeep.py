@@ -119,13 +119,20 @@ class Upkeep:
         other is ready, and stays where it is while anybody else waits for room. None while nothing is known to be
         better; looked for now and then only."""
         model = self._models.by_name.get(head.model)
-        if model is None or model.shape is None or replica.placement.tier in ON_GPU:
+        if model is None or now - replica.compared_at < COMPARE_EVERY_S:
             return None
-        if now - replica.compared_at < COMPARE_EVERY_S:
+        if replica.busy and self._others_wait(model):
             return None
-        if replica.busy and (self._others_wait(model) or not self._may_have_another(model)):
+        if replica.placement.tier not in ON_GPU:
+            replica.compared_at = now
+        return self.moved(model, head, replica, now)
+
+    def moved(self, model: Model, head: Waiting, replica: Replica, now: float) -> Choice | None:
+        """The same at any time, whoever waits."""
+        if model.shape is None or replica.placement.tier in ON_GPU or replica.state is not ReplicaState.READY:
             return None
-        replica.compared_at = now
+        if replica.busy and not self._may_have_another(model):
+            return None
         try:
             need = self._choosers.admission.need(model, head, now)
         except ArrieroError:

@@ -87,7 +87,8 @@ class Candidate:
         """Whether it fits `room` somehow, the best way or not."""
         if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
             most = self.need.n_layers - 1
-            return replace(self, n_cpu_moe=most, least_bytes=self.need.least_bytes(most)).solve(room) is not None
+            if replace(self, n_cpu_moe=most, least_bytes=self.need.least_bytes(most)).solve(room) is not None:
+                return True  # without looking for the best way
         return self.solve(room) is not None
 
     def minimum(self) -> Placement:

@@ -23,7 +23,7 @@ Victims = frozenset[ReplicaId]
 
 def evictable(
     replicas: Iterable[Replica],
-    protected: Callable[[Replica], bool],
+    protected: Callable[[Replica], str],
     now: float,
     min_residency_s: float,
     claimant: str,

@@ -13,6 +13,8 @@ from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.errors import ArrieroError, Impossible
 from scheduler.units import ReplicaId, format_bytes
 
+ALWAYS_LOADED = "always loaded (min_replicas)"
+
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
@@ -33,7 +35,7 @@ def explain_candidate(
     later: Room,
     idle: Mapping[ReplicaId, float],
     replicas: Iterable[Replica],
-    protected: Callable[[Replica], bool],
+    protected: Callable[[Replica], str],
     apart: frozenset[ReplicaId],
     tokens_per_s: Callable[[Placement], float | None],
     inventory: Inventory,
@@ -93,7 +95,7 @@ def _holders(
     foreign_bytes: int,
     idle: Mapping[ReplicaId, float],
     residents: Sequence[Replica],
-    protected: Callable[[Replica], bool],
+    protected: Callable[[Replica], str],
 ) -> list[str]:
     here = [replica for replica in residents if _is_on(replica, device)]
     parts = []
@@ -106,10 +108,10 @@ def _holders(
     return parts
 
 
-def _hold(replica: Replica, protected: Callable[[Replica], bool]) -> str:
+def _hold(replica: Replica, protected: Callable[[Replica], str]) -> str:
     """Why the replica does not make room."""
-    if protected(replica):
-        return "pinned"
+    if why := protected(replica):
+        return why
     if replica.drain_for:
         return f"making room for {replica.drain_for}"
     if replica.busy:

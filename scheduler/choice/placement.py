@@ -20,7 +20,6 @@ from scheduler.choice.room import STAYING
 from scheduler.choice.search import GOOD_ENOUGH, Found, Search, within
 from scheduler.choice.shortlist import wider
 from scheduler.choice.ways_out import ways_out
-from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement, Replica
 
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
@@ -49,8 +48,6 @@ class Chooser(Search):
     """Decides what to do about the need. `waited_s`: seconds that it has been waited for already."""
 
     waited_s: float = 0.0
-    every_node: Sequence[Node] = ()
-    """`nodes` may be a shortlist of them."""
 
     def choose(self, *, explain: bool = False) -> Choice:
         """Raises Rejected for parameters that llama.cpp refuses."""
@@ -60,7 +57,7 @@ class Chooser(Search):
             more = wider(self.need, self.every_node, self.outlook)
             nodes = list({node.facts.node_id: node for node in (*self.nodes, *more)}.values())
             return replace(self, nodes=nodes, every_node=()).choose(explain=explain)
-        if choice.placement is not None and not self.need.draws:
+        if choice.placement is not None and not self.need.draws and (explain or choice.verdict != "wait"):
             drawn = exact(choice.placement, self.need, self.inventory.nodes[choice.placement.node_id])
             if not within(drawn, choice.placement):  # the bound lied: do without it
                 return replace(self, need=self.need.drawn()).choose(explain=explain)
@@ -68,14 +65,13 @@ class Chooser(Search):
             choice = replace(choice, placement=self._lengthened(choice))
         if not explain:
             return choice
-        never, waits = choice.verdict == "impossible", choice.verdict == "wait"
-        ways = () if choice.placement else ways_out(self, self._fits_unpinned, never=never)
-        why_not = rejections(self, groups, choice.placement, waits=waits)
+        ways = () if choice.placement else ways_out(self, self._fits_unpinned)
+        why_not = rejections(self, groups, choice.placement, waits=choice.verdict == "wait")
         return replace(choice, rejections=why_not, would_fit_if=ways)
 
     def _fits_unpinned(self, names: frozenset[str]) -> bool:
         """Whether there would be a place if those models were not protected."""
-        bolder = replace(self, protected=lambda r: r.model not in names and self.protected(r), may_evict=True)
+        bolder = replace(self, protected=lambda r: "" if r.model in names else self.protected(r), may_evict=True)
         return bolder.choose().placement is not None
 
     def _lengthened(self, choice: Choice) -> Placement | None:
@@ -113,7 +109,7 @@ class Chooser(Search):
     def options(self) -> list[Found]:
         """The best placement of each kind that could be had now, whoever is idle evicted for it: what is chosen among,
         in the order of preference. Raises as `choose`."""
-        found = self.offers(self._groups(), self.evictable(0.0))
+        found = self.offers(self._groups(), self.evictable(0.0), worse_too=True)
         return [self.drawn(each) for each in found]
 
     def _choose(self, groups: Groups) -> Choice:

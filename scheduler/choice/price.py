@@ -34,6 +34,7 @@ REQUESTS = 4
 RELEASE_S = 0.5
 """From stopping a replica until its device shows the memory: what a runner's end takes, an assumption as well."""
 SOON_S = 300.0
+TIE_BREAK = 1e-7  # for each second of loading again: of replicas that were used at the same time the cheapest goes
 COMING_BACK_S = 2.0
 """What a model that has to be loaded again costs besides the load: room has to be made for it, too. An assumption."""
 
@@ -78,7 +79,7 @@ class Prices:
             release_s=RELEASE_S if gone else 0.0,
             load_s=speed.load.seconds,
             service_s=_service_seconds(speed),
-            regret_s=sum(self.regret_s(replica, now) for replica in gone),
+            regret_s=sum(self.regret_s(replica, now) for replica in gone if replica.model != model),
         )
 
     def service(self, shape: ModelShape, model: str, replica: Replica) -> Price:
@@ -101,7 +102,10 @@ class Prices:
         if self._by_frequency or not regret_s:
             return regret_s
         shape = self._shape(replica.model)
-        return regret_s / (COMING_BACK_S + self.load_s(shape, replica.model, replica.placement)) if shape else 0.0
+        if shape is None:
+            return 0.0
+        again_s = COMING_BACK_S + self.load_s(shape, replica.model, replica.placement)
+        return regret_s / again_s * (1 + TIE_BREAK * again_s)
 
     def _back_in_s(self, model: Model, replica: Replica, now: float) -> float:
         if replica.preloaded:

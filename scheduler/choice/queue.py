@@ -71,7 +71,8 @@ class RequestQueue:
 
     def add(self, waiting: Waiting) -> Waiting | None:
         """Put the request in its line. In a full queue it takes the place of the last request of the key that has the
-        most, if that has more than its own key would have; who had to leave is returned.
+        most, if that has more than its own key would have, or of the last one of its own key whose priority is lower;
+        who had to leave is returned.
 
         Raises QueueFull, and Rejected for an id that is waiting already.
         """
@@ -90,9 +91,12 @@ class RequestQueue:
 
     def _displaced_by(self, newcomer: Waiting) -> Waiting:
         key, most = max(self._of_key.items(), key=lambda each: each[1])
+        there = [each for each in self if each.key == key]
         if key == newcomer.key or most <= self._of_key[newcomer.key] + 1:
+            there = [each for each in self if each.key == newcomer.key and each.priority < newcomer.priority]
+        if not there:
             raise self.full()
-        last = max((each for each in self if each.key == key), key=_rank)
+        last = max(there, key=_rank)
         self.remove(last.request_id)
         return last
 

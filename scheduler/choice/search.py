@@ -10,11 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
-from itertools import islice
-from math import inf
+from itertools import groupby, islice
 from typing import Any
 
-from scheduler.choice.candidates import CPU_ONLY, ON_GPU, PARTIAL, SOME_LAYERS_IN_RAM, Candidate, exact, fits
+from scheduler.choice.candidates import (
+    CPU_ONLY,
+    EXPERTS_IN_RAM,
+    ON_GPU,
+    PARTIAL,
+    SOME_LAYERS_IN_RAM,
+    Candidate,
+    exact,
+    fits,
+)
 from scheduler.choice.eviction import Victims, cheapest_victims, evictable
 from scheduler.choice.groups import Group, spilling
 from scheduler.choice.need import Need
@@ -28,6 +36,7 @@ from scheduler.units import DeviceId
 
 GOOD_ENOUGH = 0.9  # of the GPU layers that could be had; where prices are not known, nobody is evicted for the rest
 NEARLY = 1.25  # of the lowest price: what costs no more counts as equally cheap
+DRAWING_GAINS = 1.25  # times the price, at the most, when the graph is drawn and a layer or two more find room
 MOST_ROOMY = 2  # machines on which a free place is sought once there is a place on GPUs
 MOST_COMPARED = 12  # combinations of GPUs for which victims are sought, the least memory first
 
@@ -46,7 +55,7 @@ class Search:
     inventory: Inventory
     outlook: Outlook
     replicas: Replicas
-    protected: Callable[[Replica], bool]  # never evicted
+    protected: Callable[[Replica], str]  # why it is never evicted, empty if it may be
     policy: Policy
     now: float
     outgrown: Victims = frozenset()  # smaller replicas of the same model, stopped first
@@ -54,6 +63,8 @@ class Search:
     price: Callable[[Placement, Victims], float | None] = lambda placement, victims: None
     regret: Callable[[Replica], float] = lambda replica: replica.last_used_at  # the least regretted goes first
     tokens_per_s: Callable[[Placement], float | None] = lambda placement: None
+    every_node: Sequence[Node] = ()
+    """`nodes` may be a shortlist of them."""
 
     def solve(self, candidate: Candidate, room: Room) -> Placement | None:
         """The candidate's best placement, if it is fast enough for the catalogue."""
@@ -86,31 +97,67 @@ class Search:
 
     # ------------------------------------------------------------------ places
 
-    def offers(self, groups: Sequence[Group], idle: Sequence[Replica]) -> Iterator[Found]:
+    def offers(self, groups: Sequence[Group], idle: Sequence[Replica], *, worse_too: bool = False) -> Iterator[Found]:
         """The best placement of each tier, on the fewest devices that will do. Once there is a place on GPUs, nobody is
-        evicted for a place of a later tier."""
+        evicted for a place of a later tier; when it could hardly be cheaper, later ones are not sought, but for one on
+        more GPUs that spares its victims, unless they are wanted all the same (`worse_too`)."""
         tiers: set[str] = set()
-        for group in groups:
-            if group.tier in tiers:
-                continue
-            found = self._roomiest_free(group, idle) if tiers & ON_GPU else self._best_of(group, idle)
+        hardly_cheaper, victims = False, Victims()
+        for tier, each in groupby(groups, key=lambda group: group.tier):
+            if hardly_cheaper and not worse_too and (tier not in ON_GPU or not victims):
+                return
+            best = self._best_on_any_size if tier == EXPERTS_IN_RAM else self._best_on_fewest
+            found = best(tuple(each), idle, tiers)
             if found is not None:
-                tiers.add(found[0].tier)
+                tiers.add(tier)
                 yield found
+                if tier in ON_GPU and self._could_hardly_be_cheaper(found):
+                    hardly_cheaper, victims = True, found[1]
+
+    def _could_hardly_be_cheaper(self, found: Found) -> bool:
+        """Whether it would cost nearly the same without its victims, and a later tier no less than that."""
+        price_s, without_s = self.price(*found), self.price(found[0], frozenset())
+        return price_s is not None and without_s is not None and price_s <= NEARLY * without_s
+
+    def _best_on_fewest(self, sizes: Sequence[Group], idle: Sequence[Replica], tiers: set[str]) -> Found | None:
+        best = self._roomiest_free if tiers & ON_GPU else self._best_of
+        return next((found for group in sizes if (found := best(group, idle))), None)
+
+    def _best_on_any_size(self, sizes: Sequence[Group], idle: Sequence[Replica], tiers: set[str]) -> Found | None:
+        """The more GPUs, the fewer experts are left for host RAM: besides the fewest that will do, the roomiest of each
+        larger number are looked at, and all of a machine's with victims too."""
+        made: list[Found] = []
+        for group in sizes:
+            fewest_or_all = not made or group is sizes[-1]
+            best = self._best_of if fewest_or_all and not tiers & ON_GPU else self._roomiest_free
+            found = best(group, idle)
+            if found is not None:
+                made.append(found)
+        return min(made, key=self._price_or_spill, default=None)
+
+    def _price_or_spill(self, found: Found) -> tuple[float, int]:
+        """By price; where it is not known, by what is left in host RAM."""
+        price_s, spilled = self.price(*found), found[0].n_spilled_experts
+        return (float(spilled) if price_s is None else price_s), len(found[0].device_ids)
 
     def cheapest(self, offers: Iterable[Found]) -> Found | None:
         """The cheapest of what each tier offers, best tier first; the first of them where prices are not known."""
-        best, least_s = None, inf
-        for offer in offers:
-            found = self.drawn(offer) if offer[0].tier in PARTIAL else offer
+        priced: list[tuple[float, int, Found]] = []
+        for found in offers:
             price_s = self.price(*found)
             if price_s is None:
-                return best or found
-            if best is None or price_s < least_s:
-                best, least_s = found, price_s
-            if found[0].tier in ON_GPU and price_s <= NEARLY * (self.price(found[0], frozenset()) or 0.0):
-                break  # without its victims it would cost nearly the same, and a later tier no less than that
-        return best
+                return min(priced)[2] if priced else found
+            priced.append((price_s, len(priced), found))
+        close = [each for each in priced if each[0] <= DRAWING_GAINS * min(priced)[0]]
+        if len(close) > 1:  # a few layers more may decide
+            close = [self._drawn_price(*each) for each in close]
+        return min(close)[2] if close else None
+
+    def _drawn_price(self, price_s: float, number: int, found: Found) -> tuple[float, int, Found]:
+        if found[0].tier not in PARTIAL:
+            return price_s, number, found
+        drawn = self.drawn(found)
+        return self.price(*drawn) or price_s, number, drawn
 
     def _best_of(self, group: Group, idle: Sequence[Replica]) -> Found | None:
         """The best placement of equally good candidates, evicting the `idle` replicas if nothing is free; of partial

@@ -28,7 +28,7 @@ def shortlist(
     need: Need,
     nodes: Sequence[Node],
     outlook: Outlook,
-    protected: Callable[[Replica], bool],
+    protected: Callable[[Replica], str],
     cached: Callable[[NodeId], float],
 ) -> list[Node]:
     """The machines of `nodes` that are worth a look. `cached`: the share of the model's file in a machine's page
@@ -79,7 +79,7 @@ def wider(need: Need, nodes: Sequence[Node], outlook: Outlook) -> list[Node]:
 
 
 def _with_victims(
-    need: Need, by_id: dict[NodeId, Node], outlook: Outlook, protected: Callable[[Replica], bool]
+    need: Need, by_id: dict[NodeId, Node], outlook: Outlook, protected: Callable[[Replica], str]
 ) -> Iterable[NodeId]:
     """Machines on which one replica that is idle would make enough room on one GPU; who was used longest ago first."""
     seen: set[NodeId] = set()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from heapq import nlargest
 
-from scheduler.choice.groups import groups
-from scheduler.choice.reasons import context_that_fits
+from scheduler.choice.candidates import CONTEXT_STEP
+from scheduler.choice.explain import ALWAYS_LOADED
+from scheduler.choice.groups import Group, groups
 from scheduler.choice.room import Room
 from scheduler.choice.search import Search
 from scheduler.cluster.inventory import Node
@@ -16,45 +18,81 @@ from scheduler.units import MIB, DeviceId, format_bytes
 STEP_BYTES = 64 * MIB
 """Memory that is missing is said to this much."""
 MOST_NODES = 4
-"""Machines for which it is worked out: it takes some milliseconds for each of their devices."""
+"""Machines for which it is worked out, or some more: it takes some milliseconds for each of their devices."""
+SMALLEST_CONTEXT = 2048
+"""Tokens per slot: the least that is proposed."""
 _SPARE_STEPS = 128
 """More than buffers take that are not weights or cache; with twice these two and so much, any model fits."""
 
 
-def ways_out(search: Search, fits_unpinned: Callable[[frozenset[str]], bool], *, never: bool) -> tuple[str, ...]:
-    """A shorter context (for what fits `never`), models that are pinned, memory on the GPU for which it is least, and
-    host RAM. `fits_unpinned`: whether there would be a place if such models were not protected."""
-    n_ctx = context_that_fits(search) if never else 0
+def ways_out(search: Search, fits_unpinned: Callable[[frozenset[str]], bool]) -> tuple[str, ...]:
+    """A shorter context, models that are protected, memory on the GPU for which it is least, and host RAM.
+    `fits_unpinned`: whether there would be a place if such models were not protected."""
+    rooms = _most_room(search)
+    n_ctx = _context_that_fits(search, rooms)
     ways = [f"n_ctx <= {n_ctx}"] if n_ctx else []
-    return (*ways, *_unpinned(search, fits_unpinned), *_more_memory(search))
+    return (*ways, *_unpinned(search, fits_unpinned), *_more_memory(search, rooms))
+
+
+def _most_room(search: Search) -> list[tuple[Node, Room]]:
+    """The machines with the most memory on GPUs, and those with the most host RAM, with what could be had there with
+    everybody gone who may be stopped."""
+    rooms = []
+    for node in search.every_node or search.nodes:
+        here = search.replicas.on_node(node.facts.node_id)
+        gone = [replica.replica_id for replica in here if not search.protected(replica)]
+        rooms.append((node, search.outlook.without(node.facts.node_id, gone)))
+    by_gpus = nlargest(MOST_NODES // 2, rooms, key=lambda each: sum(each[1].devices.values()))
+    by_gpu = nlargest(MOST_NODES // 2, rooms, key=lambda each: max(each[1].devices.values(), default=0))
+    by_host = nlargest(MOST_NODES // 2, rooms, key=lambda each: each[1].host_bytes)
+    return list({node.facts.node_id: (node, room) for node, room in (*by_gpus, *by_gpu, *by_host)}.values())
+
+
+def _context_that_fits(search: Search, rooms: Sequence[tuple[Node, Room]]) -> int:
+    """The largest context per slot below the one asked for that there could be room for, to 256 tokens; 0: none."""
+    context = search.need.context
+
+    def fits(steps: int) -> bool:
+        smaller = search.need.with_context(replace(context, n_ctx=steps * CONTEXT_STEP * context.n_seq_max))
+        return any(_fits(search, groups(smaller, [node]), node, room) for node, room in rooms)
+
+    low, high = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
+    if high <= low or not fits(low):
+        return 0
+    while high - low > 1:  # `low` fits, `high` does not
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * CONTEXT_STEP
+
+
+def _fits(search: Search, ways: Sequence[Group], node: Node, room: Room) -> bool:
+    roomiest = (way.roomiest(node, room) for way in ways)
+    return any(candidate is not None and search.feasible(candidate, room) for candidate in roomiest)
 
 
 def _unpinned(search: Search, fits_unpinned: Callable[[frozenset[str]], bool]) -> list[str]:
     """Single protected models, or all of them, without whose protection there would be a place."""
-    kept = sorted({replica.model for replica in search.replicas.values() if search.protected(replica)})
-    helped = [name for name in kept if fits_unpinned(frozenset({name}))]
+    kept = {each.model: why for each in search.replicas.values() if (why := search.protected(each))}
+    words = {name: f"fewer min_replicas of {name}" if kept[name] == ALWAYS_LOADED else f"unpin {name}" for name in kept}
+    helped = [name for name in sorted(kept) if fits_unpinned(frozenset({name}))]
     if helped or len(kept) < 2:
-        return [f"unpin {name}" for name in helped]
-    return [f"unpin {', '.join(kept)}"] if fits_unpinned(frozenset(kept)) else []
+        return [words[name] for name in helped]
+    return [", ".join(words[name] for name in sorted(kept))] if fits_unpinned(frozenset(kept)) else []
 
 
-def _more_memory(search: Search) -> list[str]:
+def _more_memory(search: Search, rooms: Sequence[tuple[Node, Room]]) -> list[str]:
     devices: list[tuple[int, str]] = []
     memories: list[tuple[int, str]] = []
-    for node in search.nodes[:MOST_NODES]:
-        # what could be had with everybody gone who may be stopped
-        here = search.replicas.on_node(node.facts.node_id)
-        gone = [replica.replica_id for replica in here if not search.protected(replica)]
-        room = search.outlook.without(node.facts.node_id, gone)
-        on = f" of {node.facts.hostname}" if len(search.nodes) > 1 else ""
+    for node, room in rooms:
+        on = f" of {node.facts.hostname}" if len(search.every_node or search.nodes) > 1 else ""
         alike = {(d.product, d.total_bytes, room.devices.get(d.device_id)): d for d in search.need.wishes.devices(node)}
         for device in alike.values():
             more = _missing(search, node, partial(_with_device, room, device.device_id))
             if more:
-                devices.append((more, f"{format_bytes(more)} more on {device.label}{on}"))
+                devices.append((more, f"{format_bytes(more, up=True)} more on {device.label}{on}"))
         more = _missing(search, node, partial(_with_host, room))
         if more:
-            memories.append((more, f"{format_bytes(more)} more host RAM{on}"))
+            memories.append((more, f"{format_bytes(more, up=True)} more host RAM{on}"))
     return [min(found)[1] for found in (devices, memories) if found]
 
 
@@ -71,9 +109,7 @@ def _missing(search: Search, node: Node, room_with: Callable[[int], Room]) -> in
     ways = groups(search.need, [node])
 
     def fits(steps: int) -> bool:
-        room = room_with(steps * STEP_BYTES)
-        roomiest = (way.roomiest(node, room) for way in ways)
-        return any(candidate is not None and search.feasible(candidate, room) for candidate in roomiest)
+        return _fits(search, ways, node, room_with(steps * STEP_BYTES))
 
     enough = -(-2 * search.need.least_bytes() // STEP_BYTES) + _SPARE_STEPS
     if not fits(enough):

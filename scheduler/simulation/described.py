@@ -170,9 +170,12 @@ def _held(there: NodeFacts, replicas: Iterable[Placement]) -> tuple[dict[DeviceI
 
 
 def _foreign_bytes(total_bytes: int, free_bytes: int | None, ours_bytes: int) -> int:
-    """Of what is in use, replicas may be shown (then the rest is others'), or not, where they would not fit in it."""
+    """Of what is in use, replicas may be shown, and the rest is others'; or not, where they would not fit in it. Where
+    they would fit neither in what is in use nor in what is free, they take a little less than was predicted."""
     shown = total_bytes - free_bytes if free_bytes is not None else 0
-    return shown - ours_bytes if shown >= ours_bytes else min(shown, total_bytes - ours_bytes)
+    if shown >= ours_bytes:
+        return shown - ours_bytes
+    return shown if shown + ours_bytes <= total_bytes else 0
 
 
 def _facts(node: NodeDescription) -> NodeFacts:

@@ -98,7 +98,8 @@ class _Pricing:
         placement, victims = found
         core = self._core
         price = core.prices.of(self._shape, self._model, placement, victims, NOW)
-        evicts = tuple(core.replicas[victim].model for victim in sorted(victims))
+        gone = (core.replicas[victim].model for victim in sorted(victims))
+        evicts = tuple(name for name in gone if name != self._model)  # its own replica is replaced
         return PricedPlacement(placement, evicts, price, self._tokens_per_s(placement))
 
     def served(self, replica_id: ReplicaId) -> PricedPlacement:

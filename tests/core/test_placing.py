@@ -24,7 +24,8 @@ ALL = {"small": SMALL, "medium": MEDIUM, "large": LARGE, "moe": MOE}
         ("medium", ["8GiB", "1GiB", "3GiB"], "one GPU", ["gpu2"]),
         ("large", ["8GiB", "6GiB", "5GiB"], "several GPUs", ["gpu2", "gpu0"]),  # two of three, with the least left
         ("large", ["5GiB", "5GiB", "5GiB"], "several GPUs", ["gpu0", "gpu1", "gpu2"]),
-        ("moe", ["3GiB", "2GiB"], "experts in host RAM", ["gpu0"]),  # where the most experts fit
+        ("moe", ["3GiB", "2GiB"], "experts in host RAM", ["gpu1", "gpu0"]),  # the more GPUs, the more experts on them
+        ("moe", ["3GiB"], "experts in host RAM", ["gpu0"]),
         ("large", ["8GiB"], "some layers in host RAM", ["gpu0"]),
         ("moe", ["500MiB"], "some layers in host RAM", ["gpu0"]),
         ("small", [], "CPU only", []),
@@ -57,7 +58,7 @@ def wishing(model: str, sizes: list[str], **wishes: object) -> Scenario:
 def test_a_model_that_may_not_spill_is_on_gpus_or_not_at_all() -> None:
     s = wishing("large", ["8GiB"], spill=False)
     why = s.why(s.ask("large"))
-    assert "can never fit here, the catalogue wants it not in host RAM; it would fit with 3.9 GiB more on gpu0" in why
+    assert "can never fit here, the catalogue wants it not in host RAM; it would fit with 4.0 GiB more on gpu0" in why
     assert "one GPU (gpu0): needs 11.9 GiB" in why
     assert "CPU only" not in why and "some layers" not in why
     s = wishing("moe", ["3GiB"], spill=False)
