@@ -74,7 +74,7 @@ class Candidate:
             found = self._spread(room)
         else:
             found = self._placement((), (), bounded=not self.need.draws)
-        if found and not fits(found, room) and self._may_do_drawn(found, room):
+        if found and not fits(found, room) and not self.need.never_draws and self._may_do_drawn(found, room):
             found = exact(found, self.need, self.node)
         return found if found and fits(found, room) else None
 
@@ -119,6 +119,7 @@ class Candidate:
         offloads not at all, which would cost much where CUDA copies weights over: see `grown`."""
         layout = self._layout(devices, counts)
         spills = self.tier == SOME_LAYERS_IN_RAM or 0 < self.n_cpu_moe < self.need.n_layers - 1
+        spills = spills or self.need.never_draws
         for bounded in (False,) if self.need.draws else (True,) if spills else (True, False):
             cost, _, needs = self.need.shares(self.node, devices, layout, bounded=bounded)
             slack = [there - need for there, need in zip(free, needs, strict=True)]

@@ -89,6 +89,8 @@ class Need:
     """Up to so much context is given where there is room; 0: what `context` says."""
     draws: bool = False
     """Graphs are drawn for every layout that is tried, not only where the bound on compute buffers does not decide."""
+    never_draws: bool = False
+    """Nor there: what fits by the bound does, and the quicker."""
     known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     """Shares and placements that were worked out before, for the same need is asked about with every decision."""
 
@@ -198,6 +200,10 @@ class Need:
     def drawn(self) -> Need:
         """The same, with the graph drawn for every layout that is tried."""
         return self._once(("drawn",), lambda: replace(self, draws=True, known={}))
+
+    def undrawn(self) -> Need:
+        """The same, judged by the bound on compute buffers alone."""
+        return self._once(("undrawn",), lambda: replace(self, never_draws=True, known={}))
 
     def overhead_bytes(self, device: DeviceFacts, build: str) -> int:
         """What a replica takes on the device besides llama.cpp's buffers: as seen there, or as the reserves say."""

@@ -19,6 +19,9 @@ STEP_BYTES = 64 * MIB
 """Memory that is missing is said to this much."""
 MOST_NODES = 4
 """Machines for which it is worked out, or some more: it takes some milliseconds for each of their devices."""
+BOUND_SLACK, DRAWN = 1.15, 4
+"""What the bound on compute buffers says is taken to be so many times too much at the most; so often graphs are drawn
+to find out: each takes some ten milliseconds."""
 SMALLEST_CONTEXT = 2048
 """Tokens per slot: the least that is proposed."""
 _SPARE_STEPS = 128
@@ -52,17 +55,27 @@ def _context_that_fits(search: Search, rooms: Sequence[tuple[Node, Room]]) -> in
     """The largest context per slot below the one asked for that there could be room for, to 256 tokens; 0: none."""
     context = search.need.context
 
-    def fits(steps: int) -> bool:
-        smaller = search.need.with_context(replace(context, n_ctx=steps * CONTEXT_STEP * context.n_seq_max))
+    def fits(steps: int, *, draws: bool) -> bool:
+        smaller = search.need.with_n_ctx(context, steps * CONTEXT_STEP * context.n_seq_max)
+        smaller = smaller if draws else smaller.undrawn()
         return any(_fits(search, groups(smaller, [node]), node, room) for node, room in rooms)
 
-    low, high = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
-    if high <= low or not fits(low):
+    low, most = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
+    if most <= low or not fits(low, draws=True):
         return 0
-    while high - low > 1:  # `low` fits, `high` does not
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    low, _ = _bisected(low, most, lambda steps: not fits(steps, draws=False))
+    low, _ = _bisected(low, min(most, int(low * BOUND_SLACK) + 1), lambda steps: not fits(steps, draws=True), DRAWN)
     return low * CONTEXT_STEP
+
+
+def _bisected(low: int, high: int, holds: Callable[[int], bool], tries: int = 64) -> tuple[int, int]:
+    """Neighbours of which the higher one `holds` and the lower one does not, as these two do; or what is left of the
+    span after so many `tries`."""
+    while high - low > 1 and tries:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+        tries -= 1
+    return low, high
 
 
 def _fits(search: Search, ways: Sequence[Group], node: Node, room: Room) -> bool:
@@ -106,19 +119,14 @@ def _with_host(room: Room, extra: int) -> Room:
 
 def _missing(search: Search, node: Node, room_with: Callable[[int], Room]) -> int:
     """The least extra bytes, to `STEP_BYTES`, with which the model fits on the node somehow; 0: no amount helps."""
-    ways = groups(search.need, [node])
+    drawn, bounded = groups(search.need, [node]), groups(search.need.undrawn(), [node])
 
-    def fits(steps: int) -> bool:
+    def fits(steps: int, ways: Sequence[Group]) -> bool:
         return _fits(search, ways, node, room_with(steps * STEP_BYTES))
 
     enough = -(-2 * search.need.least_bytes() // STEP_BYTES) + _SPARE_STEPS
-    if not fits(enough):
+    if not fits(enough, bounded):
         return 0
-    high = 1
-    while not fits(high):
-        high = min(2 * high, enough)
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
+    _, high = _bisected(0, enough, lambda steps: fits(steps, bounded))
+    _, high = _bisected(int(high / BOUND_SLACK), high, lambda steps: fits(steps, drawn), DRAWN)
     return high * STEP_BYTES
