@@ -44,7 +44,8 @@ class Forecast:
         if model is None or model.shape is None:
             return 0.0, ""
         if not coming:
-            return self._prices.least_load_s(model, model.shape), "loading it takes"
+            left_s = waiting.deadline_at - now
+            return self._prices.least_load_s(model, model.shape, left_s), "loading it takes"
         ready = [replica for replica in coming if replica.state is ReplicaState.READY]
         if not ready:
             loads = (self._prices.measured_load_s(model.shape, r.model, r.placement) for r in coming)

@@ -6,6 +6,8 @@ whether there is room is not asked here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from scheduler.choice.need import Need, Wishes
 from scheduler.choice.queue import Waiting
 from scheduler.cluster.inventory import Inventory, Node
@@ -70,7 +72,7 @@ class Admission:
             where = model.entry.path if model.entry else model.name
             raise Unavailable(f"{model.name}: no machine has a file {where}", retry_after_s=10.0, model=model.name)
         shape = model.shape
-        if shape is None or not self.nodes(model):
+        if shape is None or not any(True for _ in self._nodes(model)):
             return None
         context = self._context(model, shape, waiting)
         facts = shape, history.extra_bytes, self._measurements.changes, self._inventory.changes
@@ -106,15 +108,17 @@ class Admission:
 
     def nodes(self, model: Model) -> list[Node]:
         """Nodes with the same file: copies of another size under the same name are another model."""
-        shaped = {node_id: copy for node_id, copy in model.copies.items() if copy.shape is not None}
-        size = next((copy.file.size_bytes for copy in shaped.values()), 0)
-        return [
-            self._inventory.nodes[node_id]
-            for node_id, copy in shaped.items()
-            if copy.file.size_bytes == size
-            and node_id in self._inventory.nodes
-            and self._inventory.nodes[node_id].known
-        ]
+        return list(self._nodes(model))
+
+    def _nodes(self, model: Model) -> Iterator[Node]:
+        size_bytes = None
+        for node_id, copy in model.copies.items():
+            if copy.shape is None:
+                continue
+            size_bytes = copy.file.size_bytes if size_bytes is None else size_bytes
+            node = self._inventory.nodes.get(node_id)
+            if copy.file.size_bytes == size_bytes and node is not None and node.known:
+                yield node
 
     def final(self, model: Model) -> bool:
         """Whether all machines and headers are known, so that "nowhere" is an answer."""

@@ -159,14 +159,16 @@ class Prices:
             return 0.0
         return self._speeds.load(shape, placement.node_id, fraction).seconds
 
-    def least_load_s(self, model: Model, shape: ModelShape) -> float:
-        """The same on the machine where it is the least."""
-        loads = [
-            self._speeds.load(shape, node_id, copy.file.cached_fraction)
-            for node_id, copy in model.copies.items()
-            if self._speeds.knows_loads(shape, node_id, copy.file.cached_fraction)
-        ]
-        return min((load.seconds for load in loads), default=0.0) if len(loads) == len(model.copies) else 0.0
+    def least_load_s(self, model: Model, shape: ModelShape, enough_s: float) -> float:
+        """The same on the machine where it is the least; or on any where it is no more than `enough_s`."""
+        least_s = inf
+        for node_id, copy in model.copies.items():
+            if not self._speeds.knows_loads(shape, node_id, copy.file.cached_fraction):
+                return 0.0
+            least_s = min(least_s, self._speeds.load(shape, node_id, copy.file.cached_fraction).seconds)
+            if least_s <= enough_s:
+                break
+        return least_s if least_s < inf else 0.0
 
     def load_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
         known = self._models.by_name.get(model)

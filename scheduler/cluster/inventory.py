@@ -49,12 +49,15 @@ class Node:
     devices: dict[DeviceId, Device] = field(default_factory=dict)
     foreign_bytes: int = 0
     overdue: bool = False  # waited long enough for devices that never reported
+    _all_read: bool = False
 
     @property
     def known(self) -> bool:
         """The host and every device have been read at least once: deciding earlier would overlook a GPU."""
-        devices_read = self.overdue or all(device.reading is not None for device in self.devices.values())
-        return self.reading is not None and devices_read
+        if not self._all_read:
+            devices_read = all(device.reading is not None for device in self.devices.values())
+            self._all_read = devices_read and self.reading is not None
+        return self._all_read or (self.overdue and self.reading is not None)
 
 
 class Inventory:
