@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,7 @@ from actors.gateway.actor import GatewayActor, GatewaySettings
 from actors.gateway.address import check_exposure
 from actors.names import GATEWAY, GPU_PREFIX, NAMESPACE, NODE_PREFIX, RUNNER_PREFIX, SCHEDULER
 from actors.scheduler import SchedulerActor, SchedulerSettings
-from scheduler.config import Catalogue
+from scheduler.config import Catalogue, Server
 from scheduler.errors import Rejected, Unavailable
 
 HEAD_RESOURCE = "node:__internal_head__"  # Ray gives it to the head node alone
@@ -59,9 +60,10 @@ def bring_up(catalogue: Catalogue, say: Say = lambda _: None) -> Deployment:
     version = _version(catalogue)
     replaced = ""
     if (running := _find(SCHEDULER)) is not None:
-        before = _ask(running.version.remote())
-        if before == version and (url := _url()):
+        before, url = _ask(running.version.remote()), _url()
+        if before == version and url:
             return Deployment(url, version, found=True)
+        _check_port(running, server, url)
         replaced = before or "an unresponsive scheduler"
         say(f"replacing {replaced} by {version}")
     take_down(say)  # also clears what a crash may have left
@@ -70,6 +72,16 @@ def bring_up(catalogue: Catalogue, say: Say = lambda _: None) -> Deployment:
     except BaseException:
         take_down()
         raise
+
+
+def _check_port(running: Any, server: Server, url: str | None) -> None:
+    """Raises Rejected where the gateway could not listen: what runs is not ended for that."""
+    if not server.port or (url and url.rpartition(":")[2] == str(server.port)):
+        return
+    with contextlib.suppress(TypeError):  # one of another version may not know the question
+        if _ask(running.free_port.remote(server.host, server.port)) == 0:
+            taken = f"the gateway cannot listen on {server.host}:{server.port}: the address is in use"
+            raise Rejected(f"{taken}. Arriero goes on{f' at {url}' if url else ''} as it was")
 
 
 def _start_all(catalogue: Catalogue, head: str, version: str, say: Say) -> str:
@@ -230,4 +242,4 @@ def _kill(names: Iterable[str]) -> None:
 def _cause(error: RayActorError) -> str:
     """The last line of the actor's own traceback: what it really died of."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "its process ended"
+    return re.sub(r"^[\w.]+: ", "", lines[-1].strip()) if lines else "its process ended"

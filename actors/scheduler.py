@@ -322,13 +322,17 @@ class SchedulerActor:
             await asyncio.sleep(0.05)
         return "; ".join(sorted(set(self._failures.values()))) or "no node has reported"
 
-    async def free_port(self, host: str) -> int:
-        """A port that is free on this machine now: the gateway keeps it when it restarts."""
+    async def free_port(self, host: str, port: int = 0) -> int:
+        """`port` (0: any) if it is free on this machine now, else 0: the gateway keeps it when it restarts."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family) as probe:
-            probe.bind((host.strip("[]"), 0))
-            port: int = probe.getsockname()[1]
-            return port
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), port))
+            except OSError:
+                return 0
+            found: int = probe.getsockname()[1]
+            return found
 
     async def close(self) -> None:
         """Refuse what waits and stop deciding; runners are ended by whoever asked (see `bootstrap.take_down`)."""

@@ -86,7 +86,7 @@ def connect(address: str | None, *, start: bool) -> Remembered:
     that this account runs on this machine; and, with `start`, a new one. Raises Unavailable when there is none,
     Rejected when there are several to choose from. Ray reads its token when it is first imported: import it after this.
     """
-    chosen = address or os.environ.get("RAY_ADDRESS", "")
+    chosen = cluster_address(address)
     known = recall()
     if chosen in ("", LOCAL, known.ray_address) and known.ray_process:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=known.ray_token)
@@ -103,6 +103,17 @@ def connect(address: str | None, *, start: bool) -> Remembered:
     if not start:
         raise Unavailable("no Ray cluster runs on this machine; `arriero up` starts one")
     return start_ray()
+
+
+def cluster_address(address: str | None) -> str:
+    """`address`, or RAY_ADDRESS unless that names a job server, as `ray job submit` wants it; empty: none is named.
+
+    Raises Rejected for an `address` that names one.
+    """
+    if address and address.startswith(("http://", "https://")):
+        raise Rejected(f"{address} is a Ray job server; --address wants the cluster itself, as HOST:6379")
+    named = address or os.environ.get("RAY_ADDRESS", "")
+    return "" if named.startswith(("http://", "https://")) else named
 
 
 def clusters() -> list[str]:

@@ -64,6 +64,8 @@ class ModelRequest(BaseModel):
     @classmethod
     def _is_text(cls, data: Any) -> Any:
         """JSON can spell halves of surrogate pairs, which no tokenizer takes."""
+        if isinstance(data, bytes):  # it did not come as JSON, which is said elsewhere
+            return data
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:

@@ -170,8 +170,8 @@ class RayBackend:
             return _cause(error) or EngineFailed(f"replica {lease.replica_id} of {lease.model} failed: {error.cause}")
         self._runners.pop(lease.replica_id, None)
         return EngineFailed(
-            f"the process that ran {lease.model} (replica {lease.replica_id}) ended while it answered; "
-            "its memory is given back and the next request loads the model again"
+            f"the process that ran {lease.model} (replica {lease.replica_id}) ended while it answered: it died, or "
+            f"made room for a request of higher priority (`arriero why {lease.replica_id}` tells); ask again"
         )
 
 

@@ -264,7 +264,8 @@ class NativeModel:
             llama_cpp.llama_memory_clear(self._memory, True)
 
     def decode(self, rows: Sequence[Row]) -> int:
-        """Runs `rows` through the model. 0: done; 1: no room in the cache, nothing changed; 2: aborted; else failed."""
+        """Runs `rows` through the model, to the end: devices compute asynchronously. 0: done; 1: no room in the cache,
+        nothing changed; 2: aborted; else failed."""
         assert self._batch is not None
         batch = self._batch.batch
         token, position, sequence, counts, logits = batch.token, batch.pos, batch.seq_id, batch.n_seq_id, batch.logits
@@ -273,7 +274,10 @@ class NativeModel:
             counts[index], sequence[index][0] = 1, row.sequence
             logits[index] = row.wants_logits
         batch.n_tokens = len(rows)
-        return int(llama_cpp.llama_decode(self._context, batch))
+        code = int(llama_cpp.llama_decode(self._context, batch))
+        if code == 0:  # how long it took is measured, and prices go by that
+            llama_cpp.llama_synchronize(self._context)
+        return code
 
     def sample(self, sampler: LlamaSampler, row: int) -> int:
         """The next token after row `row` of the last batch; the sampler remembers it."""

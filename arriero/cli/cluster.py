@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import os
 import signal
 import threading
 from pathlib import Path
@@ -79,7 +78,7 @@ def up(
     machine.remember(
         machine.Remembered(
             deployment.url,
-            settings.server.api_key or "",
+            next(iter(settings.server.keys.values()), ""),
             state.ray_address,
             state.ray_pid,
             state.ray_started_at_s,
@@ -105,7 +104,7 @@ def down(
     from arriero import machine
 
     known = machine.recall()
-    chosen = address or os.environ.get("RAY_ADDRESS") or known.ray_address
+    chosen = machine.cluster_address(address) or known.ray_address
     if not chosen or (chosen in (machine.LOCAL, known.ray_address) and known.ray_pid and not known.ray_process):
         machine.forget()
         console.print("Arriero does not run from here; `arriero down --address HOST:PORT` names another cluster.")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from arriero.api import GpuStatus, LayoutShare, Notice, Plan, PlanShare, PlanVictim, QueueEntry, ReplicaStatus, Status
 from arriero.cli import cluster, observe
 from arriero.cli.main import app, main
-from arriero.machine import Remembered, forget, recall, remember, state_path
+from arriero.machine import Remembered, cluster_address, forget, recall, remember, state_path
 from scheduler.errors import Rejected, UnknownModel
 from scheduler.units import GIB
 
@@ -194,6 +194,16 @@ def test_another_distribution_s_scheduler_package_is_named(monkeypatch: pytest.M
     monkeypatch.setattr(cluster.importlib.metadata, "packages_distributions", lambda: {"scheduler": ["cronlike"]})
     with pytest.raises(Rejected, match=r"'scheduler'.*the distribution cronlike"):
         cluster.check_packages()
+
+
+def test_the_address_of_a_job_server_is_none_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    assert cluster_address(None) == ""  # it is there for `ray job submit`
+    assert cluster_address("head:6379") == "head:6379"
+    with pytest.raises(Rejected, match=r"job server.*HOST:6379"):
+        cluster_address("http://head:8265")
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert cluster_address(None) == "head:6379"
 
 
 def test_the_state_file_is_private_and_forgets() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -53,6 +54,14 @@ def test_up_use_and_down(arriero: Arriero, models: Path, tmp_path: Path) -> None
     assert (replica["model"], replica["state"]) == ("alba", "ready")
     assert "was running already" in arriero(*up).stdout
     assert "was running already" in arriero(*up[:-3], "--detach").stdout, "without an address it is found too"
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        elsewhere = arriero("up", "--models", str(models), "--port", str(taken.getsockname()[1]), "-d", check=False)
+    assert elsewhere.returncode == 1 and "the address is in use. Arriero goes on at" in elsewhere.stderr
+    (still,) = json.loads(arriero("ps", "--json").stdout)["replicas"]
+    assert still["pid"] == replica["pid"], "what ran is as it was"
 
     arriero("down", "--address", "local")
     _, alive = psutil.wait_procs(

@@ -259,6 +259,12 @@ def test_half_a_surrogate_pair_is_the_callers_fault(url: str, backend: FakeBacke
     assert not backend.saw("acquire")
 
 
+@pytest.mark.parametrize("route", ["chat/completions", "completions", "embeddings"])
+def test_a_body_that_does_not_come_as_json_is_the_callers_fault(url: str, route: str) -> None:
+    reply = web.post(f"{url}/v1/{route}", content=b'{"model": "m"}', headers={"Content-Type": "text/plain"})
+    assert reply.status_code == 400 and "Content-Type: application/json" in reply.json()["error"]["message"]
+
+
 def test_chats_that_begin_alike_are_known_as_such(client: openai.OpenAI, backend: FakeBackend) -> None:
     """What is said later does not change what a chat begins with."""
     later = [*HELLO, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "And then?"}]
