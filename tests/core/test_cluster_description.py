@@ -22,6 +22,23 @@ def test_a_known_card_needs_only_its_name(name: str) -> None:
     assert (card.total_bytes, card.rates.bytes_per_s) == (24 * GIB, 936e9)
 
 
+@pytest.mark.parametrize(
+    ("name", "gib", "bandwidth"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 80, 2039e9),
+        ("A100-SXM4-40GB", 40, 1555e9),
+        ("NVIDIA H100 80GB HBM3", 80, 3350e9),
+        ("Tesla V100-SXM2-32GB", 32, 900e9),
+        ("NVIDIA RTX 6000 Ada Generation", 48, 960e9),
+        ("NVIDIA GeForce RTX 4060 Ti 16GB", 16, 288e9),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 96, 1792e9),
+    ],
+)
+def test_a_driver_s_names_are_known(name: str, gib: int, bandwidth: float) -> None:
+    card = gpu(name=name)
+    assert (card.total_bytes, card.rates.bytes_per_s) == (gib * GIB, bandwidth)
+
+
 def test_what_is_said_goes_before_the_table() -> None:
     card = gpu(name="RTX 3090", total="20GiB", bandwidth="500GB/s", tflops=10)
     assert (card.total_bytes, card.rates.bytes_per_s, card.rates.flops) == (20 * GIB, 500e9, 10e12)

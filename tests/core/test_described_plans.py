@@ -58,6 +58,78 @@ def test_of_cards_that_are_nearly_as_fast_the_tightest_fit_is_taken() -> None:
     assert where(plan_on(cluster({"gpus": cards}), "medium")) == ("one GPU", ["box0/gpu1"])
 
 
+def test_experts_use_every_card_that_helps() -> None:
+    """One card would hold all but the experts; each one more takes some of those."""
+    card = {"total": "3GiB", "bandwidth": "500GB/s", "tflops": 20}
+    found = [plan_on(cluster({"gpus": [card] * n}), "moe").best for n in (1, 2, 3, 4)]
+    one, two = (each.placement for each in found[:2] if each is not None)
+    assert one.tier == two.tier == "experts in host RAM" and two.n_spilled_experts < one.n_spilled_experts
+    speeds = [each.tokens_per_s or 0 for each in found if each is not None]
+    assert speeds == sorted(speeds) and speeds[3] > 1.5 * speeds[0]
+
+
+def test_experts_that_do_not_all_fit_in_host_ram_need_not() -> None:
+    card = {"total": "6GiB", "bandwidth": "500GB/s", "tflops": 20}
+    plan = plan_on(cluster({"gpus": [card] * 2, "ram": "8GiB"}), "moe")
+    assert where(plan) == ("experts in host RAM", ["box0/gpu0", "box0/gpu1"])
+
+
+def test_a_free_place_on_more_cards_beats_an_eviction_that_costs_more() -> None:
+    card = {"total": "8GiB", "bandwidth": "500GB/s", "tflops": 20}
+    there = [replica("third", 0, idle_s=50), replica("fourth", 1, idle_s=40)]
+    plan = plan_on(cluster({"gpus": [card] * 2, "replicas": there}), "medium")
+    assert plan.best is not None and plan.best.evicts == ()
+
+
+def test_what_is_said_to_help_does() -> None:
+    for model, total, ram in (("large", 8, 3), ("moe", 6, 4), ("medium", 2, 3)):
+        asked = {"gpus": [{"total": f"{total}GiB", "free": f"{total - 1}GiB"}], "ram": f"{ram}GiB"}
+        refusal = plan_on(cluster(asked), model).refusal
+        assert refusal is not None
+        more = {
+            way.split(" more ")[1].split(" ")[0]: float(way.split(" ")[0])
+            for way in refusal.would_fit_if
+            if "more" in way
+        }
+        assert set(more) == {"on", "host"} and all("GiB more" in way for way in refusal.would_fit_if if "more" in way)
+        gpu = {"total": int((total + more["on"]) * GIB) + 1, "free": int((total - 1 + more["on"]) * GIB) + 1}
+        assert plan_on(cluster({**asked, "gpus": [gpu]}), model).refusal is None, (model, more)
+        assert plan_on(cluster({**asked, "ram": int((ram + more["host"]) * GIB) + 1}), model).refusal is None, (
+            model,
+            more,
+        )
+
+
+def test_a_shorter_context_is_named_for_the_machine_as_it_is() -> None:
+    """Not as if others used nothing, and nobody were pinned."""
+    asked = {"gpus": [{"total": "8GiB", "free": "4GiB"}], "ram": "2600MiB"}
+    refusal = plan_on(cluster(asked), "medium", 32768).refusal
+    assert refusal is not None
+    (n_ctx,) = (int(way.removeprefix("n_ctx <= ")) for way in refusal.would_fit_if if way.startswith("n_ctx"))
+    assert plan_on(cluster(asked), "medium", n_ctx).refusal is None
+    assert plan_on(cluster(asked), "medium", n_ctx + 1024).refusal is not None
+
+
+@pytest.mark.parametrize("free_gib", [21, 20.5, 20, 17, 12, 11.3])
+def test_free_memory_may_be_said_with_replicas_or_without(free_gib: float) -> None:
+    """Where it can only be meant with them, it is not taken to be others' that they do not fit beside."""
+    gpu = {"total": "24GiB", "free": f"{free_gib}GiB"}
+    plan = plan_on(cluster({"gpus": [gpu], "replicas": [replica("large", 0, idle_s=9)]}), "medium")
+    assert plan.best is not None and plan.best.evicts == () and where(plan)[0] == "one GPU"
+
+
+def test_of_models_that_were_used_at_the_same_time_the_one_that_is_back_sooner_goes() -> None:
+    for big, small in (("other", "third"), ("large", "fourth")):
+        there = [replica(big, 0, idle_s=60), replica(small, 0, idle_s=60)]
+        plan = plan_on(cluster({"gpus": [{"total": "16GiB", "bandwidth": "500GB/s"}], "replicas": there}), "medium")
+        assert plan.best is not None and plan.best.evicts == (small,)
+
+
+def test_a_replica_in_host_ram_is_not_what_is_offered_where_a_card_is_free() -> None:
+    plan = plan_on(cluster({"gpus": [BIG_CARD], "replicas": [replica("medium", idle_s=5)]}), "medium")
+    assert where(plan) == ("one GPU", ["box0/gpu0"]) and plan.best is not None and plan.best.evicts == ()
+
+
 def test_every_alternative_costs_at_least_as_much() -> None:
     described = cluster({"gpus": [{"name": "RTX 3060"}], "replicas": [replica("third", 0, idle_s=40)]})
     for model in ("fourth", "large", "moe"):

@@ -82,6 +82,16 @@ def test_in_a_full_queue_the_key_that_has_the_most_gives_way() -> None:
     assert len(line) == 4
 
 
+def test_in_a_full_queue_the_last_request_of_lower_priority_gives_way_to_its_own_key() -> None:
+    line = queue(queue_limit=3)
+    for name in ("a", "b", "c"):
+        line.add(waiting(name, key="ann"))
+    displaced = line.add(waiting("urgent", 1.0, priority=5, key="ann"))
+    assert displaced is not None and displaced.request_id == "c"
+    with pytest.raises(QueueFull):
+        line.add(waiting("alike", 2.0, key="ann"))
+
+
 def test_a_full_queue_says_when_a_place_comes_free() -> None:
     line = queue(queue_limit=3)
     for i in range(3):
