@@ -146,8 +146,14 @@ def explain_coming(replica: Replica) -> str:
 
 def explain_waiting(victims: Iterable[Replica]) -> str:
     """What a request waits for that has no replica."""
-    names = ", ".join(f"{r.model} ({'busy' if r.busy else r.state.value})" for r in victims)
+    names = ", ".join(f"{r.model} ({_doing(r)})" for r in victims)
     return f"waiting for {names}" if names else "waiting for memory that is in use by others"
+
+
+def _doing(replica: Replica) -> str:
+    if replica.busy:
+        return "busy"
+    return f"making room for {replica.drain_for}" if replica.drain_for else replica.state.value
 
 
 def explain_refusal(

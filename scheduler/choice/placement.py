@@ -109,26 +109,27 @@ class Chooser(Search):
     def options(self) -> list[Found]:
         """The best placement of each kind that could be had now, whoever is idle evicted for it: what is chosen among,
         in the order of preference. Raises as `choose`."""
-        found = self.offers(self._groups(), self.evictable(0.0), worse_too=True)
-        return [self.drawn(each) for each in found]
+        return list(self.offers(self._groups(), self.evictable(0.0), worse_too=True))
 
     def _choose(self, groups: Groups) -> Choice:
-        found = self._find(groups, self.policy.min_residency_s)
-        if found is None or found[0].tier not in ON_GPU:
-            found = self._find(groups, 0.0) or found
+        close = self._find(groups, self.policy.min_residency_s)
+        if not close or close[0][0].tier not in ON_GPU:
+            close = self._find(groups, 0.0) or close
+        found = close[0] if close else None
         if found and (found[0].tier in ON_GPU or self._has_waited_long_enough(found)):
-            return self._go(*found)
+            return self._go(close)
         later = self._later(groups)
         if later and (found is None or self._worth_waiting(later, found)):
             return Choice("wait", *later)
         if found:
-            return self._go(*found)
+            return self._go(close)
         return self._refuse(groups)
 
     def _groups(self) -> list[Group]:
         return groups(self.need, self.nodes)
 
-    def _go(self, placement: Placement, victims: Victims) -> Choice:
+    def _go(self, close: Sequence[Found]) -> Choice:
+        placement, victims = self.cheapest_drawn(close)
         free = not victims and fits(placement, self.outlook.now(placement.node_id))
         return Choice("free" if free else "evict", placement, victims)
 
@@ -155,8 +156,9 @@ class Chooser(Search):
 
     # ------------------------------------------------------------------ finding
 
-    def _find(self, groups: Groups, min_residency_s: float) -> Found | None:
-        """The best placement that can be had now, evicting idle replicas at least `min_residency_s` old."""
+    def _find(self, groups: Groups, min_residency_s: float) -> list[Found]:
+        """The best placement that can be had now, evicting idle replicas at least `min_residency_s` old, and those
+        close to it."""
         return self.cheapest(self.offers(groups, self.evictable(min_residency_s)))
 
     def _later(self, groups: Groups) -> Found | None:
@@ -183,7 +185,7 @@ class Chooser(Search):
                 if tiers & ON_GPU:
                     return
 
-        return self.cheapest(offers())
+        return next(iter(self.cheapest(offers())), None)
 
     # ------------------------------------------------------------------ comparing
 

@@ -36,7 +36,7 @@ from scheduler.units import DeviceId
 
 GOOD_ENOUGH = 0.9  # of the GPU layers that could be had; where prices are not known, nobody is evicted for the rest
 NEARLY = 1.25  # of the lowest price: what costs no more counts as equally cheap
-DRAWING_GAINS = 1.25  # times the price, at the most, when the graph is drawn and a layer or two more find room
+DRAWING_GAINS = 1.1  # times the price, at the most (1.07 were seen), when the drawn graph leaves room for a layer more
 MOST_ROOMY = 2  # machines on which a free place is sought once there is a place on GPUs
 MOST_COMPARED = 12  # combinations of GPUs for which victims are sought, the least memory first
 
@@ -140,24 +140,27 @@ class Search:
         price_s, spilled = self.price(*found), found[0].n_spilled_experts
         return (float(spilled) if price_s is None else price_s), len(found[0].device_ids)
 
-    def cheapest(self, offers: Iterable[Found]) -> Found | None:
-        """The cheapest of what each tier offers, best tier first; the first of them where prices are not known."""
+    def cheapest(self, offers: Iterable[Found]) -> list[Found]:
+        """The cheapest of what each tier offers, best tier first; the first of them where prices are not known. Behind
+        it, partial offloads that may turn out to be cheaper when their graphs are drawn (`cheapest_drawn`)."""
         priced: list[tuple[float, int, Found]] = []
         for found in offers:
             price_s = self.price(*found)
             if price_s is None:
-                return min(priced)[2] if priced else found
+                return [min(priced)[2] if priced else found]
             priced.append((price_s, len(priced), found))
-        close = [each for each in priced if each[0] <= DRAWING_GAINS * min(priced)[0]]
-        if len(close) > 1:  # a few layers more may decide
-            close = [self._drawn_price(*each) for each in close]
-        return min(close)[2] if close else None
+        priced.sort()
+        most_s = DRAWING_GAINS * priced[0][0] if priced else 0.0
+        return [
+            found for price_s, i, found in priced if i == priced[0][1] or (_is_partial(found) and price_s <= most_s)
+        ]
 
-    def _drawn_price(self, price_s: float, number: int, found: Found) -> tuple[float, int, Found]:
-        if found[0].tier not in PARTIAL:
-            return price_s, number, found
-        drawn = self.drawn(found)
-        return self.price(*drawn) or price_s, number, drawn
+    def cheapest_drawn(self, close: Sequence[Found]) -> Found:
+        """Of several that cost nearly the same by the bound, the cheapest with the graph drawn, which takes time."""
+        if len(close) == 1:
+            return close[0]
+        drawn = [self._drawn(found) if _is_partial(found) else found for found in close]
+        return min(drawn, key=lambda found: self.price(*found) or 0.0)
 
     def _best_of(self, group: Group, idle: Sequence[Replica]) -> Found | None:
         """The best placement of equally good candidates, evicting the `idle` replicas if nothing is free; of partial
@@ -282,7 +285,7 @@ class Search:
 
     # ------------------------------------------------------------------ comparing
 
-    def drawn(self, found: Found) -> Found:
+    def _drawn(self, found: Found) -> Found:
         """The same with the graph drawn, and the layers more that this leaves room for."""
         placement, victims = found
         drawn = exact(placement, self.need, self.inventory.nodes[placement.node_id])
@@ -319,6 +322,10 @@ class Search:
         placement, victims = found
         regret_s = sum(self.regret(self.replicas[victim]) for victim in victims)
         return len(placement.device_ids), regret_s, len(victims), self._tightness(found)
+
+
+def _is_partial(found: Found) -> bool:
+    return found[0].tier in PARTIAL
 
 
 def within(one: Placement, other: Placement) -> bool:

@@ -83,8 +83,8 @@ def plan_on(cluster: DescribedCluster, model: str, n_ctx: int | None = None) -> 
 def _is_chosen(option: Found, choice: Choice) -> bool:
     placement, chosen = option[0], choice.placement
     assert chosen is not None
-    there = (placement.tier, placement.node_id, placement.device_ids, placement.layers, option[1])
-    return there == (chosen.tier, chosen.node_id, chosen.device_ids, chosen.layers, choice.victims)
+    there = (placement.tier, placement.node_id, option[1])  # layers differ where the graph was drawn
+    return there == (chosen.tier, chosen.node_id, choice.victims)
 
 
 class _Pricing:
