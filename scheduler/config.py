@@ -210,6 +210,15 @@ class Server(_Strict):
             raise ValueError(f"{UNNAMED_KEY!r} is what the key without a name is called; choose another name")
         return keys
 
+    @model_validator(mode="after")
+    def _one_key_each(self) -> Server:
+        names: dict[str, str] = {}
+        for name, key in self.keys.items():
+            if key in names:
+                raise ValueError(f"{names[key] or 'api_key'} and {name} have the same key: who asks could not be told")
+            names[key] = name
+        return self
+
 
 class Catalogue(_Strict):
     """The whole file."""

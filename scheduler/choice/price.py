@@ -79,7 +79,7 @@ class Prices:
             release_s=RELEASE_S if gone else 0.0,
             load_s=speed.load.seconds,
             service_s=_service_seconds(speed),
-            regret_s=sum(self.regret_s(replica, now) for replica in gone if replica.model != model),
+            regret_s=sum((self.regret_s(replica, now) for replica in gone if replica.model != model), 0.0),
         )
 
     def service(self, shape: ModelShape, model: str, replica: Replica) -> Price:
