@@ -19,9 +19,11 @@ STEP_BYTES = 64 * MIB
 """Memory that is missing is said to this much."""
 MOST_NODES = 4
 """Machines for which it is worked out, or some more: it takes some milliseconds for each of their devices."""
-BOUND_SLACK, DRAWN = 1.15, 4
+BOUND_SLACK, DRAWN = 1.15, 5
 """What the bound on compute buffers says is taken to be so many times too much at the most; so often graphs are drawn
 to find out: each takes some ten milliseconds."""
+_SLACK_STEPS = 32
+"""And so many steps of memory too much."""
 SMALLEST_CONTEXT = 2048
 """Tokens per slot: the least that is proposed."""
 _SPARE_STEPS = 128
@@ -128,5 +130,6 @@ def _missing(search: Search, node: Node, room_with: Callable[[int], Room]) -> in
     if not fits(enough, bounded):
         return 0
     _, high = _bisected(0, enough, lambda steps: fits(steps, bounded))
-    _, high = _bisected(int(high / BOUND_SLACK), high, lambda steps: fits(steps, drawn), DRAWN)
+    low = max(int(high / BOUND_SLACK), high - _SLACK_STEPS)
+    _, high = _bisected(low, high, lambda steps: fits(steps, drawn), DRAWN)
     return high * STEP_BYTES
