@@ -88,11 +88,18 @@ def _fits(search: Search, ways: Sequence[Group], node: Node, room: Room) -> bool
 def _unpinned(search: Search, fits_unpinned: Callable[[frozenset[str]], bool]) -> list[str]:
     """Single protected models, or all of them, without whose protection there would be a place."""
     kept = {each.model: why for each in search.replicas.values() if (why := search.protected(each))}
-    words = {name: f"fewer min_replicas of {name}" if kept[name] == ALWAYS_LOADED else f"unpin {name}" for name in kept}
     helped = [name for name in sorted(kept) if fits_unpinned(frozenset({name}))]
     if helped or len(kept) < 2:
-        return [words[name] for name in helped]
-    return [", ".join(words[name] for name in sorted(kept))] if fits_unpinned(frozenset(kept)) else []
+        return [_without(name, kept[name]) for name in helped]
+    if not fits_unpinned(frozenset(kept)):
+        return []
+    pinned = ", ".join(name for name in sorted(kept) if kept[name] != ALWAYS_LOADED)
+    others = [_without(name, ALWAYS_LOADED) for name in sorted(kept) if kept[name] == ALWAYS_LOADED]
+    return [", ".join([_without(pinned, ""), *others] if pinned else others)]
+
+
+def _without(names: str, why: str) -> str:
+    return f"fewer min_replicas of {names}" if why == ALWAYS_LOADED else f"unpin {names}"
 
 
 def _more_memory(search: Search, rooms: Sequence[tuple[Node, Room]]) -> list[str]:

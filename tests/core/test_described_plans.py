@@ -110,6 +110,12 @@ def test_a_shorter_context_is_named_for_the_machine_as_it_is() -> None:
     assert plan_on(cluster(asked), "medium", n_ctx + 1024).refusal is not None
 
 
+def test_whoever_has_to_be_unpinned_together_is_named_together() -> None:
+    pinned = [replica(model, 0, pinned=True) for model in ("third", "fourth", "small")]
+    refusal = plan_on(cluster({"gpus": [{"total": "10GiB"}], "ram": "7GiB", "replicas": pinned}), "large").refusal
+    assert refusal is not None and "unpin fourth, small, third" in refusal.would_fit_if
+
+
 @pytest.mark.parametrize("free_gib", [21, 20.5, 20, 17, 12, 11.3])
 def test_free_memory_may_be_said_with_replicas_or_without(free_gib: float) -> None:
     """Where it can only be meant with them, it is not taken to be others' that they do not fit beside."""
