@@ -80,8 +80,9 @@ def _check_port(running: Any, server: Server, url: str | None) -> None:
         return
     with contextlib.suppress(TypeError):  # one of another version may not know the question
         if _ask(running.free_port.remote(server.host, server.port)) == 0:
-            taken = f"the gateway cannot listen on {server.host}:{server.port}: the address is in use"
-            raise Rejected(f"{taken}. Arriero goes on{f' at {url}' if url else ''} as it was")
+            taken = f"the gateway cannot listen on {server.host}:{server.port}: another program does"
+            goes_on = f"Arriero goes on{f' at {url}' if url else ''} as it was"
+            raise Rejected(f"{taken}; choose another --port. {goes_on}")
 
 
 def _start_all(catalogue: Catalogue, head: str, version: str, say: Say) -> str:
