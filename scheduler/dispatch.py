@@ -97,13 +97,14 @@ class Dispatch:
         """Serve whoever waits. Free slots are given away before anybody is evicted, so that a model which is asked for
         is not idle; then places are found for the others, the longest wait first."""
         self._now, self._decisions = now, 0
-        if not self._queue and not self._turns and self._fleet.is_settled:
+        settled = self._fleet.is_settled
+        if settled and not self._queue and not self._turns:
             self._touched.clear()
             self._freed.clear()
             return
         if self._turns:
             self._reopened(self._turns.reopen_unwanted())
-        if not self._fleet.is_settled:
+        if not settled:
             self._fleet.stop_retired()
         for name in self._to_serve():
             while (head := self._queue.head(name)) and (ready := self._free_replica(head)):

@@ -303,7 +303,7 @@ class Fleet:
     @property
     def is_settled(self) -> bool:
         """Nobody waits for room, or is to be stopped when idle."""
-        return not self._retiring and not self.replicas.count(ReplicaState.PENDING)
+        return not self._retiring and not self.replicas.in_state(ReplicaState.PENDING)
 
     def stop_retired(self) -> None:
         """Stop whoever is to go, and is idle by now."""

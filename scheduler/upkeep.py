@@ -123,8 +123,7 @@ class Upkeep:
             return None
         if replica.busy and self._others_wait(model):
             return None
-        if replica.placement.tier not in ON_GPU:
-            replica.compared_at = now
+        replica.compared_at = now
         return self.moved(model, head, replica, now)
 
     def moved(self, model: Model, head: Waiting, replica: Replica, now: float) -> Choice | None:

@@ -1,4 +1,5 @@
-"""What known GPUs have and do: memory, memory bandwidth and F32 arithmetic, from their makers' data sheets.
+"""What known GPUs have and do: memory, memory bandwidth and F32 arithmetic, as their makers' data sheets
+have it, from memory: not every figure was looked up.
 
 Names are compared without spaces, case and the maker's name, so that "NVIDIA GeForce RTX 3090" and "rtx3090" are one.
 Arithmetic is what llama.cpp's prompts are limited by at best; measured paces correct it in production.

@@ -75,10 +75,11 @@ def test_experts_that_do_not_all_fit_in_host_ram_need_not() -> None:
 
 
 def test_a_free_place_on_more_cards_beats_an_eviction_that_costs_more() -> None:
-    card = {"total": "8GiB", "bandwidth": "500GB/s", "tflops": 20}
-    there = [replica("third", 0, idle_s=50), replica("fourth", 1, idle_s=40)]
+    card = {"total": "6GiB", "bandwidth": "500GB/s", "tflops": 20}  # half full, each: none has room alone
+    there = [replica("third", 0, idle_s=5000), replica("fourth", 1, idle_s=4000)]  # little is regretted
     plan = plan_on(cluster({"gpus": [card] * 2, "replicas": there}), "medium")
-    assert plan.best is not None and plan.best.evicts == ()
+    assert where(plan)[0] == "several GPUs" and plan.best is not None and plan.best.evicts == ()
+    assert any(other.evicts == ("third",) and other.placement.tier == "one GPU" for other in plan.alternatives)
 
 
 def test_what_is_said_to_help_does() -> None:
