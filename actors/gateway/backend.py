@@ -22,7 +22,8 @@ class AcquireRequest:
     """A request for a slot. `n_ctx`: tokens that the slot must hold (None: what the catalogue says).
 
     `deadline_s`: seconds the caller will wait for a slot from now on (None: as long as it takes). `priority`: None is
-    the model's. `key`: the name of the API key. `prefix`: a hash of what the prompt begins with.
+    the model's. `key`: the name of the API key. `prefix`: a hash of what the prompt begins with. `fingerprint`: a hash
+    of all that is asked: a request that ends runners is known by it when it comes again.
     """
 
     request_id: RequestId
@@ -33,6 +34,7 @@ class AcquireRequest:
     priority: int | None = None
     key: str = ""
     prefix: str = ""
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from scheduler.cluster.replica import Placement
 from scheduler.costs.paces import Pace
@@ -65,16 +66,22 @@ class Sampling:
     frequency_penalty: float = 0.0
     seed: int | None = None
     logit_bias: Mapping[int, float] | None = None
-    json_schema: str | None = None  # a JSON schema that the answer must follow ("{}" = any JSON object)
+
+
+def content_of(**parts: object) -> bytes:
+    """The content of a request; see `GenerateRequest` and `EmbedRequest`. Parts that are None are left out."""
+    given = {name: part for name, part in parts.items() if part is not None}
+    return json.dumps(given, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """`messages` (rendered through the model's chat template) or `prompt` (as it is), never both."""
+    """`content` is what the answer is made from, as JSON: {"messages": [...]} (rendered through the model's chat
+    template) or {"prompt": a text or token ids} (as it is), never both; and, where the answer must follow one,
+    {"json_schema": {...}} (empty: any JSON object). It may be large, and only the preparer opens it."""
 
     request_id: str
-    messages: tuple[Mapping[str, Any], ...] | None = None
-    prompt: str | tuple[int, ...] | None = None
+    content: bytes
     max_tokens: int | None = None  # None: until end of generation or the context is full
     stop: tuple[str, ...] = ()
     sampling: Sampling = Sampling()
@@ -94,8 +101,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
+    """`content` as JSON: {"inputs": texts or lists of token ids}."""
+
     request_id: str
-    inputs: tuple[str | tuple[int, ...], ...]
+    content: bytes
 
 
 @dataclass(frozen=True, slots=True)
