@@ -27,6 +27,7 @@ from gguf import GGUFReader
 
 from benchmarks.table import print_table
 from scheduler.costs.footprint import computes_exactly, footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import ModelShape, read_shape
 
@@ -85,9 +86,11 @@ def exactness(paths: dict[str, Path]) -> None:
                 fixed = (ours.weights_bytes, ours.kv_bytes) == (weights, cache)
                 found[case[0]].append((fixed, ours.compute_bytes == compute, ours.compute_bytes >= compute))
     rows = []
-    for name, equal in sorted(found.items(), key=lambda item: (not computes_exactly(models[item[0]]), item[0])):
+    for name, equal in sorted(
+        found.items(), key=lambda item: (not computes_exactly(models[item[0]], CHECKED_BUILD), item[0])
+    ):
         counts = [f"{sum(place[column] for place in equal)} of {len(equal)}" for column in range(3)]
-        rows.append((name, "template" if computes_exactly(models[name]) else "bound", *counts))
+        rows.append((name, "template" if computes_exactly(models[name], CHECKED_BUILD) else "bound", *counts))
     header = ("model", "compute by", "weights and cache equal", "compute equal", "compute not below")
     print_table("Small models, loaded for real on the CPU and on two devices", header, rows)
 
@@ -129,7 +132,7 @@ def _compared(
             print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         for case, answer in zip(cases, answers, strict=True):
-            ours = footprint(models[name], *case[1:])
+            ours = footprint(models[name], *case[1:], CHECKED_BUILD)
             places = {f"RPC{i}": device for i, device in enumerate(ours.devices)} | {"host": ours.host}
             yield case, [(got, answer["bytes"].get(place, [0, 0, 0])) for place, got in places.items()]
 
@@ -160,7 +163,7 @@ def _best(action: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 
 def _predict(path: Path) -> None:
-    footprint(read_shape(path), ON_ONE_GPU, ContextParams())
+    footprint(read_shape(path), ON_ONE_GPU, ContextParams(), CHECKED_BUILD)
 
 
 def _run(program: Path, path: Path) -> None:

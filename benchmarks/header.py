@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.table import print_table
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import read_shape
 
@@ -84,7 +85,7 @@ def footprints(folder: Path) -> None:
         seconds = []
         for _ in range(200):
             began = time.perf_counter()
-            footprint(shape, layout, ContextParams(n_ctx=32768, n_seq_max=4))
+            footprint(shape, layout, ContextParams(n_ctx=32768, n_seq_max=4), CHECKED_BUILD)
             seconds.append(time.perf_counter() - began)
         seconds.sort()
         rows.append((name, str(shape.n_layer_all), f"{seconds[100] * 1e6:.0f} us", f"{seconds[198] * 1e6:.0f} us"))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from arriero.example_models import EXAMPLES, Dimensions, write_example_model
 from scheduler.config import Reserves, parse_catalogue
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import ContextParams, DeviceBytes, DeviceSpec, Layout
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.simulation.cards import known_card
@@ -91,7 +92,7 @@ def least_costs(shape: ModelShape) -> Costs:
 def _devices(shape: ModelShape, *counts: int) -> tuple[DeviceBytes, ...]:
     """With so many layers on each of some CUDA devices, the output counted as one; others in host RAM."""
     specs = tuple(DeviceSpec(f"d{i}", "cuda") for i in range(len(counts)))
-    return footprint(shape, Layout(specs, sum(counts), tuple(map(float, counts))), CONTEXT).devices
+    return footprint(shape, Layout(specs, sum(counts), tuple(map(float, counts))), CONTEXT, CHECKED_BUILD).devices
 
 
 def _held(device: DeviceBytes) -> int:

@@ -49,6 +49,7 @@ from scheduler import events as ev
 from scheduler.cluster.replica import Placement
 from scheduler.core import SchedulerCore
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.shape import ModelShape
 from scheduler.simulation.described import NOW
 from scheduler.units import MIB, DeviceId, RequestId, format_bytes
@@ -149,7 +150,7 @@ def _load(core: SchedulerCore, commands: Iterable[cmd.Command], shape: ModelShap
     for command in commands:
         if isinstance(command, cmd.StartReplica):
             placement = command.placement
-            buffers = footprint(shape, placement.layout, placement.context)
+            buffers = footprint(shape, placement.layout, placement.context, CHECKED_BUILD)
             load_s = core.speeds.predict(shape, placement, None).load.seconds
             core.handle(ev.ReplicaStarted(command.replica_id, 1), NOW)
             core.handle(

@@ -23,6 +23,7 @@ from scheduler.cluster.replica import ReplicaState
 from scheduler.config import parse_catalogue
 from scheduler.core import SchedulerCore
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import Rates
 from scheduler.costs.shape import ModelShape
 from scheduler.simulation.cards import known_card
@@ -63,7 +64,7 @@ class Cluster:
             device_id = DeviceId(f"n{number}/gpu{i}")
             devices.append(DeviceFacts(device_id, node_id, f"gpu{i}", name, "cuda", card.total_bytes, card.rates))
         facts = NodeFacts(
-            node_id, str(node_id), "", 32, 64 * GIB, tuple(devices), Rates(80e9, 1e12), disk_bytes_per_s=3e9
+            node_id, str(node_id), "", 32, 64 * GIB, tuple(devices), Rates(80e9, 1e12), 3e9, llama_build=CHECKED_BUILD
         )
         self.core.handle(ev.NodeJoined(facts), self.now)
         for device in devices:
@@ -90,7 +91,7 @@ class Cluster:
             match command:
                 case cmd.StartReplica():
                     shape = self._shapes[command.model]
-                    buffers = footprint(shape, command.placement.layout, command.placement.context)
+                    buffers = footprint(shape, command.placement.layout, command.placement.context, CHECKED_BUILD)
                     ready = ev.ReplicaReady(command.replica_id, 1, buffers, command.placement.context.n_ctx, 1.0)
                     self._carry_out(self.core.handle(ready, self.now))
                 case cmd.StopReplica():

@@ -54,10 +54,13 @@ class Bill:
         return [self.host, *self.beside_host.values()]
 
 
-def make_bill(shape: ModelShape, companions: Companions, case: Case) -> Bill:
-    """The bill of `shape`, which is accompanied already. Raises Rejected as `footprint`."""
-    cost = footprint(shape, case.layout, case.context)
-    beside = companion_footprints(shape, companions, case.layout, case.context)
+def make_bill(shape: ModelShape, companions: Companions, case: Case, build: str) -> Bill:
+    """The bill of `shape`, which is accompanied already, under this build of llama-cpp-python.
+
+    Raises Rejected as `footprint`.
+    """
+    cost = footprint(shape, case.layout, case.context, build)
+    beside = companion_footprints(shape, companions, case.layout, case.context, build)
     made = partial(host_memory, use_mmap=case.use_mmap, use_extra_bufts=case.use_extra_bufts)
     host = made(shape, case.layout, case.context, cost, process_bytes=PROCESS_BYTES)
     others = {}

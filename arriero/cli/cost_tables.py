@@ -56,8 +56,8 @@ def show_model(shape: ModelShape) -> None:
     )
 
 
-def show_costs(shape: ModelShape, bills: list[Bill], measured: list[MeasuredLoad | None]) -> None:
-    """A table with a section per case, and what host RAM the process takes."""
+def show_costs(shape: ModelShape, bills: list[Bill], measured: list[MeasuredLoad | None], build: str) -> None:
+    """A table with a section per case, and what host RAM the process takes, under this build of llama-cpp-python."""
     console = Console()
     if not shape.known_architecture:
         console.print(f"[yellow]{shape.architecture}: {BOUND}[/]")
@@ -83,7 +83,9 @@ def show_costs(shape: ModelShape, bills: list[Bill], measured: list[MeasuredLoad
             console.print(f"[yellow]case {number}: {bill.unverified}[/]")
     if shape.known_architecture:
         compute = (
-            "compute buffers too" if computes_exactly(shape) else "compute buffers are a bound that no load exceeds"
+            "compute buffers too"
+            if computes_exactly(shape, build)
+            else "compute buffers are a bound that no load exceeds"
         )
         console.print(f"weights, cache and output are to the byte, {compute}")
 

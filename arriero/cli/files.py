@@ -26,9 +26,11 @@ File = Annotated[Path, typer.Argument(help="A GGUF file; of a model in several p
 
 def inspect(file: File, json: AsJson = False) -> None:
     """What a GGUF file holds: architecture, layers and their bytes."""
+    from actors.measurements import llama_build
+
     shape = _read(file)
     if json:
-        print(jsonlib.dumps(_describe(shape), indent=2))
+        print(jsonlib.dumps(_describe(shape, llama_build()), indent=2))
     else:
         from arriero.cli.cost_tables import show_model
 
@@ -50,6 +52,7 @@ def footprint(
     json: AsJson = False,
 ) -> None:
     """Bytes that a model takes per device and in host RAM, with what comes with it."""
+    from actors.measurements import llama_build
     from arriero.cli.bill import make_bill
     from arriero.cli.cost_tables import show_costs
     from arriero.cli.grid import read_grid
@@ -58,10 +61,11 @@ def footprint(
     companions = _companions(lora or [], mmproj, draft, mtp)
     shape = accompanied(_read(file), companions)
     cases = read_grid(grid)
+    build = llama_build()
     bills = []
     for index, case in enumerate(cases):
         try:
-            bills.append(make_bill(shape, companions, case))
+            bills.append(make_bill(shape, companions, case, build))
         except Rejected as error:
             raise Rejected(f"grid[{index}]: {error.message}") from None
     if verify and (lora or mtp):
@@ -70,12 +74,12 @@ def footprint(
         from arriero.cli.verify import verified
 
         bills = [verified(file, bill, case) for bill, case in zip(bills, cases, strict=True)]
-    measured = _measured(shape, bills)
+    measured = _measured(shape, bills, build)
     if json:
-        answers = [_answer_bill(shape, bill, load) for bill, load in zip(bills, measured, strict=True)]
+        answers = [_answer_bill(shape, bill, load, build) for bill, load in zip(bills, measured, strict=True)]
         print(jsonlib.dumps(answers, indent=2))
     else:
-        show_costs(shape, bills, measured)
+        show_costs(shape, bills, measured, build)
 
 
 def _read(file: Path) -> ModelShape:
@@ -100,26 +104,26 @@ def _companions(loras: list[Path], mmproj: Path | None, draft: Path | None, mtp:
     return Companions(adapters, projector, _read(draft) if draft else None, mtp)
 
 
-def _measured(shape: ModelShape, bills: list[Bill]) -> list[MeasuredLoad | None]:
+def _measured(shape: ModelShape, bills: list[Bill], build: str) -> list[MeasuredLoad | None]:
     """What real loads took, where this machine is the head and has seen the same load before."""
     import sqlite3
 
-    from actors.measurements import llama_build, measurements_path, read_measurements
+    from actors.measurements import measurements_path, read_measurements
     from scheduler.costs.measurements import Measurements
 
     try:
         memory = Measurements(read_measurements(measurements_path()))
     except (OSError, sqlite3.Error):
         memory = Measurements()  # a service that starts sets a damaged file aside, and says so
-    return [memory.load(shape, bill.layout, bill.context, llama_build()) for bill in bills]
+    return [memory.load(shape, bill.layout, bill.context, build) for bill in bills]
 
 
-def _sources(shape: ModelShape) -> dict[str, str]:
+def _sources(shape: ModelShape, build: str) -> dict[str, str]:
     """Where each figure comes from: llama.cpp's own rules, its graph redrawn, or a bound that no load exceeds."""
     from scheduler.costs.footprint import computes_exactly
 
     rules = "rules" if shape.known_architecture else "bound"
-    compute = "graph" if computes_exactly(shape) else "bound"
+    compute = "graph" if computes_exactly(shape, build) else "bound"
     return {"weights": rules, "kv": rules, "compute": compute, "output": rules}
 
 
@@ -133,7 +137,7 @@ def _measured_answer(layout: Layout, load: MeasuredLoad | None) -> dict[str, Any
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-def _answer_bill(shape: ModelShape, bill: Bill, load: MeasuredLoad | None) -> dict[str, Any]:
+def _answer_bill(shape: ModelShape, bill: Bill, load: MeasuredLoad | None, build: str) -> dict[str, Any]:
     from dataclasses import asdict
 
     answer = _answer(bill.layout, bill.cost)
@@ -149,7 +153,7 @@ def _answer_bill(shape: ModelShape, bill: Bill, load: MeasuredLoad | None) -> di
         answer["verified"] = _answer(bill.layout, bill.verified)
     elif bill.unverified:
         answer["verified"] = {"error": bill.unverified}
-    return answer | {"sources": _sources(shape), "measured": _measured_answer(bill.layout, load)}
+    return answer | {"sources": _sources(shape, build), "measured": _measured_answer(bill.layout, load)}
 
 
 def _answer(layout: Layout, result: Footprint) -> dict[str, Any]:
@@ -167,7 +171,7 @@ def _answer(layout: Layout, result: Footprint) -> dict[str, Any]:
     }
 
 
-def _describe(shape: ModelShape) -> dict[str, Any]:
+def _describe(shape: ModelShape, build: str) -> dict[str, Any]:
     from arriero.cli.cost_tables import layer_kind
     from scheduler.costs.footprint import computes_exactly
 
@@ -181,7 +185,7 @@ def _describe(shape: ModelShape) -> dict[str, Any]:
         "weights_bytes": shape.weights_bytes,
         "experts_bytes": shape.experts_bytes,
         "n_tensors": shape.n_tensors,
-        "compute_is_exact": computes_exactly(shape),
+        "compute_is_exact": computes_exactly(shape, build),
         "n_layer_all": shape.n_layer_all,
         "n_ctx_train": shape.n_ctx_train,
         "n_embd": shape.n_embd,

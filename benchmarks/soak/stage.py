@@ -18,6 +18,7 @@ from scheduler import events as ev
 from scheduler.cluster.facts import DeviceFacts, NodeFacts
 from scheduler.config import Catalogue, parse_catalogue
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import NO_RATES, ContextParams, Footprint, Layout, Rates
 from scheduler.costs.shape import ModelShape
 from scheduler.simulation.cards import known_card
@@ -81,11 +82,12 @@ class Box(NamedTuple):
     cores: int
     tells_processes: bool
     files: str  # models that lie there
+    build: str = CHECKED_BUILD  # of llama-cpp-python; under another one figures are bounds, and llama.cpp is asked
 
 
 BOXES = (
     Box("barn", ("RTX 2080 Ti", "RTX 3070"), (), 24 * GIB, 8, True, "ant bee cat cow dog fox gnu elk emu owl ram yak"),
-    Box("loft", ("RTX 2060", "GTX 1060"), (), 16 * GIB, 4, False, "ant bee cat cow dog fox gnu elk emu ram"),
+    Box("loft", ("RTX 2060", "GTX 1060"), (), 16 * GIB, 4, False, "ant bee cat cow dog fox gnu elk emu ram", "1"),
     Box("shed", (), (2 * GIB, 2 * GIB, 3 * GIB), 12 * GIB, 3, True, "ant bee cat cow dog elk ram"),
     Box("yard", ("RTX 3050",), (), 8 * GIB, 2, True, "ant cat cow fox elk ram gnu"),
 )
@@ -106,7 +108,7 @@ def shapes() -> dict[str, ModelShape]:
 
 @cache
 def predicted(model: str, layout: Layout, context: ContextParams) -> Footprint:
-    return footprint(shapes()[model], layout, context)
+    return footprint(shapes()[model], layout, context, CHECKED_BUILD)
 
 
 def facts_of(box: Box, node_id: NodeId) -> NodeFacts:
@@ -122,7 +124,9 @@ def facts_of(box: Box, node_id: NodeId) -> NodeFacts:
         devices.append(DeviceFacts(device_id, node_id, f"gpu{i}", "virtual", "rpc", total_bytes))
     rates = NO_RATES if box.virtual else Rates(40e9, 5e11)
     disk = 0.0 if box.virtual else 2e9
-    return NodeFacts(node_id, box.name, "", box.cores, box.ram_bytes, tuple(devices), rates, disk, llama_build="1")
+    return NodeFacts(
+        node_id, box.name, "", box.cores, box.ram_bytes, tuple(devices), rates, disk, llama_build=box.build
+    )
 
 
 def catalogue_of(phase: int, chance: random.Random) -> Catalogue:

@@ -15,7 +15,7 @@ from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement
 from scheduler.config import Reserves
-from scheduler.costs.footprint import bounded_footprint, filled_footprint, grows
+from scheduler.costs.footprint import bounded_footprint, computes_exactly, filled_footprint, grows
 from scheduler.costs.host import host_memory
 from scheduler.costs.measurements import Measurements
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
@@ -106,8 +106,11 @@ class Need:
         share = self.bounded_footprint(whole).devices[0]
         return share.weights_bytes + share.kv_bytes
 
-    def footprint(self, layout: Layout) -> Footprint:
-        return _footprint(self.shape, layout, self.context)
+    def footprint(self, layout: Layout, build: str) -> Footprint:
+        """On a machine with this build of llama-cpp-python."""
+        if not computes_exactly(self.shape, build):
+            return self.bounded_footprint(layout)
+        return _footprint(self.shape, layout, self.context, build)
 
     def bounded_footprint(self, layout: Layout) -> Footprint:
         return _bounded_footprint(self.shape, layout, self.context)
@@ -131,8 +134,8 @@ class Need:
     def _shares(
         self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, bounded: bool
     ) -> tuple[Footprint, tuple[int, ...], tuple[int, ...]]:
-        cost = self.bounded_footprint(layout) if bounded else self.footprint(layout)
         build = node.facts.llama_build
+        cost = self.bounded_footprint(layout) if bounded else self.footprint(layout, build)
         measured = self.measurements.load(self.shape, layout, self.context, build)
         outside = measured.outside_bytes if measured else (0,) * len(devices)
         if measured and not grows(self.shape):  # what was measured is what the load took
@@ -150,7 +153,8 @@ class Need:
         self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool = False
     ) -> Placement:
         """The layout on these devices with all that it needs, overheads included; `bounded`: or a little more."""
-        key = "placement", tier, node.facts.node_id, tuple(device.device_id for device in devices), layout, bounded
+        there = node.facts.node_id, node.facts.llama_build, tuple(device.device_id for device in devices)
+        key = "placement", tier, there, layout, bounded
         return self._once(key, lambda: self._placement(tier, node, devices, layout, bounded))
 
     def _placement(

@@ -32,7 +32,7 @@ def accompanied(shape: ModelShape, companions: Companions) -> ModelShape:
 
 
 def companion_footprints(
-    shape: ModelShape, companions: Companions, layout: Layout, context: ContextParams
+    shape: ModelShape, companions: Companions, layout: Layout, context: ContextParams, build: str
 ) -> dict[str, Footprint]:
     """Bytes of what lies beside the model, per device of `layout`, by name: mtp, draft, mmproj.
 
@@ -43,7 +43,7 @@ def companion_footprints(
     if companions.mtp:
         found["mtp"] = mtp_footprint(shape, layout, context)
     if companions.draft is not None:
-        found["draft"] = footprint(companions.draft, draft_layout(layout), context)
+        found["draft"] = footprint(companions.draft, draft_layout(layout), context, build)
     if companions.projector is not None:
         found["mmproj"] = _projector_footprint(companions.projector, layout, on_device, context)
     return found

@@ -1,7 +1,8 @@
 """What a model costs on given devices: the one function that placement asks.
 
 Weights, cache, state and the logits buffer are exact to the byte; compute buffers too where a template draws the
-model's graph, else they are a bound that no load exceeds. It takes a quarter of a millisecond for a model of 80 layers,
+model's graph and was checked with the machine's release of llama-cpp-python (`build`, as in `NodeFacts.llama_build`),
+else they are a bound that no load exceeds. It takes a quarter of a millisecond for a model of 80 layers,
 and some milliseconds the first time a graph is drawn.
 """
 
@@ -17,7 +18,7 @@ from scheduler.costs.compute import place_compute
 from scheduler.costs.graph.buffers import exact_compute, has_template
 from scheduler.costs.graph.model import filled_graph_model
 from scheduler.costs.graph.nodes import Undrawable
-from scheduler.costs.graph.templates import CHECKED_WITH, GROWING
+from scheduler.costs.graph.templates import GROWING, are_checked
 from scheduler.costs.params import ContextParams, DeviceBytes, Footprint, HostBytes, Layout
 from scheduler.costs.predictor import Predictor
 from scheduler.costs.shape import ModelShape
@@ -33,14 +34,14 @@ def effective_context(shape: ModelShape, context: ContextParams) -> EffectiveCon
     return cache.effective_context(shape.arch, context)
 
 
-def computes_exactly(shape: ModelShape) -> bool:
+def computes_exactly(shape: ModelShape, build: str) -> bool:
     """Whether the compute bytes of `footprint` are llama.cpp's own, and not a bound that no load exceeds."""
-    return has_template(shape.graph)
+    return are_checked(build) and has_template(shape.graph)
 
 
 def is_verified(shape: ModelShape, build: str) -> bool:
     """Whether the formulas were checked with this architecture and this release of llama-cpp-python."""
-    return shape.known_architecture and build.partition("+")[0] in CHECKED_WITH
+    return shape.known_architecture and are_checked(build)
 
 
 def with_mtp(shape: ModelShape) -> ModelShape:
@@ -75,25 +76,28 @@ def grows(shape: ModelShape) -> bool:
     return shape.architecture in GROWING
 
 
-def filled_footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:
+def filled_footprint(shape: ModelShape, layout: Layout, context: ContextParams, build: str) -> Footprint:
     """`footprint` once every cell of the cache is in use: larger than after the load where buffers grow (`GROWING`)."""
     if not grows(shape):
-        return footprint(shape, layout, context)
-    return footprint(replace(shape, graph=filled_graph_model(shape.graph)), layout, context)
+        return footprint(shape, layout, context, build)
+    return footprint(replace(shape, graph=filled_graph_model(shape.graph)), layout, context, build)
 
 
-def footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:
-    """Bytes per device of `layout` and in host RAM, once the model is loaded and its context made.
+def footprint(shape: ModelShape, layout: Layout, context: ContextParams, build: str) -> Footprint:
+    """Bytes per device of `layout` and in host RAM, once a machine with this build of llama-cpp-python has loaded the
+    model and made its context.
 
     Raises Rejected for combinations that llama.cpp refuses or aborts on, naming the way out.
     """
     places = assign_layers(layout, shape.n_layer_all)
-    compute = _drawn_compute(shape, layout, places, context) or _bounded_compute(shape, layout, places, context)
+    drawn = _drawn_compute(shape, layout, places, context) if computes_exactly(shape, build) else None
+    compute = drawn or _bounded_compute(shape, layout, places, context)
     return _footprint(shape, layout, places, context, compute)
 
 
 def bounded_footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint:
-    """`footprint` with the bound on compute buffers for every architecture: higher, but no graph has to be drawn."""
+    """`footprint` with the bound on compute buffers for every architecture and build: higher, but no graph has to be
+    drawn."""
     places = assign_layers(layout, shape.n_layer_all)
     return _footprint(shape, layout, places, context, _bounded_compute(shape, layout, places, context))
 
@@ -101,9 +105,9 @@ def bounded_footprint(shape: ModelShape, layout: Layout, context: ContextParams)
 def _drawn_compute(
     shape: ModelShape, layout: Layout, places: Sequence[int], context: ContextParams
 ) -> tuple[list[int], int] | None:
-    """None where there is no template for the model, or not for these devices."""
+    """None where the template does not know how these devices compute it."""
     try:
-        return exact_compute(shape.graph, layout, places, context) if has_template(shape.graph) else None
+        return exact_compute(shape.graph, layout, places, context)
     except Undrawable:
         return None
 

@@ -18,6 +18,7 @@ from scheduler.cluster.replica import Placement
 from scheduler.config import Catalogue
 from scheduler.core import SchedulerCore
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import Rates
 from scheduler.costs.shape import ModelShape
 from scheduler.errors import Rejected
@@ -91,7 +92,7 @@ class DescribedCluster:
         context = placement.context
         per_slot = context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
         replica_id = ReplicaId(f"{said.model}-{serial}")
-        buffers = footprint(shape, placement.layout, context)
+        buffers = footprint(shape, placement.layout, context, CHECKED_BUILD)
         ready = ev.ReplicaReady(replica_id, serial, buffers, per_slot, 0.0)
         leases = (LeaseId(f"{replica_id}-lease"),) if said.busy else ()
         adopted = ev.ReplicaAdopted(replica_id, said.model, self.models[said.model].path, placement, 1, ready, leases)
@@ -202,4 +203,5 @@ def _facts(node: NodeDescription) -> NodeFacts:
         rates=Rates(node.ram_bandwidth, node.tflops * 1e12),
         disk_bytes_per_s=node.disk_read or 0.0,
         labels=node.labels,
+        llama_build=CHECKED_BUILD,
     )

@@ -20,6 +20,7 @@ from scheduler.choice.price import RELEASE_S
 from scheduler.cluster.replica import Placement, ReplicaState
 from scheduler.config import Catalogue
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.errors import Rejected
 from scheduler.simulation.described import NOW, DescribedCluster, ModelOnDisk
 from scheduler.simulation.description import ClusterDescription, NodeDescription
@@ -259,7 +260,7 @@ class _Simulation:
         if replica is None or replica.state is not ReplicaState.LOADING:
             return
         context = command.placement.context
-        buffers = footprint(self._models[command.model].shape, command.placement.layout, context)
+        buffers = footprint(self._models[command.model].shape, command.placement.layout, context, CHECKED_BUILD)
         per_slot = context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
         self._read(command.placement.node_id)
         self._send(ev.ReplicaReady(command.replica_id, replica.pid, buffers, per_slot, load_s))

@@ -25,6 +25,7 @@ from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import parse_catalogue
 from scheduler.core import SchedulerCore
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.measurements import Record
 from scheduler.costs.params import NO_RATES, DeviceBytes, Footprint, HostBytes, Rates
 from scheduler.costs.shape import ModelShape, read_shape
@@ -115,7 +116,7 @@ class Scenario:
     tells_processes: bool = False  # whether device readings say which process holds what
     records: Sequence[Record] = ()  # what an earlier scheduler remembered
     rates: Rates = NO_RATES  # of the CPU and RAM of every machine
-    llama_build: str = ""
+    llama_build: str = CHECKED_BUILD
 
     def __post_init__(self) -> None:
         self.core = SchedulerCore(parse_catalogue(self.catalogue), records=self.records)
@@ -285,7 +286,7 @@ class Scenario:
     def report(self, command: cmd.StartReplica) -> Footprint:
         """What llama.cpp says it allocated: what was predicted, unless a test has it say something else."""
         placement = command.placement
-        predicted = footprint(shape(*self.models[command.model]), placement.layout, placement.context)
+        predicted = footprint(shape(*self.models[command.model]), placement.layout, placement.context, self.llama_build)
         return self.reported.get(command.model, predicted)
 
     def allocate(self, command: cmd.StartReplica, share: float = 1.0) -> Runner:

@@ -28,6 +28,7 @@ from scheduler.choice.room import Room
 from scheduler.cluster.facts import NodeFacts
 from scheduler.cluster.inventory import Device, Node
 from scheduler.config import Reserves
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.host import PROCESS_BYTES
 from scheduler.costs.params import ContextParams, Rates
 from scheduler.units import GIB, MIB, NodeId
@@ -35,9 +36,9 @@ from scheduler.units import GIB, MIB, NodeId
 CONTEXT = ContextParams(n_ctx=4096)
 
 
-def node(*sizes: str, kind: str = "rpc") -> Node:
+def node(*sizes: str, kind: str = "rpc", build: str = CHECKED_BUILD) -> Node:
     devices = tuple(gpu(size, f"gpu{i}", kind) for i, size in enumerate(sizes))
-    facts = NodeFacts(NodeId("box"), "box", "127.0.0.1", 8, 64 * GIB, devices)
+    facts = NodeFacts(NodeId("box"), "box", "127.0.0.1", 8, 64 * GIB, devices, llama_build=build)
     return Node(facts, 0.0, devices={device.device_id: Device(device) for device in devices})
 
 
@@ -69,11 +70,30 @@ def test_without_gpus_there_is_the_cpu() -> None:
 def test_a_need_counts_overheads() -> None:
     machine = node("8GiB", kind="cuda")
     plain = Candidate(ONE_GPU, need(SMALL), machine, tuple(d.facts for d in machine.devices.values())).minimum()
-    spec = need(SMALL).footprint(plain.layout)
+    spec = need(SMALL).footprint(plain.layout, CHECKED_BUILD)
     assert plain.device_bytes[0] == spec.devices[0].total_bytes + 600 * MIB
     assert plain.host_bytes > spec.host.total_bytes + plain.host_outside_bytes > spec.host.total_bytes + 128 * MIB
     grown = Candidate(ONE_GPU, need(SMALL, extra_bytes=MIB), machine, plain_devices(machine)).minimum()
     assert grown.device_bytes[0] == plain.device_bytes[0] + MIB
+
+
+@pytest.mark.parametrize("tier", [ONE_GPU, CPU_ONLY])
+def test_each_machine_is_judged_by_its_own_llama_cpp(tier: str) -> None:
+    """Graphs were drawn after one release; under others, and where it is not known, the bound holds."""
+    wanted = need(LARGE)
+    layout = Candidate(tier, wanted, node("16GiB"), plain_devices(node("16GiB"))[: tier == ONE_GPU]).minimum().layout
+
+    def taken(build: str, *, bounded: bool) -> tuple[int, ...]:
+        machine = node("16GiB", build=build)
+        devices = plain_devices(machine)[: tier == ONE_GPU]
+        found = wanted.placement(tier, machine, devices, layout, bounded=bounded)
+        return *found.device_bytes, found.host_bytes
+
+    bound = taken(CHECKED_BUILD, bounded=True)
+    drawn = taken(CHECKED_BUILD, bounded=False)
+    assert drawn != bound and all(one <= other for one, other in zip(drawn, bound, strict=True))
+    assert taken(f"{CHECKED_BUILD}+cpu", bounded=False) == taken(f"{CHECKED_BUILD}+cuda", bounded=False) == drawn
+    assert taken("0.3.99+cuda", bounded=False) == taken("", bounded=False) == bound
 
 
 def plain_devices(machine: Node) -> tuple:  # type: ignore[type-arg]
@@ -196,7 +216,7 @@ def test_as_many_experts_as_fit_stay_on_the_gpu(gib: int) -> None:
 def test_the_fastest_gpu_is_filled_first() -> None:
     """A token reads every layer once: the more of them where memory is read fast, the sooner it is there."""
     slow, fast = (replace(gpu("8GiB", f"gpu{i}"), rates=Rates(r, 1e13)) for i, r in enumerate((300e9, 900e9)))
-    facts = NodeFacts(NodeId("box"), "box", "127.0.0.1", 8, 64 * GIB, (slow, fast))
+    facts = NodeFacts(NodeId("box"), "box", "127.0.0.1", 8, 64 * GIB, (slow, fast), llama_build=CHECKED_BUILD)
     machine = Node(facts, 0.0, devices={device.device_id: Device(device) for device in (slow, fast)})
     both = next(c for group in groups(need(LARGE), [machine]) for c in group if c.tier == SEVERAL_GPUS)
     found = both.solve(room(machine))

@@ -9,6 +9,7 @@ from scenario import Scenario, gpu, shape
 
 from scheduler.config import Reserves
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.measurements import OVERHEAD_MARGIN_BYTES, ROUNDING_BYTES, Measurements, Record, load_key
 from scheduler.costs.params import ContextParams, DeviceBytes, DeviceSpec, Footprint, HostBytes, Layout
 from scheduler.units import GIB, MIB
@@ -17,7 +18,7 @@ M = (24, 2048, 5632)
 MODEL = shape(*M)
 ONE = Layout((DeviceSpec("d0", "rpc"),), -1, (1.0,))
 CONTEXT = ContextParams()
-PREDICTED = footprint(MODEL, ONE, CONTEXT)
+PREDICTED = footprint(MODEL, ONE, CONTEXT, CHECKED_BUILD)
 
 
 def taking(compute_bytes: int) -> Footprint:
@@ -64,7 +65,7 @@ def test_splits_that_put_every_layer_in_the_same_place_are_the_same() -> None:
 
 def test_a_cuda_device_is_not_given_less_before_it_is_known_what_it_needs_besides() -> None:
     cuda = Layout((DeviceSpec("d0", "cuda"),), -1, (1.0,))
-    predicted = footprint(MODEL, cuda, CONTEXT)
+    predicted = footprint(MODEL, cuda, CONTEXT, CHECKED_BUILD)
     memory = Measurements()
     less = replace(predicted, devices=(replace(predicted.devices[0], compute_bytes=MIB),))
     memory.loaded(MODEL, cuda, CONTEXT, "1.0", less)
@@ -147,7 +148,7 @@ def test_what_a_card_loses_besides_the_buffers_is_learned_from_replicas_that_ser
 
 @pytest.mark.parametrize(("preflight", "asks"), [("unverified", True), ("always", True), ("never", False)])
 def test_llama_cpp_is_asked_before_a_first_load_where_the_formulas_were_not_checked(preflight: str, asks: bool) -> None:
-    s = Scenario([gpu("3GiB")], {"a": M}, catalogue={"policy": {"preflight": preflight}})  # of no known llama.cpp
+    s = Scenario([gpu("3GiB")], {"a": M}, catalogue={"policy": {"preflight": preflight}}, llama_build="")
     s.run("a")
     assert [command.preflight for command in s.started] == [asks]
     s.unload("a")

@@ -10,6 +10,7 @@ from scenario import LARGE, MEDIUM, MOE, SMALL, Scenario, gpu, shape
 
 import scheduler.choice.need
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
 from scheduler.errors import Impossible, InvalidGGUF, Unavailable
 from scheduler.units import GIB, DeviceId, NodeId
@@ -40,11 +41,12 @@ def test_the_first_tier_that_fits(model: str, sizes: list[str], tier: str, where
 
 def test_a_bound_that_is_too_low_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     lies = lambda *asked: Footprint(  # noqa: E731
-        tuple(replace(share, compute_bytes=0) for share in footprint(*asked).devices), footprint(*asked).host
+        tuple(replace(share, compute_bytes=0) for share in footprint(*asked, CHECKED_BUILD).devices),
+        footprint(*asked, CHECKED_BUILD).host,
     )
     monkeypatch.setattr(scheduler.choice.need, "_bounded_footprint", lies)
     whole = Layout((DeviceSpec("d0", "rpc"),), -1, (1.0,))
-    share = footprint(shape(*SMALL), whole, ContextParams(n_ctx=8192)).devices[0]
+    share = footprint(shape(*SMALL), whole, ContextParams(n_ctx=8192), CHECKED_BUILD).devices[0]
     s = Scenario([gpu(f"{share.total_bytes - 1}B"), gpu("8GiB", "gpu1")], ALL)
     s.run("small")
     assert s.where("small") == ["gpu1"]

@@ -13,6 +13,7 @@ from test_against_llama_cpp import Case, ask, on_devices
 
 from scheduler.costs.adapter import adapted, read_adapter
 from scheduler.costs.footprint import computes_exactly, footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.host import host_memory
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import read_shape
@@ -65,8 +66,11 @@ def test_adapted_models_take_what_is_predicted(devices: int, tmp_path: Path) -> 
     truths = ask(paths, cases, devices=devices, real=True, adapters=adapters)
     for (name, layout, context), truth in zip(cases, truths, strict=True):
         what, shape = f"{name}, {layout}, {context}", shapes[name]
-        assert computes_exactly(shape)
-        ours, before = footprint(shape, layout, context), footprint(plain[name], layout, context)
+        assert computes_exactly(shape, CHECKED_BUILD)
+        ours, before = (
+            footprint(shape, layout, context, CHECKED_BUILD),
+            footprint(plain[name], layout, context, CHECKED_BUILD),
+        )
         got = {f"RPC{i}": pair for i, pair in enumerate(zip(ours.devices, before.devices, strict=True))}
         for place, (with_adapter, without) in (got | {"host": (ours.host, before.host)}).items():
             weights, cache, compute = truth["bytes"].get(place, [0, 0, 0])
@@ -81,7 +85,7 @@ def test_an_adapter_is_never_mapped(tmp_path: Path) -> None:
     shape = read_shape(write_model(spec, tmp_path / "model.gguf"))
     adapter = read_adapter(adapter_file(spec, 16).write(tmp_path / "style.gguf"))
     costs = [
-        host_memory(each, Layout(), context, footprint(each, Layout(), context), process_bytes=0)
+        host_memory(each, Layout(), context, footprint(each, Layout(), context, CHECKED_BUILD), process_bytes=0)
         for each in (shape, adapted(shape, [adapter]))
     ]
     before, after = costs
@@ -102,7 +106,10 @@ def test_unlike_ranks_and_graphs_that_are_not_drawn_are_bounded(tmp_path: Path) 
     shape = read_shape(write_model(spec, tmp_path / "model.gguf"))
     small, large = (read_adapter(adapter_file(spec, rank).write(tmp_path / f"{rank}.lora")) for rank in (8, 64))
     card = Layout((DeviceSpec("gpu0", "cuda"),), -1, (1,))
-    one, both = (footprint(adapted(shape, few), card, ContextParams()).devices[0] for few in ([large], [small, large]))
+    one, both = (
+        footprint(adapted(shape, few), card, ContextParams(), CHECKED_BUILD).devices[0]
+        for few in ([large], [small, large])
+    )
     assert both.compute_bytes >= one.compute_bytes
     assert both.weights_bytes > one.weights_bytes
     assert adapted(shape, []) is shape

@@ -15,7 +15,7 @@ from gguf_shapes import SMALL
 
 from scheduler.costs.footprint import effective_context, footprint
 from scheduler.costs.ggml_types import KV_TYPES
-from scheduler.costs.graph.templates import TEMPLATES
+from scheduler.costs.graph.templates import CHECKED_BUILD, TEMPLATES
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.costs.weights import experts_pattern
@@ -122,7 +122,7 @@ def compare(case: Case, shape: ModelShape, truth: dict[str, Any], graph: Literal
     _, layout, context = case
     what = f"{case[0]}, {layout}, {context}"
     assert "error" not in truth, f"{what}: {truth}"
-    result = footprint(shape, layout, context)
+    result = footprint(shape, layout, context, CHECKED_BUILD)
     assert truth["n_ctx"] == effective_context(shape, context).n_ctx, what
     assert result.host.output_bytes / 2**20 == pytest.approx(truth["output_mib"], abs=0.0051), what
     got = {f"RPC{i}": device for i, device in enumerate(result.devices)} | {"host": result.host}

@@ -14,7 +14,7 @@ from scheduler.costs.footprint import bounded_footprint, computes_exactly, footp
 from scheduler.costs.graph import buffers
 from scheduler.costs.graph.allocate import Arena
 from scheduler.costs.graph.buffers import shortened
-from scheduler.costs.graph.templates import TEMPLATES
+from scheduler.costs.graph.templates import CHECKED_BUILD, TEMPLATES
 from scheduler.costs.params import ContextParams, DeviceKind, DeviceSpec, Layout
 from scheduler.costs.shape import ModelShape, read_shape
 
@@ -76,10 +76,10 @@ def check_shortening(shape: ModelShape, name: str, monkeypatch: pytest.MonkeyPat
             flash_attn=chance.choice(("on", "off")),
             kv_unified=chance.random() < 0.5,
         )
-        short = footprint(shape, layout, context)
+        short = footprint(shape, layout, context, CHECKED_BUILD)
         with monkeypatch.context() as patch:
             patch.setattr(buffers, "shortened", lambda row, _: list(row))
-            assert footprint(shape, layout, context) == short, (layout, context)
+            assert footprint(shape, layout, context, CHECKED_BUILD) == short, (layout, context)
 
 
 LOOSE = ("mamba", "mamba2", "deepseek2", "nemotron_h", "nemotron_h_moe")
@@ -96,7 +96,7 @@ def test_the_bound_is_not_below_the_graph(name: str, kind: DeviceKind, shape_of:
         context = ContextParams(
             n_ctx=chance.choice((512, 4096, 16384)), n_seq_max=chance.choice((1, 2)), n_ubatch=chance.choice((64, 512))
         )
-        graph, bound = footprint(shape, alike, context), bounded_footprint(shape, alike, context)
+        graph, bound = footprint(shape, alike, context, CHECKED_BUILD), bounded_footprint(shape, alike, context)
         for exact, ours in zip((*graph.devices, graph.host), (*bound.devices, bound.host), strict=True):
             assert ours.compute_bytes >= exact.compute_bytes, (alike, context)
 
@@ -106,8 +106,8 @@ def test_a_tied_embedding_is_copied_to_the_device_of_the_output(shape_of: ShapeO
     tied, untied = shape_of("llama-tied"), shape_of("llama")
     layout = Layout((DeviceSpec("gpu0", "rpc"),), -1, (1,))
     context = ContextParams(n_ctx=1024)
-    assert footprint(tied, layout, context).devices[0].compute_bytes == (
-        footprint(untied, layout, context).devices[0].compute_bytes
+    assert footprint(tied, layout, context, CHECKED_BUILD).devices[0].compute_bytes == (
+        footprint(untied, layout, context, CHECKED_BUILD).devices[0].compute_bytes
     )
 
 
@@ -147,9 +147,9 @@ def without(shape: ModelShape, stem: str) -> ModelShape:
 def test_a_graph_that_cannot_be_drawn_is_bounded(stem: str, shape_of: ShapeOf) -> None:
     shape = shape_of("llama")
     broken = without(shape, stem)
-    assert computes_exactly(shape) and not computes_exactly(broken)
+    assert computes_exactly(shape, CHECKED_BUILD) and not computes_exactly(broken, CHECKED_BUILD)
     layout, context = Layout(), ContextParams()
-    exact, bound = (footprint(model, layout, context).host.compute_bytes for model in (shape, broken))
+    exact, bound = (footprint(model, layout, context, CHECKED_BUILD).host.compute_bytes for model in (shape, broken))
     assert bound >= exact
 
 
@@ -157,20 +157,21 @@ def test_weights_of_the_wrong_size_are_not_drawn(shape_of: ShapeOf) -> None:
     shape = shape_of("llama")
     first, *others = shape.graph.layers
     wide = first | {"attn_k.weight": replace(first["attn_k.weight"], ne=(32, 4096))}
-    assert not computes_exactly(replace(shape, graph=replace(shape.graph, layers=(wide, *others))))
+    assert not computes_exactly(replace(shape, graph=replace(shape.graph, layers=(wide, *others))), CHECKED_BUILD)
 
 
 def test_no_model_uses_more_experts_than_llama_cpp_knows(shape_of: ShapeOf) -> None:
     shape = shape_of("mixtral")
     greedy = replace(shape.graph, arch=replace(shape.arch, n_expert=1 << 30, n_expert_used=1 << 30))
-    assert not computes_exactly(replace(shape, graph=greedy))
+    assert not computes_exactly(replace(shape, graph=greedy), CHECKED_BUILD)
 
 
-def test_another_llama_cpp_gets_the_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = write_model(SMALL["llama"], tmp_path / "model.gguf")
-    layout, context = Layout(), ContextParams(n_ctx=1024)
-    exact = footprint(read_shape(path), layout, context).host.compute_bytes
-    monkeypatch.setattr("scheduler.costs.graph.templates.version", lambda name: "0.9.0")
-    newer = read_shape(path)
-    assert not computes_exactly(newer)
-    assert footprint(newer, layout, context).host.compute_bytes > exact
+@pytest.mark.parametrize("build", ["0.9.0", "0.3.3", "0.3.366+cpu", "+cpu", ""])
+def test_another_llama_cpp_gets_the_bound(build: str, shape_of: ShapeOf) -> None:
+    shape, layout, context = shape_of("llama"), Layout(), ContextParams(n_ctx=1024)
+    exact = footprint(shape, layout, context, CHECKED_BUILD)
+    assert computes_exactly(shape, f"{CHECKED_BUILD}+cuda") and not computes_exactly(shape, build)
+    assert footprint(shape, layout, context, f"{CHECKED_BUILD}+cuda") == exact
+    bounded = footprint(shape, layout, context, build)
+    assert bounded == bounded_footprint(shape, layout, context)
+    assert bounded.host.compute_bytes > exact.host.compute_bytes

@@ -20,7 +20,7 @@ from test_against_llama_cpp import Case, ask, compare, on_devices
 
 from scheduler.costs.families import CACHELESS, DRAFTS, KNOWN, UNUSABLE
 from scheduler.costs.footprint import computes_exactly, footprint
-from scheduler.costs.graph.templates import TEMPLATES
+from scheduler.costs.graph.templates import CHECKED_BUILD, TEMPLATES
 from scheduler.costs.header import read_header
 from scheduler.costs.params import ContextParams, Layout
 from scheduler.costs.shape import ModelShape, read_shape
@@ -70,13 +70,13 @@ def test_llama_cpp_knows_no_architecture_that_we_do_not(made: list[dict[str, Any
 
 def test_every_template_draws_a_model(shapes: dict[str, ModelShape]) -> None:
     """Whose buffers the tests below then compare."""
-    assert {shape.architecture for shape in shapes.values() if computes_exactly(shape)} == set(TEMPLATES)
+    assert {shape.architecture for shape in shapes.values() if computes_exactly(shape, CHECKED_BUILD)} == set(TEMPLATES)
 
 
 def may_be_run(shape: ModelShape, layout: Layout, context: ContextParams) -> bool:
     """False where we say that llama.cpp refuses, or ends the process."""
     try:
-        footprint(shape, layout, context)
+        footprint(shape, layout, context, CHECKED_BUILD)
     except Rejected:
         return False
     return True
@@ -107,7 +107,7 @@ def test_every_architecture_takes_what_is_predicted(
         shape = shapes[case[0]]
         # gemma4-assistant copies the cache of its target, wherever that may lie
         bounded = "any" if shape.architecture == "gemma4-assistant" else "not below"
-        compare(case, shape, truth, "equal" if computes_exactly(shape) else bounded)
+        compare(case, shape, truth, "equal" if computes_exactly(shape, CHECKED_BUILD) else bounded)
 
 
 def test_deepseek4_that_lacks_the_tensors_of_its_prediction_layer_has_none(
@@ -168,7 +168,7 @@ def test_wide_models_take_what_is_predicted(tmp_path: Path) -> None:
         ]
         for case, truth in zip(cases, ask(paths, cases, devices=devices, real=False), strict=True):
             shape = shapes[case[0]]
-            compare(case, shape, truth, "equal" if computes_exactly(shape) else "not below")
+            compare(case, shape, truth, "equal" if computes_exactly(shape, CHECKED_BUILD) else "not below")
 
 
 def section(title: str) -> set[str]:
@@ -193,4 +193,4 @@ def test_what_cannot_be_run_is_refused_with_the_reason(tmp_path: Path, paths: di
     with pytest.raises(InvalidGGUF, match="give it as mmproj"):
         read_shape(projector.write(tmp_path / "mmproj.gguf"))
     with pytest.raises(Rejected, match="ends the process"):
-        footprint(read_shape(paths["plm-dense"]), Layout(), ContextParams())
+        footprint(read_shape(paths["plm-dense"]), Layout(), ContextParams(), CHECKED_BUILD)

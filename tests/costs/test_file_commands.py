@@ -73,7 +73,7 @@ def test_the_contract_in_full(model: Path) -> None:
     assert list(answer["host"]) == ["weights_bytes", "kv_bytes", "compute_bytes", "output_bytes"]
     layout = Layout((DeviceSpec("left", "cuda"), DeviceSpec("right", "rpc")), -1, (1, 3))
     context = ContextParams(1024, 2, 256, 128, "q8_0", "q8_0", "on", True, True)
-    expected = footprint(read_shape(model), layout, context)
+    expected = footprint(read_shape(model), layout, context, llama_build())
     assert answer["devices"]["right"]["weights_bytes"] == expected.devices[1].weights_bytes
     assert answer["devices"]["right"]["kv_bytes"] == expected.devices[1].kv_bytes
     assert answer["host"]["output_bytes"] == expected.host.output_bytes
@@ -143,7 +143,7 @@ def test_what_real_loads_took_is_shown_beside_the_prediction(model: Path) -> Non
     shape, context = read_shape(model), ContextParams()
     layout = Layout((DeviceSpec("d0", "cuda"),), -1, (1.0,))
     memory = Measurements()
-    took = footprint(shape, layout, context)
+    took = footprint(shape, layout, context, llama_build())
     memory.loaded(shape, layout, context, llama_build(), took)
     store = MeasurementStore(measurements_path())
     store.put(memory.loaded(shape, layout, context, llama_build(), took))

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.costs.footprint import computes_exactly, effective_context, footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.header import split_name
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import ModelShape, read_shape
@@ -45,7 +46,7 @@ def test_window_layers_cache_only_their_window(shape_of: ShapeOf) -> None:
     shape = shape_of("gemma3")
     assert effective_context(shape, ContextParams(n_ctx=4096, n_ubatch=512)).n_swa_cells == 768
     assert effective_context(shape, ContextParams(n_ctx=4096, swa_full=True)).n_swa_cells == 4096
-    kv = footprint(shape, on(1), ContextParams(n_ctx=4096)).devices[0].kv_bytes
+    kv = footprint(shape, on(1), ContextParams(n_ctx=4096), CHECKED_BUILD).devices[0].kv_bytes
     width = 2 * SMALL["gemma3"].n_head_kv * SMALL["gemma3"].head * 2
     assert kv == width * (7 * 768 + 1 * 4096)
 
@@ -67,7 +68,7 @@ def test_window_layers_cache_only_their_window(shape_of: ShapeOf) -> None:
 )
 def test_what_llama_cpp_refuses_is_rejected(model: str, context: ContextParams, words: str, shape_of: ShapeOf) -> None:
     with pytest.raises(Rejected, match=words):
-        footprint(shape_of(model), on(1), context)
+        footprint(shape_of(model), on(1), context, CHECKED_BUILD)
 
 
 def test_heads_that_do_not_divide_into_blocks(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_heads_that_do_not_divide_into_blocks(tmp_path: Path) -> None:
 
     shape = read_shape(write_model(replace(SMALL["llama"], head=24), tmp_path / "m.gguf", vocabulary=False))
     with pytest.raises(Rejected, match="multiple of 32"):
-        footprint(shape, on(1), ContextParams(type_k="q8_0"))
+        footprint(shape, on(1), ContextParams(type_k="q8_0"), CHECKED_BUILD)
 
 
 def test_the_abort_on_phi3_is_avoided(tmp_path: Path) -> None:
@@ -84,16 +85,16 @@ def test_the_abort_on_phi3_is_avoided(tmp_path: Path) -> None:
     shape = read_shape(write_model(replace(SMALL["llama"], arch="phi3"), tmp_path / "phi.gguf", vocabulary=False))
     bad = ContextParams(n_seq_max=2, type_k="q8_0", type_v="q8_0")
     with pytest.raises(Rejected, match="kv_unified"):
-        footprint(shape, on(1), bad)
-    footprint(shape, on(1), ContextParams(n_seq_max=2, type_k="q8_0", type_v="q8_0", kv_unified=True))
-    footprint(shape, on(1), ContextParams(n_seq_max=1, type_k="q8_0", type_v="q8_0"))
+        footprint(shape, on(1), bad, CHECKED_BUILD)
+    footprint(shape, on(1), ContextParams(n_seq_max=2, type_k="q8_0", type_v="q8_0", kv_unified=True), CHECKED_BUILD)
+    footprint(shape, on(1), ContextParams(n_seq_max=1, type_k="q8_0", type_v="q8_0"), CHECKED_BUILD)
 
 
 @pytest.mark.parametrize("split", [(1.0,), (1.0, 1.0, 1.0), (), (-1.0, 2.0), (0.0, 0.0)])
 def test_a_split_must_fit_the_devices(split: tuple[float, ...], shape_of: ShapeOf) -> None:
     layout = Layout((DeviceSpec("a"), DeviceSpec("b")), -1, split)
     with pytest.raises(Rejected, match="tensor_split"):
-        footprint(shape_of("llama"), layout, ContextParams())
+        footprint(shape_of("llama"), layout, ContextParams(), CHECKED_BUILD)
 
 
 def test_layers_go_where_llama_cpp_sends_them() -> None:
@@ -121,17 +122,17 @@ def test_layer_counts_are_honoured_exactly(n_layer: int, counts: list[int]) -> N
 def test_no_byte_of_the_weights_is_lost(split: list[int], n_gpu_layers: int, shape_of: ShapeOf) -> None:
     shape = shape_of("mixtral")
     layout = Layout(tuple(DeviceSpec(str(i), "rpc") for i in range(len(split))), n_gpu_layers, tuple(map(float, split)))
-    result = footprint(shape, layout, ContextParams())
+    result = footprint(shape, layout, ContextParams(), CHECKED_BUILD)
     everywhere = sum(device.weights_bytes for device in result.devices) + result.host.weights_bytes
     assert everywhere == shape.weights_bytes
     cached = sum(device.kv_bytes for device in result.devices) + result.host.kv_bytes
-    assert cached == footprint(shape, Layout(), ContextParams()).host.kv_bytes
+    assert cached == footprint(shape, Layout(), ContextParams(), CHECKED_BUILD).host.kv_bytes
 
 
 def test_tied_embeddings_are_counted_twice_when_the_output_leaves_the_host(shape_of: ShapeOf) -> None:
     shape = shape_of("llama-3.2-3b")
-    here = footprint(shape, Layout(), ContextParams())
-    there = footprint(shape, on(1), ContextParams())
+    here = footprint(shape, Layout(), ContextParams(), CHECKED_BUILD)
+    there = footprint(shape, on(1), ContextParams(), CHECKED_BUILD)
     spec = GOLDEN["llama-3.2-3b"]
     embedding = spec.n_embd * spec.n_vocab // 256 * 210
     assert there.devices[0].weights_bytes + there.host.weights_bytes == here.host.weights_bytes + embedding
@@ -139,8 +140,8 @@ def test_tied_embeddings_are_counted_twice_when_the_output_leaves_the_host(shape
 
 def test_experts_on_the_host(shape_of: ShapeOf) -> None:
     shape = shape_of("qwen3-30b-a3b")
-    all_there = footprint(shape, on(1, 1), ContextParams())
-    apart = footprint(shape, on(1, 1, experts_on_host=True), ContextParams())
+    all_there = footprint(shape, on(1, 1), ContextParams(), CHECKED_BUILD)
+    apart = footprint(shape, on(1, 1, experts_on_host=True), ContextParams(), CHECKED_BUILD)
     moved = sum(d.weights_bytes for d in all_there.devices) - sum(d.weights_bytes for d in apart.devices)
     assert moved == shape.experts_bytes
     assert apart.host.weights_bytes == all_there.host.weights_bytes + moved
@@ -149,14 +150,16 @@ def test_experts_on_the_host(shape_of: ShapeOf) -> None:
 def test_prediction_layers_take_a_place_but_no_memory(shape_of: ShapeOf) -> None:
     with_them, without = shape_of("qwen3next-nextn"), shape_of("qwen3next")
     assert with_them.n_layer_all == without.n_layer_all + 1
-    a, b = (footprint(shape, on(1), ContextParams()) for shape in (with_them, without))
+    a, b = (footprint(shape, on(1), ContextParams(), CHECKED_BUILD) for shape in (with_them, without))
     assert a.devices[0].weights_bytes == b.devices[0].weights_bytes
     assert a.devices[0].kv_bytes == b.devices[0].kv_bytes
 
 
 def test_cuda_pads_what_rpc_does_not(shape_of: ShapeOf) -> None:
     shape = shape_of("llama-q8")
-    plain, cuda = (footprint(shape, on(1, kind=kind), ContextParams()).devices[0] for kind in ("rpc", "cuda"))
+    plain, cuda = (
+        footprint(shape, on(1, kind=kind), ContextParams(), CHECKED_BUILD).devices[0] for kind in ("rpc", "cuda")
+    )
     assert cuda.weights_bytes > plain.weights_bytes
 
 
@@ -164,7 +167,7 @@ def test_cuda_keeps_f16_copies_of_a_quantised_cache(shape_of: ShapeOf) -> None:
     """FLASH_ATTN_EXT on CUDA converts one layer's K and V: 2 bytes per element of all cells."""
     shape = shape_of("llama-3.1-8b")
     context = ContextParams(n_ctx=131072, type_k="q8_0", type_v="q8_0")
-    cuda, rpc = (footprint(shape, on(1, kind=kind), context).devices[0] for kind in ("cuda", "rpc"))
+    cuda, rpc = (footprint(shape, on(1, kind=kind), context, CHECKED_BUILD).devices[0] for kind in ("cuda", "rpc"))
     assert cuda.compute_bytes >= rpc.compute_bytes
     assert cuda.compute_bytes > 704_000_000  # measured with CUDA's sizes: 704,737,280
 
@@ -173,16 +176,21 @@ def test_cuda_multiplies_by_host_weights(shape_of: ShapeOf) -> None:
     """With nothing offloaded, CUDA still runs large matrix products and copies one weight at a time."""
     shape = shape_of("llama-3.1-8b")
     layout = Layout((DeviceSpec("gpu0", "cuda"),), 0, (1,))
-    result = footprint(shape, layout, ContextParams())
+    result = footprint(shape, layout, ContextParams(), CHECKED_BUILD)
     assert result.devices[0].weights_bytes == 0
     assert 701_997_056 <= result.devices[0].compute_bytes < 701_997_056 * 1.1
-    assert footprint(shape, Layout(layout.devices, 0, (1,)), ContextParams(n_ubatch=16)).devices[0].compute_bytes == 0
+    assert (
+        footprint(shape, Layout(layout.devices, 0, (1,)), ContextParams(n_ubatch=16), CHECKED_BUILD)
+        .devices[0]
+        .compute_bytes
+        == 0
+    )
 
 
 def test_a_pipeline_holds_its_inputs_four_times(shape_of: ShapeOf) -> None:
     shape = shape_of("llama-3.1-8b")
     context = ContextParams(n_ctx=131072)
-    single, double = footprint(shape, on(1), context), footprint(shape, on(1, 1), context)
+    single, double = footprint(shape, on(1), context, CHECKED_BUILD), footprint(shape, on(1, 1), context, CHECKED_BUILD)
     masks = 4 * 512 * 131072 * 2
     assert double.host.compute_bytes - single.host.compute_bytes > 0.75 * masks
     assert double.devices[0].compute_bytes > masks
@@ -220,7 +228,7 @@ def test_unknown_architectures_say_so_and_are_bounded_generously(tmp_path: Path)
     unknown = read_shape(write_model(strange, tmp_path / "unknown.gguf", vocabulary=False))
     assert known.known_architecture
     assert not unknown.known_architecture
-    a, b = (footprint(shape, on(1), ContextParams()).devices[0] for shape in (known, unknown))
+    a, b = (footprint(shape, on(1), ContextParams(), CHECKED_BUILD).devices[0] for shape in (known, unknown))
     assert b.kv_bytes >= 2 * a.kv_bytes
     assert b.compute_bytes >= 2 * a.compute_bytes
     assert b.weights_bytes >= a.weights_bytes
@@ -261,7 +269,9 @@ def test_a_vocabulary_is_no_model(tmp_path: Path) -> None:
 def test_shapes_travel_between_processes(shape_of: ShapeOf) -> None:
     shape = shape_of("gemma3")
     copy = pickle.loads(pickle.dumps(shape))
-    assert footprint(copy, on(1, 2), ContextParams()) == footprint(shape, on(1, 2), ContextParams())
+    assert footprint(copy, on(1, 2), ContextParams(), CHECKED_BUILD) == footprint(
+        shape, on(1, 2), ContextParams(), CHECKED_BUILD
+    )
     assert len({shape, shape}) == 1
 
 
@@ -277,7 +287,7 @@ def test_what_embeds_only(shape_of: ShapeOf, tmp_path: Path) -> None:
     assert read_shape(file.write(tmp_path / "embedding.gguf")).is_embedding_only
     bert = write_model(replace(SMALL["llama"], arch="bert"), tmp_path / "bert.gguf", vocabulary=False)
     assert read_shape(bert).is_embedding_only
-    assert footprint(read_shape(bert), on(1), ContextParams()).devices[0].kv_bytes == 0
+    assert footprint(read_shape(bert), on(1), ContextParams(), CHECKED_BUILD).devices[0].kv_bytes == 0
 
 
 def test_a_table_that_is_read_lazily_is_not_resident(tmp_path: Path) -> None:
@@ -287,7 +297,9 @@ def test_a_table_that_is_read_lazily_is_not_resident(tmp_path: Path) -> None:
         read_shape(write_model(replace(spec, per_layer=width), tmp_path / f"{width}.gguf", vocabulary=False))
         for width in (64, 128)
     )
-    small, large = (footprint(shape, Layout(), ContextParams()).host.weights_bytes for shape in (smaller, larger))
+    small, large = (
+        footprint(shape, Layout(), ContextParams(), CHECKED_BUILD).host.weights_bytes for shape in (smaller, larger)
+    )
     table_bytes = 2 * 9 * 64 * 3_000_000
     assert table_bytes < 4 * GIB < 2 * table_bytes
     assert large < small - table_bytes + 2 * MIB
@@ -313,5 +325,5 @@ def test_weights_of_shapes_that_no_graph_has_are_bounded(tmp_path: Path) -> None
     for number, gguf in enumerate((latent, experts)):
         shape = read_shape(gguf.write(tmp_path / f"{number}.gguf"))
         for context in (ContextParams(n_ctx=512), ContextParams(n_ctx=512, flash_attn="off")):
-            assert footprint(shape, Layout(), context).host.compute_bytes > 0
-        assert not computes_exactly(shape)
+            assert footprint(shape, Layout(), context, CHECKED_BUILD).host.compute_bytes > 0
+        assert not computes_exactly(shape, CHECKED_BUILD)

@@ -20,6 +20,7 @@ from scheduler.costs.compute import place_compute
 from scheduler.costs.footprint import footprint
 from scheduler.costs.graph import buffers
 from scheduler.costs.graph.blocks import Build
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.weights import assign_layers
@@ -48,7 +49,7 @@ def test_weights_cache_and_output_are_equal_to_the_byte(model: str, shape_of: Sh
     shape = shape_of(model)
     for record in (r for r in RECORDS if r["model"] == model):
         layout, context = asked(record)
-        result = footprint(shape, layout, context)
+        result = footprint(shape, layout, context, CHECKED_BUILD)
         got = [[device.weights_bytes, device.kv_bytes] for device in result.devices]
         assert got == [device[:2] for device in record["devices"]], (layout, context)
         assert [result.host.weights_bytes, result.host.kv_bytes] == record["host"][:2], (layout, context)
@@ -63,7 +64,9 @@ def test_compute_is_equal_to_the_byte(model: str, shape_of: ShapeOf, monkeypatch
     buffers._reserved.cache_clear()
     for record in (r for r in RECORDS if r["model"] == model and r["context"][4:6] == ["f16", "f16"]):
         layout, context = asked(record)
-        result = footprint(shape, layout, replace(context, op_offload=False))  # the recorded devices did not take it
+        result = footprint(
+            shape, layout, replace(context, op_offload=False), CHECKED_BUILD
+        )  # the recorded devices did not take it
         got = [device.compute_bytes for device in result.devices]
         assert got == [compute for _, _, compute in record["devices"]], (layout, context)
         assert result.host.compute_bytes == record["host"][2], (layout, context)

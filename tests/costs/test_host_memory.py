@@ -14,6 +14,7 @@ import pytest
 from gguf_shapes import SMALL, Spec, model_file, write_model
 
 from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.host import HostMemory, host_memory
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.shape import read_shape
@@ -26,7 +27,9 @@ CARD = DeviceSpec("gpu0", "cuda")
 
 def predicted(path: Path, context: ContextParams, layout: Layout | None = None, **load: Any) -> HostMemory:
     shape, layout = read_shape(path), layout or Layout()
-    return host_memory(shape, layout, context, footprint(shape, layout, context), process_bytes=0, **load)
+    return host_memory(
+        shape, layout, context, footprint(shape, layout, context, CHECKED_BUILD), process_bytes=0, **load
+    )
 
 
 def seen(path: Path, context: ContextParams, **load: Any) -> dict[str, int]:
@@ -69,7 +72,7 @@ def test_a_process_takes_no_more_than_predicted(
     assert truth["mapped_bytes"] <= ours.mapped_while_loading_bytes + 4 * MIB  # libraries, too
     # all that is not a buffer that fills up later: cache, outputs, vocabulary, tables, weights that were read
     at_once = ours.steady_bytes - ours.growing_bytes - ours.repacked_bytes
-    compute_bytes = footprint(read_shape(path), Layout(), context).host.compute_bytes
+    compute_bytes = footprint(read_shape(path), Layout(), context, CHECKED_BUILD).host.compute_bytes
     assert truth["loaded_bytes"] >= 0.8 * (at_once - compute_bytes) - 4 * MIB
 
 

@@ -10,6 +10,7 @@ from gguf_shapes import SMALL, write_model
 from test_against_llama_cpp import Case, ask, on_devices
 
 from scheduler.costs.footprint import footprint, mtp_footprint, with_mtp
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import ContextParams, Layout
 from scheduler.costs.shape import read_shape
 from scheduler.errors import Rejected
@@ -37,7 +38,10 @@ def test_predictors_take_what_is_predicted(devices: int, tmp_path: Path) -> None
     for (name, layout, context), truth in zip(cases, truths, strict=True):
         what, shape = f"{name}, {layout}, {context}", read_shape(paths[name])
         assert "error" not in truth, f"{what}: {truth}"
-        model, second = footprint(with_mtp(shape), layout, context), mtp_footprint(shape, layout, context)
+        model, second = (
+            footprint(with_mtp(shape), layout, context, CHECKED_BUILD),
+            mtp_footprint(shape, layout, context),
+        )
         got = {f"RPC{i}": pair for i, pair in enumerate(zip(model.devices, second.devices, strict=True))}
         for place, (first, ours) in (got | {"host": (model.host, second.host)}).items():
             weights, cache, compute = truth["bytes"].get(place, [0, 0, 0])
@@ -48,7 +52,9 @@ def test_predictors_take_what_is_predicted(devices: int, tmp_path: Path) -> None
 
 def test_weights_are_counted_only_when_loaded(tmp_path: Path) -> None:
     shape = read_shape(write_model(MODELS["glm4moe"], tmp_path / "model.gguf"))
-    apart, loaded = (footprint(each, Layout(), ContextParams()).host for each in (shape, with_mtp(shape)))
+    apart, loaded = (
+        footprint(each, Layout(), ContextParams(), CHECKED_BUILD).host for each in (shape, with_mtp(shape))
+    )
     assert loaded.weights_bytes > apart.weights_bytes
     assert with_mtp(shape).fingerprint != shape.fingerprint  # what was measured of one says nothing about the other
     assert (loaded.kv_bytes, loaded.compute_bytes) == (apart.kv_bytes, apart.compute_bytes)

@@ -35,6 +35,7 @@ from scheduler.costs.adapter import adapted, read_adapter
 from scheduler.costs.families import KNOWN
 from scheduler.costs.footprint import footprint, mtp_footprint, with_mtp
 from scheduler.costs.ggml_types import TYPES
+from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.host import host_memory
 from scheduler.costs.params import ContextParams, DeviceSpec, Layout
 from scheduler.costs.projector import read_projector
@@ -94,7 +95,7 @@ class Target:
         if not self._footprints:
             return
         layout, context = _LAYOUTS[layout_no], ContextParams(n_ctx=512, n_ubatch=64)
-        host_memory(shape, layout, context, footprint(shape, layout, context), process_bytes=0)
+        host_memory(shape, layout, context, footprint(shape, layout, context, CHECKED_BUILD), process_bytes=0)
         if shape.predictor is not None:
             mtp_footprint(with_mtp(shape), layout, context)
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from actors.devices.byte_count import ByteCount
+from actors.measurements import llama_build
 from actors.serving.preflight import PreflightUnavailable, ask_llama_cpp, check_prediction
 from actors.serving.protocol import BufferSizes, LoadDevice, LoadFailed, LoadFailure, LoadReport
 from actors.serving.runner import Runner
@@ -34,7 +35,7 @@ def test_it_answers_what_is_predicted_without_taking_memory(
     wanted = spec(path, devices=virtual_gpus, n_gpu_layers=-1, tensor_split=(4.0, 5.0))
     truth = ask_llama_cpp(wanted)
     devices = tuple(DeviceSpec(f"gpu{i}", "rpc") for i in range(2))
-    ours = footprint(read_shape(path), Layout(devices, -1, (4, 5)), wanted.context)
+    ours = footprint(read_shape(path), Layout(devices, -1, (4, 5)), wanted.context, llama_build())
     for predicted, said in zip(ours.devices, truth.devices, strict=True):
         assert (said.weights_bytes, said.kv_bytes) == (predicted.weights_bytes, predicted.kv_bytes)
         assert said.compute_bytes >= predicted.compute_bytes
@@ -46,7 +47,7 @@ def test_on_the_cpu_it_is_equal(sample: Callable[..., Path], spec: Any) -> None:
     path = sample("llama")
     wanted = spec(path)
     truth = ask_llama_cpp(wanted)
-    ours = footprint(read_shape(path), Layout(), wanted.context)
+    ours = footprint(read_shape(path), Layout(), wanted.context, llama_build())
     assert replace(truth.host, output_bytes=0) == replace(ours.host, output_bytes=0)
 
 

@@ -24,7 +24,7 @@ from scheduler.costs.graph.drawing import Batch
 from scheduler.costs.graph.model import GraphModel
 from scheduler.costs.graph.nodes import Undrawable
 from scheduler.costs.graph.schedule import schedule
-from scheduler.costs.graph.templates import SETTLING, TEMPLATES, are_checked
+from scheduler.costs.graph.templates import SETTLING, TEMPLATES
 from scheduler.costs.params import ContextParams, DeviceKind, Layout
 from scheduler.costs.weights import HOST, pad
 
@@ -51,7 +51,7 @@ def has_template(model: GraphModel) -> bool:
     """Whether the model's graph can be drawn: its architecture has a template, and the weights are those it names."""
     arch = model.arch
     undrawn = arch.name == "deepseek2" and (model.hparams.scales_attention or not arch.mla)
-    if arch.name not in TEMPLATES or undrawn or not are_checked():
+    if arch.name not in TEMPLATES or undrawn:
         return False
     try:
         for context in (ContextParams(n_ctx=256), ContextParams(n_ctx=256, flash_attn="off")):

@@ -1,13 +1,11 @@
 """Which architectures have a template of their graph.
 
 They hold for the releases that they were checked with: tests/costs/test_against_llama_cpp.py compares each with real
-loads of the installed library, and so names the ones that drifted after a version bump. Under any other release every
-architecture gets the bound.
+loads of the installed library, and so names the ones that drifted after a version bump. On a machine with any other
+release every architecture gets the bound.
 """
 
 from __future__ import annotations
-
-from importlib.metadata import PackageNotFoundError, version
 
 from scheduler.costs.graph.blocks import Template
 from scheduler.costs.graph.models.codec import CODEC
@@ -27,8 +25,9 @@ from scheduler.costs.graph.models.sparse import SPARSE
 from scheduler.costs.graph.models.t5 import T5
 from scheduler.costs.graph.models.tokens import TOKENS
 
-CHECKED_WITH = frozenset({"0.3.36"})
-"""Releases of llama-cpp-python."""
+CHECKED_BUILD = "0.3.36"
+CHECKED_WITH = frozenset({CHECKED_BUILD})
+"""Releases of llama-cpp-python; the newest of them comes with Arriero."""
 
 TEMPLATES: dict[str, Template] = {
     **DECODERS, **LATENT, **RECURRENT, **ENCODERS, **GEMMA,
@@ -42,9 +41,6 @@ SETTLING = frozenset(DECODERS) - COUNTING
 """Where results leave the same holes after every like layer, so that three of them stand for a long row."""
 
 
-def are_checked() -> bool:
-    """Whether the templates were checked with the llama.cpp that is installed; true where none is."""
-    try:
-        return version("llama-cpp-python").partition("+")[0] in CHECKED_WITH
-    except PackageNotFoundError:
-        return True
+def are_checked(build: str) -> bool:
+    """Whether the templates were checked with this build of llama-cpp-python ("0.3.36+cpu"; "": not known)."""
+    return build.partition("+")[0] in CHECKED_WITH
