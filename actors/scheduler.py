@@ -26,7 +26,9 @@ from typing import Any
 import ray
 
 from actors import views
+from actors.answers import Answers
 from actors.devices.node import NodeSettings
+from actors.devices.pulse import LOOP_WITHIN_S, sign_in
 from actors.effects import Effects
 from actors.gateway.backend import AcquireRequest, Lease, TokenCounts
 from actors.gateway.wire import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
@@ -73,16 +75,16 @@ class SchedulerActor:
     def __init__(self, settings: SchedulerSettings) -> None:
         self._settings = settings
         self._started_at = time.monotonic()
+        self._pulse = sign_in(ray.get_runtime_context().get_node_id(), "SchedulerActor", "a turn of its event loop")
         self._board = NoticeBoard()
         self._metrics = FootprintMetrics()
         self._store = MeasurementStore(measurements_path())
         self._core = SchedulerCore(settings.catalogue, secrets.token_hex(2), self._store.records)
         if self._store.trouble:
             self._announce(cmd.Announce("measurements_lost", self._store.trouble))
-        self._answers: dict[RequestId, asyncio.Future[Lease | ArrieroError]] = {}
+        self._answers = Answers(self._post)
         self._effects = Effects(self._core.inventory, self._core.policy, settings.namespace, self._post)
         self._survivors: dict[NodeId, list[Survivor]] = defaultdict(list)
-        self._settled = asyncio.Event()  # what is loaded is known: deciding earlier would load it twice
         self._failures: dict[NodeId, str] = {}  # of nodes that cannot join
         self._serial = 0
         self._closing = False
@@ -114,7 +116,7 @@ class SchedulerActor:
                 case cmd.GrantLease():
                     self._granted(command)
                 case cmd.RefuseRequest():
-                    self._answer(command.request_id, command.error)
+                    self._answers.give(command.request_id, command.error)
                 case _:
                     self._effects.carry_out(command)
 
@@ -129,15 +131,8 @@ class SchedulerActor:
     def _granted(self, grant: cmd.GrantLease) -> None:
         runner = self._effects.runner_name(grant.replica_id)
         lease = Lease(grant.lease_id, grant.replica_id, runner, grant.model, grant.ttl_s, grant.n_ctx)
-        if not self._answer(grant.request_id, lease):  # whoever asked has left
+        if not self._answers.give(grant.request_id, lease):  # whoever asked has left
             asyncio.get_running_loop().call_soon(self._post, ev.LeaseReleased(grant.lease_id))
-
-    def _answer(self, request_id: RequestId, answer: Lease | ArrieroError) -> bool:
-        future = self._answers.pop(request_id, None)
-        if future is None or future.done():
-            return False
-        future.set_result(answer)
-        return True
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a loop that ends with the actor only."""
@@ -158,7 +153,7 @@ class SchedulerActor:
             failed=self._node_failed,
         )
         await nodes.first_look(FIRST_LOOK_S)
-        self._settled.set()
+        self._answers.settled.set()
         if ray.get_runtime_context().was_current_actor_reconstructed:
             loaded = len(self._core.replicas)
             self._announce(
@@ -168,6 +163,7 @@ class SchedulerActor:
 
     async def _tick(self) -> None:
         while True:
+            self._pulse.promise(LOOP_WITHIN_S)
             await asyncio.sleep(TICK_S)
             self._post(ev.Ticked())
 
@@ -206,7 +202,7 @@ class SchedulerActor:
     # ------------------------------------------------------------------ what the gateway asks
 
     async def acquire(self, request: AcquireRequest) -> Lease | ArrieroError:
-        return await self._acquire(
+        return await self._answers.ask(
             ev.RequestArrived(
                 request.request_id,
                 request.model,
@@ -216,25 +212,9 @@ class SchedulerActor:
                 request.priority,
                 request.key,
                 request.prefix,
+                request.fingerprint,
             )
         )
-
-    async def _acquire(self, arrived: ev.RequestArrived) -> Lease | ArrieroError:
-        await self._settled.wait()
-        request_id = arrived.request_id
-        if request_id in self._answers:  # asked twice: the caller has given up on the first
-            self._answer(request_id, Unavailable("asked again under the same request id", retry_after_s=0.0))
-            self._post(ev.RequestCancelled(request_id))
-        future: asyncio.Future[Lease | ArrieroError] = asyncio.get_running_loop().create_future()
-        self._answers[request_id] = future
-        self._post(arrived)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if self._answers.get(request_id) is future:
-                del self._answers[request_id]
-            self._post(ev.RequestCancelled(request_id))  # also takes a lease back that was granted this moment
-            raise
 
     async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
         self._post(ev.LeaseReleased(lease_id, failed, usage.pace))
@@ -247,8 +227,7 @@ class SchedulerActor:
         self._post(ev.ClientsLost())
 
     async def cancel(self, request_id: RequestId) -> None:
-        self._answer(request_id, Unavailable("cancelled", retry_after_s=0.0))
-        self._post(ev.RequestCancelled(request_id))
+        self._answers.cancel(request_id)
 
     async def status(self) -> Status:
         return views.status(
@@ -261,7 +240,7 @@ class SchedulerActor:
         )
 
     async def plan(self, model: str, n_ctx: int | None) -> Plan | ArrieroError:
-        await self._settled.wait()
+        await self._answers.settled.wait()
         now = time.monotonic()
         try:
             return views.plan(self._core, model, self._core.plan(model, n_ctx, now), now)
@@ -269,12 +248,12 @@ class SchedulerActor:
             return error
 
     async def load(self, model: str, n_ctx: int | None) -> LoadResult | ArrieroError:
-        await self._settled.wait()
+        await self._answers.settled.wait()
         began = time.monotonic()
         if (busy := self._core.busy(model, n_ctx, began)) is not None:
             return views.load_result(self._core, busy.replica_id, began)
         self._serial += 1
-        answer = await self._acquire(ev.RequestArrived(RequestId(f"load-{self._serial}"), model, "load", n_ctx))
+        answer = await self._answers.ask(ev.RequestArrived(RequestId(f"load-{self._serial}"), model, "load", n_ctx))
         if isinstance(answer, ArrieroError):
             return answer
         if answer.replica_id not in self._core.replicas:
@@ -284,7 +263,7 @@ class SchedulerActor:
         return result
 
     async def unload(self, model: str) -> UnloadResult | ArrieroError:
-        await self._settled.wait()
+        await self._answers.settled.wait()
         replicas = [r.replica_id for r in self._core.replicas.values() if r.model == model]
         try:
             self._post(ev.UnloadAsked(model))
@@ -317,7 +296,7 @@ class SchedulerActor:
         """Wait until a node has joined and been read; returns "" then, and what was in the way after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            if self._settled.is_set() and any(node.known for node in self._core.inventory.nodes.values()):
+            if self._answers.settled.is_set() and any(node.known for node in self._core.inventory.nodes.values()):
                 return ""
             await asyncio.sleep(0.05)
         return "; ".join(sorted(set(self._failures.values()))) or "no node has reported"
@@ -340,8 +319,8 @@ class SchedulerActor:
         self._effects.close()
         for loop in self._loops:
             loop.cancel()
-        for request_id in list(self._answers):
-            self._answer(request_id, Unavailable("Arriero is shutting down", retry_after_s=10.0))
+        self._pulse.rest()
+        self._answers.refuse_all(Unavailable("Arriero is shutting down", retry_after_s=10.0))
         self._store.close()
         await asyncio.sleep(0)  # lets the answers go out
 

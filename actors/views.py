@@ -96,7 +96,8 @@ def plan(core: SchedulerCore, model: str, found: Plan, now: float) -> wire.Plan:
             speed=_speed(core, model, replica.placement),
             reasons=[
                 f"{replica.replica_id} is {replica.state.value}, "
-                f"{replica.slots - len(replica.leases)} of {replica.slots} slots free"
+                f"{replica.slots - len(replica.leases)} of {replica.slots} slots free",
+                *filter(None, (found.reason,)),
             ],
             options=_options(core, model, found.options, now),
         )
@@ -180,7 +181,7 @@ def _choice_plan(core: SchedulerCore, model: str, found: Plan, choice: Choice, n
     return wire.Plan(
         model=model,
         # Memory that is on its way back needs no decision; nothing to wait for is in the way for good.
-        verdict="blocked" if choice.verdict == "wait" and placement is None else choice.verdict,
+        verdict="blocked" if choice.verdict == "wait" and placement is None and not found.reason else choice.verdict,
         tier=placement.tier if placement else None,
         node=_hostname(core, placement) if placement else None,
         shares=shares,
@@ -198,7 +199,7 @@ def _choice_plan(core: SchedulerCore, model: str, found: Plan, choice: Choice, n
         else None,
         n_threads=n_threads,
         speed=_speed(core, model, placement) if placement else None,
-        reasons=list(map(str, choice.rejections)),
+        reasons=[*filter(None, (found.reason,)), *map(str, choice.rejections)],
         would_fit_if=list(choice.would_fit_if),
         cost_s=_cost(core, model, (placement, choice.victims), now) if placement else None,
         options=_options(core, model, found.options, now),

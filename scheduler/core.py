@@ -98,6 +98,7 @@ class SchedulerCore:
             case ev.ReplicaVouched():
                 if event.replica_id in self.replicas:
                     self.replicas[event.replica_id].doubted = False
+                    self.fleet.suspects.forget(event.replica_id)
                     self._dispatch.look_at(self.replicas[event.replica_id].model)
             case ev.ReplicaGone():
                 self._replica_gone(event)
@@ -119,9 +120,9 @@ class SchedulerCore:
 
         Raises UnknownModel, InvalidGGUF, Rejected or Unavailable as the request itself would be refused.
         """
-        waiting = _load(model_name, n_ctx, now)
-        waiting.deadline_at = now + self.policy.deadline_s
-        return self._dispatch.plan(self.models.find(model_name), waiting, now)
+        model, waiting = self.models.find(model_name), _load(model_name, n_ctx, now)
+        waiting.deadline_at, waiting.priority = now + self.policy.deadline_s, self._priority(model, None)
+        return self._dispatch.plan(model, waiting, now)
 
     def need(self, model_name: str, n_ctx: int | None, now: float) -> Need | None:
         """What such a request needs; None while headers or machines have not been read. Raises as `plan`."""
@@ -206,8 +207,10 @@ class SchedulerCore:
         try:
             model = self.models.find(event.model)
             waiting.priority = self._priority(model, event.priority)
-            waiting.key, waiting.prefix = event.key, event.prefix
+            waiting.key, waiting.prefix, waiting.fingerprint = event.key, event.prefix, event.fingerprint
             self._admission.check(model, waiting)
+            if verdict := self.fleet.suspects.verdict(event.model, event.fingerprint, self._now):
+                raise verdict
             displaced = self.queue.add(waiting)
             if displaced is not None:
                 self._out.post(cmd.RefuseRequest(displaced.request_id, self.queue.full()))
@@ -227,7 +230,7 @@ class SchedulerCore:
 
     def _lease_released(self, event: ev.LeaseReleased) -> None:
         """Whoever holds a lease sees a replica fail before anybody else: its next request must not go there too."""
-        replica = self._release_lease(event.lease_id, served=not event.failed)
+        replica = self._release_lease(event.lease_id, served=not event.failed, failed=event.failed)
         if replica is not None and event.pace is not None:
             self._learn_speed(replica, event.pace)
         if replica is not None and event.failed and not replica.doubted:
@@ -240,8 +243,8 @@ class SchedulerCore:
             for record in self.speeds.answered(model.shape, replica, pace):
                 self._out.remember(record)
 
-    def _release_lease(self, lease_id: LeaseId, *, served: bool) -> Replica | None:
-        released = self._dispatch.release(lease_id, self._now)
+    def _release_lease(self, lease_id: LeaseId, *, served: bool, failed: bool = False) -> Replica | None:
+        released = self._dispatch.release(lease_id, self._now, served=served, failed=failed)
         if released is None:
             return None
         replica, lease = released
@@ -255,7 +258,7 @@ class SchedulerCore:
         for waiting in list(self.queue):
             self._dispatch.refuse(waiting, Unavailable("the gateway was restarted; ask again", retry_after_s=1.0))
         for lease in self.fleet.leases.all():
-            self._dispatch.reclaim(lease)
+            self._dispatch.reclaim(lease, self._now)
 
     def _pin(self, event: ev.PinAsked) -> None:
         model = self.models.find(event.model)
@@ -334,10 +337,17 @@ class SchedulerCore:
         replica = self.replicas.get(replica_id)
         if replica is None or replica.state in (ReplicaState.PENDING, ReplicaState.STOPPING):
             return
+        fingerprints = [lease.fingerprint for lease in self.fleet.leases.of(replica)]
+        answering = replica.busy or self.fleet.suspects.accuses(replica_id)
+        guilty = self.fleet.suspects.died(replica_id, replica.model, fingerprints, reason, self._now)
+        reason = f"it ended its process while answering: {reason}" if answering else reason
         self._out.announce("replica_died", f"{replica.model} died: {reason}", replica=replica)
         self.fleet.abandon(replica, reason)
         self._dispatch.look_again()
-        if replica.model in self.models.by_name:
+        for model, fingerprint in guilty:
+            self._out.announce("request_condemned", f"a request for {model} is refused from now on: {reason}", model)
+            self._dispatch.refuse_condemned(model, fingerprint, self._now)
+        if replica.model in self.models.by_name and not guilty:  # that was the request's fault
             self._count_failure(self.models.by_name[replica.model], reason)
 
     def _replica_gone(self, event: ev.ReplicaGone) -> None:
@@ -368,7 +378,7 @@ class SchedulerCore:
         for lease in self.fleet.leases.expired(self._now):
             message = f"the lease of request {lease.request_id} was not renewed in time"
             self._out.announce("lease_expired", message, replica=self.replicas[lease.replica_id])
-            self._dispatch.reclaim(lease)
+            self._dispatch.reclaim(lease, self._now)
         self._dispatch.time_passes(self._now)
         for replica in self.replicas.in_state(ReplicaState.READY) if self._some_expire else ():
             self._stop_if_idle_too_long(replica)

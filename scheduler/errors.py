@@ -62,6 +62,13 @@ class Impossible(Rejected):
     http_status = 422
 
 
+class Condemned(Rejected):
+    """Runners ended while they answered this very request, twice: it is not tried again."""
+
+    code = "request_condemned"
+    http_status = 422
+
+
 class Unavailable(ArrieroError):
     """The cluster cannot serve this now. `retry_after_s` seconds is a sensible wait."""
 

@@ -53,7 +53,8 @@ class RequestArrived:
     """Somebody wants a slot of `model` with at least `n_ctx` tokens (None: the model's default).
 
     `priority` None: the model's. `key`: the name of the API key that it came with. `prefix`: a hash of what its prompt
-    begins with; a replica that has seen the same answers sooner.
+    begins with; a replica that has seen the same answers sooner. `fingerprint`: a hash of all that is asked; a request
+    under which runners end is known by it when it comes again.
     """
 
     request_id: RequestId
@@ -64,6 +65,7 @@ class RequestArrived:
     priority: int | None = None
     key: str = ""
     prefix: str = ""
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

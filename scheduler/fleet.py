@@ -24,6 +24,7 @@ from scheduler.cluster.ledger import ACTIVE, AccountId, Ledger, cores_account, d
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.cluster.replicas import Replicas
+from scheduler.cluster.suspects import Suspects
 from scheduler.config import Catalogue
 from scheduler.costs.footprint import is_verified
 from scheduler.costs.measurements import ROUNDING_BYTES, Measurements, load_key
@@ -51,6 +52,7 @@ class Fleet:
         self.rooms = Rooms(inventory, self.ledger, self.replicas, catalogue.policy, catalogue.reserves)
         self.cores = CoreShares(self.ledger, self.replicas)
         self.leases = Leases(catalogue.policy.lease_ttl_s, tag)
+        self.suspects = Suspects()
         self._catalogue = catalogue
         self.policy = catalogue.policy
         self._inventory = inventory
@@ -335,6 +337,7 @@ class Fleet:
         self.ledger.release(replica.replica_id)
         self.replicas.remove(replica)
         self._retiring.pop(replica.replica_id, None)
+        self.suspects.forget(replica.replica_id)
         self.rooms.changed(replica.placement.node_id)
         for other in self.replicas.in_state(ReplicaState.PENDING):
             other.waits_for -= {replica.replica_id}

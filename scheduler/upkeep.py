@@ -83,6 +83,7 @@ class Upkeep:
         if choice is not None:
             self._place(model, choice, now)
         elif (better := self.better_place(head, coming[0], now)) is not None:
+            coming[0].compared_at = now
             self.move(coming[0], better, now)
         return True
 
@@ -113,22 +114,20 @@ class Upkeep:
         choice = replace(chooser, may_evict=False, outgrown=frozenset()).choose()
         return choice if choice.verdict == "free" else None
 
+    def compares(self, replica: Replica, now: float) -> bool:
+        """Whether it is time to look for a better place. Whoever has looked sets `compared_at`."""
+        on_gpus = replica.placement.tier in ON_GPU
+        return not on_gpus and replica.state is ReplicaState.READY and now - replica.compared_at >= COMPARE_EVERY_S
+
     def better_place(self, head: Waiting, replica: Replica, now: float) -> Choice | None:
         """A place for a replica that lies partly in host RAM, where its requests are answered so much sooner that this
         outweighs loading it again; nobody else is stopped for it but whoever is idle. A busy replica stays until the
         other is ready, and stays where it is while anybody else waits for room. None while nothing is known to be
-        better; looked for now and then only."""
+        better; looked for when `compares` says so only."""
         model = self._models.by_name.get(head.model)
-        if model is None or now - replica.compared_at < COMPARE_EVERY_S:
+        if model is None or model.shape is None or not self.compares(replica, now):
             return None
         if replica.busy and self._others_wait(model):
-            return None
-        replica.compared_at = now
-        return self.moved(model, head, replica, now)
-
-    def moved(self, model: Model, head: Waiting, replica: Replica, now: float) -> Choice | None:
-        """The same at any time, whoever waits."""
-        if model.shape is None or replica.placement.tier in ON_GPU or replica.state is not ReplicaState.READY:
             return None
         if replica.busy and not self._may_have_another(model):
             return None

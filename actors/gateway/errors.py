@@ -15,6 +15,7 @@ from typing import Any
 
 from scheduler.errors import (
     ArrieroError,
+    Condemned,
     DeadlineExceeded,
     EngineFailed,
     Impossible,
@@ -48,11 +49,25 @@ class NoSuchRoute(Rejected):
     http_status = 404
 
 
+class BodyTooSlow(Rejected):
+    """The request did not arrive in time."""
+
+    code = "request_timeout"
+    http_status = 408
+
+
 class BodyTooLarge(Rejected):
-    """The request body is over the limit."""
+    """The request body is over the limit, or takes too much to read."""
 
     code = "request_too_large"
     http_status = 413
+
+
+class TooMuchHeld(Unavailable):
+    """Too many large requests, or too many connections."""
+
+    code = "too_much_held"
+    http_status = 429
 
 
 ERRORS: tuple[type[ArrieroError], ...] = (
@@ -60,17 +75,23 @@ ERRORS: tuple[type[ArrieroError], ...] = (
     UnknownModel,
     InvalidGGUF,
     Impossible,
+    Condemned,
     Unauthorized,
     Forbidden,
     NoSuchRoute,
+    BodyTooSlow,
     BodyTooLarge,
     Unavailable,
+    TooMuchHeld,
     QueueFull,
     DeadlineExceeded,
     EngineFailed,
     InvariantBroken,
 )
 """Every error that a caller can meet, by `code`."""
+
+MAX_MESSAGE_LENGTH = 4000
+"""Characters. A name in a message may be a client's, and a megabyte long."""
 
 _BY_CODE = {kind.code: kind for kind in ERRORS}
 
@@ -79,13 +100,13 @@ def error_body(error: ArrieroError) -> dict[str, Any]:
     """`error` as OpenAI's clients expect it."""
     if isinstance(error, Rejected):
         kind = "invalid_request_error"
-    elif isinstance(error, QueueFull):
+    elif isinstance(error, (QueueFull, TooMuchHeld)):
         kind = "rate_limit_error"
     else:
         kind = "server_error"
     return {
         "error": {
-            "message": error.message,
+            "message": clipped(error.message, MAX_MESSAGE_LENGTH),
             "type": kind,
             "param": error.details.get("param"),
             "code": error.code,
@@ -123,3 +144,8 @@ def error_from_body(body: object, http_status: int) -> ArrieroError:
 def unexpected(error: BaseException) -> InvariantBroken:
     """What a caller is told about a failure that nobody foresaw; the log has the traceback."""
     return InvariantBroken(f"Arriero failed unexpectedly ({type(error).__name__}: {error}); its log has the details")
+
+
+def clipped(text: str, length: int) -> str:
+    """`text`, or its beginning where it is longer than `length` characters."""
+    return text if len(text) <= length else f"{text[:length]}… ({len(text)} characters)"

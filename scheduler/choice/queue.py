@@ -11,7 +11,7 @@ others. Without keys and priorities it is first come, first served.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect, insort
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ class Waiting:
     priority: int = 0
     key: str = ""  # whose request it is: the name of an API key, empty for nobody's
     prefix: str = ""  # what its prompt begins with, as a hash; empty: not known
+    fingerprint: str = ""  # of all that is asked; empty: not known
     rank: float = 0.0
     reason: str = ""
     in_the_way: frozenset[ReplicaId] = frozenset()  # replicas that it waits for
@@ -78,9 +79,10 @@ class RequestQueue:
         """
         if waiting.request_id in self._by_id:
             raise Rejected(f"request {waiting.request_id} is waiting already")
-        displaced = self._displaced_by(waiting) if len(self) >= self._limit else None
-        ahead = self._of_key[waiting.key] if waiting.key else 0
-        waiting.rank = waiting.arrived_at - waiting.priority * self._priority_s + ahead * self._fair_share_s
+        displaced = self.displaced_by(waiting)
+        if displaced is not None:
+            self.remove(displaced.request_id)
+        waiting.rank = self.rank(waiting)
         self._by_id[waiting.request_id] = waiting
         self._of_key[waiting.key] += 1
         line = self._lines.setdefault(waiting.model, [])
@@ -89,16 +91,22 @@ class RequestQueue:
             self._heads = None
         return displaced
 
-    def _displaced_by(self, newcomer: Waiting) -> Waiting:
+    def rank(self, newcomer: Waiting) -> float:
+        """Where a request would stand."""
+        ahead = self._of_key[newcomer.key] if newcomer.key else 0
+        return newcomer.arrived_at - newcomer.priority * self._priority_s + ahead * self._fair_share_s
+
+    def displaced_by(self, newcomer: Waiting) -> Waiting | None:
+        """Who would have to leave for a request; None while there is a place. Raises QueueFull."""
+        if len(self) < self._limit:
+            return None
         key, most = max(self._of_key.items(), key=lambda each: each[1])
         there = [each for each in self if each.key == key]
         if key == newcomer.key or most <= self._of_key[newcomer.key] + 1:
             there = [each for each in self if each.key == newcomer.key and each.priority < newcomer.priority]
         if not there:
             raise self.full()
-        last = max(there, key=_rank)
-        self.remove(last.request_id)
-        return last
+        return max(there, key=_rank)
 
     def full(self) -> QueueFull:
         """The error for a request that there is no place for."""
@@ -120,8 +128,9 @@ class RequestQueue:
         return self._heads
 
     def before(self, waiting: Waiting) -> int:
-        """How many of its line stand before the request."""
-        return self._lines[waiting.model].index(waiting)
+        """How many of its line stand before the request, or would if it came now."""
+        line = self._lines.get(waiting.model, [])
+        return line.index(waiting) if waiting.request_id in self._by_id else bisect(line, waiting.rank, key=_rank)
 
     def of_model(self, model: str) -> tuple[Waiting, ...]:
         return tuple(self._lines.get(model, ()))

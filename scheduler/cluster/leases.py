@@ -18,6 +18,7 @@ class Lease:
     expires_at: float
     priority: int = 0
     answers: bool = True  # it is for an answer, not for loading the model alone
+    fingerprint: str = ""  # of the request
 
 
 class Leases:
@@ -33,11 +34,18 @@ class Leases:
         return len(self._leases)
 
     def grant(
-        self, request_id: RequestId, replica: Replica, now: float, priority: int = 0, *, answers: bool = True
+        self,
+        request_id: RequestId,
+        replica: Replica,
+        now: float,
+        priority: int = 0,
+        *,
+        answers: bool = True,
+        fingerprint: str = "",
     ) -> Lease:
         self._serial += 1
         lease_id = LeaseId(f"lease-{self._tag}{self._serial}")
-        lease = Lease(lease_id, request_id, replica.replica_id, now, now + self.ttl_s, priority, answers)
+        lease = Lease(lease_id, request_id, replica.replica_id, now, now + self.ttl_s, priority, answers, fingerprint)
         self._leases[lease_id] = lease
         replica.leases.add(lease.lease_id)
         replica.last_used_at = now

@@ -72,7 +72,7 @@ def plan_on(cluster: DescribedCluster, model: str, n_ctx: int | None = None) -> 
         return DescribedPlan(pricing.served(found.serving.replica_id), beside)
     choice = found.choice
     assert choice is not None
-    passed_over = tuple(map(str, choice.rejections))
+    passed_over = tuple(filter(None, (found.reason, *map(str, choice.rejections))))
     if choice.placement is None:
         return DescribedPlan(None, refusal=Refusal(passed_over, choice.would_fit_if))
     best = pricing.priced((choice.placement, choice.victims))

@@ -10,7 +10,7 @@ import pickle
 import tempfile
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -207,8 +207,13 @@ class Scenario:
         loading = {r.replica_id for r in there if r.state is ReplicaState.LOADING and not r.preloaded}
         if isinstance(event, ev.ReplicaReady):
             loading.discard(event.replica_id)
+        before = self.stamps()
         commands = pickle.loads(pickle.dumps(self.core.handle(pickle.loads(pickle.dumps(event)), self.now)))
         self.log += commands
+        if not isinstance(event, ev.ReplicaAdopted):  # whose load was long ago
+            for what, at in self.stamps().items():
+                fresh = before.get(what, at) == at or at >= self.now or not at  # 0: no longer
+                assert fresh, f"{what} became {at} at {self.now}: the time of an earlier event"
         for command in commands:
             if isinstance(command, cmd.StopReplica) and command.reason.startswith("evicted"):
                 assert command.replica_id not in loading, "a replica was evicted while it was loading"
@@ -216,6 +221,16 @@ class Scenario:
                 assert own or not self._pinned(command.replica_id), "a pinned replica was evicted"
             self._carry_out(command)
         self.check()
+
+    def stamps(self) -> dict[str, float]:
+        """Every time of day that the core keeps, by where it is kept."""
+        core = self.core
+        kept: list[tuple[str, Any]] = [(str(replica_id), replica) for replica_id, replica in core.replicas.items()]
+        kept += [(lease.lease_id, lease) for lease in core.fleet.leases.all()]
+        kept += [(waiting.request_id, waiting) for waiting in core.queue]
+        for name, model in core.models.by_name.items():
+            kept += [(name, model), (f"{name}'s history", model.history), (f"{name}'s popularity", model.popularity)]
+        return {f"{who}.{each.name}": getattr(what, each.name) for who, what in kept for each in times_of(type(what))}
 
     def _carry_out(self, command: cmd.Command) -> None:
         match command:
@@ -412,6 +427,12 @@ class Scenario:
 
     def threads(self) -> dict[str, int]:
         return {r.model: r.n_threads for r in self.core.replicas.values() if r.placement.computes_on_cpu}
+
+
+@cache
+def times_of(record: type[Any]) -> list[Field[Any]]:
+    """The fields of a record that are times of day."""
+    return [each for each in fields(record) if each.name.endswith("_at")]
 
 
 @dataclass

@@ -12,6 +12,8 @@ from scenario import SMALL, Scenario, gpu
 from scheduler import events as ev
 from scheduler.cluster.ledger import STATES
 from scheduler.cluster.replica import Replica, ReplicaState
+from scheduler.dispatch import Plan
+from scheduler.errors import ArrieroError, Impossible, Unavailable
 from scheduler.units import GIB, MIB, NodeId
 
 MODELS = {
@@ -40,6 +42,7 @@ class CoreMachine(RuleBasedStateMachine):
         residency_s=st.sampled_from((0.0, 5.0)),
         spill_after_s=st.sampled_from((0.0, 10.0)),
         keep_alive_s=st.sampled_from((None, 8.0)),
+        most=st.sampled_from((None, 1, 2)),
         tells_processes=st.booleans(),
         outsiders=st.booleans(),
     )
@@ -53,6 +56,7 @@ class CoreMachine(RuleBasedStateMachine):
         residency_s: float,
         spill_after_s: float,
         keep_alive_s: float | None,
+        most: int | None,
         tells_processes: bool,
         outsiders: bool,
     ) -> None:
@@ -64,7 +68,12 @@ class CoreMachine(RuleBasedStateMachine):
             ram=ram,
             cores=cores,
             catalogue={
-                "defaults": {"n_ctx": 1024 * slots, "n_seq_max": slots, "keep_alive_s": keep_alive_s},
+                "defaults": {
+                    "n_ctx": 1024 * slots,
+                    "n_seq_max": slots,
+                    "keep_alive_s": keep_alive_s,
+                    "max_replicas": most,
+                },
                 "policy": {
                     "max_active_models": active,
                     "min_residency_s": residency_s,
@@ -82,6 +91,35 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(model=st.sampled_from(sorted(MODELS)), n_ctx=st.sampled_from((None, None, 256, 4096)))
     def ask(self, model: str, n_ctx: int | None) -> None:
         self.requests.append(self.scenario.ask(model, n_ctx))
+
+    @rule(model=st.sampled_from(sorted(MODELS)), n_ctx=st.sampled_from((None, None, 256, 4096)))
+    def what_the_plan_says_is_what_the_next_request_gets(self, model: str, n_ctx: int | None) -> None:
+        scenario, core = self.scenario, self.scenario.core
+        before = set(core.replicas)
+        try:
+            plan: Plan | ArrieroError = core.plan(model, n_ctx, scenario.now)
+        except ArrieroError as error:
+            plan = error
+        stops = len(scenario.stopped)
+        request_id = scenario.ask(model, n_ctx)
+        self.requests.append(request_id)
+        if isinstance(plan, ArrieroError):
+            if scenario.waits(request_id):  # for a machine or a header to be read
+                assert scenario.why(request_id) in plan.message
+            else:
+                assert type(scenario.error(request_id)) is type(plan), scenario.why(request_id)
+        elif plan.serving is not None and not plan.reason:
+            assert scenario.grants[request_id].replica_id == plan.serving.replica_id
+        elif plan.choice is not None and plan.choice.verdict in ("blocked", "impossible"):
+            assert isinstance(scenario.error(request_id), Impossible | Unavailable)
+        elif plan.choice is not None and plan.choice.verdict in ("free", "evict"):
+            (placed,) = [r for r in core.replicas.values() if r.replica_id not in before and r.model == model]
+            assert placed.placement == plan.choice.placement
+            assert {command.replica_id for command in scenario.stopped[stops:]} >= plan.choice.victims
+        else:
+            assert scenario.waits(request_id), scenario.why(request_id)
+            if core.queue.length(model) == 1:
+                assert scenario.why(request_id) == plan.reason
 
     @rule(models=st.lists(st.sampled_from(("ant", "bee", "cat", "dog")), min_size=2, max_size=4))
     def many_ask(self, models: list[str]) -> None:

@@ -24,7 +24,8 @@ def test_an_expired_lease_ends_the_answer_it_was_for() -> None:
     box.now += box.core.policy.lease_ttl_s
     box.send(ev.Ticked())
     assert cancelled(box) == [lease]
-    assert box.core.replicas[box.grants["r1"].replica_id].idle
+    replica = box.core.replicas[box.grants["r1"].replica_id]
+    assert replica.idle and replica.last_used_at == box.now
 
 
 def test_a_new_gateway_voids_what_the_one_before_had_asked_for() -> None:

@@ -12,7 +12,7 @@ import scheduler.choice.need
 from scheduler.costs.footprint import footprint
 from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
-from scheduler.errors import Impossible, InvalidGGUF, Unavailable
+from scheduler.errors import Impossible, InvalidGGUF, QueueFull, Unavailable
 from scheduler.units import GIB, DeviceId, NodeId
 
 ALL = {"small": SMALL, "medium": MEDIUM, "large": LARGE, "moe": MOE}
@@ -318,6 +318,34 @@ def test_plan_refuses_as_the_request_would() -> None:
     s.join("attic", [gpu("24GiB", "gpu9")])
     with pytest.raises(Unavailable, match="reading its header and the machines"):
         s.core.plan("large", None, s.now)
+
+
+def test_a_plan_knows_that_a_busy_replica_has_to_go_first() -> None:
+    s = Scenario([gpu("8GiB")], ALL, catalogue={"defaults": {"max_replicas": 1}})
+    short = s.ask("small", 1024)
+    replica = s.replica("small")
+    plan = s.core.plan("small", replica.n_ctx + 1, s.now)
+    assert plan.choice is not None and plan.choice.verdict == "wait" and plan.choice.victims == {replica.replica_id}
+    longer = s.ask("small", replica.n_ctx + 1)
+    assert s.waits(longer) and s.why(longer) == plan.reason == "waiting for small (busy)"
+    s.done(short)
+    assert longer in s.grants
+
+
+def test_a_plan_knows_who_stands_in_line() -> None:
+    s = Scenario([gpu("8GiB")], ALL)
+    s.ask("small")
+    s.ask("small")
+    plan = s.core.plan("small", None, s.now)
+    assert plan.serving is s.replica("small") and "behind 1 earlier requests" in plan.reason
+
+
+def test_a_plan_for_a_full_queue_is_refused_as_the_request_would_be() -> None:
+    s = Scenario([gpu("8GiB")], ALL, catalogue={"policy": {"queue_limit": 1}})
+    s.ask("small")
+    s.ask("small")
+    with pytest.raises(QueueFull):
+        s.core.plan("small", None, s.now)
 
 
 def test_plan_before_the_header_is_read() -> None:

@@ -1,0 +1,110 @@
+"""Requests under which runners ended: who is suspected, and who is refused because it happened again.
+
+A runner that ends takes all its answers with it, so at first every request that was there is a suspect. A suspect is
+tried once more, and alone: no other request is granted a slot of that replica meanwhile. If that runner ends too, the
+request is *condemned*: it is refused, with the reason, for `REMEMBERED_S`. A suspect that is served to its end is
+cleared.
+
+Requests are known by model and fingerprint; one without a fingerprint is never suspected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scheduler.errors import Condemned
+from scheduler.units import ReplicaId
+
+REMEMBERED_S = 3600.0
+"""Who was condemned by bad luck (a machine with faulty memory) may try again after so long."""
+MOST_REMEMBERED = 4096
+"""Who was suspected first is forgotten first."""
+
+Key = tuple[str, str]
+
+
+@dataclass(slots=True)
+class _Record:
+    seen_at: float
+    condemned: str = ""  # why, or empty while it is a suspect
+
+
+class Suspects:
+    """Belongs to the fleet. Times are seconds of the core's clock."""
+
+    def __init__(self) -> None:
+        self._records: dict[Key, _Record] = {}
+        self._accused: dict[ReplicaId, set[Key]] = {}
+        self._alone: dict[ReplicaId, Key] = {}
+
+    def knows(self, model: str, fingerprint: str) -> bool:
+        """Whether a runner ended under the request, or may have."""
+        return bool(fingerprint) and ((model, fingerprint) in self._records or self.accused(model, fingerprint))
+
+    def accused(self, model: str, fingerprint: str) -> bool:
+        """Whether a replica that failed the request is still being looked at."""
+        return any((model, fingerprint) in there for there in self._accused.values())
+
+    def accuses(self, replica_id: ReplicaId) -> bool:
+        """Whether the replica failed a request and is being looked at."""
+        return replica_id in self._accused
+
+    def verdict(self, model: str, fingerprint: str, now: float) -> Condemned | None:
+        """The error that the request is refused with; None when it is not."""
+        record = self._records.get((model, fingerprint))
+        if record is None or not record.condemned:
+            return None
+        if now - record.seen_at >= REMEMBERED_S:
+            del self._records[model, fingerprint]
+            return None
+        return Condemned(
+            f"two processes that ran {model} ended while they answered this request, the last one alone with it "
+            f"({record.condemned}); it is not tried again: change the request",
+            model=model,
+        )
+
+    # ------------------------------------------------------------------ what happens to a request
+
+    def granted(self, replica_id: ReplicaId, model: str, fingerprint: str) -> None:
+        """A slot was granted; a suspect has the replica to itself from now on."""
+        if self.knows(model, fingerprint):
+            self._alone[replica_id] = model, fingerprint
+
+    def has_to_itself(self, replica_id: ReplicaId) -> bool:
+        """Whether a suspect is being tried on the replica."""
+        return replica_id in self._alone
+
+    def released(self, replica_id: ReplicaId, model: str, fingerprint: str, *, served: bool) -> None:
+        """The slot was given back; `served`: after the whole answer."""
+        if self._alone.get(replica_id) == (model, fingerprint):
+            del self._alone[replica_id]
+        if served:
+            self._records.pop((model, fingerprint), None)
+
+    def accuse(self, replica_id: ReplicaId, model: str, fingerprint: str) -> None:
+        """The replica failed the request. Whether it died of it is not known yet; it keeps the replica to itself."""
+        if fingerprint:
+            self._accused.setdefault(replica_id, set()).add((model, fingerprint))
+
+    # ------------------------------------------------------------------ what happened to the replica
+
+    def forget(self, replica_id: ReplicaId) -> None:
+        """The replica lives, or has gone with its machine: whatever failed there was not the request's fault."""
+        self._accused.pop(replica_id, None)
+        self._alone.pop(replica_id, None)
+
+    def died(self, replica_id: ReplicaId, model: str, answering: Iterable[str], reason: str, now: float) -> set[Key]:
+        """The replica's process ended while it answered requests with these fingerprints. Returns the requests that
+        are condemned by it. Those that it had failed just before count too."""
+        seen = {(model, fingerprint) for fingerprint in answering if fingerprint}
+        seen |= self._accused.pop(replica_id, set())
+        alone = self._alone.pop(replica_id, None)
+        condemned = {alone} & seen & self._records.keys() if alone else set()
+        for key in seen:
+            self._records.setdefault(key, _Record(now)).seen_at = now
+        for key in condemned:
+            self._records[key].condemned = reason
+        while len(self._records) > MOST_REMEMBERED:
+            del self._records[next(iter(self._records))]
+        return condemned

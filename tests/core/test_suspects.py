@@ -1,0 +1,117 @@
+"""Requests under which runners end: tried once more, alone, and then refused. Nobody else pays for them."""
+
+from __future__ import annotations
+
+import pytest
+from scenario import SMALL, Scenario, gpu
+
+from scheduler import events as ev
+from scheduler.cluster import suspects
+from scheduler.errors import Condemned, Unavailable
+
+SLOTS = {"defaults": {"n_ctx": 2048, "n_seq_max": 4}}
+
+
+def box() -> Scenario:
+    return Scenario([gpu("1GiB")], {"a": SMALL}, catalogue=SLOTS)
+
+
+def dies(s: Scenario, *answering: str, noticed_by_client: bool = True) -> None:
+    """The runner ends while it answers these requests; their holders notice first, or the scheduler does."""
+    replica_id = s.grants[answering[0]].replica_id
+    s.runners.pop(replica_id)
+    if noticed_by_client:
+        for request in answering:
+            s.done(request, failed=True)  # the check that follows finds the runner dead
+    else:
+        s.send(ev.ReplicaDied(replica_id, "GGML_ASSERT(buffer) failed"))
+
+
+@pytest.mark.parametrize("noticed_by_client", [True, False])
+def test_a_request_that_ends_two_runners_is_refused(noticed_by_client: bool) -> None:
+    s = box()
+    for _ in range(2):
+        dies(s, s.ask("a", fingerprint="poison"), noticed_by_client=noticed_by_client)
+    refused = s.ask("a", fingerprint="poison")
+    error = s.error(refused)
+    assert isinstance(error, Condemned) and "change the request" in error.message
+    assert noticed_by_client or "GGML_ASSERT(buffer) failed" in error.message
+    assert s.announced("request_condemned")
+    assert s.ask("a", fingerprint="harmless") in s.grants  # one of the model's three attempts is used up, not all
+
+
+def test_who_waits_with_the_same_request_is_refused_too() -> None:
+    s = box()
+    dies(s, s.ask("a", fingerprint="poison"))
+    second = s.ask("a", fingerprint="poison")
+    third = s.ask("a", fingerprint="poison")
+    assert s.waits(third)
+    dies(s, second, noticed_by_client=False)
+    assert isinstance(s.error(third), Condemned)
+
+
+def test_bystanders_are_tried_alone_and_cleared() -> None:
+    s = box()
+    poison, innocent = (s.ask("a", fingerprint=each) for each in ("poison", "innocent"))
+    dies(s, poison, innocent, noticed_by_client=False)
+    poison, innocent, newcomer = (s.ask("a", fingerprint=each) for each in ("poison", "innocent", "newcomer"))
+    assert poison in s.grants and s.waits(innocent) and s.waits(newcomer)
+    dies(s, poison, noticed_by_client=False)
+    assert innocent in s.grants and s.waits(newcomer)
+    s.done(innocent)
+    assert newcomer in s.grants
+    assert isinstance(s.error(s.ask("a", fingerprint="poison")), Condemned)
+    assert s.ask("a", fingerprint="innocent") in s.grants
+    assert s.ask("a", fingerprint="another") in s.grants  # beside it: it is no suspect any more
+
+
+def test_a_suspect_waits_until_its_replica_is_idle() -> None:
+    s = box()
+    dies(s, s.ask("a", fingerprint="suspect"))
+    running = s.ask("a", fingerprint="other")
+    suspect = s.ask("a", fingerprint="suspect")
+    behind = s.ask("a", fingerprint="behind")
+    assert s.waits(suspect) and s.waits(behind)
+    s.done(running)
+    assert suspect in s.grants and s.waits(behind)
+    s.cancel(suspect)
+    assert behind in s.grants
+
+
+def test_a_runner_that_lives_makes_nobody_a_suspect() -> None:
+    s = box()
+    failed = s.ask("a", fingerprint="x")
+    s.done(failed, failed=True)  # a decode that failed: the check finds the runner well
+    assert s.ask("a", fingerprint="x") in s.grants
+    assert s.ask("a", fingerprint="y") in s.grants
+
+
+def test_a_model_that_ends_its_runners_under_different_requests_is_paused() -> None:
+    s = box()
+    for fingerprint in ("x", "y", "z"):
+        dies(s, s.ask("a", fingerprint=fingerprint), noticed_by_client=False)
+    error = s.error(s.ask("a", fingerprint="w"))
+    assert isinstance(error, Unavailable) and "ended its process while answering" in error.message
+
+
+def test_the_condemned_may_try_again_much_later() -> None:
+    s = box()
+    for _ in range(2):
+        dies(s, s.ask("a", fingerprint="poison"))
+    s.now += suspects.REMEMBERED_S
+    s.read_devices()
+    assert s.ask("a", fingerprint="poison") in s.grants
+
+
+def test_requests_without_a_fingerprint_are_never_refused_for_it() -> None:
+    s = box()
+    for _ in range(2):
+        dies(s, s.ask("a"))
+    assert s.ask("a") in s.grants
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    known = suspects.Suspects()
+    for number in range(suspects.MOST_REMEMBERED + 10):
+        known.died(suspects.ReplicaId("r"), "a", [str(number)], "died", 1.0)
+    assert not known.knows("a", "9") and known.knows("a", "10")
