@@ -23,6 +23,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.devices.node import NodeSettings
+from actors.devices.processes import Process
 from actors.gateway.actor import GatewayActor, GatewaySettings
 from actors.gateway.address import check_exposure
 from actors.names import GATEWAY, GPU_PREFIX, NAMESPACE, NODE_PREFIX, RUNNER_PREFIX, SCHEDULER
@@ -127,10 +128,13 @@ def take_down(say: Say = lambda _: None) -> bool:
     runners = [name for name in names if name.startswith(RUNNER_PREFIX)]
     if runners:
         say(f"ending {len(runners)} runners")
-    processes = _answers(actor.process.remote() for name in runners if (actor := _find(name)) is not None)
+    processes: list[Process] = _answers(
+        actor.process.remote() for name in runners if (actor := _find(name)) is not None
+    )
     _kill(runners)
     if processes:
-        _await_ends([name for name in names if name.startswith(NODE_PREFIX)], processes, say)
+        identities = [process.identity for process in processes]
+        _await_ends([name for name in names if name.startswith(NODE_PREFIX)], identities, say)
     _kill(name for name in names if name.startswith((NODE_PREFIX, GPU_PREFIX)))
     deadline = time.monotonic() + END_TIMEOUT_S
     while left := _names():

@@ -16,6 +16,7 @@ from typing import Any, Union
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from actors.devices.processes import Process
 from actors.names import gpu_name, node_name
 from actors.runners import Runner, Spares
 from actors.serving.protocol import LoadDevice, LoadFailure, LoadReport, LoadSpec, RunnerStatus
@@ -31,6 +32,7 @@ from scheduler.units import NodeId, ReplicaId
 
 PROGRESS_EVERY_S = 0.25
 QUESTION_TIMEOUT_S = 10.0
+WORDS_TIMEOUT_S = 2.0  # a node that was lost with its runner says nothing, and requests wait for what follows
 ASK_AGAIN_S = 1.0
 
 Order = Union[  # noqa: UP007
@@ -102,7 +104,7 @@ class Effects:
 
     def pid(self, replica_id: ReplicaId) -> int | None:
         runner = self._runners.get(replica_id)
-        return runner.process[0] if runner and runner.process else None
+        return runner.process.pid if runner and runner.process else None
 
     def close(self) -> None:
         """Stop all that is under way; no runner is started after this."""
@@ -127,7 +129,7 @@ class Effects:
         except Exception as error:
             if isinstance(error, RayError) and not await self._outlives(command.placement.node_id):
                 return  # the node took the replica with it: that says nothing of the model
-            event = ev.ReplicaFailed(command.replica_id, *self._failure(error))
+            event = ev.ReplicaFailed(command.replica_id, *await self._failure(command.replica_id, error))
         runner = self._runners.get(command.replica_id)
         if runner is not None and isinstance(event, ev.ReplicaFailed):
             await self._read_again(runner)  # what made it fail is to be known to the next plan
@@ -145,11 +147,12 @@ class Effects:
             await asyncio.sleep(ASK_AGAIN_S)
         return False
 
-    def _failure(self, error: Exception) -> tuple[ev.FailureKind, str]:
+    async def _failure(self, replica_id: ReplicaId, error: Exception) -> tuple[ev.FailureKind, str]:
         if isinstance(error, asyncio.TimeoutError):
             return "failed", f"the load took more than {self._policy.load_timeout_s:.0f} s"
         if isinstance(error, RayError):
-            return "crashed", f"the runner's process ended while loading: {brief(error)}"
+            words = await self._last_words(self._runners.get(replica_id))
+            return "crashed", f"the runner's process ended while loading: {words or brief(error)}"
         if isinstance(error, ArrieroError):
             return "failed", error.message
         log.error("a load failed for a reason of our own", exc_info=error)
@@ -181,9 +184,9 @@ class Effects:
             runner.device_ids = command.placement.device_ids
             try:
                 asked = runner.actor.process.remote()
-                process: tuple[int, float] = await asyncio.wait_for(asked, self._policy.load_timeout_s)
+                process: Process = await asyncio.wait_for(asked, self._policy.load_timeout_s)
                 runner.process = process
-                return runner.actor, process[0]
+                return runner.actor, process.pid
             except RayActorError:
                 if runner is not spare or self._runners.get(command.replica_id) is not runner:  # it was stopped
                     raise
@@ -224,10 +227,27 @@ class Effects:
         """Notice the end of a ready runner within milliseconds: the call returns only when the replica is broken."""
         try:
             reason = await runner.actor.watch.remote()
+            if words := await self._last_words(runner):
+                reason += f"; {words}"
         except RayError as error:
-            reason = f"its process ended ({brief(error)})"
+            reason = await self._end_of(runner, error)
         if self._runners.get(replica_id) is runner:
             self._post(ev.ReplicaDied(replica_id, reason))
+
+    async def _end_of(self, runner: Runner, error: RayError) -> str:
+        """How a runner's process ended, by its own last words where it left any."""
+        words = await self._last_words(runner)
+        return f"its process ended: {words}" if words else f"its process ended without a word ({brief(error)})"
+
+    async def _last_words(self, runner: Runner | None) -> str:
+        if runner is None or runner.process is None:
+            return ""
+        try:
+            node = node_name(runner.node_id)
+            return str(await self._ask(node, "last_words", runner.process, timeout_s=WORDS_TIMEOUT_S))
+        except Exception as error:  # its node may be lost as well
+            log.warning("%s left no last words: %s", runner.name, brief(error))
+            return ""
 
     async def _check(self, replica_id: ReplicaId) -> None:
         """One that does not answer is as good as dead: on a machine that was lost it dies long before Ray tells."""
@@ -236,8 +256,10 @@ class Effects:
             return  # it is being stopped, and its ReplicaGone on the way
         try:
             status: RunnerStatus = await asyncio.wait_for(runner.actor.describe.remote(), QUESTION_TIMEOUT_S)
-        except (RayError, asyncio.TimeoutError) as error:
-            trouble = f"it failed a request and does not answer ({brief(error)})"
+        except RayError as error:
+            trouble = await self._end_of(runner, error)
+        except asyncio.TimeoutError:
+            trouble = f"it failed a request and has not answered for {QUESTION_TIMEOUT_S:.0f} s"
         else:
             trouble = "" if status.state == "ready" else status.reason or status.state
         self._post(ev.ReplicaDied(replica_id, trouble) if trouble else ev.ReplicaVouched(replica_id))
@@ -258,20 +280,20 @@ class Effects:
             try:
                 if await self._gone(runner.node_id, runner.process):
                     return
-                log.error("process %s of %s does not end; its memory stays charged", runner.process[0], replica_id)
+                log.error("process %s of %s does not end; its memory stays charged", runner.process.pid, replica_id)
             except Exception as error:  # whatever it was, the memory is not known to be free
                 log.warning("node %s does not say whether %s is gone: %s", runner.node_id, replica_id, brief(error))
             await asyncio.sleep(ASK_AGAIN_S)
 
-    async def _gone(self, node_id: NodeId, process: tuple[int, float]) -> bool:
+    async def _gone(self, node_id: NodeId, process: Process) -> bool:
         """Wait for the process to end; kill it as a backstop when Ray's kill did not."""
         wait_s = self._policy.release_timeout_s
         patience_s = wait_s + QUESTION_TIMEOUT_S
         node = node_name(node_id)
-        if not await self._ask(node, "wait_gone", (process,), wait_s, timeout_s=patience_s):
+        if not await self._ask(node, "wait_gone", (process.identity,), wait_s, timeout_s=patience_s):
             return True
-        await self._ask(node, "kill_process", *process)
-        return not await self._ask(node, "wait_gone", (process,), wait_s, timeout_s=patience_s)
+        await self._ask(node, "kill_process", *process.identity)
+        return not await self._ask(node, "wait_gone", (process.identity,), wait_s, timeout_s=patience_s)
 
     async def _read_again(self, runner: Runner) -> None:
         """Fresh readings, so that what was freed can be given away at once; else the next report brings them."""

@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.devices.processes import Process
 from actors.names import runner_name
 from actors.serving.runner import RunnerActor
 from scheduler.units import DeviceId, NodeId
@@ -23,13 +24,13 @@ from scheduler.units import DeviceId, NodeId
 
 @dataclass(slots=True)
 class Runner:
-    """A runner, where it runs, the devices it may use, and its process: pid and start time, None until it said so."""
+    """A runner, where it runs, the devices it may use, and its process, None until it said so."""
 
     name: str
     actor: Any
     node_id: NodeId
     device_ids: tuple[DeviceId, ...] = ()
-    process: tuple[int, float] | None = None
+    process: Process | None = None
 
     def kill(self) -> None:
         """End its process; the memory is back when that is gone."""

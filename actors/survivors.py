@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import ray
 from ray.exceptions import RayError
 
+from actors.devices.processes import Process
 from actors.effects import brief, ready_event
 from actors.names import RUNNER_PREFIX
 from actors.runners import Runner
@@ -48,7 +49,7 @@ async def _ask(name: str, namespace: str) -> Survivor | None:
         return None
     try:
         status: RunnerStatus = await asyncio.wait_for(actor.describe.remote(), ANSWER_TIMEOUT_S)
-        process: tuple[int, float] = await asyncio.wait_for(actor.process.remote(), ANSWER_TIMEOUT_S)
+        process: Process = await asyncio.wait_for(actor.process.remote(), ANSWER_TIMEOUT_S)
     except (RayError, asyncio.TimeoutError) as error:
         log.warning("%s does not answer and is ended: %s", name, brief(error))
         ray.kill(actor, no_restart=True)

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from actors.devices.nvml import read_gpu
+from actors.devices.pulse import sign_in
 from actors.devices.reporting import Reporter, every
 from actors.devices.virtual import read_virtual_gpu
 from scheduler.cluster.facts import DeviceFacts, DeviceReading
@@ -22,6 +23,8 @@ from scheduler.units import MIB
 
 SAMPLE_S = 0.25
 REPORT_S = 1.0
+READ_WITHIN_S = 30.0
+"""A driver that does not answer for so long has hung: the node ends this process, and Ray starts it again."""
 
 
 def read_device(facts: DeviceFacts) -> DeviceReading:
@@ -73,7 +76,12 @@ class GpuActor:
 
     def __init__(self, facts: DeviceFacts, scheduler: Any) -> None:
         self._monitor = GpuMonitor(facts, Reporter(scheduler.report_device))
-        every(SAMPLE_S, self._monitor.sample, f"watch {facts.label}")
+        self._pulse = sign_in(ray.get_runtime_context().get_node_id(), "GpuActor", "a reading of its GPU")
+        every(SAMPLE_S, self._sample, f"watch {facts.label}")
+
+    def _sample(self) -> None:
+        self._pulse.promise(READ_WITHIN_S)
+        self._monitor.sample()
 
     def facts(self) -> DeviceFacts:
         return self._monitor.facts

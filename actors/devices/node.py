@@ -2,7 +2,8 @@
 
 Tells its facts once, then reports available memory and model files every second. The disks are searched in a thread of
 their own, every ten seconds or less often where that takes long, so that a slow disk delays nothing else. Reads GGUF
-headers for the scheduler, and is its hand on the node: sees processes end, and kills a runner that Ray could not.
+headers for the scheduler, and is its hand on the node: sees processes end, kills a runner that Ray could not, ends what
+hangs (`watchdog`), and tells what a runner died of.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from typing import Any
 import ray
 
 from actors.devices import host, processes
+from actors.devices.byte_count import Holder
 from actors.devices.files import find_models, parts_of
+from actors.devices.last_words import last_words
 from actors.devices.nvml import list_gpus, unavailable_reason
 from actors.devices.rates import cpu_rates
 from actors.devices.reporting import Reporter, every
 from actors.devices.virtual import create_virtual_gpus, virtual_gpu_holders
+from actors.devices.watchdog import LOOK_EVERY_S, Watchdog
 from actors.measurements import llama_build
 from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeFacts, NodeReading
 from scheduler.costs.shape import ModelShape, read_shape
@@ -115,21 +119,26 @@ class NodeMonitor:
     def wait_gone(self, runners: Sequence[tuple[int, float]], timeout_s: float) -> tuple[int, ...]:
         """Block until every runner (pid, started_at_s) has ended, `timeout_s` seconds at most; the pids still there.
 
-        A runner's device processes on virtual GPUs end a moment after it and are waited for too, so that a reading
-        taken afterwards shows the memory back.
+        Whoever asks has told them to end; one that stands still cannot obey and is killed at once. A runner's device
+        processes on virtual GPUs end a moment after it and are waited for too, so that a reading taken afterwards shows
+        the memory back.
         """
         deadline = time.monotonic() + timeout_s
+        for pid, started_at_s in runners:
+            if (look := processes.look_at(pid)) is not None and look.stopped:
+                processes.kill_process(pid, started_at_s, titled=_RUNNER_TITLE)
         left = processes.wait_gone(runners, timeout_s)
         if left:
             return left
         owners = {pid for pid, _ in runners}
         orphans = [
-            (holder.pid, holder.started_at_s)
-            for device in self.facts.devices
-            for holder in virtual_gpu_holders(device)
-            if holder.owner_pid in owners
+            (holder.pid, holder.started_at_s) for holder in self.device_processes() if holder.owner_pid in owners
         ]
         return processes.wait_gone(orphans, max(0.0, deadline - time.monotonic()))
+
+    def device_processes(self) -> Iterator[Holder]:
+        """The live device processes of all virtual GPUs."""
+        return (holder for device in self.facts.devices for holder in virtual_gpu_holders(device))
 
     def _devices(self, node_id: NodeId) -> tuple[DeviceFacts, ...]:
         if self._settings.virtual_gpus:
@@ -159,8 +168,10 @@ class NodeActor:
     def __init__(self, node_id: NodeId, settings: NodeSettings, scheduler: Any) -> None:
         address = ray.util.get_node_ip_address()
         self._monitor = NodeMonitor(node_id, settings, Reporter(scheduler.report_node), address=address)
+        self._watchdog = Watchdog(node_id, self._monitor.device_processes)
         every(SEARCH_S, self._monitor.search, "search for models", rest=19.0)
         every(REPORT_S, self._monitor.sample, "report the node")
+        every(LOOK_EVERY_S, self._watchdog.look, "watch the processes")
 
     def facts(self) -> NodeFacts:
         return self._monitor.facts
@@ -199,3 +210,9 @@ class NodeActor:
     def kill_process(self, pid: int, started_at_s: float) -> bool:
         """SIGKILL a runner that Ray could not end; False when that process is gone or is no runner of this user."""
         return processes.kill_process(pid, started_at_s, titled=_RUNNER_TITLE)
+
+    def last_words(self, runner: processes.Process) -> str:
+        """What a runner that has ended died of, as far as its error output or the watchdog tells; else ""."""
+        logs = Path(processes.this_process().stderr_path).parent  # Ray keeps all of a node's in one folder
+        words = (last_words(runner.stderr_path, logs), self._watchdog.reason(*runner.identity))
+        return "; ".join(filter(None, words))

@@ -13,22 +13,62 @@ import signal
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
-def started_at_s(pid: int | None = None) -> float | None:
-    """Seconds after boot at which process `pid` (this one when None) started; None when it is gone or a zombie."""
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of ours as it names itself to others: identity, and the file that its error output goes to."""
+
+    pid: int
+    started_at_s: float
+    stderr_path: str = ""  # "" where it is no file
+
+    @property
+    def identity(self) -> tuple[int, float]:
+        return self.pid, self.started_at_s
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the kernel says of a live process. `stopped`: it stands still, by a signal or under a debugger.
+
+    `major_faults`: pages that it had to wait for, read from a disk, since it began.
+    """
+
+    started_at_s: float
+    stopped: bool
+    major_faults: int
+
+
+def this_process() -> Process:
+    """This process, named for others."""
+    path = os.readlink("/proc/self/fd/2")  # noqa: PTH115 - may be "pipe:[...]"
+    return Process(os.getpid(), started_at_s() or 0.0, path if path.startswith("/") else "")
+
+
+def look_at(pid: int) -> Look | None:
+    """A look at process `pid`; None when it is gone or a zombie."""
     try:
-        stat = Path(f"/proc/{os.getpid() if pid is None else pid}/stat").read_text(errors="replace")
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The command name in parentheses may hold spaces and parentheses itself; the numbered fields follow the last one.
     fields = stat[stat.rindex(")") + 2 :].split()
-    state, threads, start = fields[0], int(fields[17]), int(fields[19])
+    state, major_faults, threads, start = fields[0], int(fields[9]), int(fields[17]), int(fields[19])
     # The first thread of a dying process is a zombie while others still hold its memory: the last one's end counts.
-    return None if state in "ZX" and threads <= 1 else start / _TICKS_PER_S
+    if state in "ZX" and threads <= 1:
+        return None
+    return Look(start / _TICKS_PER_S, state in "Tt", major_faults)
+
+
+def started_at_s(pid: int | None = None) -> float | None:
+    """Seconds after boot at which process `pid` (this one when None) started; None when it is gone or a zombie."""
+    look = look_at(os.getpid() if pid is None else pid)
+    return None if look is None else look.started_at_s
 
 
 def process_alive(pid: int, started: float) -> bool:
@@ -63,7 +103,7 @@ def wait_gone(processes: Iterable[tuple[int, float]], timeout_s: float) -> tuple
 
 
 def kill_process(pid: int, started: float, *, titled: str) -> bool:
-    """SIGKILL `pid` if it is that process, belongs to this user and its command line begins with `titled`.
+    """SIGKILL `pid` if it is that process, belongs to this user and a word of its command line begins with `titled`.
 
     Returns whether the signal was sent; a process that is gone or somebody else's is left alone.
     """
@@ -75,7 +115,8 @@ def kill_process(pid: int, started: float, *, titled: str) -> bool:
         process = Path(f"/proc/{pid}")
         if not process_alive(pid, started) or process.stat().st_uid != os.geteuid():
             return False
-        if not (process / "cmdline").read_bytes().startswith(titled.encode()):
+        words = (process / "cmdline").read_bytes().split(b"\0")
+        if not any(word.startswith(titled.encode()) for word in words):
             return False
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     except (FileNotFoundError, ProcessLookupError):

@@ -26,6 +26,9 @@ from scheduler.cluster.facts import DeviceFacts, DeviceReading
 from scheduler.errors import EngineFailed, InvariantBroken
 from scheduler.units import DeviceId, NodeId, format_bytes
 
+DEVICE_PROCESS = "actors.devices.rpc_device"
+"""The module that a device process runs: a word of its command line."""
+
 _SOURCE_ROOT = Path(__file__).parents[2]
 
 
@@ -132,7 +135,7 @@ def start_device_process(
     Raises EngineFailed with the cause when the process does not serve within `timeout_s` seconds.
     """
     owner = os.getpid() if owner_pid is None else owner_pid
-    command = [sys.executable, "-m", "actors.devices.rpc_device", str(Path(state_path).absolute())]
+    command = [sys.executable, "-m", DEVICE_PROCESS, str(Path(state_path).absolute())]
     process = subprocess.Popen(
         [*command, str(total_bytes), str(owner), str(threads)],
         stdin=subprocess.PIPE,

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from actors.devices.pulse import LOOP_EVERY_S, LOOP_WITHIN_S, sign_in
 from actors.gateway.address import DEFAULT_PORT, check_exposure
 from actors.gateway.app import make_app
 from actors.gateway.ray_backend import RayBackend
@@ -45,6 +46,13 @@ class GatewayActor:
         scheduler.forget_clients.remote()  # those of a gateway before this one
         self._server = make_server(make_app(RayBackend(scheduler, namespace), settings.api_keys))
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
+        self._pulse = sign_in(ray.get_runtime_context().get_node_id(), "GatewayActor", "a turn of its event loop")
+        self._beating = asyncio.ensure_future(self._beat())
+
+    async def _beat(self) -> None:
+        while True:
+            self._pulse.promise(LOOP_WITHIN_S)
+            await asyncio.sleep(LOOP_EVERY_S)
 
     async def url(self) -> str:
         """Where it listens, as seen from its own machine."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from actors.serving.beat import Beat
 from actors.serving.jobs import Embedding, Generation, Job
 from actors.serving.model import Model, Row
 from actors.serving.slots import Slot, best_slot
@@ -35,8 +36,9 @@ class Batcher:
     Constructed once the model is warm; raises what warming it up raised.
     """
 
-    def __init__(self, model: Model, *, last_words: Callable[[], str] = lambda: "") -> None:
+    def __init__(self, model: Model, *, last_words: Callable[[], str] = lambda: "", beat: Beat | None = None) -> None:
         self._model = model
+        self._beat = beat or Beat()
         self._last_words = last_words
         self._slots = [Slot(sequence) for sequence in range(model.n_seq_max)]
         self._waiting: deque[Job[Any]] = deque()
@@ -208,7 +210,8 @@ class Batcher:
             with self._changed:
                 self._model.abort(self._closing or job.cancelled)
                 self._in_batch = (job,)
-            vectors = self._model.embed(rows)
+            with self._beat.decode(len(rows), embeds=True):
+                vectors = self._model.embed(rows)
             with self._changed:
                 self._in_batch = ()
             if isinstance(vectors, int):
@@ -230,7 +233,8 @@ class Batcher:
         with self._changed:
             self._in_batch = tuple(jobs)
             self._model.abort(self._closing or all(job.cancelled for job in jobs))
-        code = self._model.decode(rows)
+        with self._beat.decode(len(rows)):
+            code = self._model.decode(rows)
         with self._changed:
             self._in_batch = ()
         if code == _NO_ROOM and self._forget_idle():

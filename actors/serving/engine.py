@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from actors.serving.batcher import Batcher
+from actors.serving.beat import Beat
 from actors.serving.jobs import Embedding, Generation
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, EmbedResult, GenerateRequest, LoadSpec
 from actors.serving.text import TextStream
@@ -24,6 +25,7 @@ class Engine:
         spec: LoadSpec,
         rpc_endpoints: Sequence[str] = (),
         on_progress: Callable[[float], object] = lambda progress: None,
+        beat: Beat | None = None,
     ) -> None:
         from actors.serving.journal import llama_log
         from actors.serving.native import NativeModel
@@ -35,7 +37,7 @@ class Engine:
             self._chat = ChatTemplate(
                 self._model.chat_template, bos_token=self._model.bos_text, eos_token=self._model.eos_text
             )
-            self._batcher = Batcher(self._model, last_words=llama_log().last_errors)
+            self._batcher = Batcher(self._model, last_words=llama_log().last_errors, beat=beat)
         except BaseException:
             self._model.close()
             raise

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from threading import Lock
 from typing import TypeVar
 
@@ -25,8 +26,11 @@ import ray
 
 from actors.devices.host import memory_available_bytes
 from actors.devices.nvml import read_gpu
-from actors.devices.processes import started_at_s
+from actors.devices.processes import Process, this_process
+from actors.devices.pulse import sign_in
+from actors.devices.reporting import every
 from actors.devices.virtual import DeviceProcess, read_virtual_gpu, start_device_process
+from actors.serving.beat import Beat
 from actors.serving.engine import Engine
 from actors.serving.preflight import PreflightUnavailable, ask_llama_cpp, check_prediction
 from actors.serving.protocol import (
@@ -57,6 +61,9 @@ happens in the engine, in order, and not in Ray."""
 
 WATCH_EVERY_S = 0.25
 
+TURN_EVERY_S, TURN_WITHIN_S = 1.0, 60.0
+"""A thread of Python's that comes round so late waits for a lock that nobody gives back."""
+
 OPENMP_SPINS = 30_000
 """How often an OpenMP thread looks for work before it sleeps: some tenths of a millisecond, which outlasts the sampling
 between two tokens. By default it is ten times as many, and on a small machine the token just made waits for a core
@@ -77,10 +84,12 @@ def show_only(devices: Sequence[LoadDevice]) -> None:
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 
-def load_on_its_devices(spec: LoadSpec, endpoints: Sequence[str], on_progress: Callable[[float], object]) -> Engine:
+def load_on_its_devices(
+    spec: LoadSpec, endpoints: Sequence[str], on_progress: Callable[[float], object], *, beat: Beat
+) -> Engine:
     """An engine that sees the spec's cards and no others."""
     show_only(spec.devices)
-    return Engine(spec, endpoints, on_progress)
+    return Engine(spec, endpoints, on_progress, beat)
 
 
 class Runner:
@@ -117,8 +126,9 @@ class Runner:
             return self._load_failed(error.failure)
         except Exception as error:  # whatever went wrong, the scheduler has to hear of it and this replica is over
             return self._load_failed(LoadFailure("failed", f"{type(error).__name__}: {error}"))
-        pid, process_started_at_s = this_process()
-        self._report = LoadReport(self._engine.buffers, pid, process_started_at_s, load_s=time.monotonic() - started)
+        process = this_process()
+        took_s = time.monotonic() - started
+        self._report = LoadReport(self._engine.buffers, process.pid, process.started_at_s, load_s=took_s)
         self._progress, self._state = 1.0, "ready"
         if self._n_threads is not None:  # the cores were divided anew during the load
             self._engine.set_threads(self._n_threads)
@@ -276,7 +286,12 @@ class RunnerActor:
 
     def __init__(self) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))  # read once, when llama_cpp is imported
-        self._runner = Runner(load_on_its_devices)
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a crash would wait for a debugger for seconds
+        node_id = ray.get_runtime_context().get_node_id()
+        self._turns = sign_in(node_id, "RunnerActor", "a turn of its threads")
+        every(TURN_EVERY_S, partial(self._turns.promise, TURN_WITHIN_S), "tell the node of it")
+        decodes = sign_in(node_id, "RunnerActor", "a decode")
+        self._runner = Runner(partial(load_on_its_devices, beat=Beat(decodes.promise, decodes.rest)))
         for name in IMPORTED_EARLY:
             importlib.import_module(name)
 
@@ -318,14 +333,9 @@ class RunnerActor:
         return self._runner.watch()
 
     @ray.method(concurrency_group="ctl")
-    def process(self) -> tuple[int, float]:
+    def process(self) -> Process:
         """See `this_process`. Answers at once."""
         return this_process()
-
-
-def this_process() -> tuple[int, float]:
-    """Pid and start time (seconds after boot), which together name a process for as long as the machine runs."""
-    return os.getpid(), started_at_s() or 0.0
 
 
 def _as_value(call: Callable[[], Result]) -> Result | ArrieroError:

@@ -63,7 +63,7 @@ def test_loads_on_two_virtual_gpus_and_streams_like_llama_cpp_python(
     loaded = spec(path, devices=virtual_gpus, n_gpu_layers=-1, tensor_split=(2.0, 3.0))
     report = got(runner.load.remote("r", loaded))
     assert isinstance(report, LoadReport)
-    assert got(runner.process.remote()) == (report.pid, report.process_started_at_s)
+    assert got(runner.process.remote()).identity == (report.pid, report.process_started_at_s)
     chunks = hear(runner.generate.remote(ask()))
     assert "".join(chunk.text for chunk in chunks if isinstance(chunk, Chunk)) == baseline(path, ask())
     status = got(runner.describe.remote())

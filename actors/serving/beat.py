@@ -1,0 +1,62 @@
+"""How long a decode may take, from how long such decodes have taken: the engine thread's promise to its node.
+
+A hang inside llama.cpp or a driver looks like a long computation. So before each decode the engine says until when it
+will be over at the latest, and the node ends the process when it is not (`actors.devices.watchdog`). Decodes are of a
+kind when they have about as many rows (the same power of two) and compute the same outputs: they run the same kernels
+over the same weights. Cost: some microseconds for a decode.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+FACTOR = 30.0
+"""A decode may take so many times the slowest of its kind. Fewer threads (16 to 1), as many other models on the same
+cores and a context that fills up make it slower, each by less than that and never at once."""
+
+FLOOR_S = 30.0
+"""Nothing is called a hang before. Four models on two cores: the slowest decode of a tiny model took 0.3 s instead of
+0.003, for it waits for the processor."""
+
+FIRST_S = 600.0
+"""What the first decodes of a kind may take: a driver compiles kernels for cards that it has none for."""
+
+FIRST = 2
+"""So many decodes of a kind are first ones; the second may still capture a graph."""
+
+
+class Beat:
+    """Belongs to the engine's thread. `promise(within_s, slowest_s)` and `rest()` tell the node; by default nobody."""
+
+    def __init__(
+        self,
+        promise: Callable[[float, float], object] = lambda within_s, slowest_s: None,
+        rest: Callable[[], object] = lambda: None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._promise, self._rest, self._clock = promise, rest, clock
+        self._seen: dict[tuple[bool, int], tuple[int, float]] = {}  # per kind: how many, the slowest in seconds
+        self._slowest_row_s = 0.0
+
+    @contextmanager
+    def decode(self, n_rows: int, *, embeds: bool = False) -> Iterator[None]:
+        """Around one decode of so many rows; `embeds`: every row is an output."""
+        kind = embeds, n_rows.bit_length()
+        count, slowest_s = self._seen.get(kind, (0, 0.0))
+        self._promise(self._allowed_s(n_rows, count, slowest_s), slowest_s)
+        began = self._clock()
+        try:
+            yield
+        finally:
+            took_s = self._clock() - began
+            self._rest()
+            self._seen[kind] = count + 1, max(slowest_s, took_s)
+            self._slowest_row_s = max(self._slowest_row_s, took_s / n_rows)
+
+    def _allowed_s(self, n_rows: int, count: int, slowest_s: float) -> float:
+        if count < FIRST:  # a machine on which one token takes seconds needs longer for a prompt, too
+            return max(FIRST_S, FACTOR * self._slowest_row_s * n_rows)
+        return max(FLOOR_S, FACTOR * slowest_s)
