@@ -59,6 +59,6 @@ class GatewayActor:
         return self._url
 
     async def close(self) -> None:
-        """Stop listening; running answers get a few seconds to end."""
-        self._server.should_exit = True
+        """Stop listening. Requests under way are told that it ends, and new ones refused."""
+        self._server.close()
         await self._serving

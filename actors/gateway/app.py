@@ -12,34 +12,51 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from actors.gateway.backend import Backend
+from actors.gateway.bodies import problems_of
+from actors.gateway.closing import Closing
 from actors.gateway.errors import NoSuchRoute, unexpected
+from actors.gateway.limits import MAX_HELD_BYTES, Held
 from actors.gateway.management import management_routes
 from actors.gateway.openai import openai_routes
+from actors.gateway.openapi import CLIENT_CLOSED_REQUEST, document
+from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
 from actors.gateway.security import Guard
 from actors.gateway.stream import ClientGone, error_response
 from scheduler.errors import ArrieroError, Rejected
 
 PULSE_S = 5.0
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is what proxies log for a client that left
 
 log = logging.getLogger(__name__)
 
 
-def make_app(backend: Backend, api_keys: Mapping[str, str] | None = None, pulse_s: float = PULSE_S) -> FastAPI:
-    """The application over `backend`. Without `api_keys` (by name) it answers to loopback names only: `security`."""
+def make_app(
+    backend: Backend,
+    api_keys: Mapping[str, str] | None = None,
+    pulse_s: float = PULSE_S,
+    max_held_bytes: int = MAX_HELD_BYTES,
+) -> FastAPI:
+    """The application over `backend`. Without `api_keys` (by name) it answers to loopback names only: `security`.
+
+    `state.closing` of the application ends its requests when it has to go.
+    """
     relay = Relay(backend)
+    reader = Reader()
+    closing = Closing()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         yield
         relay.close()
+        reader.close()
 
     # The interactive pages would load scripts from other sites.
     app = FastAPI(title="Arriero", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, api_keys=api_keys or {})
-    app.include_router(openai_routes(backend, relay, pulse_s))
-    app.include_router(management_routes(backend, pulse_s))
+    app.state.closing = closing
+    app.add_middleware(Guard, api_keys=api_keys or {}, held=Held(max_held_bytes), closing=closing)
+    app.include_router(openai_routes(backend, relay, reader, pulse_s))
+    app.include_router(management_routes(backend, reader, pulse_s))
+    app.openapi = document(app)  # type: ignore[method-assign]
 
     @app.exception_handler(ArrieroError)
     async def arriero_error(_: Request, error: ArrieroError) -> Response:
@@ -47,12 +64,10 @@ def make_app(backend: Backend, api_keys: Mapping[str, str] | None = None, pulse_
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return error_response(_rejected(error))
+        return error_response(problems_of(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        if isinstance(error.__cause__, ArrieroError):  # raised while the body was read
-            return error_response(error.__cause__)
         if error.status_code in (404, 405):
             return error_response(NoSuchRoute(f"no route {request.method} {request.url.path}; see /openapi.json"))
         return error_response(Rejected(str(error.detail)))
@@ -66,16 +81,3 @@ def make_app(backend: Backend, api_keys: Mapping[str, str] | None = None, pulse_
         return error_response(unexpected(error))
 
     return app
-
-
-def _rejected(error: RequestValidationError) -> Rejected:
-    if isinstance(error.body, bytes):
-        return Rejected("the body must be JSON, with the header Content-Type: application/json")
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return Rejected(f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
-    problems = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"] if part not in ("body", "query", "header"))
-        problems.append(f"{where}: {problem['msg']}" if where else problem["msg"])
-    return Rejected("; ".join(problems), param=str(error.errors()[0]["loc"][-1]))

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from actors.gateway.backend import Backend
+from actors.gateway.reader import Reader
 from actors.gateway.stream import EventStream, event
 from actors.gateway.wire import (
     MAX_NAME_LENGTH,
+    MAX_TOKENS,
     LoadRequest,
     LoadResult,
     ModelInfo,
@@ -26,7 +28,7 @@ from actors.gateway.wire import (
 Name = Annotated[str, Query(min_length=1, max_length=MAX_NAME_LENGTH)]
 
 
-def management_routes(backend: Backend, pulse_s: float) -> APIRouter:
+def management_routes(backend: Backend, reader: Reader, pulse_s: float) -> APIRouter:
     """`/api/v1/*` and `/health`."""
     router = APIRouter(tags=["Arriero"])
 
@@ -35,7 +37,7 @@ def management_routes(backend: Backend, pulse_s: float) -> APIRouter:
         return await backend.status()
 
     @router.get("/api/v1/plan")
-    async def plan(model: Name, n_ctx: Annotated[int | None, Query(ge=1)] = None) -> Plan:
+    async def plan(model: Name, n_ctx: Annotated[int | None, Query(ge=1, le=MAX_TOKENS)] = None) -> Plan:
         return await backend.plan(model, n_ctx)
 
     @router.get("/api/v1/models")
@@ -43,15 +45,18 @@ def management_routes(backend: Backend, pulse_s: float) -> APIRouter:
         return await backend.models()
 
     @router.post("/api/v1/load")
-    async def load(body: LoadRequest) -> LoadResult:
+    async def load(request: Request) -> LoadResult:
+        body = await reader.order(request, LoadRequest)
         return await backend.load(body.model, body.n_ctx)
 
     @router.post("/api/v1/unload")
-    async def unload(body: UnloadRequest) -> UnloadResult:
+    async def unload(request: Request) -> UnloadResult:
+        body = await reader.order(request, UnloadRequest)
         return await backend.unload(body.model)
 
     @router.post("/api/v1/pin")
-    async def pin(body: PinRequest) -> PinResult:
+    async def pin(request: Request) -> PinResult:
+        body = await reader.order(request, PinRequest)
         return await backend.pin(body.model, body.pinned)
 
     @router.get("/api/v1/events")

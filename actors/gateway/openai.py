@@ -8,29 +8,27 @@ from __future__ import annotations
 
 import json
 import secrets
-import sys
 import time
-from array import array
-from base64 import b64encode
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from actors.gateway.backend import Backend
-from actors.gateway.openai_requests import ChatRequest, CompletionRequest, EmbeddingsRequest, SamplingRequest, prefix_of
+from actors.gateway.embeddings import Vectors
+from actors.gateway.openai_requests import Ask, Form
+from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
-from actors.gateway.security import key_of
 from actors.gateway.stream import EventStream, event, while_connected
 from actors.gateway.wire import ModelInfo
-from actors.serving.protocol import Chunk, EmbedResult, GenerateRequest
+from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
 from scheduler.errors import UnknownModel
 
 DONE = event(b"[DONE]")
 
 
-def openai_routes(backend: Backend, relay: Relay, pulse_s: float) -> APIRouter:
+def openai_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float) -> APIRouter:
     """`/v1/*`. While a stream waits for its first token, a comment goes out every `pulse_s` seconds."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -48,28 +46,27 @@ def openai_routes(backend: Backend, relay: Relay, pulse_s: float) -> APIRouter:
         raise UnknownModel(f"no model {name!r} in the catalogue; it has {', '.join(m.name for m in models) or 'none'}")
 
     @router.post("/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        return await generate("chat", body, body.generation(_new_id("chatcmpl")), request)
+    async def chat(request: Request) -> Response:
+        return await generate("chat", request, "chatcmpl")
 
     @router.post("/completions")
-    async def complete(body: CompletionRequest, request: Request) -> Response:
-        return await generate("text", body, body.generation(_new_id("cmpl")), request)
+    async def complete(request: Request) -> Response:
+        return await generate("text", request, "cmpl")
 
     @router.post("/embeddings")
-    async def embed(body: EmbeddingsRequest, request: Request) -> JSONResponse:
-        asked = body.embedding(_new_id("embd"))
-        need = body.need(asked.request_id, "embed", key_of(request))
-        result = await while_connected(request, relay.embed(need, asked))
-        return JSONResponse(_embeddings(body, result))
+    async def embed(request: Request) -> Response:
+        ask = await reader.ask(request, "embed", _new_id("embd"))
+        assert isinstance(ask.request, EmbedRequest)
+        result = await while_connected(request, relay.embed(ask.need, ask.request))
+        return Vectors(ask.need.model, result, ask.encoding_format)
 
-    async def generate(
-        form: Literal["chat", "text"], body: SamplingRequest, asked: GenerateRequest, request: Request
-    ) -> Response:
-        need = body.need(asked.request_id, "generate", key_of(request), prefix_of(asked))
-        reply = _Reply(form, asked.request_id, body.model)
-        if body.stream:
-            return EventStream(reply.events(relay.generate(need, asked), body.include_usage), pulse_s)
-        return JSONResponse(reply.whole(await while_connected(request, relay.generate_whole(need, asked))))
+    async def generate(form: Form, request: Request, prefix: str) -> Response:
+        ask = await reader.ask(request, form, _new_id(prefix))
+        assert isinstance(ask.request, GenerateRequest)
+        reply = _Reply(form, ask)
+        if ask.stream:
+            return EventStream(reply.events(relay.generate(ask.need, ask.request)), pulse_s)
+        return JSONResponse(reply.whole(await while_connected(request, relay.generate_whole(ask.need, ask.request))))
 
     return router
 
@@ -77,13 +74,14 @@ def openai_routes(backend: Backend, relay: Relay, pulse_s: float) -> APIRouter:
 class _Reply:
     """One answer in OpenAI's words: whole, or as events."""
 
-    def __init__(self, form: Literal["chat", "text"], request_id: str, model: str) -> None:
+    def __init__(self, form: Form, ask: Ask) -> None:
         self._chat = form == "chat"
+        self._include_usage = ask.include_usage
         self._head: dict[str, Any] = {
-            "id": request_id,
+            "id": ask.need.request_id,
             "object": "chat.completion" if self._chat else "text_completion",
             "created": int(time.time()),
-            "model": model,
+            "model": ask.need.model,
         }
 
     def whole(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
@@ -95,10 +93,10 @@ class _Reply:
             choice["text"] = text
         return {**self._head, "choices": [choice], "usage": _usage(last)}
 
-    async def events(self, chunks: AsyncGenerator[Chunk, None], include_usage: bool) -> AsyncGenerator[bytes, None]:
+    async def events(self, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[bytes, None]:
         head = {**self._head, "object": "chat.completion.chunk"} if self._chat else self._head
         # OpenAI's clients expect `usage` in every event once they have asked for it: null until the end.
-        tail: dict[str, Any] = {"usage": None} if include_usage else {}
+        tail: dict[str, Any] = {"usage": None} if self._include_usage else {}
         role = {"role": "assistant"}
         try:
             async for chunk in chunks:
@@ -109,7 +107,7 @@ class _Reply:
                 else:
                     choice["text"] = chunk.text
                 yield event(json.dumps({**head, "choices": [choice], **tail}).encode())
-            if include_usage:
+            if self._include_usage:
                 yield event(json.dumps({**head, "choices": [], "usage": _usage(chunk)}).encode())
             yield DONE
         finally:
@@ -137,24 +135,3 @@ def _model(model: ModelInfo) -> dict[str, Any]:
         "owned_by": "arriero",
         "meta": model.model_dump(include={"architecture", "quantization", "size_bytes", "n_ctx_train", "n_ctx"}),
     }
-
-
-def _embeddings(body: EmbeddingsRequest, result: EmbedResult) -> dict[str, Any]:
-    encode = _base64 if body.encoding_format == "base64" else list
-    return {
-        "object": "list",
-        "model": body.model,
-        "data": [
-            {"object": "embedding", "index": index, "embedding": encode(vector)}
-            for index, vector in enumerate(result.vectors)
-        ],
-        "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
-    }
-
-
-def _base64(vector: tuple[float, ...]) -> str:
-    """Little-endian float32, as OpenAI's clients decode it."""
-    floats = array("f", vector)
-    if sys.byteorder == "big":
-        floats.byteswap()
-    return b64encode(floats.tobytes()).decode()

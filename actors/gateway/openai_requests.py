@@ -5,33 +5,61 @@ fields are ignored, because clients send many. Sampling settings that are left o
 `Sampling`), not OpenAI's: small quantised models ramble at temperature 1 with nothing cut off.
 
 Beyond OpenAI's fields: `top_k`, `min_p`, `repeat_penalty` (llama.cpp), `n_ctx`, `deadline_s` and `priority`
-(Arriero).
+(Arriero). Lists may have millions of elements: they fail at their first wrong one (see `bodies`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from actors.gateway.backend import AcquireRequest
-from actors.gateway.wire import MAX_NAME_LENGTH
-from actors.serving.protocol import EmbedRequest, GenerateRequest, Sampling
+from actors.gateway.bodies import TOLD_LENGTH, checked
+from actors.gateway.errors import clipped
+from actors.gateway.wire import MAX_NAME_LENGTH, MAX_TOKENS
+from actors.serving.protocol import EmbedRequest, GenerateRequest, Sampling, content_of
 from scheduler.errors import Rejected
 from scheduler.units import RequestId
 
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 MAX_STOPS = 32
+MAX_STOP_LENGTH = 1024  # characters: they are looked for at every token
+MAX_BIASES = 1024  # OpenAI takes 300
 PREFIX_LENGTH = 256  # characters or tokens
 MAX_INPUTS = 2048  # OpenAI's own bound on an embeddings request
+
+
+def _few_biases(given: object) -> object:
+    if isinstance(given, Mapping) and len(given) > MAX_BIASES:
+        raise ValueError(f"{len(given)} tokens; {MAX_BIASES} are the most")
+    return given
+
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
+TextOrTokens = str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
+Biases = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)]
 
 # These have the same names in `Sampling`; what the caller leaves out takes its default.
 _SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a body asks for, and all that the gateway needs to know of it. Small, but for the request's content."""
+
+    need: AcquireRequest
+    request: GenerateRequest | EmbedRequest
+    stream: bool = False
+    include_usage: bool = False
+    encoding_format: Literal["float", "base64"] = "float"
 
 
 class Message(BaseModel):
@@ -40,7 +68,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
 
 class StreamOptions(BaseModel):
@@ -55,31 +83,22 @@ class ResponseFormat(BaseModel):
 class ModelRequest(BaseModel):
     """What every request says. Unknown fields are ignored."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     model: str = Field(min_length=1, max_length=MAX_NAME_LENGTH)
-    n_ctx: int | None = Field(default=None, ge=1)
+    n_ctx: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     deadline_s: float | None = Field(default=None, gt=0)
     priority: int | None = Field(default=None, ge=-10, le=10)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, data: Any) -> Any:
-        """JSON can spell halves of surrogate pairs, which no tokenizer takes."""
-        if isinstance(data, bytes):  # it did not come as JSON, which is said elsewhere
-            return data
-        try:
-            json.dumps(data, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise ValueError(f"a text holds {half}, half of a surrogate pair: that is no Unicode") from None
-        return data
-
     def need(
-        self, request_id: str, kind: Literal["generate", "embed"], key: str = "", prefix: str = ""
+        self, request: GenerateRequest | EmbedRequest, kind: Literal["generate", "embed"], key: str, prefix: str = ""
     ) -> AcquireRequest:
-        """`key`: the name of the API key that it came with; `prefix`: what its prompt begins with, as a hash."""
+        """The slot that `request` needs. `key`: the name of the API key that it came with; `prefix`: what its prompt
+        begins with, as a hash."""
         return AcquireRequest(
-            RequestId(request_id), self.model, self.n_ctx, kind, self.deadline_s, self.priority, key, prefix
-        )
+            RequestId(request.request_id), self.model, self.n_ctx, kind, self.deadline_s, self.priority, key, prefix,
+            fingerprint_of(self.model, request),
+        )  # fmt: skip
 
 
 class SamplingRequest(ModelRequest):
@@ -87,98 +106,100 @@ class SamplingRequest(ModelRequest):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=-1)  # -1: no limit, as llama.cpp's clients say it
-    max_completion_tokens: int | None = Field(default=None, ge=-1)  # OpenAI's newer name; it wins
-    stop: str | list[str] | None = None
+    max_tokens: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)  # -1: no limit, as llama.cpp's clients say it
+    max_completion_tokens: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)  # OpenAI's newer name; it wins
+    stop: str | Texts | None = None
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, ge=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repeat_penalty: float | None = Field(default=None, gt=0, le=10)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = None
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
     n: int | None = None
 
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def generation(self, request_id: str, key: str, beginning: object, **content: object) -> Ask:
+        """`content`: the parts of the request's content; `beginning`: that of its prompt. Raises Rejected."""
+        if self.n not in (None, 1):
+            raise _refused("n", "Arriero gives one answer per request: send several requests")
+        request = GenerateRequest(
+            request_id,
+            content_of(**content, json_schema=self._json_schema()),
+            max_tokens=self._token_limit(),
+            stop=self._stops(),
+            sampling=self._sampling(),
+        )
+        include_usage = self.stream_options is not None and self.stream_options.include_usage
+        need = self.need(request, "generate", key, _prefix_of(beginning))
+        return Ask(need, request, bool(self.stream), include_usage)
 
-    def token_limit(self) -> int | None:
+    def _token_limit(self) -> int | None:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if limit == 0:
             raise _refused("max_tokens", "0 tokens make no answer: ask for one at least, or leave the limit out")
         return None if limit == -1 else limit
 
-    def stops(self) -> tuple[str, ...]:
+    def _stops(self) -> tuple[str, ...]:
         texts = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(texts) > MAX_STOPS:
             raise _refused("stop", f"{len(texts)} stop strings; {MAX_STOPS} are the most")
+        if (longest := max(map(len, texts), default=0)) > MAX_STOP_LENGTH:
+            raise _refused("stop", f"a stop string of {longest} characters; {MAX_STOP_LENGTH} are the most")
         return tuple(text for text in texts if text)
 
-    def sampling(self) -> Sampling:
+    def _sampling(self) -> Sampling:
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         # llama.cpp's seeds have 32 bits; -1 is its spelling of "random".
         seed = None if self.seed is None or self.seed == -1 else self.seed & 0xFFFFFFFF
-        return Sampling(**given, seed=seed, json_schema=self._json_schema())
+        return Sampling(**given, seed=seed)
 
-    def check_choices(self) -> None:
-        if self.n not in (None, 1):
-            raise _refused("n", f"{self.n} choices; Arriero gives one answer per request: send several requests")
-
-    def _json_schema(self) -> str | None:
+    def _json_schema(self) -> Mapping[str, Any] | None:
         wanted = self.response_format
         if wanted is None or wanted.type == "text":
             return None
         if wanted.type == "json_object":
-            return "{}"
+            return {}
         schema = (wanted.json_schema or {}).get("schema")
         if not isinstance(schema, Mapping):
             raise _refused("response_format", 'json_schema needs {"name": …, "schema": {…}}')
-        return json.dumps(schema)
+        return schema
 
 
 class ChatRequest(SamplingRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
+    tools: Any = None
+    functions: Any = None
     logprobs: bool | None = None
-    modalities: list[str] | None = None
+    modalities: Texts | None = None
 
-    def generation(self, request_id: str) -> GenerateRequest:
-        """Raises Rejected for what Arriero cannot do."""
-        self.check_choices()
+    def ask(self, request_id: str, key: str) -> Ask:
+        """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.tools or self.functions:
             raise _refused("tools" if self.tools else "functions", "tools are not supported yet: leave them out")
         if self.logprobs:
             raise _refused("logprobs", "token probabilities are not supported")
         if self.modalities not in (None, ["text"]):
             raise _refused("modalities", "text is the only modality")
-        return GenerateRequest(
-            request_id,
-            messages=tuple(_plain(index, message) for index, message in enumerate(self.messages)),
-            max_tokens=self.token_limit(),
-            stop=self.stops(),
-            sampling=self.sampling(),
-        )
+        messages = [_plain(index, message) for index, message in enumerate(self.messages)]
+        return self.generation(request_id, key, _opening(messages), messages=messages)
 
 
 class CompletionRequest(SamplingRequest):
     """`POST /v1/completions`: one prompt, as text or as token ids."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: TextOrTokens
     suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
 
-    def generation(self, request_id: str) -> GenerateRequest:
-        """Raises Rejected for what Arriero cannot do."""
-        self.check_choices()
+    def ask(self, request_id: str, key: str) -> Ask:
+        """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.suffix:
             raise _refused("suffix", "filling in the middle is not supported")
         if self.echo:
@@ -190,40 +211,54 @@ class CompletionRequest(SamplingRequest):
         prompts = _texts_or_tokens("prompt", self.prompt)
         if len(prompts) > 1:
             raise _refused("prompt", f"{len(prompts)} prompts; send each as a request of its own")
-        return GenerateRequest(
-            request_id,
-            prompt=prompts[0],
-            max_tokens=self.token_limit(),
-            stop=self.stops(),
-            sampling=self.sampling(),
-        )
+        return self.generation(request_id, key, prompts[0][:PREFIX_LENGTH], prompt=prompts[0])
 
 
 class EmbeddingsRequest(ModelRequest):
     """`POST /v1/embeddings`."""
 
-    input: str | list[str] | list[TokenId] | list[list[TokenId]]
+    input: TextOrTokens
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
 
-    def embedding(self, request_id: str) -> EmbedRequest:
-        """Raises Rejected for what Arriero cannot do."""
+    def ask(self, request_id: str, key: str) -> Ask:
+        """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.dimensions is not None:
             raise _refused("dimensions", "vectors come in the model's own length only: leave it out")
         inputs = _texts_or_tokens("input", self.input)
         if len(inputs) > MAX_INPUTS:
             raise _refused("input", f"{len(inputs)} inputs; {MAX_INPUTS} are the most in one request")
-        return EmbedRequest(request_id, inputs)
+        request = EmbedRequest(request_id, content_of(inputs=inputs))
+        return Ask(self.need(request, "embed", key), request, encoding_format=self.encoding_format)
 
 
-def prefix_of(asked: GenerateRequest) -> str:
-    """A hash of what the prompt begins with: of a chat, all up to the first message of the user, which stays while it
-    goes on; of a text, its first characters."""
-    beginning: object = asked.prompt[:PREFIX_LENGTH] if asked.prompt is not None else _opening(asked.messages or ())
-    return blake2b(json.dumps(beginning, default=str).encode(), digest_size=12).hexdigest()
+Form = Literal["chat", "text", "embed"]
+FORMS: Mapping[Form, type[ChatRequest | CompletionRequest | EmbeddingsRequest]] = {
+    "chat": ChatRequest,
+    "text": CompletionRequest,
+    "embed": EmbeddingsRequest,
+}
+
+
+def read_ask(form: Form, body: bytes | bytearray, request_id: str, key: str) -> Ask:
+    """What `body` asks for. Raises Rejected. Costs time and memory by the size of `body`: see `parsers`."""
+    return checked(FORMS[form], body).ask(request_id, key)
+
+
+def fingerprint_of(model: str, asked: GenerateRequest | EmbedRequest) -> str:
+    """A hash of all that decides the answer: the same for a request that comes again."""
+    settings = (asked.max_tokens, asked.stop, asked.sampling) if isinstance(asked, GenerateRequest) else ()
+    digest = blake2b(repr((model, settings)).encode(), digest_size=16)
+    digest.update(asked.content)
+    return digest.hexdigest()
+
+
+def _prefix_of(beginning: object) -> str:
+    return blake2b(json.dumps(beginning).encode(), digest_size=12).hexdigest()
 
 
 def _opening(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """All up to the first message of the user, which stays while the chat goes on."""
     first = next((i for i, message in enumerate(messages) if message.get("role") == "user"), 0)
     return messages[: first + 1]
 
@@ -241,25 +276,20 @@ def _plain(index: int, message: Message) -> dict[str, Any]:
 
 
 def _text_of_part(index: int, part: Mapping[str, Any]) -> str:
-    text = part.get("text")
-    if part.get("type") != "text" or not isinstance(text, str):
-        raise _refused(
-            f"messages.{index}.content", f"a part of type {part.get('type')!r} is not supported: only text is"
-        )
+    kind, text = part.get("type"), part.get("text")
+    if kind != "text":
+        named = clipped(kind, TOLD_LENGTH) if isinstance(kind, str) else "unknown"
+        raise _refused(f"messages.{index}.content", f"a part of type {named!r} is not supported: only text is")
+    if not isinstance(text, str):
+        raise _refused(f"messages.{index}.content", 'a part of type "text" needs its "text"')
     return text
 
 
 def _texts_or_tokens(
     param: str, given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-) -> tuple[str | tuple[int, ...], ...]:
+) -> Sequence[str | Sequence[int]]:
     """One entry per input, whichever of OpenAI's four spellings was used."""
-    inputs: tuple[str | tuple[int, ...], ...]
-    if isinstance(given, str):
-        inputs = (given,)
-    elif given and isinstance(given[0], int):
-        inputs = (tuple(token for token in given if isinstance(token, int)),)
-    else:
-        inputs = tuple(item if isinstance(item, str) else tuple(item) for item in given if not isinstance(item, int))
+    inputs: Sequence[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not inputs or not all(inputs):
         raise _refused(param, "it is empty" if len(inputs) < 2 else f"item {_first_empty(inputs)} is empty")
     return inputs

@@ -1,16 +1,18 @@
-"""Who may talk to the gateway. One ASGI layer in front of every route.
+"""Who may talk to the gateway, and how much. One ASGI layer in front of every route.
 
     API key   needed wherever the gateway can be reached from outside this machine; compared in constant time
     names     without a key, only loopback names in `Host` and `Origin`: a web page must not reach the gateway through
               a name that its author points at 127.0.0.1, nor with a form of its own. Keyed gateways need no such rule,
               for the page does not know the key
-    bodies    bounded, before anything reads them
+    bodies    bounded, each and all together, before anything reads them (`limits`)
+    the end   when the gateway closes, every request gets a last word
 
 Health stays open, for probes. There are no CORS headers: pages of other origins cannot read answers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Mapping
 from urllib.parse import urlsplit
@@ -20,45 +22,59 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.gateway.address import is_loopback
-from actors.gateway.errors import BodyTooLarge, Forbidden, Unauthorized
-from actors.gateway.stream import error_response
+from actors.gateway.closing import Closing, shutting_down
+from actors.gateway.errors import Forbidden, Unauthorized, error_json
+from actors.gateway.limits import MAX_BODY_BYTES, MAX_ORDER_BYTES, Held, too_large
+from actors.gateway.stream import EVENT_STREAM, error_response, event
 from scheduler.errors import ArrieroError
-from scheduler.units import MIB, format_bytes
 
 OPEN_PATHS = frozenset({"/health", "/api/v1/health"})
-MAX_BODY_BYTES = 32 * MIB
 _KEY = "arriero.key"
 
 
 class Guard:
-    """The layer itself. `api_keys`: by name, none for a gateway without; `max_body_bytes` bounds what a request may
-    send."""
+    """The layer itself. `api_keys`: by name, none for a gateway without."""
 
-    def __init__(self, app: ASGIApp, api_keys: Mapping[str, str], max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Mapping[str, str], held: Held, closing: Closing) -> None:
         self._app = app
         self._api_keys = {name: key.encode() for name, key in api_keys.items()}
-        self._max_body_bytes = max_body_bytes
+        self._held = held
+        self._closing = closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = MAX_BODY_BYTES if scope["path"].startswith("/v1/") else MAX_ORDER_BYTES
+        answer = _Answer(send)
         try:
-            scope[_KEY] = self._check(scope["path"], Headers(scope=scope))
+            scope[_KEY] = self._check(scope["path"], Headers(scope=scope), limit)
+            with self._held.request(limit) as body, self._closing.request():
+
+                async def counted() -> Message:
+                    message = await receive()
+                    if message["type"] == "http.request":
+                        body.add(len(message.get("body", b"")))
+                    return message
+
+                await self._app(scope, counted, answer.send)
         except ArrieroError as error:
             await error_response(error)(scope, receive, send)
-        else:
-            await self._app(scope, _BoundedBody(receive, self._max_body_bytes).receive, send)
+        except asyncio.CancelledError:
+            if not self._closing.begun:
+                raise
+            await answer.end(scope, receive, shutting_down())
 
-    def _check(self, path: str, headers: Headers) -> str:
+    def _check(self, path: str, headers: Headers, max_body_bytes: int) -> str:
         """The name of the key that the request carries."""
         name = ""
         if not self._api_keys:
             _check_names(headers)
         elif path not in OPEN_PATHS:
             name = self._name_of_key(headers.get("authorization", ""))
-        if int(headers.get("content-length") or 0) > self._max_body_bytes:
-            raise _too_large(self._max_body_bytes)
+        announced = headers.get("content-length", "")
+        if announced.isascii() and announced.isdigit() and int(announced[:20]) > max_body_bytes:
+            raise too_large(max_body_bytes)
         return name
 
     def _name_of_key(self, authorization: str) -> str:
@@ -68,6 +84,32 @@ class Guard:
                 "this gateway needs its API key: send 'Authorization: Bearer KEY' (the client reads ARRIERO_API_KEY)"
             )
         return carried[0]
+
+
+class _Answer:
+    """What has been sent of an answer."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self._complete = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+        elif not message.get("more_body", False):
+            self._complete = True
+        await self._send(message)
+
+    async def end(self, scope: Scope, receive: Receive, error: ArrieroError) -> None:
+        """Say `error` in the place of what has not been sent: as an answer, or as the last event of a stream. Any other
+        answer that has begun stays cut off, which its client notices."""
+        if self._start is None:
+            await error_response(error)(scope, receive, self._send)
+        elif not self._complete and Headers(raw=self._start["headers"]).get("content-type", "").startswith(
+            EVENT_STREAM
+        ):
+            await self._send({"type": "http.response.body", "body": event(error_json(error)), "more_body": False})
 
 
 def key_of(request: Request) -> str:
@@ -99,24 +141,3 @@ def _hostname(url: str) -> str:
         return urlsplit(url).hostname or ""
     except ValueError:
         return ""
-
-
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is larger than {format_bytes(limit)}, the most that the gateway takes")
-
-
-class _BoundedBody:
-    """Counts the bytes of a body whose length nobody announced."""
-
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive = receive
-        self._limit = limit
-        self._seen = 0
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._seen += len(message.get("body", b""))
-            if self._seen > self._limit:
-                raise _too_large(self._limit)
-        return message

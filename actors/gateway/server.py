@@ -5,15 +5,19 @@ The socket listens before the server runs, so a client may connect at once, and 
 
 from __future__ import annotations
 
+import functools
 import socket
+from collections import Counter
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
+from actors.gateway.connections import Connection
+from actors.gateway.limits import KEEP_ALIVE_S, MAX_HEAD_BYTES
 from scheduler.errors import Rejected
 
-KEEP_ALIVE_S = 75  # longer than clients keep idle connections pooled, so that they never reuse one being closed
-SHUTDOWN_S = 5  # streams get so long to end when the gateway is told to stop
+SHUTDOWN_S = 2  # clients get so long to take their last event when the gateway is told to stop
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -39,17 +43,37 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def make_server(app: FastAPI) -> uvicorn.Server:
-    """A server for `app`; run it with `serve(sockets=[listener])`."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            ws="none",
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=SHUTDOWN_S,
+class Server(uvicorn.Server):
+    """A server that tells the clients of requests under way when it ends: by a signal, or by `should_exit`."""
+
+    def __init__(self, app: FastAPI) -> None:
+        connection = functools.partial(Connection, open_by_address=Counter())
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=cast(Any, connection),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                ws="none",
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=SHUTDOWN_S,
+            )
         )
-    )
+        self._closing = app.state.closing
+
+    def close(self) -> None:
+        """Begin to end: requests under way get their last word, new ones are refused, then the socket is closed."""
+        self._closing.begin()
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._closing.begin()
+        await super().shutdown(sockets)
+
+
+def make_server(app: FastAPI) -> Server:
+    """A server for `app`; run it with `serve(sockets=[listener])`."""
+    return Server(app)

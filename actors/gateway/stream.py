@@ -3,7 +3,8 @@
     EventStream       sends an async generator's bytes; silence is bridged with comments, so that proxies stay patient
     while_connected   awaits an answer and gives up when the client has gone
 
-A generator is always closed: at its end, when the client disconnects, and when the client stops reading for `STALL_S`.
+A generator is always closed: at its end, when the client disconnects (which one that stops reading is made to do:
+`connections`), and when the gateway closes.
 An error before the first byte is an ordinary HTTP error; after it, an `{"error": ...}` event ends the stream.
 Cost per event: one lock and one send, no task.
 """
@@ -24,9 +25,7 @@ from scheduler.errors import ArrieroError
 
 T = TypeVar("T")
 
-STALL_S = 60.0
-"""A client that takes nothing for so long holds a slot that others wait for: it counts as gone."""
-
+EVENT_STREAM = "text/event-stream"
 COMMENT = b": waiting\n\n"
 
 log = logging.getLogger(__name__)
@@ -66,9 +65,7 @@ class EventStream(Response):
     """Sends what `events` yields. After `pulse_s` seconds of silence a comment goes out, and again every `pulse_s`."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], pulse_s: float) -> None:
-        super().__init__(
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream"
-        )
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=EVENT_STREAM)
         del self.headers["content-length"]
         self._events = events
         self._pulse_s = pulse_s
@@ -77,21 +74,14 @@ class EventStream(Response):
         line = _Line(send, self.status_code, self.raw_headers)
         pump = asyncio.ensure_future(self._pump(line))
         gone = asyncio.ensure_future(_disconnected(receive))
-        silent_s = 0.0
         try:
-            while silent_s < STALL_S:
+            while True:
                 sent = line.sent
                 await asyncio.wait({pump, gone}, timeout=self._pulse_s, return_when=asyncio.FIRST_COMPLETED)
                 if pump.done() or gone.done():
                     break
-                if line.sent != sent:
-                    silent_s = 0.0
-                elif line.blocked:
-                    silent_s += self._pulse_s
-                else:
-                    await asyncio.wait_for(line.write(COMMENT), STALL_S)
-        except asyncio.TimeoutError:
-            log.info("a client took nothing for %.0f s: its stream was closed", STALL_S)
+                if line.sent == sent and not line.blocked:
+                    await line.write(COMMENT)
         finally:
             await _end(pump, gone)
         if line.failure is not None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_NAME_LENGTH = 512
+MAX_TOKENS = 2**31 - 1  # llama.cpp counts them in 32 bits
 
 
 class Record(BaseModel):
@@ -255,7 +256,7 @@ class LoadRequest(Ask):
     """Load `model` and wait until it is ready; `n_ctx` tokens per slot at least (None: the catalogue's)."""
 
     model: str = Field(min_length=1, max_length=MAX_NAME_LENGTH)
-    n_ctx: int | None = Field(default=None, ge=1)
+    n_ctx: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
 
 
 class UnloadRequest(Ask):

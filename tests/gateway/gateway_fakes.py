@@ -7,6 +7,7 @@ instead of sleeping. `Gate` in a script holds an answer back until the test open
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 import threading
 from collections import deque
@@ -51,6 +52,12 @@ def posted(message: T) -> T:
     """`message` as it looks on the other side of a process border."""
     copy: T = pickle.loads(pickle.dumps(message))
     return copy
+
+
+def content(request: GenerateRequest | EmbedRequest) -> dict[str, Any]:
+    """What a request's content says."""
+    said: dict[str, Any] = json.loads(request.content)
+    return said
 
 
 class Gate:
@@ -160,7 +167,8 @@ class FakeBackend:
             if isinstance(step, EmbedResult):
                 return posted(step)
             await self._step(step)
-        return posted(EmbedResult(tuple((0.6, -0.8) for _ in request.inputs), 5 * len(request.inputs)))
+        inputs = content(request)["inputs"]
+        return posted(EmbedResult(tuple((0.6, -0.8) for _ in inputs), 5 * len(inputs)))
 
     async def status(self) -> Status:
         self._fail()

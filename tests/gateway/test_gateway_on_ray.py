@@ -14,14 +14,14 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from gateway_fakes import MODEL, web  # noqa: E402
+from gateway_fakes import MODEL, content, web  # noqa: E402
 
 from actors.gateway.actor import GatewayActor, GatewaySettings  # noqa: E402
 from actors.gateway.backend import AcquireRequest, Lease  # noqa: E402
 from actors.gateway.ray_backend import RayBackend  # noqa: E402
 from actors.gateway.server import listen  # noqa: E402
 from actors.gateway.wire import Health, Notice  # noqa: E402
-from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest  # noqa: E402
+from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest, content_of  # noqa: E402
 from arriero import Client  # noqa: E402
 from scheduler.errors import EngineFailed, InvariantBroken, Rejected, Unavailable, UnknownModel  # noqa: E402
 from scheduler.units import LeaseId, ReplicaId, RequestId  # noqa: E402
@@ -109,7 +109,7 @@ class ScriptedRunner:
     @ray.method(concurrency_group="gen", num_returns="streaming")
     def generate(self, request: GenerateRequest) -> Iterator[Any]:
         try:
-            for word in str(request.prompt).split():
+            for word in content(request)["prompt"].split():
                 if word == "die":
                     os._exit(1)
                 elif word == "refuse":
@@ -127,9 +127,10 @@ class ScriptedRunner:
 
     @ray.method(concurrency_group="gen")
     def embed(self, request: EmbedRequest) -> Any:
-        if "refuse" in request.inputs:
+        inputs = content(request)["inputs"]
+        if "refuse" in inputs:
             return Rejected("this model has no embeddings")
-        return EmbedResult(tuple((1.0,) for _ in request.inputs), 3)
+        return EmbedResult(tuple((1.0,) for _ in inputs), 3)
 
     @ray.method(concurrency_group="ctl")
     def cancel(self, request_id: str) -> None:
@@ -281,7 +282,7 @@ def test_unsafe_and_impossible_addresses_fail_at_creation(here: Service) -> None
 def test_a_runner_that_is_not_there(here: Service) -> None:
     async def ask() -> None:
         lease = Lease(LeaseId("l"), ReplicaId("nobody"), "runner-nobody", MODEL, 60.0, 4096)
-        async for _ in here.backend.generate(lease, GenerateRequest("q", prompt="x")):
+        async for _ in here.backend.generate(lease, GenerateRequest("q", content_of(prompt="x"))):
             pass
 
     with pytest.raises(EngineFailed, match="replica nobody of tiny is gone"):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncGenerator, Iterator
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from gateway_fakes import ANSWER, MODEL, FakeBackend, Gate, serve, web
 
-from actors.gateway import stream
+from actors.gateway import limits
 from actors.gateway.backend import AcquireRequest
 from actors.gateway.relay import REPLAYS, Relay
-from actors.gateway.stream import COMMENT, EventStream
-from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
+from actors.gateway.stream import COMMENT
+from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest, content_of
 from scheduler.errors import ArrieroError, EngineFailed, Impossible, Rejected
 from scheduler.units import RequestId
 
@@ -178,27 +179,24 @@ def test_an_unforeseen_failure_in_mid_stream_is_told(
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_a_client_that_stops_reading_loses_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "STALL_S", 0.05)
-    closed = False
+def test_a_client_that_stops_reading_loses_its_slot(
+    url: str, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "STALL_S", 0.05)
+    backend.answers.append([*[Chunk("x" * 2**16)] * 400, Gate()])  # 26 MB: more than sockets hold
+    with ask_and_keep(url, "chat/completions", {**CHAT, "stream": True}):
+        assert backend.wait_for("interrupted") == [("l1",)]
 
-    async def events() -> AsyncGenerator[bytes, None]:
-        nonlocal closed
-        try:
-            while True:
-                yield b"data: more\n\n"
-        finally:
-            closed = True
 
-    async def stuck(message: Any) -> None:
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
-
-    async def silent() -> Any:
-        await asyncio.Event().wait()
-
-    asyncio.run(EventStream(events(), pulse_s=0.01)({"type": "http"}, silent, stuck))
-    assert closed
+def test_a_client_that_reads_slowly_gets_all(url: str, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "STALL_S", 0.3)
+    backend.answers.append([*[Chunk("x" * 2**16)] * 200, *ANSWER])
+    received = bytearray()
+    with ask_and_keep(url, "chat/completions", {**CHAT, "stream": True}) as connection:
+        while b"[DONE]" not in received[-100:]:
+            received += connection.recv(2**18)
+            time.sleep(0.005)
+    assert received.count(b"x" * 2**16) == 200
 
 
 # --- the relay by itself ---
@@ -217,7 +215,7 @@ def test_leases_are_renewed_while_they_are_used() -> None:
 
     async def scenario() -> None:
         relay = Relay(backend)
-        async for _ in relay.generate(need(), GenerateRequest("q1", prompt="x")):
+        async for _ in relay.generate(need(), GenerateRequest("q1", content_of(prompt="x"))):
             pass
         relay.close()
 
@@ -242,8 +240,10 @@ def test_a_scheduler_that_is_away_does_not_spoil_the_answer() -> None:
 
     async def scenario() -> str:
         relay = Relay(backend)
-        text = "".join([chunk.text async for chunk in relay.generate(need(), GenerateRequest("q1", prompt="x"))])
-        await relay.embed(need(), EmbedRequest("q1", ("x",)))
+        text = "".join(
+            [chunk.text async for chunk in relay.generate(need(), GenerateRequest("q1", content_of(prompt="x")))]
+        )
+        await relay.embed(need(), EmbedRequest("q1", content_of(inputs=["x"])))
         relay.close()
         return text
 

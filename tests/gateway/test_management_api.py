@@ -109,7 +109,8 @@ def test_wrong_requests(url: str, method: str, path: str, body: object, status: 
     [
         ("{not json", "application/json", "JSON"),
         ('{"model": "tiny"}', "text/plain", "Content-Type: application/json"),
-        ("[" * 100_000, "application/json", "body"),
+        ("[" * 10_000, "application/json", "200 levels"),
+        ("[1]", "application/json", "JSON object"),
     ],
 )
 def test_a_body_that_is_not_json(url: str, content: str, content_type: str, says: str) -> None:

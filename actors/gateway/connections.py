@@ -1,0 +1,137 @@
+"""uvicorn's connection with limits on what it may cost: their number, the time that a request takes to arrive, the
+time that a client may take nothing, and what is read at once.
+
+What is wrong with a connection is answered in the shape of all errors, where an answer can still be given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any, Literal
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from actors.gateway import limits
+from actors.gateway.errors import BodyTooSlow, TooMuchHeld, error_headers, error_json
+from scheduler.errors import ArrieroError, Rejected
+
+Phase = Literal["idle", "head", "body", "answer"]
+
+READ_BYTES = 8192
+"""Read at once. A body in chunks of one byte costs h11 10 µs a chunk: 15 ms for so much, half a second for the 256 KiB
+that asyncio would read."""
+
+
+class Connection(H11Protocol):
+    """`open_by_address` counts the connections of all addresses, for all connections of a server."""
+
+    def __init__(self, *arguments: Any, open_by_address: Counter[str], **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._open_by_address = open_by_address
+        self._address = ""
+        self._refusal: ArrieroError | None = None
+        self._phase: Phase = "idle"
+        self._arrival: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
+        self._stuck_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # of asyncio's selector loop
+        super().connection_made(transport)
+        self._address = self.client[0] if self.client else ""
+        self._open_by_address[self._address] += 1
+        self._refusal = self._one_too_many()
+        self._enter("idle")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._open_by_address[self._address] -= 1
+        if not self._open_by_address[self._address]:
+            del self._open_by_address[self._address]
+        for timer in (self._arrival, self._stall):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:  # not before it asks: an answer to nothing would be lost
+            self._refuse(self._refusal)
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        self._follow("head")
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn calls it for what is no HTTP."""
+        self._refuse(Rejected(f"{msg.rstrip('.')}: no HTTP/1.1, or headers of more than {limits.MAX_HEAD_BYTES} bytes"))
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._follow("idle")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck_bytes = self.transport.get_write_buffer_size()
+        self._stall = self.loop.call_later(limits.STALL_S, self._look_at_stall)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall is not None:
+            self._stall.cancel()
+
+    def _one_too_many(self) -> TooMuchHeld | None:
+        most = limits.connection_limit()
+        if len(self.connections) > most:
+            return TooMuchHeld(f"{most} connections are open, the most that there may be", retry_after_s=limits.RETRY_S)
+        most = limits.MAX_CONNECTIONS_PER_ADDRESS
+        if self._open_by_address[self._address] > most:
+            return TooMuchHeld(
+                f"{most} connections of {self._address} are open, the most of one address", retry_after_s=limits.RETRY_S
+            )
+        return None
+
+    def _follow(self, between: Phase) -> None:
+        """Enter the phase that h11 is in; `between`: the one without a request."""
+        state = self.conn.their_state
+        self._enter(between if state is h11.IDLE else "body" if state is h11.SEND_BODY else "answer")
+
+    def _enter(self, phase: Phase) -> None:
+        """`phase` has a time limit from its beginning on."""
+        if phase == self._phase and self._arrival is not None:
+            return
+        self._phase = phase
+        if self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
+        if phase != "answer":
+            seconds = {"idle": limits.KEEP_ALIVE_S, "head": limits.HEAD_S, "body": limits.BODY_S}[phase]
+            self._arrival = self.loop.call_later(seconds, self._too_late)
+
+    def _too_late(self) -> None:
+        if self._phase == "idle":
+            self.transport.abort() if self.transport.get_write_buffer_size() else self.transport.close()
+        else:
+            what, seconds = ("headers", limits.HEAD_S) if self._phase == "head" else ("body", limits.BODY_S)
+            self._refuse(BodyTooSlow(f"the {what} of the request did not arrive within {seconds:.0f} s"))
+
+    def _refuse(self, error: ArrieroError) -> None:
+        """Answer with `error` unless an answer has begun, and close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            headers = {**error_headers(error), "Content-Type": "application/json", "Connection": "close"}
+            response = h11.Response(status_code=error.http_status, headers=list(headers.items()))
+            for event in (response, h11.Data(data=error_json(error)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.transport.close()
+
+    def _look_at_stall(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left >= self._stuck_bytes:
+            self.transport.abort()
+        else:
+            self._stuck_bytes = left
+            self._stall = self.loop.call_later(limits.STALL_S, self._look_at_stall)

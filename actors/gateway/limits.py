@@ -1,0 +1,95 @@
+"""All limits on what clients may send and hold, in one place. docs/http_api.md tells them to people."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from actors.gateway.errors import BodyTooLarge, TooMuchHeld
+from scheduler.units import KIB, MIB, format_bytes
+
+MAX_BODY_BYTES = 32 * MIB
+MAX_ORDER_BYTES = 64 * KIB  # of /api/v1: a name and a number
+
+INLINE_BYTES = 64 * KIB
+"""Bodies up to this size are read on the event loop. The worst of them (16,000 lists of one token) took 45 ms on a busy
+two-core machine; a chat takes 1 ms. Larger ones go to a process of their own, which costs 1 ms more."""
+
+PARSE_S = 5.0
+"""How long a large body may be read. 32 MiB took 0.3 s as text, 2.5 s as token ids."""
+
+PARSE_DATA_BYTES = 512 * MIB
+"""Memory of the process that reads large bodies. 32 MiB need 310 MiB as text, 340 MiB as token ids."""
+
+MAX_HELD_BYTES = 256 * MIB
+"""Of all large requests together, from their first byte until they are answered. Waiting requests are held, too: this
+is room for 500 prompts of 128,000 tokens."""
+
+MAX_HEAD_BYTES = 64 * KIB  # request line and headers
+HEAD_S = 20.0  # from a connection's (or a request's) first moment to the end of its headers
+BODY_S = 60.0  # from there to the end of the body: 32 MiB at 4.5 Mbit/s
+STALL_S = 60.0
+"""A client that takes nothing for so long holds a slot that others wait for: it counts as gone."""
+
+KEEP_ALIVE_S = 75  # longer than clients keep idle connections pooled, so that they never reuse one being closed
+
+MAX_CONNECTIONS = 4096
+MAX_CONNECTIONS_PER_ADDRESS = 2048
+"""A web interface or a reverse proxy opens one connection per user who waits, all from one address; so does loopback.
+Half of all is far above that, and leaves the other half for others."""
+
+RETRY_S = 5.0  # what is held or open was seen to become less within seconds
+
+
+def connection_limit() -> int:
+    """`MAX_CONNECTIONS`, or what the process's open files allow: a quarter of them is left for everything else."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, soft * 3 // 4)
+
+
+class Held:
+    """Counts the bytes of large requests that the gateway holds."""
+
+    def __init__(self, limit_bytes: int = MAX_HELD_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+
+    @contextmanager
+    def request(self, max_body_bytes: int) -> Iterator[HeldBody]:
+        """The share of one request, until it is answered."""
+        body = HeldBody(self, max_body_bytes)
+        try:
+            yield body
+        finally:
+            self.held_bytes -= body.counted_bytes
+
+
+class HeldBody:
+    """The share of one request in `Held`. The first `INLINE_BYTES` are not counted: small requests always get in, and
+    the number of connections bounds them."""
+
+    def __init__(self, held: Held, max_body_bytes: int) -> None:
+        self._held = held
+        self._max_body_bytes = max_body_bytes
+        self._seen_bytes = 0
+        self.counted_bytes = 0
+
+    def add(self, n_bytes: int) -> None:
+        """Count `n_bytes` more. Raises BodyTooLarge, or TooMuchHeld."""
+        self._seen_bytes += n_bytes
+        if self._seen_bytes > self._max_body_bytes:
+            raise too_large(self._max_body_bytes)
+        more = max(0, self._seen_bytes - INLINE_BYTES) - self.counted_bytes
+        if self._held.held_bytes + more > self._held.limit_bytes:
+            raise TooMuchHeld(
+                f"the gateway holds {format_bytes(self._held.held_bytes)} of large requests that wait or run; "
+                f"{format_bytes(self._held.limit_bytes)} are the most: ask again later",
+                retry_after_s=RETRY_S,
+            )
+        self.counted_bytes += more
+        self._held.held_bytes += more
+
+
+def too_large(limit_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the request body is larger than {format_bytes(limit_bytes)}, the most that is taken here")

@@ -1,0 +1,59 @@
+"""Reads the bodies of requests: short ones at once, long ones in a process of their own."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+
+from actors.gateway.bodies import checked
+from actors.gateway.limits import INLINE_BYTES
+from actors.gateway.openai_requests import Ask, Form, read_ask
+from actors.gateway.parsers import Parsers
+from actors.gateway.security import key_of
+from actors.gateway.stream import ClientGone, while_connected
+from scheduler.errors import Rejected
+
+Order = TypeVar("Order", bound=BaseModel)
+
+
+class Reader:
+    """Belongs to one event loop; `close()` ends its processes."""
+
+    def __init__(self) -> None:
+        self._parsers = Parsers()
+
+    async def ask(self, request: Request, form: Form, request_id: str) -> Ask:
+        """What `request` asks for. Raises Rejected, or ClientGone."""
+        body = await _body_of(request)
+        if len(body) <= INLINE_BYTES:
+            return read_ask(form, body, request_id, key_of(request))
+        return await while_connected(request, self._parsers.read_ask(form, body, request_id, key_of(request)))
+
+    async def order(self, request: Request, kind: type[Order]) -> Order:
+        """The order that `request` gives: these are short (`MAX_ORDER_BYTES`). Raises Rejected, or ClientGone."""
+        return checked(kind, await _body_of(request))
+
+    def close(self) -> None:
+        self._parsers.close()
+
+
+async def _body_of(request: Request) -> bytes | bytearray:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not (
+        media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
+    ):
+        raise Rejected("the body must be JSON, with the header Content-Type: application/json")
+    body: bytes | bytearray = b""
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        piece: bytes = message.get("body", b"")
+        if not message.get("more_body", False) and not body:
+            return piece  # most are one piece
+        body = bytearray(body) if isinstance(body, bytes) else body
+        body += piece
+        if not message.get("more_body", False):
+            return body
