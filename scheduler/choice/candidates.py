@@ -12,11 +12,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from scheduler.choice.need import Need
 from scheduler.choice.room import Room
+from scheduler.choice.splits import Sums, shares, split
 from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement
@@ -87,7 +90,7 @@ class Candidate:
         """Whether it fits `room` somehow, the best way or not."""
         if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
             most = self.need.n_layers - 1
-            if replace(self, n_cpu_moe=most, least_bytes=self.need.least_bytes(most)).solve(room) is not None:
+            if self._spilling(most, self.need).solve(room) is not None:
                 return True  # without looking for the best way
         return self.solve(room) is not None
 
@@ -131,35 +134,38 @@ class Candidate:
                 break
         return None, slack
 
-    def _spread(self, room: Room) -> Placement | None:
-        """All layers over all devices: from shares proportional to free memory, move layers off the fullest device
-        until every share fits."""
+    def _spread(self, room: Room, besides: Sequence[int] = (), *, apart: int | None = None) -> Placement | None:
+        """All layers over all devices. `besides`: what each device is taken to need besides weights and cache, until a
+        split was tried that did not fit and tells. `apart`: a device that has layers with and without experts needs
+        more; so the share that ends nearest to where experts begin (0), or second nearest (1), is to end there."""
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
-        n_layers = self.need.n_layers
-        if sum(free) < self.least_bytes or min(free) <= 0 or n_layers < len(free):
+        if sum(free) < self.least_bytes or min(free) <= 0:
             return None
-        counts = self._shares_of_layers(free)
-        layer_bytes = self._layer_bytes()
+        sums = [self.need.layer_sums(device.kind, self.n_cpu_moe) for device in self.devices]
+        besides = besides or [0] * len(free)
         seen: set[tuple[int, ...]] = set()
-        while tuple(counts) not in seen:
-            seen.add(tuple(counts))
+        while True:
+            rooms = [there - other for there, other in zip(free, besides, strict=True)]
+            wanted = self._wanted(free, rooms, sums)
+            if apart is not None:
+                nearest = sorted(range(len(wanted)), key=lambda i: abs(wanted[i] - self.n_cpu_moe))
+                for i in nearest[apart : apart + 1]:
+                    wanted[i] = self.n_cpu_moe
+            counts = split(sums, rooms, wanted)
+            if counts is None or counts in seen:
+                return None
+            seen.add(counts)
             placement, slack = self._fitting(self.devices, counts, free)
             if placement:
                 return placement
-            fullest, emptiest = slack.index(min(slack)), slack.index(max(slack))
-            moved = min(max(1, min(-slack[fullest], slack[emptiest]) // layer_bytes), counts[fullest] - 1)
-            if slack[emptiest] <= 0 or moved < 1:
-                return None
-            counts[fullest] -= moved
-            counts[emptiest] += moved
-        return None
+            held = shares(sums, counts)
+            besides = [there - left - share for there, left, share in zip(free, slack, held, strict=True)]
 
     def _most_experts(self, room: Room) -> Placement | None:
         """The experts of as few layers as possible in host RAM."""
 
         def without(n_cpu_moe: int) -> Placement | None:
-            least = self.need.least_bytes(n_cpu_moe)
-            return replace(self, n_cpu_moe=n_cpu_moe, least_bytes=least)._spread(room)
+            return self._spilling(n_cpu_moe, self.need)._spread(room)
 
         most = self.need.n_layers - 1
         best = without(most)
@@ -170,21 +176,38 @@ class Candidate:
             middle = (few + many) // 2
             found = without(middle)
             few, many, best = (few, middle, found) if found else (middle, many, best)
+        return self._less_spilled(best, room, self.need)
+
+    def _less_spilled(self, best: Placement, room: Room, need: Need) -> Placement:
+        """With the experts of fewer layers in host RAM, while there is room: layers are split anew each time. Devices
+        should need as much besides as they did; if that is too much, layers with and without experts are kept apart."""
+        while (n_cpu_moe := best.layout.n_cpu_moe - 1) > 0:
+            sums = [need.layer_sums(device.kind, n_cpu_moe + 1) for device in self.devices]
+            besides = [taken - share for taken, share in zip(best.device_bytes, shares(sums, best.layers), strict=True)]
+            tries = ((besides, None), *((best.overhead_bytes, nth) for nth in range(min(2, len(self.devices) - 1))))
+            found = (self._spilling(n_cpu_moe, need)._spread(room, least, apart=apart) for least, apart in tries)
+            more = next((placement for placement in found if placement and fits(placement, room)), None)
+            if more is None:
+                return best
+            best = more
         return best
 
-    def _shares_of_layers(self, free: Sequence[int]) -> list[int]:
-        """Layers per device to begin with: as many as will fit where they are read fastest, at least one everywhere;
-        in proportion to the free memory where all are equally fast."""
-        rates = {device.rates.bytes_per_s for device in self.devices}
-        if len(rates) == 1:
-            return _proportional(free, self.need.n_layers)
-        left = self.need.n_layers - len(free)
-        counts = [1] * len(free)
+    def _spilling(self, n_cpu_moe: int, need: Need) -> Candidate:
+        """With the experts of so many layers in host RAM."""
+        return replace(self, need=need, n_cpu_moe=n_cpu_moe, least_bytes=need.least_bytes(n_cpu_moe))
+
+    def _wanted(self, free: Sequence[int], rooms: Sequence[int], sums: Sequence[Sums]) -> list[int]:
+        """Layers after which the shares of the devices should end, but for the last: as many layers as will fit where
+        they are read fastest; in proportion to the free memory where all are equally fast."""
+        if len({device.rates.bytes_per_s for device in self.devices}) == 1:
+            if self.need.n_layers < len(free):
+                return []
+            return list(accumulate(_proportional(free, self.need.n_layers)))[:-1]
+        left, taken = self.least_bytes, [0] * len(free)
         for i in self._fastest_first(free):
-            more = min(left, max(0, (free[i] - self._overhead_bytes(i)) // self._layer_bytes() - 1))
-            counts[i], left = counts[i] + more, left - more
-        counts[self._fastest_first(free)[0]] += left  # more than fits: what is too much moves on from there
-        return counts
+            taken[i] = max(0, min(left, rooms[i], free[i] - self._overhead_bytes(i)))
+            left -= taken[i]
+        return [bisect_right(of, end) - 1 for of, end in zip(sums, accumulate(taken[:-1]), strict=False)]
 
     def _most_layers(self, room: Room) -> Placement | None:
         """As many layers on devices as fit, the fastest device first; fewer would only need more host RAM.
@@ -211,24 +234,12 @@ class Candidate:
 
     def grown(self, placement: Placement, room: Room) -> Placement:
         """A partial offload, with the layers (or their experts) more that the drawn graph leaves room for."""
+        need = replace(self.need, draws=True)
         if self.tier == EXPERTS_IN_RAM:
-            return self._with_more_experts(placement, room)
+            return self._less_spilled(placement, room, need)
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
-        more = replace(self, need=replace(self.need, draws=True))._filled_up(placement, free)
+        more = replace(self, need=need)._filled_up(placement, free)
         return more if fits(more, room) else placement
-
-    def _with_more_experts(self, best: Placement, room: Room) -> Placement:
-        while best.layout.n_cpu_moe > 1:
-            layout = replace(best.layout, n_cpu_moe=best.layout.n_cpu_moe - 1)
-            cost = self.need.bounded_footprint(layout)
-            needs = [share.weights_bytes + share.kv_bytes for share in cost.devices]  # nothing is drawn in vain
-            if any(need > room.devices.get(d, 0) for d, need in zip(best.device_ids, needs, strict=True)):
-                return best
-            more = self.need.placement(self.tier, self.node, self.devices, layout)
-            if not fits(more, room):
-                return best
-            best = more
-        return best
 
     def _filled_up(self, best: Placement, free: Sequence[int]) -> Placement:
         """Layers are added one by one, each to the roomiest device."""

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, TypeVar
 
+from scheduler.choice.splits import Sums
 from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement
 from scheduler.config import Reserves
-from scheduler.costs.footprint import bounded_footprint, computes_exactly, filled_footprint, grows
+from scheduler.costs.footprint import bounded_footprint, computes_exactly, filled_footprint, grows, layer_bytes
 from scheduler.costs.host import host_memory
 from scheduler.costs.measurements import Measurements
-from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
+from scheduler.costs.params import ContextParams, DeviceKind, Footprint, Layout
 from scheduler.costs.shape import ModelShape
 from scheduler.units import DeviceId
 
@@ -102,9 +104,14 @@ class Need:
     def least_bytes(self, n_cpu_moe: int = 0) -> int:
         """What all layers take on devices at the very least, however they are spread, but for the experts of the first
         `n_cpu_moe`: no use in trying with less."""
-        whole = Layout((DeviceSpec("d0", "rpc"),), self.n_layers, (float(self.n_layers),), n_cpu_moe=n_cpu_moe)
-        share = self.bounded_footprint(whole).devices[0]
-        return share.weights_bytes + share.kv_bytes
+        return self.layer_sums("rpc", n_cpu_moe)[-1]
+
+    def layer_sums(self, kind: DeviceKind, n_cpu_moe: int = 0) -> Sums:
+        """Bytes of weights and cache on such a device, with the experts of the first `n_cpu_moe` layers in host RAM."""
+        key = "layers", kind, n_cpu_moe
+        return self._once(
+            key, lambda: tuple(accumulate(layer_bytes(self.shape, self.context, kind, n_cpu_moe), initial=0))
+        )
 
     def footprint(self, layout: Layout, build: str) -> Footprint:
         """On a machine with this build of llama-cpp-python."""

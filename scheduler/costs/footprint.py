@@ -19,10 +19,10 @@ from scheduler.costs.graph.buffers import exact_compute, has_template
 from scheduler.costs.graph.model import filled_graph_model
 from scheduler.costs.graph.nodes import Undrawable
 from scheduler.costs.graph.templates import GROWING, are_checked
-from scheduler.costs.params import ContextParams, DeviceBytes, Footprint, HostBytes, Layout
+from scheduler.costs.params import ContextParams, DeviceBytes, DeviceKind, DeviceSpec, Footprint, HostBytes, Layout
 from scheduler.costs.predictor import Predictor
 from scheduler.costs.shape import ModelShape
-from scheduler.costs.weights import assign_layers, place_weights
+from scheduler.costs.weights import Padded, assign_layers, place_weights
 from scheduler.errors import Rejected
 
 
@@ -100,6 +100,19 @@ def bounded_footprint(shape: ModelShape, layout: Layout, context: ContextParams)
     drawn."""
     places = assign_layers(layout, shape.n_layer_all)
     return _footprint(shape, layout, places, context, _bounded_compute(shape, layout, places, context))
+
+
+def layer_bytes(shape: ModelShape, context: ContextParams, kind: DeviceKind, n_cpu_moe: int) -> tuple[int, ...]:
+    """Weights and cache of each layer on such a device, and last the output's, with the experts of the first
+    `n_cpu_moe` layers in host RAM; without what a device has once, however many layers it holds (RoPE factors).
+
+    Raises Rejected as `footprint`.
+    """
+    places = range(shape.n_layer_all + 1)
+    layout = Layout((DeviceSpec("", kind),) * len(places), n_cpu_moe=n_cpu_moe)
+    weights, _ = place_weights(replace(shape.weights, rope=Padded()), layout, places)
+    cache, _ = place_cache(shape.arch, layout, places, context)
+    return tuple(map(sum, zip(weights, cache, strict=True)))
 
 
 def _drawn_compute(
