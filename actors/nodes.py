@@ -2,7 +2,8 @@
 
 Asks Ray once a second which nodes are alive and which actors have their names. A node that joins gets its actors at
 once, one that leaves is reported, an actor that has ended for good is started again. A node whose actors cannot be
-started is tried again and again, and no other node waits for it.
+started is tried again and again, and no other node waits for it. A node's actor watches the other processes there; it
+is watched from here itself: one that neither reports nor answers is ended, and Ray starts it again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ LOOK_EVERY_S = 1.0
 TRY_AGAIN_S = 3.0
 CLAIM_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 5.0  # to a question that takes a node's actor a millisecond
+RESTART_S = 20.0  # what ending a stopped process (5 s) and starting it anew take on a busy machine
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,8 @@ class Joined:
 class NodeWatch:
     """Belongs to the scheduler actor's event loop; `scheduler` is the handle that the actors report to.
 
-    Calls `joined` and `left` as nodes come and go, and `failed` with what keeps a node from joining.
+    Calls `joined` and `left` as nodes come and go, and `failed` with what keeps a node from joining; `silent` names the
+    nodes that do not report.
     """
 
     def __init__(
@@ -65,14 +69,16 @@ class NodeWatch:
         joined: Callable[[Joined], None],
         left: Callable[[NodeId], None],
         failed: Callable[[NodeId, str], None],
+        silent: Callable[[], Iterable[NodeId]],
     ) -> None:
         self._scheduler = scheduler
         self._settings = settings
         self._gpu_claim = gpu_claim
         self._namespace = namespace
-        self._on_joined, self._on_left, self._on_failed = joined, left, failed
+        self._on_joined, self._on_left, self._on_failed, self._silent = joined, left, failed, silent
         self._joined: dict[NodeId, Joined] = {}
         self._joining: dict[NodeId, asyncio.Task[None]] = {}
+        self._waking: dict[NodeId, asyncio.Task[None]] = {}
 
     async def first_look(self, timeout_s: float) -> None:
         """Returns when every node that is alive now has joined, after `timeout_s` seconds at the latest."""
@@ -100,6 +106,21 @@ class NodeWatch:
             if joined is None or joined.names - present:
                 labels = nodes[node_id].get("Labels") or {}
                 self._joining[node_id] = asyncio.ensure_future(self._join(node_id, labels))
+        for node_id in set(self._silent()) & set(self._joined) - set(self._joining) - set(self._waking):
+            self._waking[node_id] = asyncio.ensure_future(self._wake(node_id))
+
+    async def _wake(self, node_id: NodeId) -> None:
+        """Have a node's actor report again; end the process of one that does not answer."""
+        actor = self._joined[node_id].node
+        try:
+            await asyncio.wait_for(actor.sample_now.remote(), ANSWER_TIMEOUT_S)
+        except (RayError, asyncio.TimeoutError) as error:
+            log.error("the actor of node %s does not answer and is ended: %s", node_id, brief(error))
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(actor, no_restart=False)
+            await asyncio.sleep(RESTART_S)
+        finally:
+            del self._waking[node_id]
 
     async def _join(self, node_id: NodeId, labels: Mapping[str, str]) -> None:
         try:

@@ -151,6 +151,7 @@ class SchedulerActor:
             joined=self._node_joined,
             left=self._node_left,
             failed=self._node_failed,
+            silent=self._core.inventory.silent_nodes,
         )
         await nodes.first_look(FIRST_LOOK_S)
         self._answers.settled.set()

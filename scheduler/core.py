@@ -148,11 +148,15 @@ class SchedulerCore:
         self._out.announce("node_joined", f"{facts.hostname} joined: {gpus}; {ram} RAM, {facts.physical_cores} cores")
 
     def _node_sampled(self, event: ev.NodeSampled) -> None:
-        node = self.inventory.sample_node(event.reading)
+        node_id = event.reading.node_id
+        before = self.inventory.nodes.get(node_id)
+        was_silent = before is not None and before.silent
+        node = self.inventory.sample_node(event.reading, self._now)
         if node is None:
             return
-        node_id = node.facts.node_id
         self.rooms.attribute_host(node, self._now)
+        if was_silent:
+            self._dispatch.look_again()
         changes = self.models.update(node_id, event.reading.files)
         for path in changes.unread:
             self._out.post(cmd.ReadShape(node_id, path))
@@ -370,7 +374,12 @@ class SchedulerCore:
     # ------------------------------------------------------------------ time
 
     def _tick(self) -> None:
-        for device in self.inventory.age(self._now):
+        nodes, devices = self.inventory.age(self._now)
+        for node in nodes:
+            self._dispatch.look_again()
+            self.rooms.changed(node.facts.node_id)
+            self._out.announce("node_silent", f"{node.facts.hostname} gets nothing new: {node.trouble}")
+        for device in devices:
             self._dispatch.look_again()
             self.rooms.changed(device.facts.node_id)
             label = self.inventory.label(device.facts.device_id)

@@ -40,7 +40,7 @@ REPORT_S = 1.0
 SEARCH_S = 10.0
 READ_AHEAD_BYTES = 8 * MIB
 _FIRST_SEARCH_S = 5.0
-_RUNNER_TITLE = "ray::RunnerActor"
+_RUNNER_TITLE = processes.ray_title("RunnerActor")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ threads has given its memory back already and counts as gone. Linux only (`/proc
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import time
@@ -102,8 +103,14 @@ def wait_gone(processes: Iterable[tuple[int, float]], timeout_s: float) -> tuple
     return tuple(left.values())
 
 
+def ray_title(actor: str) -> str:
+    """The regular expression for Ray's title of a process of that actor class: with its name while it starts."""
+    return rf"ray::([\w-]+:)?{actor}\b"
+
+
 def kill_process(pid: int, started: float, *, titled: str) -> bool:
-    """SIGKILL `pid` if it is that process, belongs to this user and a word of its command line begins with `titled`.
+    """SIGKILL `pid` if it is that process, belongs to this user and a word of its command line begins with `titled`, a
+    regular expression.
 
     Returns whether the signal was sent; a process that is gone or somebody else's is left alone.
     """
@@ -116,7 +123,7 @@ def kill_process(pid: int, started: float, *, titled: str) -> bool:
         if not process_alive(pid, started) or process.stat().st_uid != os.geteuid():
             return False
         words = (process / "cmdline").read_bytes().split(b"\0")
-        if not any(word.startswith(titled.encode()) for word in words):
+        if not any(re.match(titled.encode(), word) for word in words):
             return False
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     except (FileNotFoundError, ProcessLookupError):

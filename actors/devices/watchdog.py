@@ -14,13 +14,14 @@ Cost: some 40 microseconds for each process and look.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from actors.devices.byte_count import Holder
-from actors.devices.processes import Look, kill_process, look_at, started_at_s
+from actors.devices.processes import Look, kill_process, look_at, ray_title, started_at_s
 from actors.devices.pulse import Promise, promises
 from actors.devices.virtual import DEVICE_PROCESS
 
@@ -80,13 +81,13 @@ class Watchdog:
             overdue = 0.0 < promise.due_at < now and now >= self._judges_from_s
             if why := self._judge(identity, promise.what, overdue, before):
                 reason = f"it {_STOOD_STILL}" if why == "stopped" else _overdue(promise)
-                self._end(identity, f"ray::{promise.title}", reason)
+                self._end(identity, promise.title, ray_title(promise.title), reason)
         for holder in self._device_processes():
             identity = holder.pid, holder.started_at_s
             if self._judge(identity, "", False, before):
                 runner = holder.owner_pid, started_at_s(holder.owner_pid) or 0.0
                 self._remember(runner, f"its device process {_STOOD_STILL}")
-                self._end(identity, DEVICE_PROCESS, f"it {_STOOD_STILL}")
+                self._end(identity, DEVICE_PROCESS, re.escape(DEVICE_PROCESS), f"it {_STOOD_STILL}")
 
     def _judge(
         self, identity: _Identity, what: str, overdue: bool, seen: Mapping[tuple[_Identity, str], _Suspicion]
@@ -103,10 +104,10 @@ class Watchdog:
         self._suspicions[identity, what] = _Suspicion(why, looks, look.major_faults)
         return ""
 
-    def _end(self, identity: _Identity, titled: str, reason: str) -> None:
+    def _end(self, identity: _Identity, what: str, titled: str, reason: str) -> None:
         self._remember(identity, reason)  # first: whoever sees it end asks why
         ended = self._kill(*identity, titled=titled)
-        log.error("%s, process %s, %s: %s", titled, identity[0], "was ended" if ended else "is not ours to end", reason)
+        log.error("%s, process %s, %s: %s", what, identity[0], "was ended" if ended else "is not ours to end", reason)
 
     def _remember(self, identity: _Identity, reason: str) -> None:
         self._reasons[identity] = reason

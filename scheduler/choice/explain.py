@@ -45,6 +45,11 @@ def explain_candidate(
     node = candidate.node
     plain = candidate.minimum()
     residents = list(replicas)
+    where = "+".join(facts.label for facts in candidate.devices) or "host RAM"
+    if len(inventory.nodes) > 1:
+        where += f" on {node.facts.hostname}"
+    if node.trouble:
+        return Rejection(candidate.tier, where, f"{node.facts.hostname} cannot be used: {node.trouble}")
     parts: list[str] = []
     for facts, need in zip(candidate.devices, plain.device_bytes, strict=True):
         device = node.devices[facts.device_id]
@@ -70,9 +75,6 @@ def explain_candidate(
     if now.active < 1:
         parts.append("the limit on active models is reached")
     parts += _too_slow(plain, candidate.need.wishes.min_tokens_per_s, tokens_per_s)
-    where = "+".join(facts.label for facts in candidate.devices) or "host RAM"
-    if len(inventory.nodes) > 1:
-        where += f" on {node.facts.hostname}"
     return Rejection(candidate.tier, where, "; ".join(parts) or "fits too, but less well")
 
 

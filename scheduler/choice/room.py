@@ -112,6 +112,8 @@ class Rooms:
     def view(self, node_id: NodeId) -> View:
         """The room when all stopping replicas are gone."""
         room = self._room(node_id, ("held", "promised"), STAYING)
+        if self._inventory.nodes[node_id].silent:
+            return View(room, {})  # to evict somebody there would make no room
         staying = (r for r in self._replicas.on_node(node_id) if r.state in STAYING)
         return View(room, {replica.replica_id: self._freed(replica, node_id, room) for replica in staying})
 
@@ -140,6 +142,8 @@ class Rooms:
     def _room(self, node_id: NodeId, entries: Sequence[EntryState], states: Sequence[ReplicaState]) -> Room:
         """What bookings in `entries` and replicas in `states` leave."""
         node, booked = self._inventory.nodes[node_id], self._ledger.booked
+        if node.silent:
+            return Room()
         devices = {}
         for device_id, device in node.devices.items():
             if device.usable:

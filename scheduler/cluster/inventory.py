@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from scheduler.cluster.facts import DeviceFacts, DeviceReading, NodeFacts, NodeReading
 from scheduler.units import DeviceId, NodeId
 
-SILENT_AFTER_S = 10.0  # readings come every second; a device that stops reporting is not given anything new
+SILENT_AFTER_S = 10.0  # readings come every second; who stops reporting is not given anything new
 OVERDUE_AFTER_S = 30.0  # so long a node that joined is given to read its host and devices for the first time
 OUT_OF_ORDER_S = 5.0  # readings come over several ways; a clock that was set back further than this is believed
 
@@ -46,10 +46,17 @@ class Node:
     facts: NodeFacts
     joined_at: float
     reading: NodeReading | None = None
+    read_at: float = 0.0
+    silent: bool = False
     devices: dict[DeviceId, Device] = field(default_factory=dict)
     foreign_bytes: int = 0
     overdue: bool = False  # waited long enough for devices that never reported
     _all_read: bool = False
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing new is put on the machine, or empty."""
+        return f"it has not reported for {SILENT_AFTER_S:.0f} s" if self.silent else ""
 
     @property
     def known(self) -> bool:
@@ -86,11 +93,12 @@ class Inventory:
             self._devices.pop(device_id, None)
         return node
 
-    def sample_node(self, reading: NodeReading) -> Node | None:
+    def sample_node(self, reading: NodeReading, now: float) -> Node | None:
+        """Store the reading; the node, or None when it is unknown or has a newer reading already."""
         node = self.nodes.get(reading.node_id)
         if node is None or (node.reading and _older(reading.sampled_at_s, node.reading.sampled_at_s)):
             return None
-        node.reading = reading
+        node.reading, node.read_at, node.silent = reading, now, False
         return node
 
     def sample_device(self, reading: DeviceReading, now: float) -> Device | None:
@@ -101,16 +109,23 @@ class Inventory:
         device.reading, device.read_at, device.silent = reading, now, False
         return device
 
-    def age(self, now: float) -> list[Device]:
-        """Time has passed: the devices that have just fallen silent."""
-        silent = []
+    def age(self, now: float) -> tuple[list[Node], list[Device]]:
+        """Time has passed: the nodes and the devices that have just fallen silent."""
+        mute, silent = [], []
         for node in self.nodes.values():
             node.overdue = node.overdue or now - node.joined_at >= OVERDUE_AFTER_S
+            if node.reading and not node.silent and now - node.read_at >= SILENT_AFTER_S:
+                node.silent = True
+                mute.append(node)
             for device in node.devices.values():
                 if device.reading and not device.silent and now - device.read_at >= SILENT_AFTER_S:
                     device.silent = True
                     silent.append(device)
-        return silent
+        return mute, silent
+
+    def silent_nodes(self) -> list[NodeId]:
+        """Nodes that have stopped reporting."""
+        return [node_id for node_id, node in self.nodes.items() if node.silent]
 
     def device(self, device_id: DeviceId) -> Device | None:
         return self._devices.get(device_id)

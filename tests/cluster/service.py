@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gguf
+import httpx
 import numpy as np
 import psutil
 import ray
 
 from actors.bootstrap import Deployment, bring_up, take_down
 from arriero import Client
-from arriero.api import ReplicaStatus
+from arriero.api import ArrieroError, ReplicaStatus, Unavailable
 from arriero.sample_models import write_sample_model
 from scheduler.config import parse_catalogue
 from scheduler.units import MIB
 
 PATIENCE_S = 120.0  # generous: the machine may be busy with other things; nothing here measures time
 TOKENS = 10  # of an ordinary answer
+LONG = 3500  # tokens: seconds of streaming on any machine
 T = TypeVar("T")
 
 REFERENCE = """
@@ -174,6 +176,59 @@ class Service:
             assert (node.memory_reserved_bytes, node.booked_cores) == (0, 0), node
 
 
+class Listener(threading.Thread):
+    """A client that streams a long answer, from its first piece on."""
+
+    def __init__(self, service: Service, model: str) -> None:
+        super().__init__(daemon=True)
+        self.text = ""
+        self.error: ArrieroError | None = None
+        self._begun, self._leaving = threading.Event(), threading.Event()
+        self._client, self._model = Client(service.deployment.url), model
+        self.start()
+        assert self._begun.wait(60)
+
+    def run(self) -> None:
+        options: Any = {"max_tokens": LONG, "temperature": 0.0, "stream": True}
+        try:
+            with self._client, self._client.complete(self._model, "llamas", **options) as stream:
+                for piece in stream:
+                    self.text += piece
+                    self._begun.set()
+                    if self._leaving.is_set():
+                        break
+        except ArrieroError as error:
+            self.error = error
+        finally:
+            self._begun.set()
+
+    def goes_on(self) -> bool:
+        """Whether more text comes."""
+        so_far = len(self.text)
+        return bool(eventually(lambda: not self.is_alive() or len(self.text) > so_far, "more text")) and self.is_alive()
+
+    def leave(self) -> None:
+        """Close the connection."""
+        self._leaving.set()
+        self.end()
+
+    def end(self) -> None:
+        self.join(120)
+        assert not self.is_alive()
+
+
+def works(service: Service, reference: Reference, model: str) -> bool:
+    ((prompt, answer),) = reference.questions(service.path(model))
+    return service.complete(model, prompt) == answer
+
+
+def answers(service: Service) -> bool:
+    try:
+        return service.client.health().status == "ok"
+    except (Unavailable, httpx.HTTPError):
+        return False
+
+
 def processes_of(actor: str) -> list[psutil.Process]:
     """The processes of that actor class that descend from this one, by the title that Ray gives them."""
     found = []
@@ -182,6 +237,11 @@ def processes_of(actor: str) -> list[psutil.Process]:
             if process.name().startswith(f"ray::{actor}"[:15]) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def process_of(actor: str) -> psutil.Process:
+    (process,) = processes_of(actor)
+    return process
 
 
 @contextlib.contextmanager

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 import ray
-from service import Reference, Service, eventually, private_ray, processes_of
+from service import (
+    LONG,
+    Listener,
+    Reference,
+    Service,
+    answers,
+    eventually,
+    private_ray,
+    process_of,
+    processes_of,
+    works,
+)
 
 from actors.names import NAMESPACE, SCHEDULER, gpu_name, node_name
-from arriero import Client
-from arriero.api import ArrieroError, EngineFailed, Unavailable
+from arriero.api import EngineFailed
 from scheduler.units import MIB, DeviceId, NodeId
 
 pytestmark = [pytest.mark.ray, pytest.mark.llama, pytest.mark.slow]
-LONG = 3500  # tokens: seconds of streaming on any machine
 
 
 @pytest.fixture(scope="module")
@@ -36,60 +43,9 @@ def nothing_leaks(service: Service) -> Iterator[None]:
     service.unload_all()
 
 
-class Listener(threading.Thread):
-    """A client that streams a long answer, from its first piece on."""
-
-    def __init__(self, service: Service, model: str) -> None:
-        super().__init__(daemon=True)
-        self.text = ""
-        self.error: ArrieroError | None = None
-        self._begun, self._leaving = threading.Event(), threading.Event()
-        self._client, self._model = Client(service.deployment.url), model
-        self.start()
-        assert self._begun.wait(60)
-
-    def run(self) -> None:
-        options: Any = {"max_tokens": LONG, "temperature": 0.0, "stream": True}
-        try:
-            with self._client, self._client.complete(self._model, "llamas", **options) as stream:
-                for piece in stream:
-                    self.text += piece
-                    self._begun.set()
-                    if self._leaving.is_set():
-                        break
-        except ArrieroError as error:
-            self.error = error
-        finally:
-            self._begun.set()
-
-    def goes_on(self) -> bool:
-        """Whether more text comes."""
-        so_far = len(self.text)
-        return bool(eventually(lambda: not self.is_alive() or len(self.text) > so_far, "more text")) and self.is_alive()
-
-    def leave(self) -> None:
-        """Close the connection."""
-        self._leaving.set()
-        self.end()
-
-    def end(self) -> None:
-        self.join(120)
-        assert not self.is_alive()
-
-
 def kill(pid: int | None) -> None:
     assert pid is not None
     psutil.Process(pid).kill()
-
-
-def process_of(actor: str) -> psutil.Process:
-    (process,) = processes_of(actor)
-    return process
-
-
-def works(service: Service, reference: Reference, model: str) -> bool:
-    ((prompt, answer),) = reference.questions(service.path(model))
-    return service.complete(model, prompt) == answer
 
 
 def test_a_runner_killed_in_mid_stream(service: Service, reference: Reference) -> None:
@@ -226,13 +182,6 @@ def test_the_gateway_killed_under_requests(service: Service, reference: Referenc
     assert service.deployment.url == url
     eventually(lambda: not service.replica("alba").active, "the lost client's lease to be void")
     assert works(service, reference, "alba")  # at once: nobody computes for the client that was lost
-
-
-def answers(service: Service) -> bool:
-    try:
-        return service.client.health().status == "ok"
-    except (Unavailable, httpx.HTTPError):
-        return False
 
 
 def test_the_actors_of_nodes_and_gpus_killed(service: Service, reference: Reference) -> None:

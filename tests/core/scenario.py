@@ -162,10 +162,19 @@ class Scenario:
             ModelFile(f"/models/{m}.gguf", (f"/models/{m}.gguf",), 1000, self.file_age.get(m, 1.0))
             for m in (self.models if has is None else has)
         )
+        self._read_host(node_id, files)
+
+    def _read_host(self, node_id: NodeId, files: tuple[ModelFile, ...]) -> None:
         total = self.core.inventory.nodes[node_id].facts.memory_total_bytes
         used = self.host_foreign.get(node_id, 0)
         used += sum(runner.anonymous_bytes for runner in self.runners.values() if runner.node_id == node_id)
         self.send(ev.NodeSampled(NodeReading(node_id, max(0, total - used), self.now, files)))
+
+    def read_hosts(self) -> None:
+        """Machines that have reported before do it again, so often that none is called silent."""
+        for node_id, node in list(self.core.inventory.nodes.items()):
+            if node.reading is not None and self.now - node.read_at > 5.0:
+                self._read_host(node_id, node.reading.files)
 
     def lose_node(self, name: str) -> None:
         self.runners = {r: runner for r, runner in self.runners.items() if runner.node_id != name}
@@ -379,6 +388,7 @@ class Scenario:
             self.now += step
             seconds -= step
             self.read_devices()
+            self.read_hosts()
             self.send(ev.Ticked())
 
     # ------------------------------------------------------------------ what came of it

@@ -45,6 +45,7 @@ def test_a_gpu_that_never_reports_does_not_hold_up_its_machine_for_ever() -> Non
     for _ in range(40):
         s.now += 1
         s.read_device(s.core.inventory.nodes[NodeId("attic")].facts.devices[0])
+        s.read_hosts()
         s.send(ev.Ticked())
     assert request in s.grants and s.where("a") == ["gpu0"]
 
@@ -165,6 +166,7 @@ def test_a_silent_gpu_gets_nothing_new_until_it_reports_again() -> None:
     for _ in range(31):
         s.now += 1
         s.read_device(s.core.inventory.nodes[NodeId("box")].facts.devices[1])
+        s.read_hosts()
         s.send(ev.Ticked())
     assert len(s.announced("gpu_silent")) == 1 and s.loaded_models() == {"a"}
     s.auto = False
@@ -278,3 +280,31 @@ def test_replicas_of_large_models_on_a_lost_gpu_are_all_stopped() -> None:
     s.lost[DeviceId("id-gpu1")] = "Xid 79"
     s.read_devices()
     assert s.replica("large").state is ReplicaState.STOPPING
+
+
+def test_a_silent_machine_gets_nothing_new_until_it_reports_again() -> None:
+    s = Scenario([gpu("6GiB")], {"a": M, "b": SMALL, "c": SMALL, "large": M})
+    s.run("a")
+    for _ in range(11):
+        s.now += 1
+        s.read_devices()  # its cards' actors go on
+        s.send(ev.Ticked())
+    assert len(s.announced("node_silent")) == 1
+    serving = s.ask("a")
+    assert serving in s.grants, "what is loaded there goes on"
+    s.done(serving)
+    small, large = s.ask("b"), s.ask("large")
+    assert s.waits(small) and s.waits(large) and s.loaded_models() == {"a"}, "nothing is evicted for nothing"
+    s.report_node()
+    assert small in s.grants
+    s.done(small)
+    for _ in range(31):
+        s.now += 1
+        s.read_devices()
+        s.send(ev.Ticked())
+    refused = s.ask("c")
+    for _ in range(25):
+        s.now += 1
+        s.send(ev.Ticked())
+    assert isinstance(s.error(refused), Unavailable), "not now, which is not never"
+    assert "box cannot be used: it has not reported for 10 s" in s.why(refused)

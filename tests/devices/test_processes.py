@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from actors.devices.processes import kill_process, process_alive, started_at_s, wait_gone
+from actors.devices.processes import kill_process, process_alive, ray_title, started_at_s, wait_gone
 
 SLEEP = [sys.executable, "-c", "import sys; sys.stdin.read()"]
 
@@ -65,9 +66,18 @@ def test_waits_for_all_and_names_those_left() -> None:
 
 def test_kills_only_what_it_was_told_to(child: subprocess.Popen[bytes]) -> None:
     started = start_of(child)
-    assert not kill_process(child.pid, started, titled="ray::RunnerActor")
-    assert not kill_process(child.pid, started - 0.01, titled=sys.executable)
+    python = re.escape(sys.executable)
+    assert not kill_process(child.pid, started, titled=ray_title("RunnerActor"))
+    assert not kill_process(child.pid, started - 0.01, titled=python)
     assert process_alive(child.pid, started)
-    assert kill_process(child.pid, started, titled=sys.executable)
+    assert kill_process(child.pid, started, titled=python)
     assert child.wait(timeout=20) == -signal.SIGKILL
-    assert not kill_process(child.pid, started, titled=sys.executable)
+    assert not kill_process(child.pid, started, titled=python)
+
+
+def test_a_process_of_ray_is_known_by_its_class() -> None:
+    title = ray_title("RunnerActor")
+    for command in ("ray::RunnerActor", "ray::RunnerActor.generate", "ray::runner-26bbdf28:RunnerActor.__init__"):
+        assert re.match(title, command)
+    for command in ("ray::OtherRunnerActor", "ray::RunnerActors", "grep ray::RunnerActor", "ray::IDLE"):
+        assert not re.match(title, command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from beside import Program
 
 from actors.devices.byte_count import Holder
-from actors.devices.processes import Look, started_at_s, this_process
+from actors.devices.processes import Look, ray_title, started_at_s, this_process
 from actors.devices.pulse import Pulse, sign_in
 from actors.devices.virtual import DEVICE_PROCESS
 from actors.devices.watchdog import LOOK_EVERY_S, OVERDUE_LOOKS, STOPPED_LOOKS, Watchdog
@@ -73,7 +74,7 @@ def test_who_stands_still_for_five_seconds_is_ended(scene: Scene) -> None:
     scene.looks(STOPPED_LOOKS - 1)
     assert not scene.killed
     scene.looks(1)
-    assert scene.killed == [(ME.pid, "ray::RunnerActor")]
+    assert scene.killed == [(ME.pid, ray_title("RunnerActor"))]
     assert scene.reason == "it stood still for 5 s (stopped by a signal or a debugger)"
 
 
@@ -92,7 +93,7 @@ def test_who_is_overdue_in_several_looks_is_ended(scene: Scene) -> None:
     scene.looks(int(40.0 / LOOK_EVERY_S) + OVERDUE_LOOKS - 2)
     assert not scene.killed
     scene.looks(2)
-    assert scene.killed == [(ME.pid, "ray::RunnerActor")]
+    assert scene.killed == [(ME.pid, ray_title("RunnerActor"))]
     assert scene.reason == "a decode took more than 40 s; the slowest like it took 1.2 s"
 
 
@@ -135,7 +136,7 @@ def test_a_device_process_that_stands_still_is_ended_and_its_runner_knows_why(sc
         scene.holders = [Holder(device.pid, started, ME.pid, 0)]
         scene.stopped = True
         scene.looks(STOPPED_LOOKS)
-        assert (device.pid, DEVICE_PROCESS) in scene.killed
+        assert (device.pid, re.escape(DEVICE_PROCESS)) in scene.killed
         assert "stood still for 5 s" in scene.watchdog.reason(device.pid, started)
         device.kill()
 
@@ -145,7 +146,7 @@ def test_what_a_runner_died_of_may_be_its_device(scene: Scene) -> None:
         scene.holders = [Holder(device.pid, started_at_s(device.pid) or 0.0, ME.pid, 0)]
         scene.watchdog._look_at = lambda pid: Look(started_at_s(pid) or 0.0, pid == device.pid, 0)
         scene.looks(STOPPED_LOOKS)
-        assert scene.killed == [(device.pid, DEVICE_PROCESS)]
+        assert scene.killed == [(device.pid, re.escape(DEVICE_PROCESS))]
         assert scene.reason.startswith("its device process stood still for 5 s")
         device.kill()
 
