@@ -16,9 +16,9 @@ FACTOR = 30.0
 """A decode may take so many times the slowest of its kind. Fewer threads (16 to 1), as many other models on the same
 cores and a context that fills up make it slower, each by less than that and never at once."""
 
-FLOOR_S = 30.0
-"""Nothing is called a hang before. Four models on two cores: the slowest decode of a tiny model took 0.3 s instead of
-0.003, for it waits for the processor."""
+FLOOR_S = 60.0
+"""Nothing is called a hang before: a machine that swaps, or is suddenly crowded, computes hundreds of times slower. The
+watchdog adds what it knows of that, but what it knows is a minute old."""
 
 FIRST_S = 600.0
 """What the first decodes of a kind may take: a driver compiles kernels for cards that it has none for."""

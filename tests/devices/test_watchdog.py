@@ -29,7 +29,7 @@ class Scene:
 
     def __init__(self, folder: Path) -> None:
         self.now = time.monotonic()
-        self.stopped, self.major_faults = False, 0
+        self.stopped, self.major_faults, self.crowding = False, 0, 1.0
         self.killed: list[tuple[int, str]] = []
         self.holders: list[Holder] = []
         self.pulse: Pulse = sign_in("n1", "RunnerActor", "a decode", folder=folder)
@@ -38,6 +38,7 @@ class Scene:
             lambda: self.holders,
             folder=folder,
             clock=lambda: self.now,
+            crowding=lambda: self.crowding,
             look_at=lambda pid: Look(started_at_s(pid) or 0.0, self.stopped, self.major_faults),
             kill=self._kill,
         )
@@ -115,6 +116,16 @@ def test_who_waits_for_a_disk_is_slow_and_does_not_hang(scene: Scene) -> None:
     assert not scene.killed
     scene.looks(OVERDUE_LOOKS)
     assert scene.killed
+
+
+def test_on_a_crowded_machine_everything_may_take_longer(scene: Scene) -> None:
+    scene.crowding = 4.0
+    scene.pulse.promise(30.0)
+    scene.looks(int(120.0 / LOOK_EVERY_S))
+    assert not scene.killed
+    scene.looks(2 * OVERDUE_LOOKS)
+    assert scene.killed
+    assert scene.reason == "a decode took more than 120 s"
 
 
 def test_a_machine_that_slept_ends_nobody_for_it(scene: Scene) -> None:
