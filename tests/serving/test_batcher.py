@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.serving.batcher import Batcher
+from actors.serving.beat import Beat
 from actors.serving.jobs import Embedding, Generation
 from actors.serving.model import Row
 from actors.serving.protocol import Chunk, LoadFailed
@@ -85,6 +86,16 @@ class FakeModel:
         assert wanted.wants_logits
         assert wanted.position == len(self.memory[wanted.sequence]) - 1
         return next_token(self.memory[wanted.sequence])
+
+    def logits(self, row: int) -> Any:
+        return self.sample(FakeSampler(), row)
+
+    def pick(self, sampler: Any, logits: Any, allowed: Any) -> int:
+        assert not sampler.closed
+        return int(logits if allowed is None else allowed)
+
+    def accept(self, sampler: Any, token: int) -> None:
+        assert not sampler.closed
 
     def embed(self, rows: Sequence[Row]) -> Any:
         code = self.decode(rows)
@@ -373,3 +384,20 @@ def test_embeddings_are_means_of_length_one_and_leave_no_trace(running: Any) -> 
     one = job([3, 4], 4)
     batcher.submit(one)
     assert heard(list(one.results())) == expected([3, 4], 4)
+
+
+def test_the_node_hears_of_every_decode_before_it_begins_and_when_it_is_over() -> None:
+    said: list[str] = []
+    model = FakeModel()
+    model.pause = threading.Event()
+    batcher = Batcher(model, beat=Beat(lambda *_: said.append("busy"), lambda: said.append("idle")))
+    try:
+        asked = job([3, 4, 5], max_tokens=4)
+        batcher.submit(asked)
+        assert model.entered.wait(30)
+        assert said == ["busy"], "a decode that hangs is overdue some day"
+        model.pause.set()
+        list(asked.results())
+        assert said == ["busy", "idle"] * len(model.batches)
+    finally:
+        batcher.close()
