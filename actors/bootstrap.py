@@ -2,7 +2,8 @@
 
 `bring_up` needs a connected driver. The same version with the same settings is left alone; another one is replaced:
 its runners are ended and their memory is back before the new scheduler starts. Everything is detached, so that the
-service outlives the driver (a `ray job submit` included).
+service outlives the driver (a `ray job submit` included). Drivers take turns (`turn`): who comes second finds what the
+first one has brought up.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from actors.gateway.actor import GatewayActor, GatewaySettings
 from actors.gateway.address import check_exposure
 from actors.names import GATEWAY, GPU_PREFIX, NAMESPACE, NODE_PREFIX, RUNNER_PREFIX, SCHEDULER
 from actors.scheduler import SchedulerActor, SchedulerSettings
+from actors.turn import turn
 from scheduler.config import Catalogue, Server
 from scheduler.errors import Rejected, Unavailable
 
@@ -35,7 +37,9 @@ HEAD_RESOURCE = "node:__internal_head__"  # Ray gives it to the head node alone
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
+GATEWAY_CLOSE_S = 3.0  # it tells its clients that it ends, and gives them two to hear it
 KILL_AFTER_S = 10.0
+LOGS = "Ray's logs (/tmp/ray/session_latest/logs)"
 
 Say = Callable[[str], object]
 
@@ -55,8 +59,13 @@ def bring_up(catalogue: Catalogue, say: Say = lambda _: None) -> Deployment:
 
     Raises Rejected for an unsafe or impossible gateway address and Unavailable when Ray starts no actors.
     """
+    check_exposure(catalogue.server.host, catalogue.server.keys)
+    with turn(say):
+        return _bring_up(catalogue, say)
+
+
+def _bring_up(catalogue: Catalogue, say: Say) -> Deployment:
     server = catalogue.server
-    check_exposure(server.host, server.keys)
     head = _head_node()
     version = _version(catalogue)
     replaced = ""
@@ -67,11 +76,14 @@ def bring_up(catalogue: Catalogue, say: Say = lambda _: None) -> Deployment:
         _check_port(running, server, url)
         replaced = before or "an unresponsive scheduler"
         say(f"replacing {replaced} by {version}")
-    take_down(say)  # also clears what a crash may have left
+    _take_down(say)  # also clears what a crash may have left
     try:
         return Deployment(_start_all(catalogue, head, version, say), version, replaced)
+    except RayActorError as error:
+        _take_down()
+        raise Unavailable(f"Arriero does not start: {_cause(error)}; {LOGS} say more", retry_after_s=10.0) from error
     except BaseException:
-        take_down()
+        _take_down()
         raise
 
 
@@ -118,9 +130,16 @@ def take_down(say: Say = lambda _: None) -> bool:
 
     Raises Unavailable when something does not end.
     """
+    with turn(say):
+        return _take_down(say)
+
+
+def _take_down(say: Say = lambda _: None) -> bool:
     if not _names():
         return False
-    _kill([GATEWAY])
+    if (gateway := _find(GATEWAY)) is not None:
+        _ask(gateway.close.remote(), GATEWAY_CLOSE_S)
+        _kill([GATEWAY])
     if (scheduler := _find(SCHEDULER)) is not None:
         _ask(scheduler.close.remote(), CLOSE_TIMEOUT_S)
         _kill([SCHEDULER])
@@ -190,7 +209,7 @@ def _start(actor: Any, name: str, where: Any, *arguments: object) -> Any:
             )
         except ValueError:  # the name of a killed actor lingers for a moment
             time.sleep(0.25)
-    raise Unavailable("somebody else is bringing Arriero up on this cluster at the same time", retry_after_s=10.0)
+    raise Unavailable(f"Ray does not give the name {name} free; {LOGS} say why", retry_after_s=10.0)
 
 
 def _url() -> str | None:
@@ -215,8 +234,9 @@ def _get(reference: Any, trouble: str) -> Any:
     try:
         return ray.get(reference, timeout=2 * START_TIMEOUT_S)
     except GetTimeoutError as error:
-        logs = "Ray's logs (/tmp/ray/session_latest/logs) say why"
-        raise Unavailable(f"{trouble} within {2 * START_TIMEOUT_S:.0f} s; {logs}", retry_after_s=10.0) from error
+        raise Unavailable(
+            f"{trouble} within {2 * START_TIMEOUT_S:.0f} s; {LOGS} say why", retry_after_s=10.0
+        ) from error
 
 
 def _ask(reference: Any, timeout_s: float = 10.0) -> Any:

@@ -8,6 +8,7 @@ here its process, address and token.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +29,12 @@ from scheduler.errors import Rejected, Unavailable
 LOCAL = "local"
 START_TIMEOUT_S = 90.0
 END_TIMEOUT_S = 20.0
+TURN_TIMEOUT_S = 400.0  # longer than another command may take: Ray's start, and what `actors.turn` waits
 OBJECT_STORE_BYTES = 100_000_000  # tokens and readings stay far below what goes through the object store
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""What keeps our own Ray on loopback. Else Ray takes 127.0.0.1 for the machine's address in the network, and all of its
+processes listen on every interface. Ray means it for firewalls of other systems; it must be set on both sides, in the
+head and in whoever connects, before Ray is imported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,36 @@ def forget() -> None:
     state_path().unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def alone(say: Callable[[str], object]) -> Iterator[None]:
+    """Keep other commands of this account from starting or ending a Ray; waits for one that does, and says so.
+
+    Raises Unavailable that names it when it has not ended after `TURN_TIMEOUT_S`.
+    """
+    path = state_path().with_name("up.lock")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    deadline = time.monotonic() + TURN_TIMEOUT_S
+    with path.open("a+") as lock:  # closing it unlocks it, and so does the end of this process
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                lock.seek(0)
+                other = f"process {lock.read() or '?'}"
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"{other} has been bringing Arriero up, or taking it down, for more than {TURN_TIMEOUT_S:.0f} s; "
+                    "wait for it, or end it and try again"
+                )
+            say(f"waiting for {other}, which brings Arriero up or takes it down")
+            time.sleep(0.2)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
 def connect(address: str | None, *, start: bool) -> Remembered:
     """Connect this process to Ray as a driver; returns what is to be remembered of it.
 
@@ -89,7 +126,7 @@ def connect(address: str | None, *, start: bool) -> Remembered:
     chosen = cluster_address(address)
     known = recall()
     if chosen in ("", LOCAL, known.ray_address) and known.ray_process:
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=known.ray_token)
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=known.ray_token, **LOOPBACK)
         _init(known.ray_address)
         return known
     running = clusters() if not chosen else []
@@ -130,7 +167,7 @@ def clusters() -> list[str]:
 def start_ray() -> Remembered:
     """Start a Ray head of our own on loopback and connect to it. Takes 5 to 15 s."""
     token = secrets.token_hex(32)
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, **LOOPBACK)
     port = free_port()
     log = state_path().with_name("ray.log")
     log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import signal
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from arriero.cli.service import client, console
+from arriero.cli.printing import console, styled
+from arriero.cli.service import client
 from scheduler.config import Catalogue, parse_catalogue
 from scheduler.errors import ArrieroError, Rejected
 from scheduler.units import parse_bytes
@@ -61,8 +64,9 @@ def up(
     check_packages()
     from arriero import machine
 
-    known = machine.recall()
-    with console.status("connecting to Ray, or starting it (5 to 30 s)") as status:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a Ray half started is ended
+    with console.status("connecting to Ray, or starting it (5 to 30 s)") as status, machine.alone(status.update):
+        known = machine.recall()
         state = machine.connect(address, start=True)
         from actors.bootstrap import bring_up  # imports Ray, which reads its token then
 
@@ -75,20 +79,12 @@ def up(
         import ray
 
         ray.shutdown()  # the service needs no driver
-    machine.remember(
-        machine.Remembered(
-            deployment.url,
-            next(iter(settings.server.keys.values()), ""),
-            state.ray_address,
-            state.ray_pid,
-            state.ray_started_at_s,
-            state.ray_token,
-        )
-    )
+        key = next(iter(settings.server.keys.values()), "")
+        machine.remember(replace(state, url=deployment.url, api_key=key))
     verb = "was running already" if deployment.found else "replaced the one before" if deployment.replaced else "is up"
-    console.print(f"Arriero {verb} at [bold]{deployment.url}[/] (OpenAI base URL: {deployment.url}/v1)")
+    console.print(styled(f"Arriero {verb} at [bold]{{0}}[/] (OpenAI base URL: {{0}}/v1)", deployment.url))
     if detach:
-        console.print("[dim]It goes on without this terminal; `arriero ps` shows it, `arriero down` ends it.[/]")
+        console.print("It goes on without this terminal; `arriero ps` shows it, `arriero down` ends it.", style="dim")
     else:
         _follow(deployment.url)
         down(address=address, keep_ray=False)
@@ -103,13 +99,13 @@ def down(
     """Take Arriero down: models unloaded, actors ended, and the Ray that `arriero up` started here with them."""
     from arriero import machine
 
-    known = machine.recall()
-    chosen = machine.cluster_address(address) or known.ray_address
-    if not chosen or (chosen in (machine.LOCAL, known.ray_address) and known.ray_pid and not known.ray_process):
-        machine.forget()
-        console.print("Arriero does not run from here; `arriero down --address HOST:PORT` names another cluster.")
-        return
-    with console.status("taking Arriero down") as status:
+    with console.status("taking Arriero down") as status, machine.alone(status.update):
+        known = machine.recall()
+        chosen = machine.cluster_address(address) or known.ray_address
+        if not chosen or (chosen in (machine.LOCAL, known.ray_address) and known.ray_pid and not known.ray_process):
+            machine.forget()
+            console.print("Arriero does not run from here; `arriero down --address HOST:PORT` names another cluster.")
+            return
         state = machine.connect(chosen, start=False)
         import ray
 
@@ -119,12 +115,10 @@ def down(
         ray.shutdown()
         if not keep_ray and state.ray_pid and state == known:
             machine.end_ray(state)
-    if keep_ray and state.ray_pid:
-        machine.remember(
-            machine.Remembered("", "", state.ray_address, state.ray_pid, state.ray_started_at_s, state.ray_token)
-        )
-    else:
-        machine.forget()
+        if keep_ray and state.ray_pid:
+            machine.remember(replace(state, url="", api_key=""))
+        else:
+            machine.forget()
     console.print("Arriero is down." if was_up else "Arriero was not running.")
 
 
@@ -218,5 +212,5 @@ def _follow(url: str) -> None:
                 print_notice(notice)
 
     threading.Thread(target=follow, daemon=True).start()
-    console.print("[dim]Ctrl-C takes it down.[/]")
+    console.print("Ctrl-C takes it down.", style="dim")
     stop.wait()

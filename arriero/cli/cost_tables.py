@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from arriero.cli.bill import Bill
+from arriero.cli.printing import console, styled
 from scheduler.costs.footprint import computes_exactly, effective_context
 from scheduler.costs.measurements import MeasuredLoad
 from scheduler.costs.params import Footprint
@@ -27,7 +27,6 @@ def layer_kind(shape: ModelShape, il: int) -> str:
 
 
 def show_model(shape: ModelShape) -> None:
-    console = Console()
     facts = [
         f"{shape.architecture}, mostly {shape.quantization}",
         f"{format_bytes(shape.weights_bytes)} of weights in {shape.n_tensors} tensors and {len(shape.paths)} file(s)",
@@ -37,9 +36,9 @@ def show_model(shape: ModelShape) -> None:
     if shape.is_moe:
         experts = format_bytes(shape.experts_bytes)
         facts.append(f"{shape.n_expert_used} of {shape.n_expert} experts used, {experts} in all")
-    console.print(f"[bold]{shape.name or Path(shape.paths[0]).name}[/]: " + "; ".join(facts))
+    console.print(styled("[bold]{}[/]: {}", shape.name or Path(shape.paths[0]).name, "; ".join(facts)))
     if not shape.known_architecture:
-        console.print(f"[yellow]{BOUND}[/]")
+        console.print(BOUND, style="yellow")
     table = Table("layers", "kind", "weights each", "experts each", title=f"{shape.n_layer_all} layers")
     rows = [
         (layer_kind(shape, il), format_bytes(stored.weights), format_bytes(stored.experts) if stored.experts else "")
@@ -58,9 +57,8 @@ def show_model(shape: ModelShape) -> None:
 
 def show_costs(shape: ModelShape, bills: list[Bill], measured: list[MeasuredLoad | None], build: str) -> None:
     """A table with a section per case, and what host RAM the process takes, under this build of llama-cpp-python."""
-    console = Console()
     if not shape.known_architecture:
-        console.print(f"[yellow]{shape.architecture}: {BOUND}[/]")
+        console.print(f"{shape.architecture}: {BOUND}", style="yellow")
     table = Table("case", "where", "weights", "cache", "compute", "output", "all")
     for number, (bill, load) in enumerate(zip(bills, measured, strict=True)):
         size = effective_context(shape, bill.context)
@@ -80,7 +78,7 @@ def show_costs(shape: ModelShape, bills: list[Bill], measured: list[MeasuredLoad
         mapped = format_bytes(bill.mapped_bytes)
         console.print(f"case {number}: the process keeps {ram} of host RAM, {most} while loading, and maps {mapped}")
         if bill.unverified:
-            console.print(f"[yellow]case {number}: {bill.unverified}[/]")
+            console.print(f"case {number}: {bill.unverified}", style="yellow")
     if shape.known_architecture:
         compute = (
             "compute buffers too"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 
 from arriero.cli.price_table import PricedRow, price_table
-from arriero.cli.service import console
+from arriero.cli.printing import console, print_json, styled
 from scheduler.config import NAME, parse_catalogue
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.errors import Rejected
@@ -33,7 +32,7 @@ def plan_for(file: str, spec: Path, n_ctx: int | None, json: bool) -> None:
     cluster = DescribedCluster(description, parse_catalogue({"models": entries}, str(spec)), models)
     found = plan_on(cluster, name, n_ctx)
     if json:
-        print(jsonlib.dumps(as_json(found), indent=2))
+        print_json(as_json(found))
     else:
         show(name, found)
 
@@ -133,9 +132,9 @@ def _number(device_id: str) -> int:
 def show(name: str, found: DescribedPlan) -> None:
     """The winner and what else could be had, each with the terms of its price; or why not, and what would help."""
     if found.refusal:
-        console.print(f"[bold]{name}[/] [red]does not fit[/]")
+        console.print(styled("[bold]{}[/] [red]does not fit[/]", name))
         for reason in found.refusal.reasons:
-            console.print(f"[dim]- {reason}[/]", soft_wrap=True)
+            console.print(f"- {reason}", style="dim", soft_wrap=True)
         for way in found.refusal.would_fit_if:
             console.print(f"it would fit with: {way}", soft_wrap=True)
         return
@@ -143,7 +142,7 @@ def show(name: str, found: DescribedPlan) -> None:
     title = f"{name}: the plan, and what else could be had (seconds)"
     console.print(price_table(title, [_row(found.best, True), *(_row(other, False) for other in found.alternatives)]))
     for reason in found.passed_over:
-        console.print(f"[dim]- {reason}[/]", soft_wrap=True)
+        console.print(f"- {reason}", style="dim", soft_wrap=True)
 
 
 def _row(found: PricedPlacement, chosen: bool) -> PricedRow:

@@ -5,12 +5,12 @@ Neither talks to a service or starts Ray; both answer in a fraction of a second,
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from arriero.cli.printing import AsJson, print_json
 from scheduler.errors import Rejected
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from scheduler.costs.params import Footprint, Layout
     from scheduler.costs.shape import ModelShape
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 File = Annotated[Path, typer.Argument(help="A GGUF file; of a model in several parts, any part.", show_default=False)]
 
 
@@ -30,7 +29,7 @@ def inspect(file: File, json: AsJson = False) -> None:
 
     shape = _read(file)
     if json:
-        print(jsonlib.dumps(_describe(shape, llama_build()), indent=2))
+        print_json(_describe(shape, llama_build()))
     else:
         from arriero.cli.cost_tables import show_model
 
@@ -77,7 +76,7 @@ def footprint(
     measured = _measured(shape, bills, build)
     if json:
         answers = [_answer_bill(shape, bill, load, build) for bill, load in zip(bills, measured, strict=True)]
-        print(jsonlib.dumps(answers, indent=2))
+        print_json(answers)
     else:
         show_costs(shape, bills, measured, build)
 

@@ -9,6 +9,7 @@ import typer
 
 from arriero import __version__
 from arriero.cli import cluster, files, observe, simulate, use
+from arriero.cli.printing import print_error
 from scheduler.errors import ArrieroError
 
 app = typer.Typer(
@@ -43,7 +44,7 @@ def main() -> None:
     try:
         app()
     except ArrieroError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        print_error(error.message)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,7 +11,8 @@ from rich.table import Column, Table
 
 from arriero.api import GpuStatus, Notice, Plan, PlanOption, PlanSpeed, ReplicaStatus
 from arriero.cli.price_table import PricedRow, price_table
-from arriero.cli.service import AsJson, Url, client, console, print_json
+from arriero.cli.printing import AsJson, console, print_json, styled
+from arriero.cli.service import Url, client
 from scheduler.errors import UnknownModel
 from scheduler.units import format_bytes
 
@@ -40,7 +41,7 @@ def ps(url: Url = None, json: AsJson = False) -> None:
     table = Table(_name_column(), "state", "where", "n_ctx", "slots", "threads", "idle", title=title)
     for replica in status.replicas:
         table.add_row(
-            replica.model + (" [dim](pinned)[/]" if replica.pinned else ""),
+            styled("{} [dim](pinned)[/]", replica.model) if replica.pinned else replica.model,
             replica.state if replica.loading is None else f"loading {replica.loading:.0%}",
             where(replica),
             str(replica.n_ctx),
@@ -54,13 +55,17 @@ def ps(url: Url = None, json: AsJson = False) -> None:
         )
     console.print(table if status.replicas else "No model is loaded.")
     for entry in status.queue:
-        console.print(f"[yellow]waiting {entry.waited_s:.0f} s[/] for {entry.model}: {entry.reason}")
+        console.print(
+            styled("[yellow]waiting {} s[/] for {}: {}", f"{entry.waited_s:.0f}", entry.model, entry.reason),
+            soft_wrap=True,
+        )
     for node in status.nodes:
         available, total = format_bytes(node.memory_available_bytes), format_bytes(node.memory_total_bytes)
-        console.print(
-            f"[dim]{node.hostname}: {available} of {total} RAM available, {format_bytes(node.memory_reserved_bytes)} "
-            f"booked; {node.booked_cores} of {node.physical_cores} cores booked[/]"
+        figures = (
+            f"{available} of {total} RAM available, {format_bytes(node.memory_reserved_bytes)} booked; "
+            f"{node.booked_cores} of {node.physical_cores} cores booked"
         )
+        console.print(f"{node.hostname}: {figures}", style="dim")
 
 
 def gpus(url: Url = None, json: AsJson = False) -> None:
@@ -100,7 +105,7 @@ def models(url: Url = None, json: AsJson = False) -> None:
     console.print(table if found else "No models found; `arriero up --models DIR` names a directory.")
     for model in found:
         if model.reason:
-            console.print(f"[red]{model.name}[/]: {model.reason}", soft_wrap=True)
+            console.print(styled("[red]{}[/]: {}", model.name, model.reason), soft_wrap=True)
 
 
 def plan(
@@ -143,7 +148,7 @@ def why(
         raise UnknownModel(f"nothing is remembered of a replica or model {replica!r}; see `arriero events`")
     for notice in notices:
         if notice.replica_id == ids[-1]:
-            print(notice.model_dump_json()) if json else print_notice(notice)
+            print_json(notice, indent=None) if json else print_notice(notice)
 
 
 def events(
@@ -159,7 +164,7 @@ def events(
             if model is not None and notice.model != model:
                 continue
             if json:
-                print(notice.model_dump_json(), flush=True)
+                print_json(notice, indent=None)
             else:
                 print_notice(notice)
 
@@ -167,7 +172,8 @@ def events(
 def print_notice(notice: Notice) -> None:
     at = datetime.datetime.fromtimestamp(notice.at_s).strftime("%H:%M:%S")
     colour = COLOURS.get(notice.kind, "default")
-    console.print(f"[dim]{at}[/] [{colour}]{notice.kind:<16}[/] {notice.message}", soft_wrap=True)
+    template = f"[dim]{at}[/] [{colour}]{{}}[/] {{}}"
+    console.print(styled(template, f"{notice.kind:<16}", notice.message), soft_wrap=True)
 
 
 def print_plan(found: Plan) -> None:
@@ -181,7 +187,7 @@ def print_plan(found: Plan) -> None:
         "impossible": "[red]can never fit[/]",
     }
     place = f": {found.tier} on {found.node}" if found.tier else ""
-    console.print(f"[bold]{found.model}[/] {verdicts[found.verdict]}{place}")
+    console.print(styled(f"[bold]{{}}[/] {verdicts[found.verdict]}{{}}", found.model, place))
     if found.shares:
         table = Table("device", "layers", "needs", "free before", "free after")
         for share in found.shares:
@@ -198,7 +204,7 @@ def print_plan(found: Plan) -> None:
     for way in found.would_fit_if:
         console.print(f"it would fit with: {way}", soft_wrap=True)
     for reason in found.reasons:
-        console.print(f"[dim]- {reason}[/]", soft_wrap=True)
+        console.print(f"- {reason}", style="dim", soft_wrap=True)
 
 
 def _row(found: Plan, option: PlanOption) -> PricedRow:

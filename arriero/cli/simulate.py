@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json as jsonlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from arriero.cli.service import AsJson, console
+from arriero.cli.printing import AsJson, console, errors, print_json, styled
 from scheduler.config import Catalogue, Policy, parse_catalogue
 from scheduler.errors import Rejected
 from scheduler.units import format_bytes
@@ -134,7 +131,7 @@ def simulate(
     figures = [summary(each.run, each.policy, seed) for each in played]
     if json:
         named = [f | {"cluster": p.cluster} if p.cluster else f for f, p in zip(figures, played, strict=True)]
-        print(jsonlib.dumps(named[0] if len(named) == 1 else named, indent=2))
+        print_json(named[0] if len(named) == 1 else named)
     else:
         _show(played, figures)
 
@@ -192,7 +189,7 @@ def _play(
     from scheduler.simulation.simulator import simulate as play
     from scheduler.units import DeviceId
 
-    with Console(stderr=True).status("") as status:
+    with errors.status("") as status:
         for cluster, description in clusters.items():
             cards = {
                 DeviceId(f"{node.name}/gpu{i}"): gpu.name
@@ -200,7 +197,7 @@ def _play(
                 for i, gpu in enumerate(node.gpus)
             }
             for policy in policies:
-                status.update(f"{len(asked)} requests: {escape(', '.join(filter(None, (cluster, policy))))}")
+                status.update(styled("{} requests: {}", len(asked), ", ".join(filter(None, (cluster, policy)))))
                 decides = Policy.model_validate(settings.policy.model_dump() | POLICIES[policy])
                 run = play(description, settings.model_copy(update={"policy": decides}), models, asked)
                 yield Played(cluster, policy, run, cards)
@@ -284,7 +281,7 @@ def _show(played: Sequence[Played], figures: Sequence[dict[str, Any]]) -> None:
         table = Table(title="" if first else f"Simulated, seed {figures[0]['seed']}")
         table.add_column("", no_wrap=True)
         for each in played[runs]:
-            table.add_column(escape(each.name), justify="right", min_width=widest, overflow="fold")
+            table.add_column(each.name, justify="right", min_width=widest, overflow="fold")
         for row in zip(labels, *columns[runs], strict=True):
             table.add_row(*row)
         console.print(table)

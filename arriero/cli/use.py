@@ -12,8 +12,9 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from arriero.api import ArrieroError
-from arriero.cli.service import AsJson, Url, client, console, print_json
-from arriero.client import Client
+from arriero.cli.printing import AsJson, console, errors, print_json, print_piece, styled
+from arriero.cli.service import Url, client
+from arriero.client import Client, TextStream
 
 MaxTokens = Annotated[int | None, typer.Option(help="Stop after so many tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0: always the likeliest token.")]
@@ -38,14 +39,15 @@ def chat(model: str, max_tokens: MaxTokens = None, temperature: Temperature = No
     messages: list[dict[str, str]] = []
     with client(url) as api:
         api.plan(model)  # a model that does not exist is said before anything is typed
-        console.print(f"[dim]{model}: Ctrl-C cancels an answer, Ctrl-D ends the chat.[/]")
+        console.print(f"{model}: Ctrl-C cancels an answer, Ctrl-D ends the chat.", style="dim")
         while True:
             try:
-                messages.append({"role": "user", "content": console.input("[bold cyan]> [/]")})
+                messages.append({"role": "user", "content": console.input(styled("[bold cyan]> [/]"))})
                 text = _answer(api, model, messages, max_tokens, temperature, url)
                 messages.append({"role": "assistant", "content": text})
             except KeyboardInterrupt:
-                console.print("\n[dim](cancelled)[/]")
+                console.print()
+                console.print("(cancelled)", style="dim")
                 messages = messages[:-1]
             except EOFError:
                 console.print()
@@ -114,12 +116,20 @@ def _answer(
                 for piece in stream:
                     waiting.close()
                     pieces.append(piece)
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                    print_piece(piece)
     finally:
         if pieces:
             print()
+    if not pieces:
+        errors.print(f"{model} {_nothing(stream)}", style="dim", soft_wrap=True)
     return "".join(pieces)
+
+
+def _nothing(stream: TextStream) -> str:
+    """Why the whole answer is empty."""
+    if stream.finish_reason == "length":
+        return "used up its tokens on what is no text: --max-tokens allows more"
+    return "answered with nothing: it ended at once"
 
 
 @contextlib.contextmanager
@@ -139,12 +149,10 @@ def _progress(model: str, url: str | None) -> Iterator[None]:
 
 
 def _watch(model: str, url: str | None, done: threading.Event) -> None:
-    from rich.console import Console
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     if done.wait(LOOK_EVERY_S):
         return
-    with client(url) as api, Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with client(url) as api, Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(f"{model}: waiting", total=1.0)
         while not done.wait(LOOK_EVERY_S):
             with contextlib.suppress(ArrieroError):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from arriero.cli.service import console
+from arriero.cli.printing import console
 from arriero.demo.questions import Asked, ask_all_at_once, ask_in_turn
 from arriero.demo.screen import Screen
 from arriero.demo.stage import Stage, choose_stage

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from arriero.api import ArrieroError, Status
 from arriero.cli.observe import COLOURS, print_notice, where
-from arriero.cli.service import console
+from arriero.cli.printing import console, styled
 from arriero.client import Client
 from scheduler.units import format_bytes
 
@@ -68,7 +68,7 @@ class Screen:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        console.print(f"[bold]{text}[/]")
+        console.print(text, style="bold")
 
     def line(self, model: str, prompt: str) -> Line:
         line = Line(self, model, prompt)
@@ -77,7 +77,9 @@ class Screen:
 
     def ended(self, line: Line) -> None:
         if self._live is None:
-            console.print(f"  {line.model:<18} {line.text.strip()!r} [dim]({line.state})[/]", soft_wrap=True)
+            console.print(
+                styled("  {} {} [dim]({})[/]", f"{line.model:<18}", repr(line.text.strip()), line.state), soft_wrap=True
+            )
 
     def _follow(self) -> None:
         with contextlib.suppress(ArrieroError):
@@ -137,5 +139,5 @@ def _replicas(status: Status | None) -> Table:
     for replica in status.replicas if status else ():
         table.add_row(replica.model, replica.state, where(replica), "busy" if replica.active else "")
     for entry in status.queue if status else ():
-        table.add_row(f"[dim]{entry.model}[/]", "[yellow]waiting[/]", f"[dim]{entry.reason}[/]", "")
+        table.add_row(Text(entry.model, "dim"), Text("waiting", "yellow"), Text(entry.reason, "dim"), "")
     return table

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from arriero.api import Notice
-from arriero.cli.service import console
+from arriero.cli.printing import console, styled
 from arriero.client import Client
 from arriero.demo.questions import MAX_TOKENS, Asked
 from arriero.demo.stage import Stage
@@ -91,11 +91,11 @@ def judge(stage: Stage, asked: Sequence[Asked]) -> list[Claim]:
 def show(claims: Sequence[Claim], asked: Sequence[Asked], took_s: float) -> None:
     table = Table("claim", "seen", "", title="What was claimed, and what was seen")
     for claim in claims:
-        table.add_row(claim.what, claim.seen, "[green]holds[/]" if claim.holds else "[red]DOES NOT HOLD[/]")
+        table.add_row(claim.what, claim.seen, styled("[green]holds[/]" if claim.holds else "[red]DOES NOT HOLD[/]"))
     console.print(table)
     for question in asked:
         if question.error:
-            console.print(f"[red]{question.model}[/]: {question.error}", soft_wrap=True)
+            console.print(styled("[red]{}[/]: {}", question.model, question.error), soft_wrap=True)
     console.print(f"{len(asked)} answers, {took_s:.0f} s in all.")
 
 

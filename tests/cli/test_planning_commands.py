@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from arriero.cli.main import app
 from arriero.cli.plots import _colors, _curve, _lanes, _merged, _unit
-from arriero.cli.service import console
+from arriero.cli.printing import console
 from arriero.example_models import EXAMPLES, Dimensions, write_example_model
 from scheduler.costs.footprint import computes_exactly
 from scheduler.costs.graph.templates import CHECKED_BUILD

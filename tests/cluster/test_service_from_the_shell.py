@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def test_up_use_and_down(arriero: Arriero, models: Path, tmp_path: Path) -> None
     state: dict[str, Any] = json.loads((tmp_path / "arriero" / "deployment.json").read_text())
     head = psutil.Process(state["ray_pid"])
     family = [head, *head.children(recursive=True)]
+    open_doors = [
+        (process.name(), door.laddr)
+        for process in family
+        for door in process.net_connections("tcp")
+        if door.status == psutil.CONN_LISTEN and not door.laddr.ip.removeprefix("::ffff:").startswith("127.")
+    ]
+    assert open_doors == []
 
     assert arriero("run", "alba", "llamas", "--max-tokens", "5").stdout.strip()
     (replica,) = json.loads(arriero("ps", "--json").stdout)["replicas"]
@@ -70,3 +78,14 @@ def test_up_use_and_down(arriero: Arriero, models: Path, tmp_path: Path) -> None
     assert not alive
     assert not (tmp_path / "arriero" / "deployment.json").exists()
     assert arriero("ps", check=False).returncode == 1
+
+
+@pytest.mark.timeout(300)
+def test_two_at_once_bring_up_one(arriero: Arriero, models: Path, tmp_path: Path) -> None:
+    up = ("up", "--models", str(models), "--virtual-gpus", "40MiB", "--port", "0", "--address", "local", "--detach")
+    with ThreadPoolExecutor(2) as pool:
+        both = [ended.stdout for ended in pool.map(lambda _: arriero(*up), range(2))]
+    (first,) = (text for text in both if "Arriero is up at http" in text)
+    (second,) = (text for text in both if "Arriero was running already at http" in text)
+    url = json.loads((tmp_path / "arriero" / "deployment.json").read_text())["url"]
+    assert url in first and url in second
