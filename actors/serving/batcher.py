@@ -6,6 +6,8 @@ Each turn decodes one batch: the next token of every answer under way, plus prom
 job first, up to one micro-batch (`n_ubatch`) in all. So a long prompt delays the others by one micro-batch at a time,
 and a cancelled job is gone after one. Jobs that find no free slot wait in order. Embeddings take their own turns,
 because they make every token an output.
+What follows a grammar is chosen beside this thread: a grammar may take seconds for a token, and nobody else's answer
+waits for it. Its slot sits turns out until the token is there.
 A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
 batcher for good: everything fails from then on, with the reason.
 Cost of a turn besides the decode: some microseconds per row.
@@ -17,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from actors.serving.beat import Beat
@@ -25,7 +27,7 @@ from actors.serving.jobs import Embedding, Generation, Job
 from actors.serving.model import Model, Row
 from actors.serving.slots import Slot, best_slot
 from scheduler.costs.host import embedding_rows
-from scheduler.errors import EngineFailed
+from scheduler.errors import ArrieroError, EngineFailed
 
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
 
@@ -44,6 +46,7 @@ class Batcher:
         self._waiting: deque[Job[Any]] = deque()
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
+        self._beside = ThreadPoolExecutor(model.n_seq_max, "choosing")  # threads start when there is a grammar
         self._threads_wanted: int | None = None
         self._failed_turns = 0
         self._ticks = 0
@@ -69,6 +72,8 @@ class Batcher:
         """Ends `job` without a result, within one token or micro-batch; nothing happens if it has ended already."""
         with self._changed:
             job.cancelled = True
+            if isinstance(job, Generation) and job.choosing and job.constraint is not None:
+                job.constraint.interrupt()
             if self._in_batch and all(other.cancelled for other in self._in_batch):
                 self._model.abort(True)
             self._changed.notify()
@@ -107,12 +112,21 @@ class Batcher:
                 self._embed()
         except BaseException as error:  # a bug must not leave callers waiting for ever
             self.broken = f"the engine thread failed: {type(error).__name__}: {error}"
+        self._stop_choosing()
         self._end_all(EngineFailed(self.broken or "this replica is being stopped"))
+
+    def _stop_choosing(self) -> None:
+        """Nobody uses a sampler any more."""
+        for slot in self._slots:
+            if isinstance(slot.job, Generation) and slot.job.constraint is not None:
+                slot.job.constraint.interrupt()
+        self._beside.shutdown()
 
     def _prepare(self) -> bool:
         """Waits for work and gives waiting jobs their slots; False when there is nothing more to do."""
         with self._changed:
             while True:
+                self._take_chosen()
                 self._drop_cancelled()
                 self._assign()
                 if self._closing or self.broken:
@@ -120,13 +134,13 @@ class Batcher:
                 if self._threads_wanted is not None:
                     self._model.set_threads(self._threads_wanted)
                     self._threads_wanted = None
-                if any(slot.job is not None for slot in self._slots):
+                if any(slot.job is not None and not _is_choosing(slot.job) for slot in self._slots):
                     return True
                 self._changed.wait()
 
     def _drop_cancelled(self) -> None:
         for slot in self._slots:
-            if slot.job is not None and slot.job.cancelled:
+            if slot.job is not None and slot.job.cancelled and not _is_choosing(slot.job):
                 self._release(slot).end()
         for job in [job for job in self._waiting if job.cancelled]:
             self._waiting.remove(job)
@@ -163,7 +177,8 @@ class Batcher:
         """One turn of all generations."""
         rows: list[Row] = []
         parts: list[tuple[Slot, Generation, list[int], int | None]] = []  # tokens in this batch, row to sample
-        running = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
+        generating = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
+        running = [(slot, job) for slot, job in generating if not job.choosing]
         running.sort(key=lambda pair: (pair[1].pending is None, pair[0].last_used))  # answers first, oldest first
         room = max(self._model.n_ubatch, self._model.n_seq_max)
         for slot, job in running:
@@ -191,11 +206,44 @@ class Batcher:
         self._failed_turns = 0
         for slot, job, tokens, row in parts:
             slot.tokens += tokens
-            if row is not None:
-                token = self._model.sample(job.sampler, row)
-                ends = self._model.ends_generation(token)
-                if job.accept(token, b"" if ends else self._model.piece(token), ends=ends):
-                    self._release_locked(slot)
+            if row is not None and job.constraint is None:
+                self._accept(slot, job, self._model.sample(job.sampler, row))
+            elif row is not None:
+                job.choosing = True
+                self._beside.submit(self._choose, job, self._model.logits(row))
+
+    def _accept(self, slot: Slot, job: Generation, token: int) -> None:
+        ends = self._model.ends_generation(token)
+        if job.accept(token, b"" if ends else self._model.piece(token), ends=ends):
+            with self._changed:
+                self._release(slot)
+
+    def _choose(self, job: Generation, logits: Any) -> None:
+        """In a thread of its own: the job's next token, or why there is none."""
+        assert job.constraint is not None
+        chosen: int | ArrieroError
+        try:
+            chosen = job.constraint.choose(lambda allowed: self._model.pick(job.sampler, logits, allowed))
+            self._model.accept(job.sampler, chosen)
+        except ArrieroError as error:
+            chosen = error
+        except Exception as error:
+            chosen = EngineFailed(f"no token could be chosen ({type(error).__name__}: {error})")
+        with self._changed:
+            job.chosen = chosen
+            self._changed.notify()
+
+    def _take_chosen(self) -> None:
+        """Tokens that were chosen meanwhile."""
+        for slot in self._slots:
+            job = slot.job
+            if not isinstance(job, Generation) or job.chosen is None:
+                continue
+            chosen, job.chosen, job.choosing = job.chosen, None, False
+            if isinstance(chosen, ArrieroError):
+                self._release(slot).end(None if job.cancelled else chosen)
+            elif not job.cancelled:
+                self._accept(slot, job, chosen)
 
     def _embed(self) -> None:
         """One micro-batch of each text that is being embedded; a pooled model takes a whole text at once."""
@@ -280,3 +328,7 @@ class Batcher:
 def embed_step(model: Model) -> int:
     """Tokens per embedding turn."""
     return embedding_rows(4 * (model.n_vocab + model.n_embd), model.n_ubatch)
+
+
+def _is_choosing(job: Job[Any]) -> bool:
+    return isinstance(job, Generation) and job.choosing and job.chosen is None

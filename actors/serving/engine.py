@@ -1,17 +1,19 @@
 """The engine: one loaded model that answers several callers at once. Free of Ray; llama_cpp is imported by loading.
 
-`Engine(spec, endpoints, on_progress)` loads; `generate` and `embed` check a request, turn it into tokens and hand it to
-the batcher; `close` frees everything. Every method may be called from any thread.
+`Engine(spec, endpoints, on_progress)` loads; `generate` and `embed` have a request made into tokens by the preparer,
+check it and hand it to the batcher; `close` frees everything. Every method may be called from any thread.
 Invariant: a request that cannot be served as asked is Rejected before it takes a slot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
 from actors.serving.jobs import Embedding, Generation
+from actors.serving.preparation import Prepared, Preparer
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, EmbedResult, GenerateRequest, LoadSpec
 from actors.serving.text import TextStream
 from scheduler.errors import EngineFailed, Rejected
@@ -29,18 +31,15 @@ class Engine:
     ) -> None:
         from actors.serving.journal import llama_log
         from actors.serving.native import NativeModel
-        from actors.serving.prompt import ChatTemplate
 
         self._spec = spec
-        self._model = NativeModel(spec, rpc_endpoints, on_progress)
-        try:
-            self._chat = ChatTemplate(
-                self._model.chat_template, bos_token=self._model.bos_text, eos_token=self._model.eos_text
-            )
+        self._preparer = Preparer(spec.path)  # reads the vocabulary while the weights are loaded
+        with ExitStack() as unless_loaded:
+            unless_loaded.callback(self._preparer.close)
+            self._model = NativeModel(spec, rpc_endpoints, on_progress)
+            unless_loaded.callback(self._model.close)
             self._batcher = Batcher(self._model, last_words=llama_log().last_errors, beat=beat)
-        except BaseException:
-            self._model.close()
-            raise
+            unless_loaded.pop_all()
         self._closed = False
 
     @property
@@ -75,7 +74,18 @@ class Engine:
         """
         if not self._model.can_generate:
             raise Rejected(f"{self._spec.model} is an embedding model; ask it for embeddings")
-        prompt, stops = self._tokens(request)
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 1")
+        prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot)
+        try:
+            return self._stream(self._generation(request, prepared))
+        except BaseException:
+            if prepared.constraint is not None:
+                prepared.constraint.close()
+            raise
+
+    def _generation(self, request: GenerateRequest, prepared: Prepared) -> Generation:
+        (prompt,) = prepared.prompts
         room = self.n_ctx_per_slot - len(prompt)
         if room < 1:
             raise Rejected(
@@ -84,11 +94,14 @@ class Engine:
                 prompt_tokens=len(prompt),
                 n_ctx=self.n_ctx_per_slot,
             )
-        if request.max_tokens is not None and request.max_tokens < 1:
-            raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 1")
-        sampler = self._model.sampler(request.sampling)
-        max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
-        return self._stream(Generation(request.request_id, prompt, sampler, TextStream(stops), max_tokens))
+        return Generation(
+            request.request_id,
+            prompt,
+            self._model.sampler(request.sampling),
+            TextStream(request.stop + prepared.stops),
+            room if request.max_tokens is None else min(room, request.max_tokens),
+            prepared.constraint,
+        )
 
     def _stream(self, job: Generation) -> Iterator[Chunk]:
         try:
@@ -97,25 +110,6 @@ class Engine:
         finally:
             self._batcher.cancel(job)
 
-    def _tokens(self, request: GenerateRequest) -> tuple[list[int], tuple[str, ...]]:
-        """The prompt's tokens and all stop strings."""
-        if (request.messages is None) == (request.prompt is None):
-            raise Rejected("a request needs either messages or a prompt, and not both")
-        if request.messages is not None:
-            rendered = self._chat.render(request.messages)
-            return self._model.tokenize(rendered.text, rendered.add_special), request.stop + rendered.stops
-        assert request.prompt is not None
-        return self._prompt_tokens(request.prompt), request.stop
-
-    def _prompt_tokens(self, prompt: str | tuple[int, ...]) -> list[int]:
-        tokens = self._model.tokenize(prompt, add_special=True) if isinstance(prompt, str) else list(prompt)
-        if not tokens:
-            raise Rejected("the prompt is empty")
-        for token in tokens:
-            if not 0 <= token < self._model.n_vocab:
-                raise Rejected(f"the prompt has token {token}; this model's tokens are 0 to {self._model.n_vocab - 1}")
-        return tokens
-
     def embed(self, request: EmbedRequest) -> EmbedResult:
         """One vector of length 1 per input: the model's own pooling, or the mean of its token vectors.
 
@@ -123,7 +117,7 @@ class Engine:
         """
         if self._model.is_reranker:
             raise Rejected(f"{self._spec.model} is a reranker; it has scores, not embeddings")
-        prompts = [self._prompt_tokens(text) for text in request.inputs]
+        prompts = self._preparer.prepare(request.content, self.n_ctx_per_slot).prompts
         limit = self._model.n_ubatch if self._model.is_pooled else self.n_ctx_per_slot
         for index, prompt in enumerate(prompts):
             if len(prompt) > limit:
@@ -159,3 +153,4 @@ class Engine:
             self._closed = True
             self._batcher.close()
             self._model.close()
+            self._preparer.close()

@@ -7,13 +7,14 @@ ends them, with None or with the error that ended the job.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
 from actors.serving.protocol import Chunk, FinishReason
 from actors.serving.text import TextStream
 from scheduler.costs.paces import Pace
+from scheduler.errors import ArrieroError
 
 TELLING_TOKENS = 32
 """From so many tokens on, a piece of a prompt shows how fast prompts are read."""
@@ -25,6 +26,14 @@ class Sampler(Protocol):
     """A sampler chain; `close()` frees it."""
 
     def close(self) -> object: ...
+
+
+class Constraint(Protocol):
+    """What the tokens of an answer must follow (`preparation.Constraint`)."""
+
+    def choose(self, pick: Callable[[Any], int]) -> int: ...
+    def interrupt(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Job(Generic[Result]):
@@ -52,11 +61,25 @@ class Job(Generic[Result]):
 
 
 class Generation(Job[Chunk]):
-    """One answer under way. `pending` is the sampled token that the next batch has to decode."""
+    """One answer under way. `pending` is the sampled token that the next batch has to decode.
 
-    def __init__(self, request_id: str, prompt: list[int], sampler: Sampler, text: TextStream, max_tokens: int) -> None:
+    With a `constraint` the token is chosen beside the engine's thread: `choosing` until then, `chosen` after it.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: list[int],
+        sampler: Sampler,
+        text: TextStream,
+        max_tokens: int,
+        constraint: Constraint | None = None,
+    ) -> None:
         super().__init__(request_id, prompt)
         self.sampler: Any = sampler
+        self.constraint = constraint
+        self.choosing = False
+        self.chosen: int | ArrieroError | None = None
         self.pending: int | None = None
         self.cached_tokens = 0
         self._text = text
@@ -115,6 +138,8 @@ class Generation(Job[Chunk]):
 
     def end(self, error: BaseException | None = None) -> None:
         self.sampler.close()
+        if self.constraint is not None:
+            self.constraint.close()
         super().end(error)
 
 

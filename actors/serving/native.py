@@ -26,8 +26,6 @@ from actors.serving.sampling import build_sampler
 from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import ContextParams, Footprint
 
-"""Names of the MoE expert tensors, as llama.cpp's own --cpu-moe matches them (common/common.h, LLM_FFN_EXPS_REGEX)."""
-
 _OUT_OF_MEMORY = ("failed to allocate", "unable to allocate", "out of memory", "failed to reserve", "cannot allocate")
 _INVALID_MODEL = (
     "gguf_init",
@@ -38,6 +36,8 @@ _INVALID_MODEL = (
     "invalid",
     "corrupt",
 )
+
+_TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data (llama.h)
 
 
 class _BufferOverride(ctypes.Structure):
@@ -200,17 +200,6 @@ class NativeModel:
 
     # Vocabulary (any thread)
 
-    def tokenize(self, text: str, add_special: bool) -> list[int]:
-        """Tokens of `text`; names of special tokens inside it count as those tokens."""
-        raw = text.encode()
-        room = len(raw) + 8
-        tokens = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), tokens, room, add_special, True)
-        if count < 0:
-            tokens = (llama_cpp.llama_token * -count)()
-            count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), tokens, -count, add_special, True)
-        return list(tokens[:count])
-
     def piece(self, token: int) -> bytes:
         """The bytes that `token` adds to the answer; special tokens add none."""
         room = 64
@@ -221,47 +210,30 @@ class NativeModel:
                 return buffer.raw[:count]
             room = -count
 
-    def token_text(self, token: int) -> str:
-        """How the vocabulary spells `token`; "" for a token that the model does not have (-1)."""
-        text = llama_cpp.llama_vocab_get_text(self.vocab, token) if token >= 0 else b""
-        return (text or b"").decode("utf-8", "replace")
-
-    @property
-    def bos_text(self) -> str:
-        return self.token_text(llama_cpp.llama_vocab_bos(self.vocab))
-
-    @property
-    def eos_text(self) -> str:
-        return self.token_text(llama_cpp.llama_vocab_eos(self.vocab))
-
-    @property
-    def chat_template(self) -> str | None:
-        template = llama_cpp.llama_model_chat_template(self._model, None)
-        return None if template is None else template.decode("utf-8", "replace")
-
     def ends_generation(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     def sampler(self, sampling: Sampling) -> LlamaSampler:
         """A new sampler chain; the caller closes it. Raises Rejected for settings that cannot be."""
-        return build_sampler(self.vocab, self.n_vocab, sampling)
+        return build_sampler(self.n_vocab, sampling)
 
     # Computing (the owning thread)
 
     def warm_up(self) -> None:
         """One decode, so that the first request meets loaded pages and kernels, and a device that cannot compute
-        fails the load (LoadFailed) instead of a request."""
-        if not self.can_generate:
+        fails the load (LoadFailed) instead of a request. What only embeds is warmed up by an embedding."""
+        if self.is_reranker:  # it is asked nothing
             return
-        token = max(0, llama_cpp.llama_vocab_bos(self.vocab))
+        rows = [Row(max(0, llama_cpp.llama_vocab_bos(self.vocab)), 0, 0, True)]
         with llama_log().recording() as lines:
             llama_cpp.llama_set_warmup(self._context, True)
-            code = self.decode([Row(token, 0, 0, True)])
+            code = self.decode(rows) if self.can_generate else self.embed(rows)
             llama_cpp.llama_set_warmup(self._context, False)
-            if code != 0:
+            if isinstance(code, int) and code != 0:
                 raise _failure(f"the first decode failed (llama_decode returned {code})", lines)
             llama_cpp.llama_synchronize(self._context)
-            llama_cpp.llama_memory_clear(self._memory, True)
+            if self._memory:
+                llama_cpp.llama_memory_clear(self._memory, True)
 
     def decode(self, rows: Sequence[Row]) -> int:
         """Runs `rows` through the model, to the end: devices compute asynchronously. 0: done; 1: no room in the cache,
@@ -282,6 +254,29 @@ class NativeModel:
     def sample(self, sampler: LlamaSampler, row: int) -> int:
         """The next token after row `row` of the last batch; the sampler remembers it."""
         return int(llama_cpp.llama_sampler_sample(sampler.sampler, self._context, row))
+
+    def logits(self, row: int) -> npt.NDArray[np.float32]:
+        """A copy of what row `row` of the last batch says of every token."""
+        return np.array(np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, row), (self.n_vocab,)))
+
+    # Choosing under a constraint (any thread, one at a time for each sampler)
+
+    def pick(
+        self, sampler: LlamaSampler, logits: npt.NDArray[np.float32], allowed: npt.NDArray[np.bool_] | None
+    ) -> int:
+        """The token that the sampler picks by `logits`, among those `allowed` (one flag per token; None: all). The
+        sampler does not remember it yet."""
+        tokens = np.arange(self.n_vocab) if allowed is None else np.flatnonzero(allowed[: self.n_vocab])
+        candidates = np.zeros(len(tokens), _TOKEN_DATA)
+        candidates["id"], candidates["logit"] = tokens, logits[tokens]
+        data = candidates.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
+        array = llama_cpp.llama_token_data_array(data=data, size=len(tokens), selected=-1, sorted=False)
+        llama_cpp.llama_sampler_apply(sampler.sampler, ctypes.byref(array))
+        return int(array.data[array.selected].id)
+
+    def accept(self, sampler: LlamaSampler, token: int) -> None:
+        """The sampler remembers a token that was picked."""
+        llama_cpp.llama_sampler_accept(sampler.sampler, token)
 
     def embed(self, rows: Sequence[Row]) -> npt.NDArray[np.float32] | int:
         """Embeddings of `rows`, all of one sequence: one pooled vector, or one per row. An int is decode's code."""

@@ -40,6 +40,8 @@ class ChatTemplate:
         self._formatter: Jinja2ChatFormatter | None = None
         try:
             self._formatter = Jinja2ChatFormatter(template or _CHATML, eos_token=eos_token, bos_token=bos_token)
+        except MemoryError:  # a limit of this process, which has to end
+            raise
         except Exception as error:  # any error of Jinja's compiler, whatever its type
             self._broken = f"{type(error).__name__}: {error}"
 
@@ -55,6 +57,8 @@ class ChatTemplate:
             raise Rejected("a chat needs at least one message")
         try:
             text = self._formatter(messages=flat).prompt
+        except MemoryError:
+            raise
         except Exception as error:  # templates raise their own errors on purpose, for example on unknown roles
             raise Rejected(f"this model's chat template refused the messages: {error}") from error
         return Prompt(text, self._stops, add_special=not self._own)

@@ -1,17 +1,15 @@
 """Sampler chains: how the next token is picked from the logits.
 
 The chain's order is the one llama-cpp-python uses, so that equal settings give equal text: penalties (over the last 64
-generated tokens), grammar, then greedy, or top-k, top-p, min-p, temperature and the seeded draw. Logit bias comes
-first. A seed makes the draw repeatable; without one llama.cpp takes a random seed.
+generated tokens), then greedy, or top-k, top-p, min-p, temperature and the seeded draw. Logit bias comes first. A seed
+makes the draw repeatable; without one llama.cpp takes a random seed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import llama_cpp
-from llama_cpp import llama_grammar
 from llama_cpp._internals import LlamaSampler
 
 from actors.serving.protocol import Sampling
@@ -20,10 +18,10 @@ from scheduler.errors import Rejected
 _PENALTY_WINDOW = 64  # tokens; llama-cpp-python's and llama.cpp's own default
 
 
-def build_sampler(vocab: object, n_vocab: int, sampling: Sampling) -> LlamaSampler:
-    """A chain for one answer; `close()` it afterwards. `vocab` is the model's llama_vocab pointer.
+def build_sampler(n_vocab: int, sampling: Sampling) -> LlamaSampler:
+    """A chain for one answer; `close()` it afterwards.
 
-    Raises Rejected for a setting out of range, an unknown token in `logit_bias`, or an unusable JSON schema.
+    Raises Rejected for a setting out of range, or an unknown token in `logit_bias`.
     """
     _check_ranges(sampling)
     chain = LlamaSampler()
@@ -38,8 +36,6 @@ def build_sampler(vocab: object, n_vocab: int, sampling: Sampling) -> LlamaSampl
             sampling.frequency_penalty,
             sampling.presence_penalty,
         )
-        if sampling.json_schema is not None:
-            _add_schema(chain, vocab, sampling.json_schema)
         if sampling.temperature == 0:
             chain.add_greedy()
         else:
@@ -72,27 +68,3 @@ def _check_bias(bias: Mapping[int, float], n_vocab: int) -> None:
     for token in bias:
         if not 0 <= token < n_vocab:
             raise Rejected(f"logit_bias names token {token}; this model's tokens are 0 to {n_vocab - 1}")
-
-
-def _add_schema(chain: LlamaSampler, vocab: object, schema: str) -> None:
-    grammar = _grammar(schema)
-    sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
-    if not sampler:
-        raise Rejected("the JSON schema gives a grammar that llama.cpp cannot use; simplify the schema")
-    llama_cpp.llama_sampler_chain_add(chain.sampler, sampler)
-
-
-def _grammar(schema: str) -> str:
-    """GBNF for a JSON schema; the empty schema means any JSON object."""
-    try:
-        parsed = json.loads(schema)
-    except ValueError as error:
-        raise Rejected(f"the JSON schema is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise Rejected(f"a JSON schema must be an object, not {type(parsed).__name__}")
-    if not parsed:
-        return str(llama_grammar.JSON_GBNF)
-    try:
-        return str(llama_grammar.json_schema_to_gbnf(schema))
-    except Exception as error:  # the converter raises whatever it trips over
-        raise Rejected(f"the JSON schema cannot be turned into a grammar: {type(error).__name__}: {error}") from error

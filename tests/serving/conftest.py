@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.serving.protocol import GenerateRequest, LoadDevice, LoadSpec, Sampling
+from actors.serving.protocol import GenerateRequest, LoadDevice, LoadSpec, Sampling, content_of
 from arriero.sample_models import write_sample_model
 from scheduler.costs.params import ContextParams
 
@@ -75,13 +76,15 @@ def engine(spec: Callable[..., LoadSpec]) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def ask() -> Callable[..., GenerateRequest]:
-    """`ask("text")`: a greedy chat request of at most 30 tokens; every field can be given."""
+    """`ask("text")`: a greedy chat request of at most 30 tokens; every field and part of the content can be given."""
 
     def make(text: str = "Where is the salt?", **given: Any) -> GenerateRequest:
-        if "prompt" not in given:
-            given.setdefault("messages", ({"role": "user", "content": text},))
+        content = {name: given.pop(name) for name in ("messages", "prompt", "json_schema") if name in given}
+        if "prompt" not in content:
+            content.setdefault("messages", [{"role": "user", "content": text}])
         sampling = given.pop("sampling", Sampling(temperature=0))
-        return GenerateRequest(**{"request_id": "r", "max_tokens": 30, "sampling": sampling, **given})
+        given = {"request_id": "r", "max_tokens": 30, "sampling": sampling, **given}
+        return GenerateRequest(content=content_of(**content), **given)
 
     return make
 
@@ -96,7 +99,7 @@ def baseline() -> Callable[..., str]:
         given = {"n_ctx": 512, "n_threads": 2, "flash_attn": flash_attn, "swa_full": False, **given}
         with contextlib.closing(llama_cpp.Llama(str(path), verbose=False, **given)) as llama:
             choice = llama.create_chat_completion(
-                messages=[dict(message) for message in request.messages or ()],
+                messages=json.loads(request.content)["messages"],
                 max_tokens=request.max_tokens,
                 temperature=0.0,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -28,6 +29,7 @@ from actors.serving.protocol import (
     LoadFailure,
     LoadReport,
     LoadSpec,
+    content_of,
 )
 from actors.serving.runner import Runner, show_only
 from scheduler.costs.params import HostBytes
@@ -65,7 +67,7 @@ class FakeEngine:
             self.cancelled.append(request_id)
 
     def embed(self, request: EmbedRequest) -> EmbedResult:
-        return EmbedResult(((1.0,),) * len(request.inputs), 1)
+        return EmbedResult(((1.0,),) * len(json.loads(request.content)["inputs"]), 1)
 
     def cancel(self, request_id: str) -> bool:
         return request_id == "known"
@@ -160,7 +162,7 @@ def test_streams_and_passes_refusals_on(spec: Any, ask: Any) -> None:
     assert "".join(chunk.text for chunk in runner.generate(ask(request_id="a"))) == "salt and wool"
     with pytest.raises(Rejected, match="no tokens"):
         list(runner.generate(ask(max_tokens=0)))
-    assert runner.embed(EmbedRequest("e", ("x", "y"))).vectors == ((1.0,), (1.0,))
+    assert runner.embed(EmbedRequest("e", content_of(inputs=["x", "y"]))).vectors == ((1.0,), (1.0,))
     assert runner.cancel("known")
     assert not runner.cancel("unknown")
     assert engine.cancelled == ["a"]

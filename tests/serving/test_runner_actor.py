@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from actors.devices.byte_count import ByteCount
-from actors.serving.protocol import Chunk, EmbedRequest, LoadDevice, LoadFailure, LoadReport
+from actors.serving.protocol import Chunk, EmbedRequest, LoadDevice, LoadFailure, LoadReport, content_of
 from actors.serving.runner import RunnerActor
 from scheduler.errors import ArrieroError, Rejected
 
@@ -83,7 +83,7 @@ def test_expected_failures_are_values(start: Any, spec: Any, sample: Any, ask: A
     (refusal,) = hear(runner.generate.remote(ask(prompt=(1,) * 9999)))
     assert isinstance(refusal, Rejected)
     assert refusal.details["prompt_tokens"] == 9999
-    assert isinstance(got(runner.embed.remote(EmbedRequest("e", ("x" * 9999,)))), Rejected)
+    assert isinstance(got(runner.embed.remote(EmbedRequest("e", content_of(inputs=["x" * 9999])))), Rejected)
     assert isinstance(got(runner.set_threads.remote(0)), Rejected)
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF")

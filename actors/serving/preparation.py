@@ -1,0 +1,252 @@
+"""A runner's side of its preparer: requests become prompts there, and tokens are tried against grammars.
+
+`Preparer(path)` starts the process (see `preparer`) and returns before it has read the vocabulary. Every method may be
+called from any thread. A request that the preparer refuses, or dies of, is Rejected, with what it was busy with; a
+preparer that is gone is started again. Cost of a request: one round trip on a socket pair, some tenths of a
+millisecond.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actors.serving.frames import N_CTX, TOKEN, BrokenFrame, Kind, receive, send
+from scheduler.errors import EngineFailed, Rejected
+
+ANSWER_TIMEOUT_S = 60.0
+"""For a preparer that is stopped, or gets no processor: what it computes is limited by itself, and sooner."""
+
+MOST_IDLE = 2
+"""Connections (each a child of the preparer) that are kept for the next requests."""
+
+_SOURCE_ROOT = Path(__file__).parents[2]
+
+Pick = Callable[[npt.NDArray[np.bool_] | None], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """`prompts`: tokens of each; `stops`: strings that end the answer; `constraint`: what its tokens must follow."""
+
+    prompts: tuple[list[int], ...]
+    stops: tuple[str, ...]
+    constraint: Constraint | None = None
+
+
+class Preparer:
+    """One model's. `close()` ends the process."""
+
+    def __init__(self, path: str) -> None:
+        self._path = str(Path(path).absolute())
+        self._lock = Lock()
+        self._idle: list[socket.socket] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self._start()
+
+    def prepare(self, content: bytes, n_ctx: int) -> Prepared:
+        """The prompts of a request's content, for slots of `n_ctx` tokens.
+
+        Raises Rejected for a request that cannot be made into one, EngineFailed when there is no preparer to ask.
+        """
+        connection = self._connection()
+        try:
+            send(connection, Kind.PREPARE, N_CTX.pack(n_ctx) + content)
+            prepared = self._answer(connection)
+        except Rejected:
+            self._keep(connection)
+            raise
+        except TimeoutError as error:
+            connection.close()
+            self._end_process()  # it is stopped: the next request gets another
+            raise EngineFailed(f"its preparer did not answer for {ANSWER_TIMEOUT_S:.0f} s") from error
+        except OSError as error:
+            connection.close()
+            raise EngineFailed(f"its preparer has ended ({error}); ask again") from error
+        except BaseException:
+            connection.close()
+            raise
+        if prepared.constraint is None:
+            self._keep(connection)
+        return prepared
+
+    def _answer(self, connection: socket.socket) -> Prepared:
+        prompts: list[list[int]] = []
+        step = "the request"
+        while (frame := receive(connection)) is not None:
+            kind, payload = frame
+            match kind:
+                case Kind.STEP:
+                    step = payload.decode()
+                case Kind.PROMPT:
+                    prompts.append(array("i", payload).tolist())
+                case Kind.READY:
+                    ready = json.loads(payload)
+                    constraint = Constraint(connection, self._keep) if ready["constrained"] else None
+                    return Prepared(tuple(prompts), tuple(ready["stops"]), constraint)
+                case Kind.REJECTED:
+                    raise _rejected(step, payload)
+                case Kind.ENDED:
+                    connection.close()
+                    raise Rejected(f"{step} cannot be used: {payload.decode()}", step=step)
+                case _:
+                    raise BrokenFrame(f"it answered with a frame of kind {kind}")
+        raise ConnectionError("it said nothing")
+
+    def _keep(self, connection: socket.socket) -> None:
+        """Let the next request have the connection, unless it is closed."""
+        with self._lock:
+            if not self._closed and connection.fileno() >= 0 and len(self._idle) < MOST_IDLE:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    # ------------------------------------------------------------------ the process
+
+    def _start(self) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            # On the CPU alone, whatever the runner sees; what C++ says when it ends is of no use to anybody.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "actors.serving.preparer", self._path, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=_SOURCE_ROOT,  # "-m" looks here first, wherever this process was started
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                pass_fds=[theirs.fileno()],
+            )
+        self._control.settimeout(ANSWER_TIMEOUT_S)
+        self._is_ready = False
+
+    def _connection(self) -> socket.socket:
+        """One to a child that has nothing to do, or to a new one."""
+        with self._lock:
+            if self._closed:
+                raise EngineFailed("this replica is being stopped")
+            while self._idle:
+                connection = self._idle.pop()
+                if not _has_ended(connection):
+                    return connection
+                connection.close()
+            for _ in range(2):
+                try:
+                    return self._new_connection()
+                except (OSError, EngineFailed) as error:
+                    trouble = error
+                    self._end_process()
+                    self._start()
+        raise EngineFailed(f"its preparer does not start: {trouble}")
+
+    def _new_connection(self) -> socket.socket:
+        if not self._is_ready:
+            frame = receive(self._control)
+            if frame is None or frame[0] != Kind.READY:
+                raise EngineFailed(frame[1].decode() if frame else "it ended at once")
+            self._is_ready = True
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [b"c"], [theirs.fileno()])
+        ours.settimeout(ANSWER_TIMEOUT_S)
+        return ours
+
+    def _end_process(self) -> None:
+        self._control.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def close(self) -> None:
+        """Ends the process; requests under way fail with EngineFailed. Safe to call twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for connection in self._idle:
+                connection.close()
+            self._idle.clear()
+            self._end_process()
+
+
+class Constraint:
+    """What the tokens of one answer must follow. One thread chooses; any thread may `interrupt`."""
+
+    def __init__(self, connection: socket.socket, give_back: Callable[[socket.socket], None]) -> None:
+        self._connection = connection
+        self._give_back = give_back
+        self._usable = True
+
+    def choose(self, pick: Pick) -> int:
+        """The next token: what `pick(None)` picks, or, where that may not come next, what it picks among those that
+        may (one flag per token). Raises Rejected when there is none, or llama.cpp cannot tell."""
+        allowed = self._try(token := pick(None))
+        if allowed is None:
+            return token
+        if not allowed.any():
+            raise Rejected("the JSON schema wants something that this model's tokens cannot spell")
+        if self._try(token := pick(allowed)) is not None:
+            raise EngineFailed("the sampler picked a token that the grammar does not allow")
+        return token
+
+    def _try(self, token: int) -> npt.NDArray[np.bool_] | None:
+        """None when the answer goes on with `token`, else which tokens may come next."""
+        try:
+            send(self._connection, Kind.TRY, TOKEN.pack(token))
+            frame = receive(self._connection)
+        except OSError as error:
+            self._usable = False
+            raise EngineFailed(f"its preparer has ended ({error})") from error
+        kind, payload = frame if frame is not None else (Kind.ENDED, b"it ended")
+        if kind == Kind.TAKEN:
+            return None
+        if kind == Kind.ALLOWED:
+            return np.unpackbits(np.frombuffer(payload, np.uint8)).astype(np.bool_)
+        self._usable = False
+        if kind == Kind.REJECTED:
+            raise _rejected("the JSON schema", payload)
+        raise Rejected(f"the JSON schema cannot be followed: {payload.decode()}; simplify it")
+
+    def interrupt(self) -> None:
+        """Whoever is choosing stops, with an error."""
+        self._usable = False
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """The answer has ended, and nobody is choosing."""
+        if self._usable:
+            self._give_back(self._connection)
+        else:
+            self._connection.close()
+
+
+def _rejected(step: str, payload: bytes) -> Rejected:
+    told: dict[str, Any] = json.loads(payload)
+    return Rejected(told["message"], **{"step": step, **told["details"]})
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Whether the other side is gone, or has said why it goes, since nobody was asking."""
+    try:
+        connection.setblocking(False)
+        return len(connection.recv(1, socket.MSG_PEEK)) >= 0
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(ANSWER_TIMEOUT_S)

@@ -1,0 +1,245 @@
+"""The preparer: a process that makes prompts out of requests, beside the runner whose vocabulary it shares.
+
+    python -m actors.serving.preparer PATH CONTROL_FD
+
+Whatever a stranger wrote is opened here and nowhere else: the text of requests, JSON schemas, chat templates (which are
+programs). It reads the vocabulary once, and then forks a *child* for every connection that its runner hands over
+(file descriptors, on the control socket). A child has limits: `CPU_S` seconds of computing for each question, and
+`MEMORY_BYTES` of memory beyond the vocabulary's. One that runs into them, or that llama.cpp ends, takes one request
+with it. The process ends with its runner, and the children with it. What is said on a connection: `frames`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import resource
+import selectors
+import signal
+import socket
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from actors.serving.frames import N_CTX, TOKEN, Kind, receive, send
+from actors.serving.prompt import ChatTemplate
+from scheduler.errors import ArrieroError, Rejected
+from scheduler.units import MIB, format_bytes
+
+CPU_S = 5.0
+"""For each question. A prompt of 100,000 tokens takes 0.2 s, the first token under a schema of 1,000 alternatives and
+a vocabulary of 150,000 takes 2 s (docs/benchmarks.md)."""
+
+MEMORY_BYTES = 256 * MIB
+MEMORY_PER_TOKEN_BYTES = 1024
+"""Of a child, beyond what it was forked with: so much, and so much for each token of the context."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Nursery:
+    """The parent of the children: forks one per connection, and says on it why it ended before its time."""
+
+    def __init__(self, control: socket.socket, vocabulary: Any) -> None:
+        self._control = control
+        self._vocabulary = vocabulary
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(control, selectors.EVENT_READ)
+        self._connections: dict[int, tuple[int, socket.socket]] = {}  # pid and connection, by pidfd
+
+    def run(self) -> None:
+        """Returns in the parent when the runner is gone. A child never returns."""
+        while True:
+            for ready, _ in self._selector.select():
+                if ready.fileobj is not self._control:
+                    self._bury(ready.fd)
+                    continue
+                _, descriptors, _, _ = socket.recv_fds(self._control, 1, 1)
+                if not descriptors:
+                    return
+                self._fork(socket.socket(fileno=descriptors[0]))
+
+    def _fork(self, connection: socket.socket) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:  # no memory, or too many processes
+            with connection:
+                _say(connection, f"no process could be started for it: {error.strerror}")
+            return
+        if pid == 0:
+            try:
+                self._let_go()
+                Child(connection, self._vocabulary).serve()
+            finally:
+                os._exit(0)
+        pidfd = os.pidfd_open(pid)
+        self._connections[pidfd] = pid, connection
+        self._selector.register(pidfd, selectors.EVENT_READ)
+
+    def _let_go(self) -> None:
+        """In a child: close what belongs to the parent, and end with it."""
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        for pidfd, (_, connection) in self._connections.items():
+            os.close(pidfd)
+            connection.close()
+        self._selector.close()
+        self._control.close()
+
+    def _bury(self, pidfd: int) -> None:
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        pid, connection = self._connections.pop(pidfd)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with connection:
+            if status:
+                _say(connection, _why(status))
+
+
+def _say(connection: socket.socket, why: str) -> None:
+    with contextlib.suppress(OSError):  # nobody wants to know
+        connection.setblocking(False)
+        send(connection, Kind.ENDED, why.encode())
+
+
+def _why(status: int) -> str:
+    if status == -signal.SIGPROF:
+        return f"it took more than {CPU_S:.0f} s of computing"
+    if status < 0:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    return f"its process ended with status {status}"
+
+
+class Child:
+    """One connection's questions, one after the other."""
+
+    def __init__(self, connection: socket.socket, vocabulary: Any) -> None:
+        self._connection = connection
+        self._vocabulary = vocabulary
+        self._held_bytes = _data_bytes()
+        self._chat: ChatTemplate | None = None
+        self._grammar: Any = None
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def serve(self) -> None:
+        """Returns at the end of the stream, or when its memory is used up."""
+        while (question := receive(self._connection)) is not None:
+            kind, payload = question
+            signal.setitimer(signal.ITIMER_PROF, CPU_S)  # its signal ends the process, in the middle of C too
+            try:
+                self._try(payload) if kind == Kind.TRY else self._prepare(payload)
+            except MemoryError:
+                _say(self._connection, "it needs more memory than a request may take")
+                return
+            except ArrieroError as error:
+                self._reject(error)
+            except Exception as error:  # a request may bring about anything; the next one is another
+                self._reject(Rejected(f"it could not be made into a prompt ({type(error).__name__}: {error})"))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def _reject(self, error: ArrieroError) -> None:
+        told = {"message": error.message, "details": error.details}
+        send(self._connection, Kind.REJECTED, json.dumps(told, default=str).encode())
+
+    def _step(self, name: str) -> None:
+        send(self._connection, Kind.STEP, name.encode())
+
+    def _prepare(self, payload: bytes) -> None:
+        (n_ctx,) = N_CTX.unpack_from(payload)
+        most = self._held_bytes + MEMORY_BYTES + MEMORY_PER_TOKEN_BYTES * n_ctx + len(payload)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
+        self._drop_grammar()
+        self._step("the request")
+        content: Mapping[str, Any] = json.loads(payload[N_CTX.size :])
+        stops: tuple[str, ...] = ()
+        if sum(name in content for name in ("inputs", "messages", "prompt")) != 1:
+            raise Rejected("a request needs either messages or a prompt, and not both")
+        if "inputs" in content:
+            prompts = [self._tokens(each, n_ctx) for each in content["inputs"]]
+        elif "messages" in content:
+            prompt, stops = self._chat_tokens(content["messages"], n_ctx)
+            prompts = [prompt]
+        else:
+            prompts = [self._tokens(content["prompt"], n_ctx)]
+        if "json_schema" in content:
+            self._step("the JSON schema")
+            from actors.serving.grammar import Grammar
+
+            self._grammar = Grammar(self._vocabulary, content["json_schema"])
+        for tokens in prompts:
+            send(self._connection, Kind.PROMPT, array("i", tokens).tobytes())
+        ready = {"stops": stops, "constrained": self._grammar is not None}
+        send(self._connection, Kind.READY, json.dumps(ready).encode())
+
+    def _drop_grammar(self) -> None:
+        if self._grammar is not None:
+            self._grammar.close()
+            self._grammar = None
+
+    def _chat_tokens(self, messages: Sequence[Mapping[str, Any]], n_ctx: int) -> tuple[list[int], tuple[str, ...]]:
+        self._step("the model's chat template")
+        words = self._vocabulary
+        if self._chat is None:
+            self._chat = ChatTemplate(words.chat_template, bos_token=words.bos_text, eos_token=words.eos_text)
+        rendered = self._chat.render(messages)
+        return self._tokenized(rendered.text, n_ctx, add_special=rendered.add_special), rendered.stops
+
+    def _tokens(self, prompt: str | Sequence[int], n_ctx: int) -> list[int]:
+        if isinstance(prompt, str):
+            tokens = self._tokenized(prompt, n_ctx, add_special=True)
+        else:
+            tokens = list(prompt)
+            if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary.n_tokens:
+                wrong = next(token for token in tokens if not 0 <= token < self._vocabulary.n_tokens)
+                last = self._vocabulary.n_tokens - 1
+                raise Rejected(f"the prompt has token {wrong}; this model's tokens are 0 to {last}")
+        if not tokens:
+            raise Rejected("the prompt is empty")
+        return tokens
+
+    def _tokenized(self, text: str, n_ctx: int, *, add_special: bool) -> list[int]:
+        """Refused before it is cut into tokens when it is longer than any text of `n_ctx` tokens can be."""
+        self._step("the prompt's text")
+        longest_bytes = n_ctx * self._vocabulary.longest_bytes
+        if len(text) > longest_bytes:
+            raise Rejected(
+                f"the prompt is {format_bytes(len(text))} of text; the slot holds {n_ctx} tokens, which are "
+                f"{format_bytes(longest_bytes)} at the most. Shorten the prompt or load the model with a larger n_ctx",
+                n_ctx=n_ctx,
+            )
+        return self._vocabulary.tokenize(text, add_special)  # type: ignore[no-any-return]
+
+    def _try(self, payload: bytes) -> None:
+        (token,) = TOKEN.unpack(payload)
+        if self._grammar.take(token):
+            send(self._connection, Kind.TAKEN)
+        else:
+            send(self._connection, Kind.ALLOWED, self._grammar.allowed())
+
+
+def _data_bytes() -> int:
+    """Bytes of this process that RLIMIT_DATA counts."""
+    with open("/proc/self/status") as status:  # noqa: PTH123 - a dozen lines, read once
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
+
+
+def main() -> None:
+    path, control = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
+    from actors.serving.vocabulary import Vocabulary
+
+    try:
+        vocabulary = Vocabulary(path)
+        _ = vocabulary.longest_bytes  # once, and not in every child
+    except ArrieroError as error:
+        send(control, Kind.REJECTED, error.message.encode())
+        return
+    send(control, Kind.READY)
+    gc.freeze()  # or every child would copy what the collector looks at
+    Nursery(control, vocabulary).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The preparer: what a stranger writes is opened beside the runner, within limits, and takes only itself down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import psutil
+import pytest
+
+from actors.serving import frames
+from actors.serving.preparation import Preparer
+from actors.serving.protocol import content_of
+from actors.serving.vocabulary import Vocabulary
+from scheduler.errors import EngineFailed, Rejected
+
+pytestmark = pytest.mark.llama
+
+N_CTX = 512
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+EXPONENTIAL = {"type": "string", "pattern": "^x" + "(" * 24 + "a?" + "){2}" * 24 + "$"}
+CHAT = content_of(messages=[{"role": "user", "content": "hello"}])
+
+
+@pytest.fixture(scope="module")
+def preparer(sample: Callable[..., Path]) -> Iterator[Preparer]:
+    with closing(Preparer(str(sample("llama")))) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def words(sample: Callable[..., Path]) -> Vocabulary:
+    return Vocabulary(str(sample("llama")))
+
+
+def schema(of: object) -> bytes:
+    return content_of(prompt="Say it:", json_schema=of)
+
+
+def with_template(path: Path, template: str, to: Path) -> Preparer:
+    """A preparer for the model with another chat template."""
+    source = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(to, "llama")
+    for name, each in source.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "tokenizer.chat_template"):
+            element = each.types[-1] if each.types[0] is gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, each.contents(), each.types[0], element)
+    writer.add_chat_template(template)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Preparer(str(to))
+
+
+def children(preparer: Preparer) -> list[psutil.Process]:
+    assert preparer._process is not None
+    return psutil.Process(preparer._process.pid).children()
+
+
+def test_a_prompt_is_what_the_vocabulary_says(preparer: Preparer, words: Vocabulary) -> None:
+    prepared = preparer.prepare(content_of(prompt="the salt"), N_CTX)
+    assert prepared.prompts == (words.tokenize("the salt", add_special=True),)
+    assert prepared.constraint is None
+    several = preparer.prepare(content_of(inputs=["the salt", [5, 6, 7]]), N_CTX).prompts
+    assert several == (prepared.prompts[0], [5, 6, 7])
+
+
+def test_a_chat_goes_through_the_models_template(preparer: Preparer, words: Vocabulary) -> None:
+    prepared = preparer.prepare(CHAT, N_CTX)
+    assert prepared.prompts == (words.tokenize("<s>user:hello\nassistant:", add_special=False),)
+    assert prepared.stops == ("</s>",)
+
+
+def test_a_text_that_cannot_fit_is_not_even_cut_into_tokens(preparer: Preparer) -> None:
+    with pytest.raises(Rejected, match=r"holds 512 tokens, which are .* at the most"):
+        preparer.prepare(content_of(prompt="x" * 10_000_000), N_CTX)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        {"type": "string", "maxLength": 20000},
+        {"enum": [f"v{i}" for i in range(100_000)]},
+        {"type": "array", "items": {"$ref": "#"}},
+        {"type": "string", "pattern": "^(" * 300 + "a" + ")$" * 300},
+    ],
+)
+def test_a_schema_costs_only_the_request_that_brings_it(of: dict[str, Any], preparer: Preparer) -> None:
+    try:
+        constraint = preparer.prepare(schema(of), N_CTX).constraint
+        assert constraint is not None
+        constraint.choose(lambda allowed: 5 if allowed is None else int(np.flatnonzero(allowed)[0]))
+        constraint.close()
+    except Rejected as refused:
+        assert "schema" in refused.message  # which of both may depend on the machine's speed
+    assert preparer.prepare(CHAT, N_CTX).prompts
+
+
+def test_a_schema_that_explodes_later_ends_its_own_answer_only(preparer: Preparer, words: Vocabulary) -> None:
+    constraint = preparer.prepare(schema(EXPONENTIAL), N_CTX).constraint
+    assert constraint is not None
+    said = iter([words.tokenize(each, add_special=False)[-1] for each in ('"', "x")])
+    with pytest.raises(Rejected, match=r"cannot be followed: (it took more than|it needs more|its process was ended)"):
+        while (token := next(said)) is not None:
+            constraint.choose(lambda allowed, token=token: token)  # type: ignore[misc]
+    constraint.close()
+    assert preparer.prepare(CHAT, N_CTX).prompts
+
+
+def test_a_token_that_may_not_come_next_is_picked_anew(preparer: Preparer, words: Vocabulary) -> None:
+    constraint = preparer.prepare(schema({"const": "ab"}), N_CTX).constraint
+    assert constraint is not None
+    text = b""
+    for _ in range(9):
+        picked = constraint.choose(lambda allowed: 1 if allowed is None else int(np.flatnonzero(allowed)[-1]))
+        if words.text(picked) == "</s>":
+            break
+        text += words.text(picked).replace("\u2581", " ").encode()
+    assert json.loads(text) == "ab"
+    constraint.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (ENDLESS, "took more than"),
+        ("{{ 'x' * 4000000000 }}", "more memory"),
+        ("{% for a in range(99) %}{{ 'x' * 90000000 }}{% endfor %}", "more memory"),
+        ("{% if %}", "chat template is broken"),
+    ],
+)
+def test_a_template_is_a_strangers_program(
+    template: str, why: str, sample: Callable[..., Path], tmp_path: Path
+) -> None:
+    with closing(with_template(sample("llama"), template, tmp_path / "hostile.gguf")) as preparer:
+        with pytest.raises(Rejected, match=why) as refused:
+            preparer.prepare(CHAT, N_CTX)
+        assert "template" in refused.value.message or refused.value.details["step"] == "the model's chat template"
+        assert preparer.prepare(content_of(prompt="the salt"), N_CTX).prompts  # a plain prompt needs none
+
+
+def test_children_are_reused_and_end_with_their_parent(sample: Callable[..., Path]) -> None:
+    with closing(Preparer(str(sample("llama")))) as preparer:
+        for _ in range(5):
+            preparer.prepare(CHAT, N_CTX)
+        (child,) = children(preparer)
+        grown = [preparer.prepare(schema({}), N_CTX).constraint for _ in range(4)]
+        assert len(children(preparer)) == 4
+        for constraint in grown:
+            assert constraint is not None
+            constraint.close()
+        family = children(preparer)
+    _, alive = psutil.wait_procs([child, *family], timeout=10)
+    assert not alive
+
+
+def test_a_preparer_that_was_killed_is_started_again(sample: Callable[..., Path]) -> None:
+    with closing(Preparer(str(sample("llama")))) as preparer:
+        assert preparer.prepare(CHAT, N_CTX).prompts
+        assert preparer._process is not None
+        family = children(preparer)
+        os.kill(preparer._process.pid, signal.SIGKILL)
+        psutil.wait_procs(family, timeout=10)
+        assert preparer.prepare(CHAT, N_CTX).prompts
+
+
+def test_a_child_that_was_killed_takes_one_request_at_the_most(preparer: Preparer) -> None:
+    preparer.prepare(CHAT, N_CTX)
+    for child in children(preparer):
+        child.kill()
+    while children(preparer):
+        time.sleep(0.01)
+    assert preparer.prepare(CHAT, N_CTX).prompts
+
+
+def test_who_is_choosing_can_be_interrupted(preparer: Preparer) -> None:
+    constraint = preparer.prepare(schema({}), N_CTX).constraint
+    assert constraint is not None
+    for child in children(preparer):
+        child.suspend()
+    asked = threading.Event()
+
+    def pick(allowed: object) -> int:
+        asked.set()
+        return 5
+
+    def interrupt() -> None:
+        asked.wait()
+        constraint.interrupt()
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises((EngineFailed, Rejected)):
+        constraint.choose(pick)
+    interrupting.join()
+    constraint.close()
+    for child in children(preparer):
+        child.resume()
+
+
+def test_frames_survive_pieces_and_notice_an_end_in_their_midst() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sending = threading.Thread(target=frames.send, args=(ours, 7, b"x" * 3_000_000))
+        sending.start()
+        assert frames.receive(theirs) == (7, b"x" * 3_000_000)
+        sending.join()
+        ours.sendall(b"\x10\0\0\0\1abc")
+        ours.close()
+        with pytest.raises(frames.BrokenFrame, match="middle"):
+            frames.receive(theirs)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(b"\xff\xff\xff\xff\1")
+        with pytest.raises(frames.BrokenFrame, match="4294967295 bytes"):
+            frames.receive(theirs)
+        ours.close()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.close()
+        assert frames.receive(theirs) is None
