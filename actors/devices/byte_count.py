@@ -54,11 +54,19 @@ class ByteCount:
     def holders(self) -> tuple[Holder, ...]:
         """All live holders."""
         with self._locked(fcntl.LOCK_SH) as fd:
-            return tuple(
-                Holder(pid, started, owner, held)
-                for _, (pid, started, owner, held) in self._rows(fd)
-                if process_alive(pid, started)
-            )
+            return self._live(fd)
+
+    def glance(self) -> tuple[Holder, ...]:
+        """All live holders, bytes of a moment ago: does not wait for a holder that was stopped with the lock."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return self._live(fd)
+        finally:
+            os.close(fd)
+
+    def _live(self, fd: int) -> tuple[Holder, ...]:
+        rows = (row for _, row in self._rows(fd))
+        return tuple(Holder(*row) for row in rows if process_alive(row[0], row[1]))
 
     def take(self, size_bytes: int, capacity_bytes: int, owner_pid: int) -> bool:
         """Charge `size_bytes` to this process; False, and nothing charged, when it would pass the capacity."""

@@ -5,7 +5,7 @@ which process it is, what it is doing and when that must be over at the latest. 
 one write of 24 bytes, half a microsecond, so that it can be made before and after every decode.
 
 Times are CLOCK_MONOTONIC in seconds, which all processes of a machine share. A file whose process is gone is removed by
-whoever looks next.
+whoever looks next. Containers may share the folder, but no pids: who has other ones is not looked at.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def sign_in(node_id: str, title: str, what: str, *, folder: Path | None = None) 
     at = pulse_folder() if folder is None else folder
     try:
         _own(at)
-        file = at / f"{node_id}-{process.pid}-{next(_serial)}"
+        file = at / f"{_pids()}-{node_id}-{process.pid}-{next(_serial)}"
         content = _HEAD.pack(_MAGIC, *process.identity) + _PROMISE.pack(0.0, 0.0, 0.0)
         content += _TEXT.pack(title.encode(), what.encode())
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -93,7 +93,8 @@ def promises(node_id: str, *, folder: Path | None = None) -> Iterator[Promise]:
     at = pulse_folder() if folder is None else folder
     try:
         _own(at)
-        names = os.listdir(at)  # noqa: PTH208 - names are all that is needed
+        ours = _pids()
+        names = [name for name in os.listdir(at) if name.startswith(f"{ours}-")]  # noqa: PTH208 - names suffice
     except OSError:
         return
     for name in names:
@@ -107,7 +108,7 @@ def promises(node_id: str, *, folder: Path | None = None) -> Iterator[Promise]:
         _, pid, started_at_s = _HEAD.unpack_from(content)
         if not process_alive(pid, started_at_s):
             file.unlink(missing_ok=True)
-        elif name.startswith(f"{node_id}-"):
+        elif name.startswith(f"{ours}-{node_id}-"):
             title, what = (text.rstrip(b"\0").decode() for text in _TEXT.unpack_from(content, _SIZE - _TEXT.size))
             yield Promise(pid, started_at_s, title, what, *_PROMISE.unpack_from(content, _HEAD.size))
 
@@ -115,6 +116,11 @@ def promises(node_id: str, *, folder: Path | None = None) -> Iterator[Promise]:
 def pulse_folder() -> Path:
     """Where all processes of this user on this machine sign in."""
     return Path(tempfile.gettempdir()) / f"arriero-pulse-{os.getuid()}"
+
+
+def _pids() -> int:
+    """Names the pid namespace."""
+    return os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116 - one number, no path handling
 
 
 def _own(folder: Path) -> None:

@@ -81,9 +81,10 @@ def read_virtual_gpu(facts: DeviceFacts) -> DeviceReading:
 
 
 def virtual_gpu_holders(facts: DeviceFacts) -> tuple[Holder, ...]:
-    """The live device processes on a virtual GPU; none for a real card, or when its count cannot be read."""
+    """The live device processes on a virtual GPU, without waiting for its lock; none for a real card, or when its count
+    cannot be read."""
     try:
-        return ByteCount(facts.state_path).holders() if facts.kind == "rpc" else ()
+        return ByteCount(facts.state_path).glance() if facts.kind == "rpc" else ()
     except (OSError, InvariantBroken):
         return ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.devices.byte_count import ByteCount
-from actors.devices.virtual import create_virtual_gpus, read_virtual_gpu
+from actors.devices.virtual import create_virtual_gpus, read_virtual_gpu, virtual_gpu_holders
 from scheduler.errors import InvariantBroken
 from scheduler.units import MIB, NodeId
 
@@ -62,6 +63,16 @@ def test_processes_share_the_capacity_and_the_dead_hold_nothing(tmp_path: Path, 
     assert count.take(60, 100, owner_pid=13)
     assert count.path.stat().st_size == size_before, "the row of the dead process is used again"
     assert not count.take(1, 100, owner_pid=13)
+
+
+def test_who_was_stopped_with_the_lock_can_be_seen(tmp_path: Path, beside: Any) -> None:
+    (facts,) = create_virtual_gpus(NodeId("n"), [100], tmp_path)
+    taker: Program = beside(TAKER, facts.state_path, 100, 11)
+    assert taker.ask("60") is True
+    with Path(facts.state_path).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # whoever waits for it waits for ever
+        (holder,) = virtual_gpu_holders(facts)
+    assert (holder.pid, holder.owner_pid, holder.held_bytes) == (taker.process.pid, 11, 60)
 
 
 def test_many_at_once_never_pass_the_capacity(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ from tiny_llama import RUNNER, write_tiny_llama
 
 from actors.devices.gpu import GpuActor
 from actors.devices.node import NodeActor, NodeSettings
-from actors.devices.processes import started_at_s
+from actors.devices.processes import Process, started_at_s, this_process
+from actors.devices.pulse import sign_in
 from scheduler.errors import InvalidGGUF
 from scheduler.units import MIB, NodeId
 
@@ -50,6 +53,18 @@ class RunnerActor:
 
     def identity(self) -> tuple[int, float | None]:
         return os.getpid(), started_at_s()
+
+    def process(self) -> Process:
+        return this_process()
+
+    def hang(self) -> None:
+        sign_in("n1", "RunnerActor", "a decode").promise(0.1, 0.05)
+        time.sleep(1e6)
+
+    def fail_an_assertion(self) -> None:
+        sys.stderr.write("ggml.c:12: GGML_ASSERT(n_tokens > 0) failed\n")
+        sys.stderr.flush()
+        os.abort()
 
 
 @ray.remote(num_cpus=0)
@@ -153,3 +168,33 @@ def test_a_runner_is_seen_to_end_and_only_a_runner_is_killed(node: tuple[Any, An
     assert not get(node_actor.process_alive.remote(pid, started))
     assert get(node_actor.process_alive.remote(other_pid, other_started))
     ray.kill(bystander)
+
+
+def test_who_breaks_its_word_is_ended_and_the_reason_told(node: tuple[Any, Any]) -> None:
+    _, node_actor = node
+    runner, bystander = RunnerActor.remote(), RunnerActor.remote()
+    process, other = get(runner.process.remote()), get(bystander.process.remote())
+    hanging = runner.hang.remote()
+    assert get(node_actor.wait_gone.remote([process.identity], PATIENCE_S)) == ()
+    with pytest.raises(ray.exceptions.RayActorError):
+        get(hanging)
+    assert re.fullmatch(r"a decode took more than \d+ s; the slowest like it took 0.05 s", words(node_actor, process))
+    assert get(node_actor.process_alive.remote(*other.identity))
+    assert words(node_actor, other) == ""
+    ray.kill(bystander)
+
+
+def test_what_a_runner_died_of_is_told(node: tuple[Any, Any], tmp_path: Path) -> None:
+    _, node_actor = node
+    runner = RunnerActor.remote()
+    process = get(runner.process.remote())
+    with pytest.raises(ray.exceptions.RayActorError):
+        get(runner.fail_an_assertion.remote())
+    assert words(node_actor, process) == "ggml.c:12: GGML_ASSERT(n_tokens > 0) failed; SIGABRT"
+    elsewhere = tmp_path / "worker.err"
+    elsewhere.write_text("GGML_ASSERT(secret) failed")
+    assert words(node_actor, Process(*process.identity, str(elsewhere))) == "", "no log of Ray's"
+
+
+def words(node_actor: Any, process: Process) -> str:
+    return str(get(node_actor.last_words.remote(process)))

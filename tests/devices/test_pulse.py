@@ -59,9 +59,23 @@ def test_who_is_gone_leaves_no_file(tmp_path: Path, beside: Callable[..., Progra
 
 
 def test_what_is_no_pulse_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "n1-1-0").write_bytes(b"")
-    (tmp_path / "n1-2-0").write_bytes(b"x" * 500)
+    sign_in("n1", "RunnerActor", "a decode", folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    for bad in (b"", content[:-1], b"x" * len(content)):
+        file.write_bytes(bad)
+        assert list(promises("n1", folder=tmp_path)) == []
+        assert file.exists()
+
+
+def test_those_of_another_container_are_let_be(tmp_path: Path, beside: Callable[..., Program]) -> None:
+    other = beside(OTHER, tmp_path)
+    other.line()
+    other.end()
+    (file,) = tmp_path.iterdir()
+    elsewhere = file.rename(tmp_path / f"1{file.name}")  # its pid means nothing here
     assert list(promises("n1", folder=tmp_path)) == []
+    assert elsewhere.exists()
 
 
 def test_a_folder_that_others_can_write_to_is_not_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
