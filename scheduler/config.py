@@ -110,8 +110,8 @@ class Policy(_Strict):
     )
     eviction: Literal["lru", "gdsf"] = Field(
         "lru",
-        description="who makes room first: whoever was used longest ago (lru), or whoever is asked for least often, "
-        "loaded again soonest, and biggest (gdsf)",
+        description="who makes room first: whoever was used longest ago (lru), or whoever is asked for least often "
+        "and is loaded again soonest (gdsf)",
     )
     placement: Literal["pack", "spread"] = Field(
         "pack",

@@ -19,7 +19,8 @@ from scheduler.choice.reasons import rejections
 from scheduler.choice.room import STAYING
 from scheduler.choice.search import GOOD_ENOUGH, Found, Search, within
 from scheduler.choice.shortlist import wider
-from scheduler.choice.ways_out import ways_out
+from scheduler.choice.spanning import over_machines
+from scheduler.choice.ways_out import cleared, ways_out
 from scheduler.cluster.replica import Placement, Replica
 
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
@@ -65,9 +66,13 @@ class Chooser(Search):
             choice = replace(choice, placement=self._lengthened(choice))
         if not explain:
             return choice
-        ways = () if choice.placement else ways_out(self, self._fits_unpinned)
         why_not = rejections(self, groups, choice.placement, waits=choice.verdict == "wait")
-        return replace(choice, rejections=why_not, would_fit_if=ways)
+        if choice.placement is not None:
+            return replace(choice, rejections=why_not)
+        rooms = cleared(self)
+        if choice.verdict != "wait":
+            why_not = (*over_machines(self.need, rooms), *why_not)
+        return replace(choice, rejections=why_not, would_fit_if=ways_out(self, rooms, self._fits_unpinned))
 
     def _fits_unpinned(self, names: frozenset[str]) -> bool:
         """Whether there would be a place if those models were not protected."""

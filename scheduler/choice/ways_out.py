@@ -30,23 +30,29 @@ _SPARE_STEPS = 128
 """More than buffers take that are not weights or cache; with twice these two and so much, any model fits."""
 
 
-def ways_out(search: Search, fits_unpinned: Callable[[frozenset[str]], bool]) -> tuple[str, ...]:
-    """A shorter context, models that are protected, memory on the GPU for which it is least, and host RAM.
-    `fits_unpinned`: whether there would be a place if such models were not protected."""
-    rooms = _most_room(search)
+def ways_out(
+    search: Search, every: Sequence[tuple[Node, Room]], fits_unpinned: Callable[[frozenset[str]], bool]
+) -> tuple[str, ...]:
+    """A shorter context, models that are protected, memory on the GPU for which it is least, and host RAM. `every`: as
+    `cleared`. `fits_unpinned`: whether there would be a place if such models were not protected."""
+    rooms = _most_room(every)
     n_ctx = _context_that_fits(search, rooms)
     ways = [f"n_ctx <= {n_ctx}"] if n_ctx else []
     return (*ways, *_unpinned(search, fits_unpinned), *_more_memory(search, rooms))
 
 
-def _most_room(search: Search) -> list[tuple[Node, Room]]:
-    """The machines with the most memory on GPUs, and those with the most host RAM, with what could be had there with
-    everybody gone who may be stopped."""
+def cleared(search: Search) -> list[tuple[Node, Room]]:
+    """All machines, with what could be had there with everybody gone who may be stopped."""
     rooms = []
     for node in search.every_node or search.nodes:
         here = search.replicas.on_node(node.facts.node_id)
         gone = [replica.replica_id for replica in here if not search.protected(replica)]
         rooms.append((node, search.outlook.without(node.facts.node_id, gone)))
+    return rooms
+
+
+def _most_room(rooms: Sequence[tuple[Node, Room]]) -> list[tuple[Node, Room]]:
+    """The machines with the most memory on GPUs, and those with the most host RAM."""
     by_gpus = nlargest(MOST_NODES // 2, rooms, key=lambda each: sum(each[1].devices.values()))
     by_gpu = nlargest(MOST_NODES // 2, rooms, key=lambda each: max(each[1].devices.values(), default=0))
     by_host = nlargest(MOST_NODES // 2, rooms, key=lambda each: each[1].host_bytes)

@@ -247,6 +247,30 @@ def test_a_refusal_names_numbers_and_what_would_help() -> None:
     assert len(more) == 2 and any("gpu0" in way for way in more) and any("host RAM" in way for way in more)
 
 
+def together(plan: DescribedPlan) -> list[str]:
+    assert plan.refusal is not None
+    return [reason for reason in plan.refusal.reasons if "span machines" in reason]
+
+
+def test_machines_that_would_hold_it_together_are_counted_and_said_to_be_no_place() -> None:
+    """Weights and cache of the model take 11.8 GiB, its driver and buffers 0.6 GiB and more on each card."""
+    nodes = [{"gpus": [{"total": size}], "ram": "2500MiB"} for size in ("3GiB", "8GiB", "7GiB", "2GiB")]
+    [reason] = together(plan_on(cluster(*nodes), "large"))
+    assert reason == (
+        "several machines (box1, box2): its 11.8 GiB would fit over 2 machines together, "
+        "but a model does not span machines yet"
+    )
+    assert "over 3 machines" in together(plan_on(cluster(*nodes[:2], nodes[0]), "large"))[0]
+    assert not together(plan_on(cluster(nodes[1], nodes[3]), "large"))
+    assert not together(plan_on(cluster({"gpus": [{"total": "8GiB"}, {"total": "3GiB"}], "ram": "3GiB"}), "large"))
+
+
+def test_host_ram_of_several_machines_counts_where_a_model_may_spill() -> None:
+    nodes = [{"gpus": [{"total": "2GiB"}], "ram": "11GiB"}] * 2
+    [reason] = together(plan_on(cluster(*nodes), "large"))
+    assert "over 2 machines" in reason
+
+
 def test_the_missing_memory_that_is_named_is_enough_and_hardly_more() -> None:
     missing = plan_on(cluster({"gpus": [{"total": "8GiB"}], "ram": "6GiB"}), "large").refusal
     assert missing is not None
