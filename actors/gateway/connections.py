@@ -118,10 +118,16 @@ class Connection(H11Protocol):
     def _refuse(self, error: ArrieroError) -> None:
         """Answer with `error` unless an answer has begun, and close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            headers = {**error_headers(error), "Content-Type": "application/json", "Connection": "close"}
+            body = error_json(error)
+            headers = {
+                **error_headers(error),
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                "Connection": "close",
+            }
             response = h11.Response(status_code=error.http_status, headers=list(headers.items()))
-            for event in (response, h11.Data(data=error_json(error)), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            events = (response, h11.Data(data=body), h11.EndOfMessage())
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         cycle: RequestResponseCycle | None = self.cycle
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True

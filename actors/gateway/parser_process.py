@@ -7,7 +7,7 @@ when it has started; then one message each way, for as long as there are any:
     in    (form, request id, name of the API key), and the body
     out   an `Ask` without its content, and the content; or an ArrieroError
 
-It ends over a body that needs more memory than there may be.
+It ends over a body that needs more time (SIGXCPU) or memory than there may be.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import signal
 import socket
 import struct
 import sys
+import time
 from dataclasses import replace
 from io import BufferedRWPair
 
-from actors.gateway.limits import MAX_BODY_BYTES, PARSE_DATA_BYTES, too_large
+from actors.gateway.limits import MAX_BODY_BYTES, PARSE_CPU_S, PARSE_DATA_BYTES, too_large
 from actors.gateway.openai_requests import Form, read_ask
 from scheduler.errors import ArrieroError
 
@@ -55,7 +56,10 @@ def _serve(stream: BufferedRWPair) -> None:
     while head := stream.read(HEAD.size):
         small, large = HEAD.unpack(head)
         form, request_id, key = pickle.loads(stream.read(small))
-        stream.writelines(_answer(form, request_id, key, stream.read(large)))
+        body = stream.read(large)
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + PARSE_CPU_S, hard))
+        stream.writelines(_answer(form, request_id, key, body))
         stream.flush()
 
 

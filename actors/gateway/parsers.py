@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from actors.gateway.errors import BodyTooLarge
-from actors.gateway.limits import PARSE_DATA_BYTES, PARSE_S
+from actors.gateway.limits import PARSE_CPU_S, PARSE_DATA_BYTES, PARSE_S
 from actors.gateway.openai_requests import Ask, Form
 from actors.gateway.parser_process import HEAD, READY, message
 from scheduler.errors import ArrieroError, InvariantBroken
@@ -41,9 +42,8 @@ class _Job:
 class Parsers:
     """The processes. Belongs to one event loop; `close()` ends them."""
 
-    def __init__(self, processes: int = PROCESSES, parse_s: float = PARSE_S) -> None:
+    def __init__(self, processes: int = PROCESSES) -> None:
         self._processes = processes
-        self._parse_s = parse_s
         self._jobs: asyncio.PriorityQueue[_Job] = asyncio.PriorityQueue()
         self._numbers = itertools.count()
         self._workers: list[asyncio.Task[None]] = []
@@ -73,11 +73,10 @@ class Parsers:
                     continue
                 try:
                     process = process or await _Process.start()
-                    answer: Ask | ArrieroError = await asyncio.wait_for(process.ask(job.question), self._parse_s)
+                    answer: Ask | ArrieroError = await asyncio.wait_for(process.ask(job.question), PARSE_S)
                 except (asyncio.TimeoutError, OSError, EOFError) as error:
-                    answer = _trouble(process, error, job, self._parse_s)
-                    if process is not None:
-                        process.end()
+                    status = await process.end() if process is not None else None
+                    answer = _trouble(status, error, job)
                     process = None
                 if job.answer.done():
                     continue
@@ -91,16 +90,18 @@ class Parsers:
                 process.end()
 
 
-def _trouble(process: _Process | None, error: Exception, job: _Job, parse_s: float) -> ArrieroError:
-    size = format_bytes(job.size_bytes)
-    if process is None:
+def _trouble(status: int | None, error: Exception, job: _Job) -> ArrieroError:
+    """What became of a body whose process ended with the exit status `status` (None: it did not start)."""
+    if status is None:
         return InvariantBroken(f"the process that reads large requests does not start: {error!r}")
     if isinstance(error, asyncio.TimeoutError):
-        return BodyTooLarge(f"reading the body ({size}) took more than {parse_s:g} s: send fewer or simpler values")
-    return BodyTooLarge(
-        f"reading the body ({size}) took more than {format_bytes(PARSE_DATA_BYTES)} of memory: send fewer or simpler "
-        "values"
-    )
+        limit = f"{PARSE_S:g} s"
+    elif status == -signal.SIGXCPU:
+        limit = f"{PARSE_CPU_S} s of processor time"
+    else:
+        limit = f"{format_bytes(PARSE_DATA_BYTES)} of memory"
+    size = format_bytes(job.size_bytes)
+    return BodyTooLarge(f"reading the body ({size}) took more than {limit}: send fewer or simpler values")
 
 
 class _Process:
@@ -152,8 +153,9 @@ class _Process:
             left = left[received:]
         return data
 
-    def end(self) -> None:
+    def end(self) -> asyncio.Future[int]:
+        """End it, whatever it does; its exit status, once it is gone."""
         self._socket.close()
         self._child.kill()
         # To give back its memory takes the kernel up to a tenth of a second: not on the event loop.
-        asyncio.get_running_loop().run_in_executor(None, self._child.wait)
+        return asyncio.get_running_loop().run_in_executor(None, self._child.wait)

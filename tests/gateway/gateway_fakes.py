@@ -7,8 +7,10 @@ instead of sleeping. `Gate` in a script holds an answer back until the test open
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import pickle
+import socket
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
@@ -17,10 +19,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import httpx
+from fastapi import FastAPI
 
 from actors.gateway.app import make_app
 from actors.gateway.backend import AcquireRequest, Lease, TokenCounts
-from actors.gateway.server import listen, make_server, url_of
+from actors.gateway.server import Server, listen, make_server, url_of
 from actors.gateway.wire import (
     GpuStatus,
     Health,
@@ -44,7 +47,7 @@ from scheduler.units import GIB, LeaseId, ReplicaId, RequestId
 
 T = TypeVar("T")
 PATIENCE_S = 20.0
-web = httpx.Client(trust_env=False, verify=False)
+web = httpx.Client(trust_env=False, verify=False, timeout=60.0)  # a busy machine starts processes slowly
 MODEL = "tiny"
 
 
@@ -98,6 +101,7 @@ class FakeBackend:
         self.answers: deque[Sequence[Step]] = deque()
         self.embeddings: deque[EmbedResult | Gate | ArrieroError] = deque()
         self.news: list[Notice] = []
+        self.fates: dict[str, str] = {}
         self.failing: ArrieroError | Exception | None = None
         self.health_now = Health(status="ok", version="0.1.0")
         self.journal: list[tuple[Any, ...]] = []
@@ -124,6 +128,10 @@ class FakeBackend:
             self._changed.notify_all()
 
     # --- what the gateway asks ---
+
+    async def fate(self, replica_id: ReplicaId) -> str:
+        self.note("fate", replica_id)
+        return self.fates.get(replica_id, "")
 
     async def acquire(self, request: AcquireRequest) -> Lease:
         self.note("acquire", request)
@@ -242,16 +250,53 @@ class Stage:
 
 
 @contextmanager
-def serve(
-    backend: FakeBackend | Stage, api_keys: Mapping[str, str] | None = None, pulse_s: float = 5.0
-) -> Iterator[str]:
-    """The URL of a gateway over `backend`, on a real socket, in a thread of its own."""
+def running(app: FastAPI) -> Iterator[tuple[str, Server]]:
+    """The URL of a server for `app` on a real socket, in a thread of its own, and the server."""
     listener = listen("127.0.0.1", 0)
-    server = make_server(make_app(backend, api_keys, pulse_s))
+    server = make_server(app)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     try:
-        yield url_of(listener)
+        yield url_of(listener), server
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def serve(
+    backend: FakeBackend | Stage, api_keys: Mapping[str, str] | None = None, pulse_s: float = 5.0
+) -> Iterator[str]:
+    """The URL of a gateway over `backend`."""
+    with running(make_app(backend, api_keys, pulse_s)) as (url, _):
+        yield url
+
+
+def connect(url: str) -> socket.socket:
+    """A connection that says nothing yet."""
+    address = httpx.URL(url)
+    return socket.create_connection((address.host, address.port or 0), PATIENCE_S)
+
+
+def head_of(path: str, length: int) -> bytes:
+    """The head of a request whose body has `length` bytes."""
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    ).encode()
+
+
+def all_of(connection: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+async def asked_in_process(app: FastAPI, path: str, body: bytes, method: str = "POST") -> tuple[int, bytes]:
+    """Status and body of the answer that `app` gives without a socket."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        reply = await client.request(method, path, content=body, headers={"Content-Type": "application/json"})
+        return reply.status_code, reply.content
