@@ -10,6 +10,7 @@ from actors.gateway.wire import Notice
 from scheduler.commands import Announce
 
 REMEMBERED = 5000
+_ENDS = ("replica_died", "replica_evicted", "replica_preempted", "node_lost")
 
 
 class NoticeBoard:
@@ -35,6 +36,19 @@ class NoticeBoard:
         )
         self._news.set()
         self._news = asyncio.Event()
+
+    async def fate(self, replica_id: str, timeout_s: float) -> str:
+        """What the newest notice says that tells of the replica's end; waits up to `timeout_s` seconds for one. Empty
+        when there is none."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        while True:
+            ends = (each for each in reversed(self._notices) if each.replica_id == replica_id and each.kind in _ENDS)
+            if (notice := next(ends, None)) is not None:
+                return notice.message
+            left_s = deadline_s - loop.time()
+            if left_s <= 0 or not await self.after(self.last_seq, left_s):
+                return ""
 
     async def after(self, seq: int, timeout_s: float) -> list[Notice]:
         """Notices newer than `seq`; waits up to `timeout_s` seconds for the first. A `seq` from before a restart

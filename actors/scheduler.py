@@ -44,10 +44,11 @@ from scheduler.cluster.facts import DeviceReading, NodeReading
 from scheduler.config import Catalogue
 from scheduler.core import SchedulerCore
 from scheduler.errors import ArrieroError, EngineFailed, InvariantBroken, Unavailable
-from scheduler.units import LeaseId, NodeId, RequestId
+from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
 
 TICK_S = 0.25
 FIRST_LOOK_S = 15.0
+FATE_TIMEOUT_S = 3.0  # for a death to be noticed and its last words to be read; both take milliseconds as a rule
 MAX_CONCURRENCY = 10_000
 
 log = logging.getLogger(__name__)
@@ -229,6 +230,10 @@ class SchedulerActor:
 
     async def cancel(self, request_id: RequestId) -> None:
         self._answers.cancel(request_id)
+
+    async def fate(self, replica_id: ReplicaId) -> str:
+        """See `Backend.fate`. Whoever asks has just seen the replica fail: the news may take a moment."""
+        return await self._board.fate(replica_id, FATE_TIMEOUT_S)
 
     async def status(self) -> Status:
         return views.status(

@@ -55,6 +55,10 @@ class RayBackend:
     async def cancel(self, request_id: RequestId) -> None:
         self._scheduler.cancel.remote(request_id)
 
+    async def fate(self, replica_id: ReplicaId) -> str:
+        fate: str = await self._ask("fate", replica_id)
+        return fate
+
     async def status(self) -> Status:
         status: Status = await self._ask("status")
         return status
@@ -159,7 +163,8 @@ class RayBackend:
                 # A blocking question to the head: off the event loop, where everybody's tokens pass.
                 runner = await asyncio.to_thread(ray.get_actor, lease.runner, namespace=self._namespace)
             except ValueError as error:
-                raise EngineFailed(f"replica {lease.replica_id} of {lease.model} is gone; ask again") from error
+                gone = f"replica {lease.replica_id} of {lease.model} is gone; ask again"
+                raise EngineFailed(gone, replica_id=lease.replica_id) from error
             if len(self._runners) >= MAX_CACHED_RUNNERS:
                 self._runners.clear()  # replica ids are never used twice: what is still alive is looked up again
             self._runners[lease.replica_id] = runner
@@ -170,8 +175,8 @@ class RayBackend:
             return _cause(error) or EngineFailed(f"replica {lease.replica_id} of {lease.model} failed: {error.cause}")
         self._runners.pop(lease.replica_id, None)
         return EngineFailed(
-            f"the process that ran {lease.model} (replica {lease.replica_id}) ended while it answered: it died, or "
-            f"made room for a request of higher priority (`arriero why {lease.replica_id}` tells); ask again"
+            f"the process that ran {lease.model} (replica {lease.replica_id}) ended while it answered; ask again",
+            replica_id=lease.replica_id,
         )
 
 

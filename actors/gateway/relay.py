@@ -47,7 +47,7 @@ class Relay:
                 return
             except EngineFailed as error:
                 if started or not replays_left:
-                    raise
+                    raise await self._explained(error) from error
                 replays_left -= 1
                 log.warning("replaying %s: %s", need.request_id, error)
 
@@ -58,11 +58,31 @@ class Relay:
             async with aclosing(self._chunks(need, request)) as chunks:
                 return [chunk async for chunk in chunks]
 
-        return await _replayed(need, attempt)
+        return await self._replayed(need, attempt)
 
     async def embed(self, need: AcquireRequest, request: EmbedRequest) -> EmbedResult:
         """The vectors of `request`. Raises ArrieroError."""
-        return await _replayed(need, lambda: self._embed(need, request))
+        return await self._replayed(need, lambda: self._embed(need, request))
+
+    async def _replayed(self, need: AcquireRequest, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
+        """The first answer of at most `1 + REPLAYS` attempts; nothing of one that failed has reached the client."""
+        for replays_left in range(REPLAYS, -1, -1):
+            try:
+                return await attempt()
+            except EngineFailed as error:
+                if not replays_left:
+                    raise await self._explained(error) from error
+                log.warning("replaying %s, at most %d times: %s", need.request_id, replays_left, error)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _explained(self, error: EngineFailed) -> EngineFailed:
+        """The error with what the replica's process ended of, if it did."""
+        replica_id = error.details.get("replica_id")
+        try:
+            fate = await self._backend.fate(replica_id) if replica_id else ""
+        except ArrieroError:  # the scheduler is away: what is known has to do
+            fate = ""
+        return EngineFailed(f"{error.message}. {fate}", **error.details) if fate else error
 
     async def _chunks(self, need: AcquireRequest, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """One attempt: the chunks that one replica gives, under a lease."""
@@ -131,13 +151,3 @@ class Relay:
                     await self._backend.renew(tuple(self._leases))
                 except ArrieroError as error:
                     log.warning("leases were not renewed: %s", error)
-
-
-async def _replayed(need: AcquireRequest, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
-    """The first answer of at most `1 + REPLAYS` attempts; nothing of an attempt that failed has reached the client."""
-    for replays_left in range(REPLAYS, 0, -1):
-        try:
-            return await attempt()
-        except EngineFailed as error:
-            log.warning("replaying %s, at most %d times: %s", need.request_id, replays_left, error)
-    return await attempt()

@@ -79,6 +79,18 @@ def test_a_request_that_the_engine_refuses_is_not_replayed(url: str, backend: Fa
     assert [failed for _, failed, _ in backend.wait_for("release")] == [False]
 
 
+def test_a_client_is_told_what_the_replica_ended_of(url: str, backend: FakeBackend) -> None:
+    died = EngineFailed("the process that ran tiny ended", replica_id="r1")
+    backend.fates["r1"] = "tiny died: GGML_ASSERT(buffer) failed"
+    backend.answers.append([Chunk("Hel"), died])
+    reply = web.post(f"{url}/v1/chat/completions", json={**CHAT, "stream": True})
+    _, error = data_of(iter(reply.text.splitlines()))
+    assert "GGML_ASSERT(buffer) failed" in error["error"]["message"]
+    backend.answers.extend([[died]] * (REPLAYS + 1))
+    whole = web.post(f"{url}/v1/chat/completions", json=CHAT).json()
+    assert "GGML_ASSERT(buffer) failed" in whole["error"]["message"]
+
+
 def test_an_answer_without_an_end_is_an_error(url: str, backend: FakeBackend) -> None:
     backend.answers.extend([[Chunk("Hel")]] * (REPLAYS + 1))
     reply = web.post(f"{url}/v1/chat/completions", json=CHAT)
