@@ -1,4 +1,4 @@
-"""The tensor types of ggml: how many bytes a row of elements takes.
+"""The tensor types of ggml: how many bytes a row of elements takes; and llama.cpp's names for mixtures of them.
 
 Source: `ggml_type` in ggml/include/ggml.h and `type_traits` in ggml/src/ggml.c (llama.cpp of llama-cpp-python 0.3.36).
 Types that upstream has removed (4, 5, 31-33, 36-38) are absent: a file that uses one is refused, as llama.cpp does.
@@ -42,6 +42,15 @@ TYPES: dict[int, GgmlType] = {
         (39, "mxfp4", 32, 17), (40, "nvfp4", 64, 36),
     )
 }  # fmt: skip
+
+_FILE_TYPES = {
+    0: "F32 F16 Q4_0 Q4_1",
+    7: "Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS Q2_K_S IQ3_XS IQ3_XXS"
+    " IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16",
+    36: "TQ1_0 TQ2_0 MXFP4_MOE NVFP4 Q1_0 Q2_0",
+}
+FILE_TYPES = {first + i: name for first, names in _FILE_TYPES.items() for i, name in enumerate(names.split())}
+"""Names of `general.file_type`: `llama_ftype` in include/llama.h, without LLAMA_FTYPE_MOSTLY_ or _ALL_."""
 
 F32 = TYPES[0]
 F16 = TYPES[1]

@@ -17,6 +17,7 @@ from pathlib import Path
 from scheduler.costs.architecture import Architecture, read_architecture
 from scheduler.costs.demand import ModelDemand, model_demand
 from scheduler.costs.families import ENCODERS
+from scheduler.costs.ggml_types import FILE_TYPES
 from scheduler.costs.graph.model import GraphModel, graph_model
 from scheduler.costs.header import Array, Header, Tensor, read_header
 from scheduler.costs.metadata import Metadata
@@ -49,7 +50,7 @@ class ModelShape:
     weights_bytes: int
     experts_bytes: int
     quantization: str
-    """The tensor type that holds most of the bytes, by ggml's name."""
+    """llama.cpp's name of the mixture of types, as Q4_K_M; where the file names none, the type of most bytes."""
     largest_tensor_bytes: int
     widest_row: int
     """Elements of the longest row that a matrix of a layer is multiplied by, for all experts in use together."""
@@ -160,13 +161,20 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         graph=graph_model(arch, meta, tensors),
         weights_bytes=sum(by_type.values()),
         experts_bytes=weights.experts_bytes,
-        quantization=max(by_type, key=lambda kind: by_type[kind]),
+        quantization=_quantization(meta, by_type),
         largest_tensor_bytes=max(tensor.n_bytes for tensor in tensors.values()),
         widest_row=max(_row(arch, tensor) for tensor in tensors.values()),
         has_chat_template="tokenizer.chat_template" in first.metadata,
         n_tensors=len(tensors),
         fingerprint=_fingerprint(meta, tensors, n_vocab),
     )
+
+
+def _quantization(meta: Metadata, bytes_by_type: Mapping[str, int]) -> str:
+    named = meta.values.get("general.file_type")
+    if isinstance(named, int) and named in FILE_TYPES:
+        return FILE_TYPES[named]
+    return max(bytes_by_type, key=lambda kind: bytes_by_type[kind]).upper()
 
 
 def _row(arch: Architecture, tensor: Tensor) -> int:

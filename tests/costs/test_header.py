@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf as reference
+import llama_cpp
 import pytest
 from gguf_file import ARRAY, I32, STRING, U32, U64, Gguf, add_vocabulary
-from gguf_shapes import SMALL, tensors, write_model
+from gguf_shapes import SMALL, model_file, tensors, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scheduler.costs.ggml_types import KV_TYPES, TYPES
+from scheduler.costs.ggml_types import FILE_TYPES, KV_TYPES, TYPES
 from scheduler.costs.header import MAX_KEYS, MAX_STRINGS, MAX_TENSORS, Array, read_header
+from scheduler.costs.shape import read_shape
 from scheduler.errors import InvalidGGUF
 
 Edit = Callable[[Gguf], object]
@@ -247,3 +249,23 @@ def test_mutated_headers_are_read_or_refused(
 def test_shapes_have_the_tensors_they_list(name: str, tmp_path: Path) -> None:
     header = read_header(write_model(SMALL[name], tmp_path / "model.gguf", vocabulary=False))
     assert [(t.name, t.ne) for t in header.tensors] == list(tensors(SMALL[name]))
+
+
+def test_mixtures_of_types_have_the_names_that_llama_cpp_gives_them() -> None:
+    theirs = {
+        number: name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_")
+        for name, number in vars(llama_cpp).items()
+        if name.startswith("LLAMA_FTYPE_") and number < llama_cpp.LLAMA_FTYPE_GUESSED
+    }
+    assert theirs == FILE_TYPES
+
+
+@pytest.mark.parametrize(
+    ("file_type", "shown"), [(15, "Q4_K_M"), (1, "F16"), (None, "Q8_0"), (33, "Q8_0"), ("15", "Q8_0"), ([15], "Q8_0")]
+)
+def test_a_model_is_shown_as_what_its_file_says_it_is(file_type: object, shown: str, tmp_path: Path) -> None:
+    """Else as the type of most bytes: embeddings may outweigh all layers of a small model."""
+    gguf = model_file(SMALL["llama-q8"], "model")
+    if file_type is not None:
+        gguf.set("general.file_type", file_type)
+    assert read_shape(gguf.write(tmp_path / "model.gguf")).quantization == shown
