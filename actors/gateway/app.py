@@ -45,7 +45,8 @@ def make_app(
     closing = Closing()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        app.openapi()  # a tenth of a second: not when somebody asks for it
         yield
         relay.close()
         reader.close()
