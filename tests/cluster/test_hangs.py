@@ -63,6 +63,7 @@ def test_a_busy_runner_that_stands_still(service: Service, reference: Reference)
     runner_of(service, "alba").suspend()
     listener.end()
     assert isinstance(listener.error, EngineFailed)
+    assert "it stood still for 5 s" in listener.error.message
     assert "it stood still for 5 s" in why_it_died(service, seq)
     assert works(service, reference, "alba")
 
