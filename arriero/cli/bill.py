@@ -37,8 +37,12 @@ class Bill:
         return buffers + tables + sum(host.steady_bytes for host in self.beside_host.values())
 
     @property
+    def beside_mapped_bytes(self) -> int:
+        return sum(host.mapped_bytes for host in self.beside_host.values())
+
+    @property
     def mapped_bytes(self) -> int:
-        return self.host.mapped_bytes + sum(host.mapped_bytes for host in self.beside_host.values())
+        return self.host.mapped_bytes + self.beside_mapped_bytes
 
     @property
     def steady_bytes(self) -> int:

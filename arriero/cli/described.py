@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from arriero.cli.beside import plan_beside
 from arriero.cli.price_table import PricedRow, price_table
 from arriero.cli.printing import console, print_json, styled
 from scheduler.config import NAME, parse_catalogue
+from scheduler.costs.companions import Companions, accompanied
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.errors import Rejected
-from scheduler.simulation.described import DescribedCluster, ModelOnDisk
+from scheduler.simulation.described import DescribedCluster, Kept, ModelOnDisk
 from scheduler.simulation.description import ClusterDescription, parse_cluster
-from scheduler.simulation.planning import DescribedPlan, PricedPlacement, plan_on
+from scheduler.simulation.planning import DescribedPlan, PricedPlacement
 from scheduler.units import format_bytes
 
 
-def plan_for(file: str, spec: Path, n_ctx: int | None, json: bool) -> None:
-    """Print where the model in `file` would go on the cluster that `spec` describes."""
+def plan_for(
+    file: str, spec: Path, n_ctx: int | None, params: Mapping[str, Any], companions: Companions, json: bool
+) -> None:
+    """Print where the model in `file`, with these parameters of a catalogue and what comes with it, would go on the
+    cluster that `spec` describes."""
     description = parse_cluster(read_yaml(spec), str(spec))
     files = resident_files(description, spec.parent)
     path = Path(file)
     shapes = {name: read_model(where) for name, where in files.items()}
-    name = next((name for name, where in files.items() if where.resolve() == path.resolve()), _name(path, files))
-    shapes.setdefault(name, read_model(path))
+    name = _name(path, files)
+    if companions == Companions():  # with something, it is another one than the replica
+        name = next((name for name, where in files.items() if where.resolve() == path.resolve()), name)
+    if name not in shapes:
+        shapes[name] = accompanied(read_model(path), companions)
     models = {name: ModelOnDisk(f"/models/{i}.gguf", shape) for i, (name, shape) in enumerate(shapes.items())}
-    entries = {name: {"path": model.path} for name, model in models.items()}
-    cluster = DescribedCluster(description, parse_catalogue({"models": entries}, str(spec)), models)
-    found = plan_on(cluster, name, n_ctx)
+    entries: dict[str, dict[str, Any]] = {name: {"path": model.path} for name, model in models.items()}
+    entries[name] |= params
+    catalogue = parse_catalogue({"models": entries}, "--set")
+    cluster = partial(DescribedCluster, description, catalogue, models)
+    found, kept = plan_beside(cluster, name, n_ctx, companions)
     if json:
-        print_json(as_json(found))
+        print_json(as_json(found, kept))
     else:
-        show(name, found)
+        show(name, found, kept)
 
 
 def read_yaml(path: Path) -> Any:
@@ -76,7 +88,7 @@ def _name(path: Path, taken: dict[str, Path]) -> str:
 # ---------------------------------------------------------------------- JSON
 
 
-def as_json(found: DescribedPlan) -> dict[str, Any]:
+def as_json(found: DescribedPlan, kept: Kept) -> dict[str, Any]:
     """The plan as docs/planning.md describes it."""
     best = _priced(found.best) if found.best else {"placement": None, "cost_s": None, "tokens_per_s": None}
     refusal = found.refusal
@@ -85,6 +97,7 @@ def as_json(found: DescribedPlan) -> dict[str, Any]:
         "alternatives": [_priced(other) for other in found.alternatives],
         "passed_over": list(found.passed_over),
         "refusal": {"reasons": list(refusal.reasons), "would_fit_if": list(refusal.would_fit_if)} if refusal else None,
+        "kept_bytes": {"gpu": kept.gpu_bytes, "host": kept.host_bytes},
     }
 
 
@@ -109,6 +122,10 @@ def _priced(found: PricedPlacement) -> dict[str, Any]:
             "n_cpu_moe": placement.n_spilled_experts,
             "n_ctx": context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max,
             "evicts": list(found.evicts),
+            "beside": {
+                name: {"devices": [device.total_bytes for device in cost.devices], "host": cost.host.total_bytes}
+                for name, cost in found.beside.items()
+            },
         },
         "cost_s": {
             "wait": price.wait_s,
@@ -129,8 +146,11 @@ def _number(device_id: str) -> int:
 # ---------------------------------------------------------------------- for people
 
 
-def show(name: str, found: DescribedPlan) -> None:
+def show(name: str, found: DescribedPlan, kept: Kept) -> None:
     """The winner and what else could be had, each with the terms of its price; or why not, and what would help."""
+    if kept != Kept():
+        free = f"{format_bytes(kept.gpu_bytes)} of each GPU and {format_bytes(kept.host_bytes)} of RAM"
+        console.print(f"{free} are kept free for what comes with the model", soft_wrap=True)
     if found.refusal:
         console.print(styled("[bold]{}[/] [red]does not fit[/]", name))
         for reason in found.refusal.reasons:
@@ -141,6 +161,13 @@ def show(name: str, found: DescribedPlan) -> None:
     assert found.best is not None
     title = f"{name}: the plan, and what else could be had (seconds)"
     console.print(price_table(title, [_row(found.best, True), *(_row(other, False) for other in found.alternatives)]))
+    for companion, cost in found.best.beside.items():
+        shares = [
+            f"{format_bytes(device.total_bytes)} on gpu{_number(device_id)}"
+            for device_id, device in zip(found.best.placement.device_ids, cost.devices, strict=True)
+            if device.total_bytes
+        ]
+        console.print(f"+ {companion}: {', '.join((*shares, f'{format_bytes(cost.host.total_bytes)} in RAM'))}")
     for reason in found.passed_over:
         console.print(f"- {reason}", style="dim", soft_wrap=True)
 

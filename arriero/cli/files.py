@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from scheduler.costs.params import Footprint, Layout
     from scheduler.costs.shape import ModelShape
 
+Lora = Annotated[list[Path] | None, typer.Option(help="A LoRA adapter; may be given several times.")]
+Mmproj = Annotated[Path | None, typer.Option(help="A projector for images or sounds.")]
+Draft = Annotated[Path | None, typer.Option(help="A small model that guesses ahead for this one.")]
+Mtp = Annotated[bool, typer.Option("--mtp", help="Load and run the model's own prediction layers.")]
 File = Annotated[Path, typer.Argument(help="A GGUF file; of a model in several parts, any part.", show_default=False)]
 
 
@@ -41,10 +45,10 @@ def footprint(
     grid: Annotated[
         Path | None, typer.Option(help="JSON file: a list of layouts and contexts to cost, one object each.")
     ] = None,
-    lora: Annotated[list[Path] | None, typer.Option(help="A LoRA adapter; may be given several times.")] = None,
-    mmproj: Annotated[Path | None, typer.Option(help="A projector for images or sounds.")] = None,
-    draft: Annotated[Path | None, typer.Option(help="A small model that guesses ahead for this one.")] = None,
-    mtp: Annotated[bool, typer.Option("--mtp", help="Load and run the model's own prediction layers.")] = False,
+    lora: Lora = None,
+    mmproj: Mmproj = None,
+    draft: Draft = None,
+    mtp: Mtp = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Ask the llama.cpp of this machine, which must have the devices, as well.")
     ] = False,
@@ -57,7 +61,7 @@ def footprint(
     from arriero.cli.grid import read_grid
     from scheduler.costs.companions import accompanied
 
-    companions = _companions(lora or [], mmproj, draft, mtp)
+    companions = read_companions(lora or [], mmproj, draft, mtp)
     shape = accompanied(_read(file), companions)
     cases = read_grid(grid)
     build = llama_build()
@@ -90,7 +94,8 @@ def _read(file: Path) -> ModelShape:
         raise Rejected(f"{file}: {error.strerror or error}") from None
 
 
-def _companions(loras: list[Path], mmproj: Path | None, draft: Path | None, mtp: bool) -> Companions:
+def read_companions(loras: list[Path], mmproj: Path | None, draft: Path | None, mtp: bool) -> Companions:
+    """What these options name. Raises Rejected when a file cannot be read, InvalidGGUF when it is none of its kind."""
     from scheduler.costs.adapter import read_adapter
     from scheduler.costs.companions import Companions
     from scheduler.costs.projector import read_projector

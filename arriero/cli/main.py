@@ -8,7 +8,7 @@ from collections.abc import Callable
 import typer
 
 from arriero import __version__
-from arriero.cli import cluster, files, observe, simulate, use
+from arriero.cli import cluster, files, observe, plan, simulate, use
 from arriero.cli.printing import print_error
 from scheduler.errors import ArrieroError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Service": (cluster.up, cluster.down, cluster.demo),
-    "Look": (observe.ps, observe.gpus, observe.models, observe.plan, observe.events, observe.why),
+    "Look": (observe.ps, observe.gpus, observe.models, plan.plan, observe.events, observe.why),
     "Use": (use.run, use.chat, use.load, use.unload, use.pin),
     "Files (no service needed)": (files.inspect, files.footprint, simulate.simulate),
 }

@@ -1,16 +1,14 @@
-"""`arriero ps`, `gpus`, `models`, `plan` and `events`: what is where, and why."""
+"""`arriero ps`, `gpus`, `models`, `events` and `why`: what is where, and why."""
 
 from __future__ import annotations
 
 import datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Column, Table
 
-from arriero.api import GpuStatus, Notice, Plan, PlanOption, PlanSpeed, ReplicaStatus
-from arriero.cli.price_table import PricedRow, price_table
+from arriero.api import GpuStatus, Notice, ReplicaStatus
 from arriero.cli.printing import AsJson, console, print_json, styled
 from arriero.cli.service import Url, client
 from scheduler.errors import UnknownModel
@@ -108,29 +106,6 @@ def models(url: Url = None, json: AsJson = False) -> None:
             console.print(styled("[red]{}[/]: {}", model.name, model.reason), soft_wrap=True)
 
 
-def plan(
-    model: str,
-    n_ctx: Annotated[int | None, typer.Option(min=1, help="Tokens that a slot must hold.")] = None,
-    cluster: Annotated[
-        Path | None, typer.Option(help="Plan for the cluster described in this file; MODEL is then a GGUF file.")
-    ] = None,
-    url: Url = None,
-    json: AsJson = False,
-) -> None:
-    """What a request for MODEL would cause now, or on a cluster that is only described. Starts nothing."""
-    if cluster is not None:
-        from arriero.cli.described import plan_for
-
-        plan_for(model, cluster, n_ctx, json)
-        return
-    with client(url) as api:
-        found = api.plan(model, n_ctx=n_ctx)
-    if json:
-        print_json(found)
-    else:
-        print_plan(found)
-
-
 def why(
     replica: Annotated[
         str, typer.Argument(help="A replica, as in `arriero ps --json`, or a model: its newest replica.")
@@ -174,67 +149,6 @@ def print_notice(notice: Notice) -> None:
     colour = COLOURS.get(notice.kind, "default")
     template = f"[dim]{at}[/] [{colour}]{{}}[/] {{}}"
     console.print(styled(template, f"{notice.kind:<16}", notice.message), soft_wrap=True)
-
-
-def print_plan(found: Plan) -> None:
-    """A plan as people read it: the verdict, the shares, the victims, and why better places were passed over."""
-    verdicts = {
-        "ready": "[green]has a replica[/]",
-        "free": "[green]fits beside the others[/]",
-        "evict": "[yellow]fits after evicting[/]",
-        "wait": "[yellow]must wait for running requests[/]",
-        "blocked": "[red]in the way: pinned models or other programs[/]",
-        "impossible": "[red]can never fit[/]",
-    }
-    place = f": {found.tier} on {found.node}" if found.tier else ""
-    console.print(styled(f"[bold]{{}}[/] {verdicts[found.verdict]}{{}}", found.model, place))
-    if found.shares:
-        table = Table("device", "layers", "needs", "free before", "free after")
-        for share in found.shares:
-            free = (format_bytes(share.free_before_bytes), format_bytes(share.free_after_bytes))
-            table.add_row(share.device, str(share.layers), format_bytes(share.bytes), *free)
-        console.print(table)
-    if found.speed:
-        print_speed(found.speed)
-    for victim in found.victims:
-        frees = ", ".join(f"{format_bytes(count)} on {device}" for device, count in victim.frees.items())
-        console.print(f"evicts {victim.model} (idle {victim.idle_s:.0f} s), which frees {frees}")
-    if found.options:
-        console.print(price_table("what could be had now (seconds)", (_row(found, each) for each in found.options)))
-    for way in found.would_fit_if:
-        console.print(f"it would fit with: {way}", soft_wrap=True)
-    for reason in found.reasons:
-        console.print(f"- {reason}", style="dim", soft_wrap=True)
-
-
-def _row(found: Plan, option: PlanOption) -> PricedRow:
-    shares = ", ".join(f"{share.device}: {share.layers} ({format_bytes(share.bytes)})" for share in option.shares)
-    evicts = f", evicting {', '.join(option.evicts)}" if option.evicts else ""
-    chosen = (found.tier, found.node, sorted(victim.model for victim in found.victims))
-    cost = option.cost_s
-    return PricedRow(
-        chosen == (option.tier, option.node, sorted(option.evicts)),
-        f"{option.node} {shares}{evicts}",
-        cost.wait,
-        cost.release,
-        cost.load,
-        cost.service,
-        cost.regret,
-        cost.total,
-        option.tokens_per_s,
-    )
-
-
-def print_speed(speed: PlanSpeed) -> None:
-    """Predicted speeds with their error so far, or "not measured yet"."""
-    parts = []
-    for what, pace in (("answers", speed.answer), ("prompts", speed.prompt), ("loads in", speed.load)):
-        if pace is not None:
-            figure = f"{pace.seconds:.1f} s" if pace.seconds is not None else f"{pace.per_s:,.1f} tokens/s"
-            times = "once" if pace.samples == 1 else f"{pace.samples} times"
-            known = f"measured {times}" if pace.samples else "not measured yet"
-            parts.append(f"{what} {figure} ({known}{'' if pace.error is None else f', off by {pace.error:.0%}'})")
-    console.print("predicted: " + ", ".join(parts), soft_wrap=True)
 
 
 def where(replica: ReplicaStatus) -> str:

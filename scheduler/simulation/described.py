@@ -39,6 +39,17 @@ class ModelOnDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes that are kept from models, as if others used them: on each GPU, and of each machine's RAM."""
+
+    gpu_bytes: int = 0
+    host_bytes: int = 0
+
+
+NOTHING_KEPT = Kept()
+
+
+@dataclass(frozen=True, slots=True)
 class _Loaded:
     said: ReplicaDescription
     placement: Placement
@@ -51,7 +62,11 @@ class DescribedCluster:
     """
 
     def __init__(
-        self, description: ClusterDescription, catalogue: Catalogue, models: Mapping[str, ModelOnDisk]
+        self,
+        description: ClusterDescription,
+        catalogue: Catalogue,
+        models: Mapping[str, ModelOnDisk],
+        kept: Kept = NOTHING_KEPT,
     ) -> None:
         self.description = description
         self.models = models
@@ -60,6 +75,7 @@ class DescribedCluster:
         """What the core wants done at `NOW`."""
         self._listings: dict[frozenset[str], tuple[ModelFile, ...]] = {}
         self._foreign: dict[DeviceId | NodeId, int] = {}
+        self._kept = kept
         for node in description.nodes:
             self.core.handle(ev.NodeJoined(_facts(node)), 0.0)
             self.report(node, [], 0.0)
@@ -153,9 +169,12 @@ class DescribedCluster:
         """Bytes that others use, by what is said to be free and what the replicas of the description hold."""
         there = self.core.inventory.nodes[NodeId(node.name)].facts
         ours, resting = _held(there, replicas)
-        found: dict[DeviceId | NodeId, int] = {there.node_id: _foreign_bytes(node.ram, node.ram_free, resting)}
+        kept = self._kept
+        others = _foreign_bytes(node.ram, node.ram_free, resting)
+        found: dict[DeviceId | NodeId, int] = {there.node_id: others + kept.host_bytes}
         for device, said in zip(there.devices, node.gpus, strict=True):
-            found[device.device_id] = _foreign_bytes(device.total_bytes, said.free, ours[device.device_id])
+            others = _foreign_bytes(device.total_bytes, said.free, ours[device.device_id])
+            found[device.device_id] = others + kept.gpu_bytes
         return found
 
 

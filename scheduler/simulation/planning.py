@@ -5,12 +5,14 @@ Nothing is started: the production core is asked for its plan.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from scheduler.choice.placement import Choice
 from scheduler.choice.price import Price
 from scheduler.choice.search import Found
 from scheduler.cluster.replica import Placement
+from scheduler.costs.params import Footprint
 from scheduler.errors import ArrieroError, InvalidGGUF
 from scheduler.simulation.described import NOW, DescribedCluster
 from scheduler.units import ReplicaId
@@ -18,12 +20,14 @@ from scheduler.units import ReplicaId
 
 @dataclass(frozen=True, slots=True)
 class PricedPlacement:
-    """`evicts`: models, the ones that finish what they are doing first included."""
+    """`evicts`: models, the ones that finish what they are doing first included. `beside`: what lies beside the model,
+    by name, on the devices of the placement's layout; none of it is in the placement's own bytes."""
 
     placement: Placement
     evicts: tuple[str, ...]
     price: Price
     tokens_per_s: float | None
+    beside: Mapping[str, Footprint] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,11 @@ class DescribedPlan:
     alternatives: tuple[PricedPlacement, ...] = ()
     passed_over: tuple[str, ...] = ()
     refusal: Refusal | None = None
+
+    @property
+    def places(self) -> tuple[PricedPlacement, ...]:
+        """All that could be had, the best first."""
+        return () if self.best is None else (self.best, *self.alternatives)
 
 
 def plan_on(cluster: DescribedCluster, model: str, n_ctx: int | None = None) -> DescribedPlan:

@@ -52,7 +52,9 @@ def run(*arguments: object) -> str:
 
 def test_a_plan_as_json_has_the_documented_keys(folder: Path) -> None:
     plan = json.loads(run("plan", folder / "a.gguf", "--cluster", folder / "one.yaml", "--json"))
-    assert list(plan) == ["placement", "cost_s", "tokens_per_s", "alternatives", "passed_over", "refusal"]
+    assert list(plan) == [
+        "placement", "cost_s", "tokens_per_s", "alternatives", "passed_over", "refusal", "kept_bytes",
+    ]  # fmt: skip
     placement = plan["placement"]
     assert placement["devices"] == [{"gpu": 0, "layers": [0, 8], "bytes": placement["devices"][0]["bytes"]}]
     assert (placement["node"], placement["n_ctx"], placement["evicts"]) == ("box", 8192, [])
@@ -86,6 +88,81 @@ def test_the_file_of_a_replica_is_that_replica(folder: Path) -> None:
 def test_the_context_asked_for_is_the_context_planned(folder: Path) -> None:
     plan = json.loads(run("plan", folder / "a.gguf", "--cluster", folder / "one.yaml", "--n-ctx", 4096, "--json"))
     assert plan["placement"]["n_ctx"] >= 4096
+
+
+def planned(folder: Path, *options: object) -> Any:
+    return json.loads(run("plan", folder / "a.gguf", "--cluster", folder / "one.yaml", *options, "--json"))
+
+
+def test_parameters_of_a_catalogue_may_be_given(folder: Path) -> None:
+    plain = planned(folder)["placement"]
+    cached = planned(folder, "--n-seq-max", 2, "--n-ctx", 8192, "--type-k", "q8_0", "--type-v", "q8_0")["placement"]
+    assert cached["n_ctx"] == 8192  # of each of two slots, whose caches together take 17 thirty-seconds of one in F16
+    same = planned(
+        folder, "--set", "n_ctx=16384", *(f"--set={each}" for each in ("n_seq_max=2", "type_k=q8_0", "type_v=q8_0"))
+    )
+    assert same["placement"] == cached and cached["devices"][0]["bytes"] > plain["devices"][0]["bytes"]
+    assert planned(folder, "--n-ctx", "auto")["placement"]["n_ctx"] == 32768  # as much as was trained
+    assert planned(folder, "--set", "gpus=[gpu7]", "--set", "spill=false")["placement"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ("--set n_bacth=512", "--set: unknown key models.a.n_bacth; did you mean n_batch?"),
+        ("--set n_batch=many", "--set: models.a.n_batch: Input should be a valid integer"),
+        ("--type-k q9", "--set: models.a.type_k: Input should be 'f32', 'f16'"),
+        ("--set n_batch", "--set wants key=value, such as n_batch=512, not 'n_batch'"),
+        ("--set path=b.gguf", "--set path: the file is named by MODEL"),
+        ("--set n_seq_max=2 --n-seq-max 2", "n_seq_max is given twice"),
+        ("--set gpus=[a", "--set gpus: '[a' is no YAML"),
+        ("--n-ctx many", "--n-ctx wants a number of tokens, or with --cluster auto, not 'many'"),
+        ("--n-ctx 0", "--n-ctx wants a number of tokens"),
+        ("--draft none.gguf", "none.gguf: No such file"),
+    ],
+)
+def test_parameters_that_are_none_are_named(folder: Path, options: str, error: str) -> None:
+    with pytest.raises(Rejected) as found:
+        planned(folder, *options.split())
+    assert found.value.message.startswith(error)
+
+
+def test_a_service_plans_with_its_own_catalogue() -> None:
+    for options in (
+        ("--set", "n_batch=512"),
+        ("--n-seq-max", 2),
+        ("--draft", "d.gguf"),
+        ("--mtp",),
+        ("--n-ctx", "auto"),
+    ):
+        with pytest.raises(Rejected, match="with --cluster"):
+            run("plan", "a", *options)
+
+
+def test_a_draft_takes_the_room_that_its_footprint_says(folder: Path) -> None:
+    plan = planned(folder, "--draft", folder / "b.gguf", "--n-ctx", 8192)
+    (folder / "grid.json").write_text(json.dumps([{"devices": [{}], "n_ctx": 8192}]))
+    grid = ("--grid", folder / "grid.json", "--draft", folder / "b.gguf", "--json")
+    (bill,) = json.loads(run("footprint", folder / "a.gguf", *grid))
+    draft = bill["beside"]["draft"]
+    expected = {"devices": [sum(draft["devices"]["gpu0"].values())], "host": sum(draft["host"].values())}
+    assert plan["placement"]["beside"] == {"draft": expected}
+    assert plan["kept_bytes"]["gpu"] == expected["devices"][0]
+
+    alone, together = plan["placement"]["devices"][0]["bytes"], expected["devices"][0]
+    for total, on_gpu in ((alone + together, True), (alone + together - 4096, False)):
+        gpu = {"name": "RTX 3060", "total": total}
+        (folder / "one.yaml").write_text(yaml.safe_dump({"nodes": [{"name": "box", "ram": "16GiB", "gpus": [gpu]}]}))
+        assert planned(folder, "--n-ctx", 8192)["placement"]["host"]["layers"] == 0
+        host = planned(folder, "--draft", folder / "b.gguf", "--n-ctx", 8192)["placement"]["host"]
+        assert (host["layers"] == 0) == on_gpu
+    text = run("plan", folder / "a.gguf", "--cluster", folder / "one.yaml", "--draft", folder / "b.gguf")
+    assert "are kept free for what comes with the model" in text and "+ draft: " in text
+
+
+def test_the_file_of_a_replica_with_a_draft_is_another_model(folder: Path) -> None:
+    arguments = ("plan", folder / "b.gguf", "--cluster", folder / "busy.yaml", "--draft", folder / "a.gguf", "--json")
+    assert json.loads(run(*arguments))["cost_s"]["load"] > 0
 
 
 def test_what_cannot_be_read_is_named(folder: Path) -> None:
