@@ -1,0 +1,53 @@
+"""A plan for a model with what comes with it: room is kept free for a draft, a projector and a second context.
+
+Adapters and prediction layers are part of the model's own figures. What lies beside it goes to the first GPU of a
+layout, which is known only when the layout is. So the plan is made, what lies beside its layouts is costed, and the
+plan is made again with so much kept free on every GPU and machine, until that is enough. On several GPUs this is
+cautious: the others keep the same free for nothing. Prices and speeds are of the model alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from arriero.cli.bill import Bill, make_bill
+from arriero.cli.grid import Case
+from scheduler.costs.companions import Companions
+from scheduler.costs.graph.templates import CHECKED_BUILD
+from scheduler.errors import Rejected
+from scheduler.simulation.described import DescribedCluster, Kept
+from scheduler.simulation.planning import DescribedPlan, PricedPlacement, plan_on
+
+MOST_ROUNDS = 8  # two or three are enough; each keeps more free than the one before
+
+
+def plan_beside(
+    cluster: Callable[[Kept], DescribedCluster], model: str, n_ctx: int | None, companions: Companions
+) -> tuple[DescribedPlan, Kept]:
+    """The plan, and what it keeps free. `cluster` has the model's shape with what changes it (`accompanied`).
+
+    Raises as `plan_on`, and Rejected where a context grows with the room so that no plan is the last one.
+    """
+    kept = Kept()
+    for _ in range(MOST_ROUNDS):
+        asked = cluster(kept)
+        plan = plan_on(asked, model, n_ctx)
+        bills = [_bill(asked, model, found, companions) for found in plan.places]
+        gpu_bytes = max((count for bill in bills for count in _device_bytes(bill)), default=0)
+        host_bytes = max((bill.beside_host_bytes + bill.beside_mapped_bytes for bill in bills), default=0)
+        if gpu_bytes <= kept.gpu_bytes and host_bytes <= kept.host_bytes:
+            places = [replace(found, beside=bill.beside) for found, bill in zip(plan.places, bills, strict=True)]
+            return replace(plan, best=next(iter(places), None), alternatives=tuple(places[1:])), kept
+        kept = Kept(max(kept.gpu_bytes, gpu_bytes), max(kept.host_bytes, host_bytes))
+    raise Rejected("what comes with the model grows with its context, and the context with the room: give --n-ctx")
+
+
+def _bill(cluster: DescribedCluster, model: str, found: PricedPlacement, companions: Companions) -> Bill:
+    case = Case(found.placement.layout, found.placement.context)
+    return make_bill(cluster.models[model].shape, companions, case, CHECKED_BUILD)
+
+
+def _device_bytes(bill: Bill) -> list[int]:
+    """On each device of the layout, beside the model."""
+    return [sum(cost.devices[i].total_bytes for cost in bill.beside.values()) for i in range(len(bill.layout.devices))]

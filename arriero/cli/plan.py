@@ -1,0 +1,152 @@
+"""`arriero plan`: what a request would cause now, or on a cluster that is only described."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from arriero.api import Plan, PlanOption, PlanSpeed
+from arriero.cli.files import Draft, Lora, Mmproj, Mtp
+from arriero.cli.price_table import PricedRow, price_table
+from arriero.cli.printing import AsJson, console, print_json, styled
+from arriero.cli.service import Url, client
+from scheduler.errors import Rejected
+from scheduler.units import format_bytes
+
+
+def plan(
+    model: str,
+    n_ctx: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens that a slot must hold; with --cluster also auto.")
+    ] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="Plan for the cluster described in this file; MODEL is then a GGUF file.")
+    ] = None,
+    n_seq_max: Annotated[int | None, typer.Option(metavar="N", help="With --cluster: slots.")] = None,
+    type_k: Annotated[str | None, typer.Option(metavar="TYPE", help="With --cluster: type of the K cache.")] = None,
+    type_v: Annotated[str | None, typer.Option(metavar="TYPE", help="With --cluster: type of the V cache.")] = None,
+    params: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="With --cluster: a parameter as in a catalogue; may be repeated."
+        ),
+    ] = None,
+    lora: Lora = None,
+    mmproj: Mmproj = None,
+    draft: Draft = None,
+    mtp: Mtp = False,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """What a request for MODEL would cause now, or on a cluster that is only described. Starts nothing."""
+    options: dict[str, Any] = {"n_seq_max": n_seq_max, "type_k": type_k, "type_v": type_v}
+    given = {key: value for key, value in options.items() if value is not None}
+    if cluster is not None:
+        from arriero.cli.described import plan_for
+        from arriero.cli.files import read_companions
+
+        if n_ctx == "auto":
+            given["n_ctx"], n_ctx = n_ctx, None
+        companions = read_companions(lora or [], mmproj, draft, mtp)
+        plan_for(model, cluster, _tokens(n_ctx), _params(params or [], given), companions, json)
+        return
+    if given or params or lora or mmproj or draft or mtp:
+        raise Rejected("a service plans with its catalogue: parameters and companions can be given with --cluster only")
+    with client(url) as api:
+        found = api.plan(model, n_ctx=_tokens(n_ctx))
+    if json:
+        print_json(found)
+    else:
+        print_plan(found)
+
+
+def _tokens(n_ctx: str | None) -> int | None:
+    if n_ctx is None:
+        return None
+    if not n_ctx.isascii() or not n_ctx.isdigit() or int(n_ctx) < 1:
+        raise Rejected(f"--n-ctx wants a number of tokens, or with --cluster auto, not {n_ctx!r}")
+    return int(n_ctx)
+
+
+def _params(texts: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of the model as a catalogue file would give them, from "key=value" and options of their own."""
+    import yaml
+
+    found = dict(given)
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise Rejected(f"--set wants key=value, such as n_batch=512, not {text!r}")
+        if key == "path":
+            raise Rejected("--set path: the file is named by MODEL")
+        if key in found:
+            raise Rejected(f"{key} is given twice")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise Rejected(f"--set {key}: {value!r} is no YAML; lists are written [a, b]") from None
+    return found
+
+
+def print_plan(found: Plan) -> None:
+    """A plan as people read it: the verdict, the shares, the victims, and why better places were passed over."""
+    verdicts = {
+        "ready": "[green]has a replica[/]",
+        "free": "[green]fits beside the others[/]",
+        "evict": "[yellow]fits after evicting[/]",
+        "wait": "[yellow]must wait for running requests[/]",
+        "blocked": "[red]in the way: pinned models or other programs[/]",
+        "impossible": "[red]can never fit[/]",
+    }
+    place = f": {found.tier} on {found.node}" if found.tier else ""
+    console.print(styled(f"[bold]{{}}[/] {verdicts[found.verdict]}{{}}", found.model, place))
+    if found.shares:
+        table = Table("device", "layers", "needs", "free before", "free after")
+        for share in found.shares:
+            free = (format_bytes(share.free_before_bytes), format_bytes(share.free_after_bytes))
+            table.add_row(share.device, str(share.layers), format_bytes(share.bytes), *free)
+        console.print(table)
+    if found.speed:
+        print_speed(found.speed)
+    for victim in found.victims:
+        frees = ", ".join(f"{format_bytes(count)} on {device}" for device, count in victim.frees.items())
+        console.print(f"evicts {victim.model} (idle {victim.idle_s:.0f} s), which frees {frees}")
+    if found.options:
+        console.print(price_table("what could be had now (seconds)", (_row(found, each) for each in found.options)))
+    for way in found.would_fit_if:
+        console.print(f"it would fit with: {way}", soft_wrap=True)
+    for reason in found.reasons:
+        console.print(f"- {reason}", style="dim", soft_wrap=True)
+
+
+def _row(found: Plan, option: PlanOption) -> PricedRow:
+    shares = ", ".join(f"{share.device}: {share.layers} ({format_bytes(share.bytes)})" for share in option.shares)
+    evicts = f", evicting {', '.join(option.evicts)}" if option.evicts else ""
+    chosen = (found.tier, found.node, sorted(victim.model for victim in found.victims))
+    cost = option.cost_s
+    return PricedRow(
+        chosen == (option.tier, option.node, sorted(option.evicts)),
+        f"{option.node} {shares}{evicts}",
+        cost.wait,
+        cost.release,
+        cost.load,
+        cost.service,
+        cost.regret,
+        cost.total,
+        option.tokens_per_s,
+    )
+
+
+def print_speed(speed: PlanSpeed) -> None:
+    """Predicted speeds with their error so far, or "not measured yet"."""
+    parts = []
+    for what, pace in (("answers", speed.answer), ("prompts", speed.prompt), ("loads in", speed.load)):
+        if pace is not None:
+            figure = f"{pace.seconds:.1f} s" if pace.seconds is not None else f"{pace.per_s:,.1f} tokens/s"
+            times = "once" if pace.samples == 1 else f"{pace.samples} times"
+            known = f"measured {times}" if pace.samples else "not measured yet"
+            parts.append(f"{what} {figure} ({known}{'' if pace.error is None else f', off by {pace.error:.0%}'})")
+    console.print("predicted: " + ", ".join(parts), soft_wrap=True)
