@@ -7,16 +7,19 @@ threads has given its memory back already and counts as gone. Linux only (`/proc
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import select
 import signal
+import sys
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -137,3 +140,9 @@ def sees_host_pids() -> bool:
     """Whether pids here are the machine's own, as drivers report them (False inside a container's pid namespace)."""
     # The first pid namespace has a fixed inode: PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h.
     return os.stat("/proc/self/ns/pid").st_ino == 0xEFFFFFFC  # noqa: PTH116 - one number, no path handling
+
+
+def end_with_parent() -> None:
+    """From now on this process is killed when its parent's thread that started it ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

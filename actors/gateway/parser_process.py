@@ -12,11 +12,9 @@ It ends over a body that needs more time (SIGXCPU) or memory than there may be.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import resource
-import signal
 import socket
 import struct
 import sys
@@ -24,11 +22,11 @@ import time
 from dataclasses import replace
 from io import BufferedRWPair
 
+from actors.devices.processes import end_with_parent
 from actors.gateway.limits import MAX_BODY_BYTES, PARSE_CPU_S, PARSE_DATA_BYTES, too_large
 from actors.gateway.openai_requests import Form, read_ask
 from scheduler.errors import ArrieroError
 
-_PR_SET_PDEATHSIG = 1
 READY = b"ready"
 HEAD = struct.Struct("<II")
 """Of a message: the bytes of its pickled part, and the bytes that follow as they are."""
@@ -65,8 +63,7 @@ def _serve(stream: BufferedRWPair) -> None:
 
 def main() -> None:
     """Serves the socket that is standard input, until its other end is closed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     resource.setrlimit(resource.RLIMIT_DATA, (PARSE_DATA_BYTES, PARSE_DATA_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # jiter cries when its memory ends

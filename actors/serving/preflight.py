@@ -9,7 +9,6 @@ The process ends with its parent, and after the time limit even without one: nob
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import pickle
@@ -20,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from actors.devices.processes import end_with_parent
 from actors.devices.virtual import start_device_process
 from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec
 from scheduler.costs.measurements import ROUNDING_BYTES
@@ -27,7 +27,6 @@ from scheduler.costs.params import DeviceBytes, HostBytes
 
 TIMEOUT_S = 60.0
 _ANSWER = "PREFLIGHT "
-_PR_SET_PDEATHSIG = 1
 _SOURCE_ROOT = Path(__file__).parents[2]
 _LLAMA_CPP_ENDED = {-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGFPE, -signal.SIGILL, -signal.SIGBUS}
 """Exit statuses that a file brings about: an assertion that fails, or arithmetic gone wrong."""
@@ -112,8 +111,7 @@ def _answer(spec: LoadSpec) -> dict[str, object]:
 
 def _end_with_parent() -> None:
     signal.alarm(int(TIMEOUT_S))  # its default action ends the process in the middle of C too
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ with it. The process ends with its runner, and the children with it. What is sai
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -25,6 +24,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from actors.devices.processes import end_with_parent
 from actors.serving.frames import N_CTX, TOKEN, Kind, receive, send
 from actors.serving.prompt import ChatTemplate
 from scheduler.errors import ArrieroError, Rejected
@@ -37,8 +37,6 @@ a vocabulary of 150,000 takes 2 s (docs/benchmarks.md)."""
 MEMORY_BYTES = 256 * MIB
 MEMORY_PER_TOKEN_BYTES = 1024
 """Of a child, beyond what it was forked with: so much, and so much for each token of the context."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Nursery:
@@ -82,7 +80,7 @@ class Nursery:
 
     def _let_go(self) -> None:
         """In a child: close what belongs to the parent, and end with it."""
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent()
         for pidfd, (_, connection) in self._connections.items():
             os.close(pidfd)
             connection.close()
