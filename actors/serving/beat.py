@@ -3,7 +3,7 @@
 A hang inside llama.cpp or a driver looks like a long computation. So before each decode the engine says until when it
 will be over at the latest, and the node ends the process when it is not (`actors.devices.watchdog`). Decodes are of a
 kind when they have about as many rows (the same power of two) and compute the same outputs: they run the same kernels
-over the same weights. Cost: some microseconds for a decode.
+over the same weights. Cost: less than ten microseconds for a decode.
 """
 
 from __future__ import annotations
