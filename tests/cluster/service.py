@@ -246,7 +246,8 @@ def process_of(actor: str) -> psutil.Process:
 
 @contextlib.contextmanager
 def suspended(processes: Iterable[psutil.Process]) -> Iterator[None]:
-    """They stand still meanwhile: nothing that they would do or say happens. For less than five seconds: then they end."""
+    """They stand still meanwhile: nothing that they would do or say happens. Their node ends them after five seconds: be
+    quicker."""
     stopped = list(processes)
     assert stopped
     for process in stopped:
