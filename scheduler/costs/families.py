@@ -44,6 +44,21 @@ UNUSABLE = {
 }
 """Architectures that llama.cpp lists and cannot run, and what follows."""
 
+NORMS_BY_VARIANCE = frozenset(
+    """
+    falcon gpt2 gptneox mpt starcoder bert modern-bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3 bloom
+    stablelm phi2 codeshell orion starcoder2 command-r cohere2 dbrx olmo jais jais2 nemotron nemotron_h nemotron_h_moe
+    wavtokenizer-dec pockettts
+    """.split()
+)
+"""llama.cpp refuses their files without `layer_norm_epsilon`."""
+NORMS_BY_SQUARES = KNOWN - NORMS_BY_VARIANCE - set("qwen2vl cohere2moe rwkv6 rwkv6qwen2 rwkv7 arwkv7 deepseek4".split())
+"""And theirs without `layer_norm_rms_epsilon`. Of those left out, it took files without the one and without the other,
+or (deepseek4) was not asked."""
+
+COUNTS_TOKEN_TYPES = frozenset("bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3".split())
+"""They have an embedding per type of token, and need to be told how many types there are."""
+
 PREDICTING = frozenset(
     """
     deepseek2 deepseek32 glm-dsa glm4moe qwen3next qwen35 qwen35moe bailingmoe3 nemotron_h_moe step35 mimo2 cohere2moe

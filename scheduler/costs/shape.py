@@ -16,7 +16,7 @@ from pathlib import Path
 
 from scheduler.costs.architecture import Architecture, read_architecture
 from scheduler.costs.demand import ModelDemand, model_demand
-from scheduler.costs.families import ENCODERS
+from scheduler.costs.families import COUNTS_TOKEN_TYPES, ENCODERS, NORMS_BY_SQUARES, NORMS_BY_VARIANCE
 from scheduler.costs.ggml_types import FILE_TYPES
 from scheduler.costs.graph.model import GraphModel, graph_model
 from scheduler.costs.header import Array, Header, Tensor, read_header
@@ -140,6 +140,7 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         raise meta.refuse(f"the parts hold {len(tensors)} tensors together, {expected} are expected")
     if not tensors:
         raise meta.refuse("the file holds no tensors: it is a vocabulary, not a model")
+    _check_keys(meta)
     arch = read_architecture(meta)
     by_type: dict[str, int] = {}
     for tensor in tensors.values():
@@ -168,6 +169,18 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         n_tensors=len(tensors),
         fingerprint=_fingerprint(meta, tensors, n_vocab),
     )
+
+
+def _check_keys(meta: Metadata) -> None:
+    """Raise InvalidGGUF where a key is missing that costs nothing, but without which llama.cpp refuses the model."""
+    epsilon = "layer_norm_epsilon" if meta.arch in NORMS_BY_VARIANCE else "layer_norm_rms_epsilon"
+    wanted = [f"{meta.arch}.attention.{epsilon}"] if meta.arch in NORMS_BY_VARIANCE | NORMS_BY_SQUARES else []
+    wanted += ["tokenizer.ggml.token_type_count"] if meta.arch in COUNTS_TOKEN_TYPES else []
+    for key in wanted:
+        if not meta.values.get(key):
+            raise meta.refuse(
+                f"metadata key {key} is missing, which llama.cpp needs for {meta.arch} models; convert the model anew"
+            )
 
 
 def _quantization(meta: Metadata, bytes_by_type: Mapping[str, int]) -> str:

@@ -269,3 +269,18 @@ def test_a_model_is_shown_as_what_its_file_says_it_is(file_type: object, shown: 
     if file_type is not None:
         gguf.set("general.file_type", file_type)
     assert read_shape(gguf.write(tmp_path / "model.gguf")).quantization == shown
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3moe", "gemma3", "deepseek2", "bert", "nomic-bert", "jina-bert-v2"])
+def test_a_model_without_a_key_that_llama_cpp_needs_is_refused(name: str, tmp_path: Path) -> None:
+    """Though no cost depends on it: llama.cpp would refuse the file after a place has been made for it."""
+    path = model_file(SMALL[name], name).write(tmp_path / "whole.gguf")
+    arch = read_shape(path).architecture
+    epsilon = "layer_norm_epsilon" if "bert" in name else "layer_norm_rms_epsilon"
+    needed = [f"{arch}.attention.{epsilon}", *["tokenizer.ggml.token_type_count"] * ("bert" in name)]
+    for key in needed:
+        gguf = model_file(SMALL[name], name)
+        del gguf.metadata[key]
+        lacking = gguf.write(tmp_path / "lacking.gguf")
+        with pytest.raises(InvalidGGUF, match=f"{key} is missing, which llama.cpp needs for {arch} models"):
+            read_shape(lacking)
