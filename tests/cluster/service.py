@@ -246,8 +246,9 @@ def process_of(actor: str) -> psutil.Process:
 
 @contextlib.contextmanager
 def suspended(processes: Iterable[psutil.Process]) -> Iterator[None]:
-    """They stand still meanwhile: nothing that they would do or say happens. Their node ends them after five seconds: be
-    quicker."""
+    """They stand still meanwhile: nothing that they would do or say happens. Be quick: their node ends them after five
+    seconds.
+    """
     stopped = list(processes)
     assert stopped
     for process in stopped:
