@@ -41,7 +41,7 @@ MAX_CONNECTIONS_PER_ADDRESS = 2048
 """A web interface or a reverse proxy opens one connection per user who waits, all from one address; so does loopback.
 Half of all is far above that, and leaves the other half for others."""
 
-RETRY_S = 5.0  # what is held or open was seen to become less within seconds
+RETRY_S = 5.0  # a guess: answers and connections end within seconds
 
 
 def connection_limit() -> int:

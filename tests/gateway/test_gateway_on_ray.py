@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ import pytest
 
 ray = pytest.importorskip("ray")
 
-from gateway_fakes import MODEL, content, web  # noqa: E402
+from gateway_fakes import MODEL, web  # noqa: E402
 
 from actors.gateway.actor import GatewayActor, GatewaySettings  # noqa: E402
 from actors.gateway.backend import AcquireRequest, Lease  # noqa: E402
@@ -109,7 +110,7 @@ class ScriptedRunner:
     @ray.method(concurrency_group="gen", num_returns="streaming")
     def generate(self, request: GenerateRequest) -> Iterator[Any]:
         try:
-            for word in content(request)["prompt"].split():
+            for word in json.loads(request.content)["prompt"].split():
                 if word == "die":
                     os._exit(1)
                 elif word == "refuse":
@@ -127,7 +128,7 @@ class ScriptedRunner:
 
     @ray.method(concurrency_group="gen")
     def embed(self, request: EmbedRequest) -> Any:
-        inputs = content(request)["inputs"]
+        inputs = json.loads(request.content)["inputs"]
         if "refuse" in inputs:
             return Rejected("this model has no embeddings")
         return EmbedResult(tuple((1.0,) for _ in inputs), 3)
