@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from gguf_file import Gguf
 from gguf_shapes import GOLDEN, SMALL, model_file, write_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.costs.footprint import computes_exactly, effective_context, footprint
@@ -106,6 +106,7 @@ def test_layers_go_where_llama_cpp_sends_them() -> None:
     assert assign_layers(Layout((), -1, ()), 2) == (HOST,) * 3
 
 
+@settings(deadline=None, derandomize=True)
 @given(n_layer=st.integers(1, 120), counts=st.lists(st.integers(0, 60), min_size=1, max_size=6))
 def test_layer_counts_are_honoured_exactly(n_layer: int, counts: list[int]) -> None:
     """Arriero gives layer counts that sum to the offloaded layers: float32 must not move one of them."""
@@ -118,6 +119,7 @@ def test_layer_counts_are_honoured_exactly(n_layer: int, counts: list[int]) -> N
     assert places.count(HOST) == n_layer + 1 - total
 
 
+@settings(deadline=None, derandomize=True)
 @given(split=st.lists(st.integers(1, 9), min_size=1, max_size=4), n_gpu_layers=st.integers(0, 7))
 def test_no_byte_of_the_weights_is_lost(split: list[int], n_gpu_layers: int, shape_of: ShapeOf) -> None:
     shape = shape_of("mixtral")
