@@ -287,7 +287,6 @@ class RunnerActor:
     def __init__(self) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))  # read once, when llama_cpp is imported
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # or ggml starts a debugger before it ends the process
-        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # a crash would wait for a debugger for seconds
         node_id = ray.get_runtime_context().get_node_id()
         self._turns = sign_in(node_id, "RunnerActor", "a turn of its threads")
         every(TURN_EVERY_S, partial(self._turns.promise, TURN_WITHIN_S), "tell the node of it")
