@@ -8,7 +8,7 @@ import sys
 
 import psutil
 
-BENCHMARKS = ("header", "footprint", "decisions", "scale", "eviction", "serving")
+BENCHMARKS = ("header", "footprint", "decisions", "scale", "eviction", "neighbours", "serving")
 
 
 def main() -> int:

@@ -1,0 +1,179 @@
+"""How long a running stream stands still for what a neighbour sends to the same replica.
+
+    python -m benchmarks.neighbours [--seconds 10]
+
+One replica on the CPU with a vocabulary of 151,936 tokens; one greedy stream, and beside it one neighbour after the
+other, again and again for so many seconds. Printed are the stream's gaps between two tokens, in milliseconds. A quiet
+machine is wanted: gaps are what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from actors.serving.engine import Engine
+from actors.serving.protocol import GenerateRequest, LoadSpec, Sampling, content_of
+from benchmarks.table import print_table
+from scheduler.costs.params import ContextParams
+from scheduler.errors import ArrieroError
+
+N_VOCAB, N_EMBD, N_FF, N_LAYER = 151_936, 256, 768, 6
+N_CTX = 32768
+MIB = 1024 * 1024
+
+Request = Callable[[], dict[str, Any]]
+
+
+def schema(of: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": "Answer:", "json_schema": of}
+
+
+NEIGHBOURS: dict[str, Request | None] = {
+    "nobody": None,
+    "plain answers": lambda: {"prompt": "Where is the salt?"},
+    "any JSON object": lambda: schema({}),
+    "a schema of ten fields": lambda: schema(
+        {"type": "object", "properties": {f"field{i}": {"type": "string"} for i in range(10)}}
+    ),
+    "an enum of 1,000": lambda: schema({"enum": [f"value{i}" for i in range(1000)]}),
+    "an enum of 100,000": lambda: schema({"enum": [f"value{i}" for i in range(100_000)]}),
+    "500 bounded repetitions": lambda: schema({"anyOf": [{"type": "string", "maxLength": 50 + i} for i in range(500)]}),
+    "maxLength 20,000": lambda: schema({"type": "string", "maxLength": 20_000}),
+    "a prompt of 31 MiB": lambda: {"prompt": "salt and maize " * (31 * MIB // 15)},
+    "a prompt that fills the context": lambda: {"prompt": "ab" * (N_CTX - 100)},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each neighbour")
+    seconds = parser.parse_args().seconds
+    with tempfile.TemporaryDirectory() as folder:
+        spec = LoadSpec(
+            model="neighbours",
+            path=str(write_model(Path(folder) / "model.gguf")),
+            devices=(),
+            n_gpu_layers=0,
+            tensor_split=(),
+            experts_pattern="",
+            context=ContextParams(n_ctx=4 * N_CTX, n_seq_max=4, n_ubatch=64),
+            n_threads=1,
+            host_required_bytes=0,
+        )
+        with contextlib.closing(Engine(spec)) as engine:
+            rows = [[name, *measure(engine, request, seconds)] for name, request in NEIGHBOURS.items()]
+    print_table(
+        "A stream beside neighbours",
+        ["neighbour", "requests", "refused", "tokens/s", "gap p50 ms", "p99 ms", "max ms"],
+        rows,
+    )
+
+
+def measure(engine: Engine, request: Request | None, seconds: float) -> list[str]:
+    """Requests of the neighbour and how many were refused; the stream's tokens a second, and its gaps."""
+    stopping = threading.Event()
+    counts = {"sent": 0, "refused": 0}
+    beside = threading.Thread(target=_pester, args=(engine, request, stopping, counts))
+    stream = _stream(engine, {"prompt": "Tell me of the llamas."}, None)
+    next(stream)
+    if request is not None:
+        beside.start()
+    gaps_s = []
+    began = last = time.perf_counter()
+    while last - began < seconds:
+        next(stream)
+        now = time.perf_counter()
+        gaps_s.append(now - last)
+        last = now
+    stopping.set()
+    stream.close()
+    if request is not None:
+        beside.join()
+    gaps_ms = 1000 * np.array(gaps_s)
+    figures = (len(gaps_s) / seconds, *np.quantile(gaps_ms, (0.5, 0.99)), gaps_ms.max())
+    return [str(counts["sent"]), str(counts["refused"]), *(f"{figure:.1f}" for figure in figures)]
+
+
+def _pester(engine: Engine, request: Request | None, stopping: threading.Event, counts: dict[str, int]) -> None:
+    assert request is not None
+    while not stopping.is_set():
+        counts["sent"] += 1
+        try:
+            for _ in _stream(engine, request(), 8):
+                if stopping.is_set():
+                    break
+        except ArrieroError:
+            counts["refused"] += 1
+
+
+def _stream(engine: Engine, content: dict[str, Any], max_tokens: int | None) -> Any:
+    never_ends = {N_VOCAB - 1: -100.0}
+    sampling = Sampling(temperature=0, logit_bias=None if "json_schema" in content else never_ends)
+    return engine.generate(GenerateRequest("r", content_of(**content), max_tokens, (), sampling))
+
+
+def write_model(path: Path) -> Path:
+    """A small llama with random weights and a byte-pair vocabulary of Qwen's size, made up of random words."""
+    chance = random.Random(0)
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    tokens = [chr(code) for code in [*printable, *range(256, 256 + len(others))]]
+    merges, known, letters = [], set(tokens), [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    while len(tokens) < N_VOCAB - 1:
+        first, second = chance.choice(tokens[:60_000]), chance.choice(letters)
+        if len(first) < 12 and first + second not in known:
+            known.add(first + second)
+            tokens.append(first + second)
+            merges.append(f"{first} {second}")
+    tokens.append("<end>")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(N_CTX)
+    writer.add_embedding_length(N_EMBD)
+    writer.add_block_count(N_LAYER)
+    writer.add_feed_forward_length(N_FF)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * (N_VOCAB - 1) + [gguf.TokenType.CONTROL])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(N_VOCAB - 1)
+    numbers = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        values = numbers.standard_normal(shape, np.float32) * 0.02 if len(shape) > 1 else np.ones(shape, np.float32)
+        writer.add_tensor(f"{name}.weight", values.astype(np.float16 if len(shape) > 1 else np.float32))
+
+    add("token_embd", N_VOCAB, N_EMBD)
+    add("output", N_VOCAB, N_EMBD)
+    add("output_norm", N_EMBD)
+    for il in range(N_LAYER):
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{il}.{name}", N_EMBD)
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{il}.{name}", N_EMBD, N_EMBD)
+        for name in ("ffn_gate", "ffn_up"):
+            add(f"blk.{il}.{name}", N_FF, N_EMBD)
+        add(f"blk.{il}.ffn_down", N_EMBD, N_FF)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+if __name__ == "__main__":
+    main()
