@@ -20,8 +20,8 @@ from scheduler.errors import ArrieroError, Rejected
 Phase = Literal["idle", "head", "body", "answer"]
 
 READ_BYTES = 8192
-"""Read at once. A body in chunks of one byte costs h11 40 µs a chunk on a busy machine: 55 ms for so much, and 1.8 s for
-the 256 KiB that asyncio would read."""
+"""Read at once. A body in chunks of one byte costs h11 40 µs a chunk on a busy machine: 55 ms for so much, 1.8 s
+for the 256 KiB that asyncio would read."""
 
 
 class Connection(H11Protocol):
