@@ -140,8 +140,8 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
         raise meta.refuse(f"the parts hold {len(tensors)} tensors together, {expected} are expected")
     if not tensors:
         raise meta.refuse("the file holds no tensors: it is a vocabulary, not a model")
-    _check_keys(meta)
     arch = read_architecture(meta)
+    _check_keys(meta)
     by_type: dict[str, int] = {}
     for tensor in tensors.values():
         by_type[tensor.type.name] = by_type.get(tensor.type.name, 0) + tensor.n_bytes

@@ -203,7 +203,7 @@ def test_parts_are_found_from_any_of_them(tmp_path: Path) -> None:
     whole.set("general.architecture", "llama")
     for key, value in (("block_count", 2), ("context_length", 512), ("embedding_length", 64), ("vocab_size", 99)):
         whole.set(f"llama.{key}", value)
-    for key, value in (("head_count", 4), ("head_count_kv", 2)):
+    for key, value in (("head_count", 4), ("head_count_kv", 2), ("layer_norm_rms_epsilon", 1e-5)):
         whole.set(f"llama.attention.{key}", value)
     for no in range(3):
         part = Gguf(metadata=dict(whole.metadata) if no == 0 else {})
@@ -285,6 +285,7 @@ def test_what_embeds_only(shape_of: ShapeOf, tmp_path: Path) -> None:
     file.set("general.architecture", "qwen3")
     for key, value in (("block_count", 1), ("context_length", 512), ("embedding_length", 64), ("pooling_type", 3)):
         file.set(f"qwen3.{key}", value)
+    file.set("qwen3.attention.layer_norm_rms_epsilon", 1e-5)
     file.tensors = [("token_embd.weight", (64, 10), "f16")]
     assert read_shape(file.write(tmp_path / "embedding.gguf")).is_embedding_only
     bert = write_model(replace(SMALL["llama"], arch="bert"), tmp_path / "bert.gguf", vocabulary=False)
