@@ -14,7 +14,6 @@ from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 from pydantic import TypeAdapter
@@ -34,7 +33,7 @@ from actors.gateway.wire import (
     UnloadResult,
     Usage,
 )
-from scheduler.errors import ArrieroError, Unavailable
+from scheduler.errors import ArrieroError, Rejected, Unavailable
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -92,13 +91,19 @@ class Call(Generic[T_co]):
 def http_settings(base_url: str | None, api_key: str | None) -> dict[str, Any]:
     """Keyword arguments of httpx's clients."""
     url = base_url or os.environ.get("ARRIERO_URL") or f"http://127.0.0.1:{DEFAULT_PORT}"
+    try:
+        host = httpx.URL(url).host
+    except (httpx.InvalidURL, ValueError, TypeError) as error:
+        raise Rejected(f"{url!r} is no URL of an Arriero, such as http://127.0.0.1:{DEFAULT_PORT}: {error}") from None
     key = api_key or os.environ.get("ARRIERO_API_KEY")
+    if key and not (key.isascii() and key.isprintable()):
+        raise Rejected("an API key has printable ASCII characters only: this one cannot be sent")
     return {
         "base_url": url,
         "headers": {"Authorization": f"Bearer {key}"} if key else {},
         "timeout": httpx.Timeout(QUICK_S, connect=CONNECT_S),
         # A proxy from the environment cannot reach this machine's own loopback.
-        "trust_env": not is_loopback(urlsplit(url).hostname or ""),
+        "trust_env": not is_loopback(host),
         # Without TLS there is nothing to verify, and reading the certificate store costs every command 50 ms.
         "verify": url.startswith("https:"),
     }

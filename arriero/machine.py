@@ -225,6 +225,7 @@ def _ray_head(port: int, log: Path) -> subprocess.Popen[bytes]:
         "RAY_worker_niceness": "0",
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "MALLOC_ARENA_MAX": "2",  # see setup/ray.env
     }
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",

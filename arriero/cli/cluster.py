@@ -154,17 +154,12 @@ def check_packages() -> None:
 
 def load_catalogue(path: Path | None) -> Catalogue:
     """The catalogue in `path` or in the default places; an empty one when there is none. Raises Rejected."""
-    import yaml
+    from arriero.cli.described import read_yaml
 
     chosen = path or next((file.expanduser() for file in DEFAULT_FILES if file.expanduser().is_file()), None)
     if chosen is None:
         return Catalogue()
-    try:
-        return parse_catalogue(yaml.safe_load(chosen.read_text()), str(chosen))
-    except OSError as error:
-        raise Rejected(f"cannot read the catalogue {chosen}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise Rejected(f"{chosen} is not valid YAML: {error}") from error
+    return parse_catalogue(read_yaml(chosen), str(chosen))
 
 
 def _settings(

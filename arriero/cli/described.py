@@ -55,8 +55,8 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Rejected(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Rejected(f"{path} is not YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise Rejected(f"{path} is not YAML that can be read: {error}") from None
 
 
 def read_model(path: Path) -> ModelShape:

@@ -45,8 +45,8 @@ def read_grid(grid: Path | None) -> list[Case]:
         entries = json.loads(grid.read_text(encoding="utf-8"))
     except OSError as error:
         raise Rejected(f"{grid}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise Rejected(f"{grid} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise Rejected(f"{grid} is not JSON that can be read: {error}") from None
     if not isinstance(entries, list):
         raise Rejected(f"{grid} must hold a list of objects, not {_kind(entries)}")
     return [_case(entry, index) for index, entry in enumerate(entries)]

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from arriero.api import GpuStatus, LayoutShare, Notice, Plan, PlanShare, PlanVictim, QueueEntry, ReplicaStatus, Status
-from arriero.cli import cluster, observe
+from arriero.cli import cluster, observe, plan
 from arriero.cli.main import app, main
 from arriero.machine import Remembered, cluster_address, forget, recall, remember, state_path
 from scheduler.errors import Rejected, UnknownModel
@@ -77,6 +77,7 @@ def gateway(monkeypatch: pytest.MonkeyPatch) -> None:
         yield Gateway()
 
     monkeypatch.setattr(observe, "client", client)
+    monkeypatch.setattr(plan, "client", client)
     monkeypatch.setattr(observe.console, "width", 160)
 
 
@@ -171,14 +172,33 @@ def test_without_models_and_catalogue_the_usual_folder_is_searched(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("a: [", "not valid YAML"), ("- 1", "is a mapping"), ("modles: {}", "did you mean models")]
+    ("text", "said"),
+    [
+        (b"a: [", "is not YAML that can be read"),
+        (b"\xff\xfe", "is not YAML that can be read"),
+        (b"[" * 5000, "is not YAML that can be read"),
+        (b"- 1", "is a mapping"),
+        (b"modles: {}", "did you mean models"),
+    ],
 )
-def test_a_bad_catalogue_names_the_file_and_the_fault(tmp_path: Path, text: str, said: str) -> None:
+def test_a_bad_catalogue_names_the_file_and_the_fault(tmp_path: Path, text: bytes, said: str) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text(text)
+    file.write_bytes(text)
     with pytest.raises(Rejected, match=said) as refused:
         cluster.load_catalogue(file)
     assert str(file) in refused.value.message
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:1/\n", "http://127.0.0.1:port"])
+def test_a_url_that_is_none_is_named(url: str) -> None:
+    with pytest.raises(Rejected, match=r"is no URL of an Arriero, such as http://127\.0\.0\.1:11535"):
+        output("ps", "--url", url)
+
+
+def test_a_key_that_cannot_be_sent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARRIERO_API_KEY", "schlüssel")
+    with pytest.raises(Rejected, match="printable ASCII"):
+        output("ps", "--url", "http://127.0.0.1:1")
 
 
 def test_a_size_that_is_none_is_refused_by_name() -> None:
