@@ -15,7 +15,6 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +31,26 @@ N_VOCAB, N_EMBD, N_FF, N_LAYER = 151_936, 256, 768, 6
 N_CTX = 32768
 MIB = 1024 * 1024
 
-Request = Callable[[], dict[str, Any]]
+
+def schema(of: dict[str, Any]) -> bytes:
+    return content_of(prompt="Answer:", json_schema=of)
 
 
-def schema(of: dict[str, Any]) -> dict[str, Any]:
-    return {"prompt": "Answer:", "json_schema": of}
-
-
-NEIGHBOURS: dict[str, Request | None] = {
+NEIGHBOURS: dict[str, bytes | None] = {
     "nobody": None,
-    "plain answers": lambda: {"prompt": "Where is the salt?"},
-    "any JSON object": lambda: schema({}),
-    "a schema of ten fields": lambda: schema(
+    "plain answers": content_of(prompt="Where is the salt?"),
+    "any JSON object": schema({}),
+    "a schema of ten fields": schema(
         {"type": "object", "properties": {f"field{i}": {"type": "string"} for i in range(10)}}
     ),
-    "an enum of 1,000": lambda: schema({"enum": [f"value{i}" for i in range(1000)]}),
-    "an enum of 100,000": lambda: schema({"enum": [f"value{i}" for i in range(100_000)]}),
-    "500 bounded repetitions": lambda: schema({"anyOf": [{"type": "string", "maxLength": 50 + i} for i in range(500)]}),
-    "maxLength 20,000": lambda: schema({"type": "string", "maxLength": 20_000}),
-    "a prompt of 31 MiB": lambda: {"prompt": "salt and maize " * (31 * MIB // 15)},
-    "a prompt that fills the context": lambda: {"prompt": "ab" * (N_CTX - 100)},
+    "an enum of 1,000": schema({"enum": [f"value{i}" for i in range(1000)]}),
+    "an enum of 100,000": schema({"enum": [f"value{i}" for i in range(100_000)]}),
+    "500 bounded repetitions": schema({"anyOf": [{"type": "string", "maxLength": 50 + i} for i in range(500)]}),
+    "maxLength 20,000": schema({"type": "string", "maxLength": 20_000}),
+    "a prompt of 31 MiB": content_of(prompt="salt and maize " * (31 * MIB // 15)),
+    "a prompt of 32,000 tokens": content_of(prompt=[5] * 32_000),
 }
+"""What they send, as the gateway would hand it over."""
 
 
 def main() -> None:
@@ -72,7 +70,7 @@ def main() -> None:
             host_required_bytes=0,
         )
         with contextlib.closing(Engine(spec)) as engine:
-            rows = [[name, *measure(engine, request, seconds)] for name, request in NEIGHBOURS.items()]
+            rows = [[name, *measure(engine, content, seconds)] for name, content in NEIGHBOURS.items()]
     print_table(
         "A stream beside neighbours",
         ["neighbour", "requests", "refused", "tokens/s", "gap p50 ms", "p99 ms", "max ms"],
@@ -80,14 +78,14 @@ def main() -> None:
     )
 
 
-def measure(engine: Engine, request: Request | None, seconds: float) -> list[str]:
+def measure(engine: Engine, content: bytes | None, seconds: float) -> list[str]:
     """Requests of the neighbour and how many were refused; the stream's tokens a second, and its gaps."""
     stopping = threading.Event()
     counts = {"sent": 0, "refused": 0}
-    beside = threading.Thread(target=_pester, args=(engine, request, stopping, counts))
-    stream = _stream(engine, {"prompt": "Tell me of the llamas."}, None)
+    beside = threading.Thread(target=_pester, args=(engine, content, stopping, counts))
+    stream = _stream(engine, content_of(prompt="Tell me of the llamas."), None)
     next(stream)
-    if request is not None:
+    if content is not None:
         beside.start()
     gaps_s = []
     began = last = time.perf_counter()
@@ -98,29 +96,29 @@ def measure(engine: Engine, request: Request | None, seconds: float) -> list[str
         last = now
     stopping.set()
     stream.close()
-    if request is not None:
+    if content is not None:
         beside.join()
     gaps_ms = 1000 * np.array(gaps_s)
     figures = (len(gaps_s) / seconds, *np.quantile(gaps_ms, (0.5, 0.99)), gaps_ms.max())
     return [str(counts["sent"]), str(counts["refused"]), *(f"{figure:.1f}" for figure in figures)]
 
 
-def _pester(engine: Engine, request: Request | None, stopping: threading.Event, counts: dict[str, int]) -> None:
-    assert request is not None
+def _pester(engine: Engine, content: bytes, stopping: threading.Event, counts: dict[str, int]) -> None:
     while not stopping.is_set():
         counts["sent"] += 1
         try:
-            for _ in _stream(engine, request(), 8):
+            for _ in _stream(engine, content, 8):
                 if stopping.is_set():
                     break
         except ArrieroError:
             counts["refused"] += 1
 
 
-def _stream(engine: Engine, content: dict[str, Any], max_tokens: int | None) -> Any:
-    never_ends = {N_VOCAB - 1: -100.0}
-    sampling = Sampling(temperature=0, logit_bias=None if "json_schema" in content else never_ends)
-    return engine.generate(GenerateRequest("r", content_of(**content), max_tokens, (), sampling))
+def _stream(engine: Engine, content: bytes, max_tokens: int | None) -> Any:
+    never_ends = {N_VOCAB - 1: -100.0} if max_tokens is None else None
+    return engine.generate(
+        GenerateRequest("r", content, max_tokens, (), Sampling(temperature=0, logit_bias=never_ends))
+    )
 
 
 def write_model(path: Path) -> Path:

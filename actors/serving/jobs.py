@@ -7,6 +7,7 @@ ends them, with None or with the error that ended the job.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
@@ -143,7 +144,7 @@ class Generation(Job[Chunk]):
         super().end(error)
 
 
-class Embedding(Job[tuple[float, ...]]):
+class Embedding(Job["array[float]"]):
     """One text to embed. `total` sums the token vectors seen so far (or is the pooled one)."""
 
     def __init__(self, request_id: str, prompt: list[int]) -> None:
@@ -158,5 +159,5 @@ class Embedding(Job[tuple[float, ...]]):
     def finish(self) -> None:
         """Says the vector with length 1. The mean and the sum of the token vectors point the same way."""
         length = float((self.total**2).sum()) ** 0.5
-        self.say(tuple((self.total / (length or 1.0)).tolist()))
+        self.say(array("f", self.total / (length or 1.0)))
         self.end()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,7 +109,9 @@ class EmbedRequest:
 
 @dataclass(frozen=True, slots=True)
 class EmbedResult:
-    vectors: tuple[tuple[float, ...], ...]
+    """`vectors`: arrays of 4-byte floats, which cross processes as fast as their bytes."""
+
+    vectors: tuple[Sequence[float], ...]
     prompt_tokens: int
 
 

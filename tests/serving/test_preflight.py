@@ -126,8 +126,10 @@ def test_it_ends_with_the_process_that_asks(spec: Any, tmp_path: Path) -> None:
     assert asking.stdin is not None
     with asking.stdin:
         asking.stdin.write(pickle.dumps(spec(pipe)))
-    with pipe.open("wb"):  # opened at both ends: llama.cpp reads
-        [asked] = psutil.Process(asking.pid).children()
+    while not (children := psutil.Process(asking.pid).children()):
+        assert asking.poll() is None
+    [asked] = children
+    with pipe.open("wb"):  # opened at both ends: it is about to read
         asking.kill()
         asking.wait()
         gone, _ = psutil.wait_procs([asked], timeout=30)

@@ -100,8 +100,8 @@ def test_a_schema_costs_only_the_request_that_brings_it(of: dict[str, Any], prep
     try:
         constraint = preparer.prepare(schema(of), N_CTX).constraint
         assert constraint is not None
-        constraint.choose(lambda allowed: 5 if allowed is None else int(np.flatnonzero(allowed)[0]))
-        constraint.close()
+        with closing(constraint):
+            constraint.choose(lambda allowed: 5 if allowed is None else int(np.flatnonzero(allowed)[0]))
     except Rejected as refused:
         assert "schema" in refused.message  # which of both may depend on the machine's speed
     assert preparer.prepare(CHAT, N_CTX).prompts
