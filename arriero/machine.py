@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -28,6 +29,8 @@ from scheduler.errors import Rejected, Unavailable
 
 LOCAL = "local"
 START_TIMEOUT_S = 90.0
+REACH_TIMEOUT_S = 5.0  # of a machine in the same network
+_HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):(\d{1,5})")
 END_TIMEOUT_S = 20.0
 TURN_TIMEOUT_S = 400.0  # longer than another command may take: Ray's start, and what `actors.turn` waits
 OBJECT_STORE_BYTES = 100_000_000  # tokens and readings stay far below what goes through the object store
@@ -145,12 +148,16 @@ def connect(address: str | None, *, start: bool) -> Remembered:
 def cluster_address(address: str | None) -> str:
     """`address`, or RAY_ADDRESS unless that names a job server, as `ray job submit` wants it; empty: none is named.
 
-    Raises Rejected for an `address` that names one.
+    Raises Rejected for an `address` that names one, and for what is no address of a cluster.
     """
     if address and address.startswith(("http://", "https://")):
         raise Rejected(f"{address} is a Ray job server; --address wants the cluster itself, as HOST:6379")
     named = address or os.environ.get("RAY_ADDRESS", "")
-    return "" if named.startswith(("http://", "https://")) else named
+    if named.startswith(("http://", "https://")):
+        return ""
+    if named not in ("", "auto", LOCAL) and not _HOST_AND_PORT.fullmatch(named):
+        raise Rejected(f"{named!r} is no address of a Ray cluster; write it as HOST:6379")
+    return named
 
 
 def clusters() -> list[str]:
@@ -250,6 +257,13 @@ def _listens(port: int) -> bool:
 
 
 def _init(address: str) -> None:
+    if found := _HOST_AND_PORT.fullmatch(address):
+        try:  # Ray itself would try for ever
+            socket.create_connection((found[1].strip("[]"), int(found[2])), REACH_TIMEOUT_S).close()
+        except (OSError, OverflowError) as error:
+            raise Unavailable(f"no Ray cluster answers at {address}: {error}") from None
+    if address.startswith("127.") and address in clusters():  # a Ray that knows itself as that
+        os.environ.update(LOOPBACK)
     import ray
 
     from actors.names import NAMESPACE

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from actors.gateway.address import check_exposure
 from arriero.cli.printing import console, styled
 from arriero.cli.service import client
 from scheduler.config import Catalogue, parse_catalogue
@@ -61,6 +62,7 @@ def up(
     Repeating it is harmless; with other settings or newer code it replaces what runs.
     """
     settings = _settings(models, catalogue, host, port, api_key, virtual_gpus, single)
+    check_exposure(settings.server.host, settings.server.keys)
     check_packages()
     from arriero import machine
 

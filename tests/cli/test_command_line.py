@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from arriero import machine
 from arriero.api import GpuStatus, LayoutShare, Notice, Plan, PlanShare, PlanVictim, QueueEntry, ReplicaStatus, Status
 from arriero.cli import cluster, observe, plan
 from arriero.cli.main import app, main
 from arriero.machine import Remembered, cluster_address, forget, recall, remember, state_path
-from scheduler.errors import Rejected, UnknownModel
+from scheduler.errors import Rejected, Unavailable, UnknownModel
 from scheduler.units import GIB
 
 runner = CliRunner()
@@ -224,6 +225,27 @@ def test_the_address_of_a_job_server_is_none_of_a_cluster(monkeypatch: pytest.Mo
         cluster_address("http://head:8265")
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert cluster_address(None) == "head:6379"
+
+
+@pytest.mark.parametrize("address", ["x", "ray://head:10001", "head:", ":6379", "head:port", "a b:1"])
+def test_an_address_that_is_none_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Rejected, match="is no address of a Ray cluster; write it as HOST:6379"):
+        cluster_address(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(Rejected, match="is no address of a Ray cluster"):
+        cluster_address(None)
+
+
+def test_a_cluster_that_does_not_answer_is_named() -> None:
+    for command in ("up", "down"):
+        with pytest.raises(Unavailable, match=r"no Ray cluster answers at 127\.0\.0\.1:1: .*refused"):
+            output(command, "--address", "127.0.0.1:1")
+
+
+def test_an_open_gateway_is_refused_before_a_ray_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "connect", lambda *_, **__: pytest.fail("it connects to Ray"))
+    with pytest.raises(Rejected, match=r"0\.0\.0\.0"):
+        output("up", "--host", "0.0.0.0")
 
 
 def test_the_state_file_is_private_and_forgets() -> None:
