@@ -97,7 +97,9 @@ def measure(engine: Engine, content: bytes | None, seconds: float) -> list[str]:
     stopping.set()
     stream.close()
     if content is not None:
-        beside.join()
+        while beside.is_alive():
+            engine.cancel("neighbour")
+            beside.join(0.1)
     gaps_ms = 1000 * np.array(gaps_s)
     figures = (len(gaps_s) / seconds, *np.quantile(gaps_ms, (0.5, 0.99)), gaps_ms.max())
     return [str(counts["sent"]), str(counts["refused"]), *(f"{figure:.1f}" for figure in figures)]
@@ -117,7 +119,13 @@ def _pester(engine: Engine, content: bytes, stopping: threading.Event, counts: d
 def _stream(engine: Engine, content: bytes, max_tokens: int | None) -> Any:
     never_ends = {N_VOCAB - 1: -100.0} if max_tokens is None else None
     return engine.generate(
-        GenerateRequest("r", content, max_tokens, (), Sampling(temperature=0, logit_bias=never_ends))
+        GenerateRequest(
+            "stream" if max_tokens is None else "neighbour",
+            content,
+            max_tokens,
+            (),
+            Sampling(temperature=0, logit_bias=never_ends),
+        )
     )
 
 

@@ -160,7 +160,11 @@ class Preparer:
             self._is_ready = True
         ours, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(self._control, [b"c"], [theirs.fileno()])
+            try:
+                socket.send_fds(self._control, [b"c"], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
         ours.settimeout(ANSWER_TIMEOUT_S)
         return ours
 
