@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from actors.devices.processes import Process
+from actors.devices.watchdog import STOOD_STILL
 from actors.names import gpu_name, node_name
 from actors.runners import Runner, Spares
 from actors.serving.protocol import LoadDevice, LoadFailure, LoadReport, LoadSpec, RunnerStatus
@@ -227,17 +228,18 @@ class Effects:
         """Notice the end of a ready runner within milliseconds: the call returns only when the replica is broken."""
         try:
             reason = await runner.actor.watch.remote()
-            if words := await self._last_words(runner):
-                reason += f"; {words}"
+            words = await self._last_words(runner)
+            died = ev.ReplicaDied(replica_id, f"{reason}; {words}" if words else reason, _by_itself(words))
         except RayError as error:
-            reason = await self._end_of(runner, error)
+            died = await self._end_of(replica_id, runner, error)
         if self._runners.get(replica_id) is runner:
-            self._post(ev.ReplicaDied(replica_id, reason))
+            self._post(died)
 
-    async def _end_of(self, runner: Runner, error: RayError) -> str:
+    async def _end_of(self, replica_id: ReplicaId, runner: Runner, error: RayError) -> ev.ReplicaDied:
         """How a runner's process ended, by its own last words where it left any."""
         words = await self._last_words(runner)
-        return f"its process ended: {words}" if words else f"its process ended without a word ({brief(error)})"
+        reason = f"its process ended: {words}" if words else f"its process ended without a word ({brief(error)})"
+        return ev.ReplicaDied(replica_id, reason, _by_itself(words))
 
     async def _last_words(self, runner: Runner | None) -> str:
         if runner is None or runner.process is None:
@@ -254,15 +256,20 @@ class Effects:
         runner = self._runners.get(replica_id)
         if runner is None:
             return  # it is being stopped, and its ReplicaGone on the way
+        found: ev.ReplicaDied | ev.ReplicaVouched
         try:
             status: RunnerStatus = await asyncio.wait_for(runner.actor.describe.remote(), QUESTION_TIMEOUT_S)
         except RayError as error:
-            trouble = await self._end_of(runner, error)
+            found = await self._end_of(replica_id, runner, error)
         except asyncio.TimeoutError:
-            trouble = f"it failed a request and has not answered for {QUESTION_TIMEOUT_S:.0f} s"
+            reason = f"it failed a request and has not answered for {QUESTION_TIMEOUT_S:.0f} s"
+            found = ev.ReplicaDied(replica_id, reason)
         else:
-            trouble = "" if status.state == "ready" else status.reason or status.state
-        self._post(ev.ReplicaDied(replica_id, trouble) if trouble else ev.ReplicaVouched(replica_id))
+            found = ev.ReplicaVouched(replica_id)
+            if status.state != "ready":
+                words = await self._last_words(runner)
+                found = ev.ReplicaDied(replica_id, status.reason or status.state, _by_itself(words))
+        self._post(found)
 
     # ------------------------------------------------------------------ ending
 
@@ -368,6 +375,11 @@ class Effects:
         except RayActorError:
             self._actors.pop(name, None)
             raise
+
+
+def _by_itself(words: str) -> bool:
+    """Whether a process that left these words ended by itself: ggml, C++ and Ray's signal handlers say something."""
+    return bool(words) and STOOD_STILL not in words
 
 
 def ready_event(replica_id: ReplicaId, report: LoadReport) -> ev.ReplicaReady:

@@ -25,9 +25,10 @@ from scheduler.costs.measurements import Measurements, Record
 from scheduler.costs.paces import Pace, Paces
 from scheduler.dispatch import Dispatch, Plan
 from scheduler.errors import Rejected, Unavailable
+from scheduler.failures import Failures
 from scheduler.fleet import Fleet
 from scheduler.outbox import Outbox
-from scheduler.units import LeaseId, ReplicaId, RequestId, format_bytes
+from scheduler.units import LeaseId, RequestId, format_bytes
 
 
 class SchedulerCore:
@@ -51,6 +52,7 @@ class SchedulerCore:
         self._dispatch = Dispatch(
             self.queue, self.fleet, self._admission, self.inventory, self.models, self._out, self.prices
         )
+        self._failures = Failures(self.fleet, self.models, self._dispatch, self._out)
         every = (catalogue.defaults, *catalogue.models.values())
         self._some_expire = any(params.keep_alive_s is not None for params in every)
         self._now = 0.0
@@ -92,9 +94,9 @@ class SchedulerCore:
             case ev.ReplicaReady():
                 self._replica_ready(event)
             case ev.ReplicaFailed():
-                self._replica_failed(event)
+                self._failures.failed(event, self._now)
             case ev.ReplicaDied():
-                self._replica_died(event.replica_id, event.reason)
+                self._failures.died(event, self._now)
             case ev.ReplicaVouched():
                 if event.replica_id in self.replicas:
                     self.replicas[event.replica_id].doubted = False
@@ -300,7 +302,7 @@ class SchedulerCore:
             return  # stopped meanwhile; its ReplicaGone is on the way
         if event.n_ctx < replica.n_ctx:
             message = f"it came up with {event.n_ctx} tokens of context per slot instead of {replica.n_ctx}"
-            self._replica_failed(ev.ReplicaFailed(event.replica_id, "failed", message))
+            self._failures.failed(ev.ReplicaFailed(event.replica_id, "failed", message), self._now)
             return
         self.fleet.ready(replica, event, self._now)
         model = self.models.by_name.get(replica.model)
@@ -309,56 +311,11 @@ class SchedulerCore:
                 self._out.remember(record)
         self._dispatch.look_again()
 
-    def _replica_failed(self, event: ev.ReplicaFailed) -> None:
-        replica = self.replicas.get(event.replica_id)
-        if replica is None or replica.state is not ReplicaState.LOADING:
-            return
-        self._dispatch.look_again()
-        self._out.announce("load_failed", f"{replica.model} did not load: {event.message}", replica=replica)
-        self.fleet.stop(replica, event.message)
-        model = self.models.by_name.get(replica.model)
-        if model is None:
-            return
-        if event.kind == "underestimated" and event.buffers is not None:
-            self.fleet.learn_prediction(replica, event.buffers)
-            return  # no failure of the model: the next plan reserves what llama.cpp wants
-        if event.kind == "invalid_model":
-            self.models.shaped(replica.placement.node_id, replica.path, None, invalid=event.message)
-            return
-        if event.kind == "out_of_memory":
-            model.history.out_of_memory(max(replica.placement.device_bytes, default=0))
-        self._count_failure(model, event.message)
-        self.fleet.remember_extra(model)
-
-    def _count_failure(self, model: Model, message: str) -> None:
-        pauses = model.history.pauses
-        model.history.failed(message, self.policy, self._now)
-        if model.history.pauses > pauses:
-            pause_s = model.history.retry_at - self._now
-            self._out.announce("model_paused", f"{model.name} is not tried again for {pause_s:.0f} s", model.name)
-
-    def _replica_died(self, replica_id: ReplicaId, reason: str) -> None:
-        replica = self.replicas.get(replica_id)
-        if replica is None or replica.state in (ReplicaState.PENDING, ReplicaState.STOPPING):
-            return
-        fingerprints = [lease.fingerprint for lease in self.fleet.leases.of(replica)]
-        answering = replica.busy or self.fleet.suspects.accuses(replica_id)
-        guilty = self.fleet.suspects.died(replica_id, replica.model, fingerprints, reason, self._now)
-        reason = f"it ended its process while answering: {reason}" if answering else reason
-        self._out.announce("replica_died", f"{replica.model} died: {reason}", replica=replica)
-        self.fleet.abandon(replica, reason)
-        self._dispatch.look_again()
-        for model, fingerprint in guilty:
-            self._out.announce("request_condemned", f"a request for {model} is refused from now on: {reason}", model)
-            self._dispatch.refuse_condemned(model, fingerprint, self._now)
-        if replica.model in self.models.by_name and not guilty:  # that was the request's fault
-            self._count_failure(self.models.by_name[replica.model], reason)
-
     def _replica_gone(self, event: ev.ReplicaGone) -> None:
         replica = self.replicas.get(event.replica_id)
         if replica is None or replica.state is ReplicaState.PENDING:
             return
-        self._replica_died(event.replica_id, "its process is gone")  # unless it was being stopped
+        self._failures.died(ev.ReplicaDied(event.replica_id, "its process is gone", by_itself=False), self._now)
         self.fleet.gone(replica, self._now)
         self._dispatch.look_again()
         self._out.announce("replica_gone", f"{replica.model} has given its memory back", replica=replica)

@@ -132,10 +132,12 @@ class ReplicaFailed:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaDied:
-    """A ready replica's process ended, or it can serve no longer."""
+    """A ready replica's process ended, or it can serve no longer. `by_itself`: nobody ended it, so that a request which
+    it was answering may be what it died of."""
 
     replica_id: ReplicaId
     reason: str
+    by_itself: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,14 +85,14 @@ class Watchdog:
             late_s = now - promise.due_at - (crowding - 1.0) * promise.allowed_s
             overdue = promise.due_at > 0.0 and late_s > 0.0 and now >= self._judges_from_s
             if why := self._judge(identity, promise.what, overdue, before):
-                reason = f"it {_STOOD_STILL}" if why == "stopped" else _overdue(promise, crowding)
+                reason = f"it {STOOD_STILL}" if why == "stopped" else _overdue(promise, crowding)
                 self._end(identity, promise.title, ray_title(promise.title), reason)
         for holder in self._device_processes():
             identity = holder.pid, holder.started_at_s
             if self._judge(identity, "", False, before):
                 runner = holder.owner_pid, started_at_s(holder.owner_pid) or 0.0
-                self._remember(runner, f"its device process {_STOOD_STILL}")
-                self._end(identity, DEVICE_PROCESS, re.escape(DEVICE_PROCESS), f"it {_STOOD_STILL}")
+                self._remember(runner, f"its device process {STOOD_STILL}")
+                self._end(identity, DEVICE_PROCESS, re.escape(DEVICE_PROCESS), f"it {STOOD_STILL}")
 
     def _judge(
         self, identity: _Identity, what: str, overdue: bool, seen: Mapping[tuple[_Identity, str], _Suspicion]
@@ -125,7 +125,7 @@ def _crowding() -> float:
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-_STOOD_STILL = f"stood still for {(STOPPED_LOOKS - 1) * LOOK_EVERY_S:.0f} s (stopped by a signal or a debugger)"
+STOOD_STILL = f"stood still for {(STOPPED_LOOKS - 1) * LOOK_EVERY_S:.0f} s (stopped by a signal or a debugger)"
 
 
 def _overdue(promise: Promise, crowding: float) -> str:

@@ -86,6 +86,17 @@ def test_a_runner_that_lives_makes_nobody_a_suspect() -> None:
     assert s.ask("a", fingerprint="y") in s.grants
 
 
+def test_a_runner_that_was_killed_makes_nobody_a_suspect() -> None:
+    s = box()
+    asked = [s.ask("a", fingerprint=each) for each in ("x", "y")]
+    replica_id = s.grants[asked[0]].replica_id
+    s.done(asked[1], failed=True)
+    s.runners.pop(replica_id)
+    s.send(ev.ReplicaDied(replica_id, "its process ended without a word", by_itself=False))
+    again = [s.ask("a", fingerprint=each) for each in ("x", "y")]
+    assert all(request in s.grants for request in again)  # side by side, as before
+
+
 def test_a_model_that_ends_its_runners_under_different_requests_is_paused() -> None:
     s = box()
     for fingerprint in ("x", "y", "z"):
