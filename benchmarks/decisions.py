@@ -64,8 +64,7 @@ def mixed_requests(*, priced: bool) -> dict[str, list[float]]:
     running: list[str] = []
     for _ in range(REQUESTS):
         running.append(scenario.ask(*chance.choices(names, weights)))
-        scenario.now += 0.5
-        scenario.send(ev.Ticked())
+        scenario.wait(0.5)
         if len(running) > 6:
             request = running.pop(chance.randrange(len(running)))
             if request in scenario.grants:

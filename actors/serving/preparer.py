@@ -38,6 +38,9 @@ MEMORY_BYTES = 256 * MIB
 MEMORY_PER_TOKEN_BYTES = 1024
 """Of a child, beyond what it was forked with: so much, and so much for each token of the context."""
 
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
+"""Exit statuses of a child that somebody ended: nothing is said of the request, and it may be asked again."""
+
 
 class Nursery:
     """The parent of the children: forks one per connection, and says on it why it ended before its time."""
@@ -64,9 +67,8 @@ class Nursery:
     def _fork(self, connection: socket.socket) -> None:
         try:
             pid = os.fork()
-        except OSError as error:  # no memory, or too many processes
-            with connection:
-                _say(connection, f"no process could be started for it: {error.strerror}")
+        except OSError:  # no memory, or too many processes: that is not the request's fault
+            connection.close()
             return
         if pid == 0:
             try:
@@ -93,7 +95,7 @@ class Nursery:
         pid, connection = self._connections.pop(pidfd)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         with connection:
-            if status:
+            if status and status not in _FROM_OUTSIDE:
                 _say(connection, _why(status))
 
 
