@@ -87,7 +87,6 @@ class SchedulerActor:
         self._effects = Effects(self._core.inventory, self._core.policy, settings.namespace, self._post)
         self._survivors: dict[NodeId, list[Survivor]] = defaultdict(list)
         self._failures: dict[NodeId, str] = {}  # of nodes that cannot join
-        self._serial = 0
         self._closing = False
         self._loops: list[asyncio.Task[None]] = []
         self._spawn(self._tick())
@@ -253,17 +252,16 @@ class SchedulerActor:
         except ArrieroError as error:
             return error
 
-    async def load(self, model: str, n_ctx: int | None) -> LoadResult | ArrieroError:
+    async def load(self, request: AcquireRequest) -> LoadResult | ArrieroError:
         await self._answers.settled.wait()
         began = time.monotonic()
-        if (busy := self._core.busy(model, n_ctx, began)) is not None:
+        if (busy := self._core.busy(request.model, request.n_ctx, began)) is not None:
             return views.load_result(self._core, busy.replica_id, began)
-        self._serial += 1
-        answer = await self._answers.ask(ev.RequestArrived(RequestId(f"load-{self._serial}"), model, "load", n_ctx))
+        answer = await self.acquire(request)
         if isinstance(answer, ArrieroError):
             return answer
         if answer.replica_id not in self._core.replicas:
-            return EngineFailed(f"{model} was loaded and died at once; `arriero events` has the reason")
+            return EngineFailed(f"{request.model} was loaded and died at once; `arriero events` has the reason")
         result = views.load_result(self._core, answer.replica_id, began)
         self._post(ev.LeaseReleased(answer.lease_id))
         return result

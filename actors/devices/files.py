@@ -1,8 +1,9 @@
 """GGUF models on this node's disks, and how much of each lies in the page cache.
 
 A model of several files is one `ModelFile`, named by its first part; one with a part missing (a download under way) is
-not listed, nor are projectors (`mmproj`) and what is hidden. The page cache is asked through mincore(2) for at most 64
-windows of 1 MiB per file, spread evenly, so that a 40 GiB file costs a millisecond as a small one does.
+not listed, nor are projectors (`mmproj`), what is hidden, and names that are not UTF-8. The page cache is asked through
+mincore(2) for at most 64 windows of 1 MiB per file, spread evenly, so that a 40 GiB file costs a millisecond as a small
+one does.
 """
 
 from __future__ import annotations
@@ -38,11 +39,20 @@ def find_models(model_paths: Iterable[str]) -> tuple[ModelFile, ...]:
     """
     models: dict[tuple[int, int], ModelFile] = {}
     for path in (found for given in model_paths for found in _gguf_files(given)):
-        model = _model(path)
+        model = _model(path) if _is_text(path) else None
         if model is not None:
             status = Path(model.path).stat()
             models.setdefault((status.st_dev, status.st_ino), model)
     return tuple(models.values())
+
+
+def _is_text(path: Path) -> bool:
+    """Whether its name is UTF-8: another one cannot be told to anybody."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parts_of(path: Path) -> tuple[Path, ...]:

@@ -29,7 +29,7 @@ class AcquireRequest:
     request_id: RequestId
     model: str
     n_ctx: int | None = None
-    kind: Literal["generate", "embed"] = "generate"
+    kind: Literal["generate", "embed", "load"] = "generate"
     deadline_s: float | None = None
     priority: int | None = None
     key: str = ""
@@ -95,8 +95,8 @@ class Backend(Protocol):
 
     async def plan(self, model: str, n_ctx: int | None) -> Plan: ...
 
-    async def load(self, model: str, n_ctx: int | None) -> LoadResult:
-        """Load and wait until ready. It goes on when the caller leaves."""
+    async def load(self, request: AcquireRequest) -> LoadResult:
+        """Wait in the queue until the model is loaded. A load that has begun goes on when the caller leaves."""
         ...
 
     async def unload(self, model: str) -> UnloadResult: ...

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import AsyncGenerator
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from actors.gateway.backend import Backend
+from actors.gateway.backend import AcquireRequest, Backend
 from actors.gateway.reader import Reader
-from actors.gateway.stream import EventStream, event
+from actors.gateway.security import key_of
+from actors.gateway.stream import EventStream, event, while_connected
 from actors.gateway.wire import (
     MAX_NAME_LENGTH,
     MAX_TOKENS,
@@ -24,6 +27,7 @@ from actors.gateway.wire import (
     UnloadRequest,
     UnloadResult,
 )
+from scheduler.units import RequestId
 
 Name = Annotated[str, Query(min_length=1, max_length=MAX_NAME_LENGTH)]
 
@@ -31,6 +35,9 @@ Name = Annotated[str, Query(min_length=1, max_length=MAX_NAME_LENGTH)]
 def management_routes(backend: Backend, reader: Reader, pulse_s: float) -> APIRouter:
     """`/api/v1/*` and `/health`."""
     router = APIRouter(tags=["Arriero"])
+    # A plan takes the scheduler up to 0.2 s, in which nobody is granted anything: they are made one after the other, so
+    # that other requests come in between.
+    planning = asyncio.Lock()
 
     @router.get("/api/v1/status")
     async def status() -> Status:
@@ -38,7 +45,8 @@ def management_routes(backend: Backend, reader: Reader, pulse_s: float) -> APIRo
 
     @router.get("/api/v1/plan")
     async def plan(model: Name, n_ctx: Annotated[int | None, Query(ge=1, le=MAX_TOKENS)] = None) -> Plan:
-        return await backend.plan(model, n_ctx)
+        async with planning:
+            return await backend.plan(model, n_ctx)
 
     @router.get("/api/v1/models")
     async def models() -> list[ModelInfo]:
@@ -47,7 +55,9 @@ def management_routes(backend: Backend, reader: Reader, pulse_s: float) -> APIRo
     @router.post("/api/v1/load")
     async def load(request: Request) -> LoadResult:
         body = await reader.order(request, LoadRequest)
-        return await backend.load(body.model, body.n_ctx)
+        asked = RequestId(f"load-{secrets.token_hex(12)}")
+        need = AcquireRequest(asked, body.model, body.n_ctx, "load", key=key_of(request))
+        return await while_connected(request, backend.load(need))
 
     @router.post("/api/v1/unload")
     async def unload(request: Request) -> UnloadResult:

@@ -67,8 +67,12 @@ class RayBackend:
         plan: Plan = await self._ask("plan", model, n_ctx)
         return plan
 
-    async def load(self, model: str, n_ctx: int | None) -> LoadResult:
-        result: LoadResult = await self._ask("load", model, n_ctx)
+    async def load(self, request: AcquireRequest) -> LoadResult:
+        try:
+            result: LoadResult = await self._ask("load", request)
+        except asyncio.CancelledError:
+            await self.cancel(request.request_id)
+            raise
         return result
 
     async def unload(self, model: str) -> UnloadResult:

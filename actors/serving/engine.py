@@ -122,17 +122,18 @@ class Engine:
         for index, prompt in enumerate(prompts):
             if len(prompt) > limit:
                 raise Rejected(f"input {index} is {len(prompt)} tokens; at most {limit} can be embedded at once")
-        jobs = [Embedding(request.request_id, prompt) for prompt in prompts]
+        # One after the other: a request has one lease, and takes no more slots than one.
+        vectors = tuple(self._vector(Embedding(request.request_id, prompt)) for prompt in prompts)
+        return EmbedResult(vectors, sum(map(len, prompts)))
+
+    def _vector(self, job: Embedding) -> Sequence[float]:
         try:
-            for job in jobs:
-                self._batcher.submit(job)
-            vectors = [vector for job in jobs for vector in job.results()]
+            self._batcher.submit(job)
+            for vector in job.results():
+                return vector
         finally:
-            for job in jobs:
-                self._batcher.cancel(job)
-        if len(vectors) < len(jobs):
-            raise EngineFailed(f"request {request.request_id} was cancelled")
-        return EmbedResult(tuple(vectors), sum(map(len, prompts)))
+            self._batcher.cancel(job)
+        raise EngineFailed(f"request {job.request_id} was cancelled")
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request within one token: its stream stops without a last chunk. False when it is not running."""

@@ -20,6 +20,7 @@ import selectors
 import signal
 import socket
 import sys
+import time
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +34,9 @@ from scheduler.units import MIB, format_bytes
 CPU_S = 5.0
 """For each question. A prompt of 100,000 tokens takes 0.2 s, the first token under a schema of 1,000 alternatives and
 a vocabulary of 150,000 takes 2 s (docs/benchmarks.md)."""
+
+ANSWER_CPU_S = 120.0
+"""For all tokens of an answer under a grammar: else one answer could keep a core busy for hours, at seconds a token."""
 
 MEMORY_BYTES = 256 * MIB
 MEMORY_PER_TOKEN_BYTES = 1024
@@ -107,7 +111,7 @@ def _say(connection: socket.socket, why: str) -> None:
 
 def _why(status: int) -> str:
     if status == -signal.SIGPROF:
-        return f"it took more than {CPU_S:.0f} s of computing"
+        return f"it took more than {CPU_S:.0f} s of computing, or {ANSWER_CPU_S:.0f} s for the whole answer"
     if status < 0:
         return f"its process was ended by {signal.Signals(-status).name}"
     return f"its process ended with status {status}"
@@ -122,13 +126,17 @@ class Child:
         self._held_bytes = _data_bytes()
         self._chat: ChatTemplate | None = None
         self._grammar: Any = None
+        self._left_s = ANSWER_CPU_S
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def serve(self) -> None:
         """Returns at the end of the stream, or when its memory is used up."""
         while (question := receive(self._connection)) is not None:
             kind, payload = question
-            signal.setitimer(signal.ITIMER_PROF, CPU_S)  # its signal ends the process, in the middle of C too
+            if kind == Kind.PREPARE:
+                self._left_s = ANSWER_CPU_S
+            began_s = time.process_time()
+            signal.setitimer(signal.ITIMER_PROF, min(CPU_S, self._left_s))  # its signal ends us, in the middle of C too
             try:
                 self._try(payload) if kind == Kind.TRY else self._prepare(payload)
             except MemoryError:
@@ -139,6 +147,7 @@ class Child:
             except Exception as error:  # a request may bring about anything; the next one is another
                 self._reject(Rejected(f"it could not be made into a prompt ({type(error).__name__}: {error})"))
             signal.setitimer(signal.ITIMER_PROF, 0)
+            self._left_s = max(0.001, self._left_s - (time.process_time() - began_s))
 
     def _reject(self, error: ArrieroError) -> None:
         told = {"message": error.message, "details": error.details}

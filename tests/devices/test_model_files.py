@@ -27,6 +27,11 @@ def test_folders_are_searched_through_and_through(tmp_path: Path) -> None:
     assert names(tmp_path) == ["b.gguf", "a/deep/er.gguf"]
 
 
+def test_a_name_that_is_not_utf_8_cannot_be_told_to_anybody(tmp_path: Path) -> None:
+    put(tmp_path, "a.gguf", os.fsdecode(b"bad\xff.gguf"))
+    assert [Path(model.path).name for model in find_models([str(tmp_path)])] == ["a.gguf"]
+
+
 def test_projectors_are_no_models(tmp_path: Path) -> None:
     put(tmp_path, "mmproj-llava-f16.gguf", "llava.gguf", "llava-MMPROJ.gguf")
     assert names(tmp_path) == ["llava.gguf"]

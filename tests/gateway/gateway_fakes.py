@@ -194,10 +194,17 @@ class FakeBackend:
         victim = PlanVictim(replica_id="r7", model="old", idle_s=9.0, frees={"gpu0": 50})
         return posted(Plan(model=model, verdict="evict", tier="one GPU", shares=[share], victims=[victim], n_ctx=n_ctx))
 
-    async def load(self, model: str, n_ctx: int | None) -> LoadResult:
+    async def load(self, request: AcquireRequest) -> LoadResult:
         self._fail()
-        self.note("load", model, n_ctx)
-        return posted(LoadResult(model=model, replica_id="r0", node="box", n_ctx=n_ctx or 4096, load_s=0.25))
+        self.note("load", request.model, request.n_ctx)
+        try:
+            if self.acquisitions:
+                await self._step(self.acquisitions.popleft())
+        except asyncio.CancelledError:
+            await self.cancel(request.request_id)
+            raise
+        loaded = {"model": request.model, "replica_id": "r0", "node": "box", "n_ctx": request.n_ctx or 4096}
+        return posted(LoadResult(**loaded, load_s=0.25))
 
     async def unload(self, model: str) -> UnloadResult:
         return posted(UnloadResult(model=model, replicas=["r0"]))

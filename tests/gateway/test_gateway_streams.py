@@ -165,13 +165,22 @@ def test_a_client_that_leaves_the_queue_is_forgotten(url: str, backend: FakeBack
     assert not backend.saw("release")
 
 
-def ask_and_keep(url: str, route: str, body: dict[str, Any]) -> socket.socket:
+def test_a_client_that_leaves_an_order_to_load_is_forgotten(url: str, backend: FakeBackend) -> None:
+    backend.acquisitions.append(Gate())
+    connection = ask_and_keep(url, "load", {"model": MODEL}, api="api/v1")
+    backend.wait_for("load")
+    connection.close()
+    ((cancelled,),) = backend.wait_for("cancel")
+    assert cancelled.startswith("load-")
+
+
+def ask_and_keep(url: str, route: str, body: dict[str, Any], api: str = "v1") -> socket.socket:
     """A connection on which `body` was asked and nothing is read."""
     address = httpx.URL(url)
     data = json.dumps(body).encode()
     connection = socket.create_connection((address.host, address.port))
     head = (
-        f"POST /v1/{route} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"POST /{api}/{route} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
     )
     connection.sendall(head.encode() + data)

@@ -279,6 +279,20 @@ def test_embeddings_are_of_length_one_and_of_the_text(sample: Any, engine: Any, 
             loaded.embed(EmbedRequest("e", content_of(inputs=("x" * 600,))))
 
 
+def test_a_request_of_many_texts_takes_one_slot_at_a_time(sample: Any, engine: Any, ask: Any) -> None:
+    loaded = engine(sample("llama"), n_seq_max=2, n_ctx=1024, embeddings=True)
+    running: list[int] = []
+    submit = loaded._batcher.submit
+
+    def counting(job: Any) -> None:
+        submit(job)
+        running.append(len(loaded._batcher.jobs()))
+
+    loaded._batcher.submit = counting
+    result = loaded.embed(EmbedRequest("e", content_of(inputs=["the salt"] * 20)))
+    assert len(result.vectors) == 20 and max(running) == 1
+
+
 def test_progress_rises_to_one_and_may_stop_the_load(sample: Any, spec: Any) -> None:
     seen: list[float] = []
     Engine(spec(sample("llama")), (), seen.append).close()
