@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
@@ -75,7 +74,7 @@ def print_json(value: Any, *, indent: int | None = 2) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
+    if hasattr(value, "model_dump"):  # a pydantic record; to import pydantic for it would take a tenth of a second
         return value.model_dump(mode="json")
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(each) for each in value]

@@ -42,6 +42,9 @@ class ScriptedScheduler:
         self.changed = asyncio.Condition()
         self.granted = 0
 
+    async def fate(self, replica_id: str) -> str:
+        return f"{replica_id} died: killed"
+
     async def begin(self, replicas: list[str]) -> None:
         """A new test, with these replicas in turn."""
         self.replicas = replicas
@@ -217,7 +220,7 @@ def test_a_runner_that_dies_in_mid_answer_is_named(here: Service) -> None:
     pieces = iter(here.client.complete(MODEL, "mules wait", stream=True))
     assert next(pieces) == "mules"
     os.kill(get(runner.pid.remote()), signal.SIGKILL)
-    with pytest.raises(EngineFailed, match=f"{MODEL}.*ended while it answered"):
+    with pytest.raises(EngineFailed, match=f"{MODEL}.*ended while it answered.*died: killed"):
         list(pieces)
     assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", True)
     assert here.client.complete(MODEL, "carry").text == "carry"
