@@ -18,6 +18,7 @@ from scheduler.choice.price import Prices
 from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choice.speeds import Speeds
 from scheduler.cluster.inventory import Inventory
+from scheduler.cluster.leases import Ending
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import Catalogue
@@ -232,11 +233,11 @@ class SchedulerCore:
     def _request_cancelled(self, event: ev.RequestCancelled) -> None:
         if self.queue.remove(event.request_id) is None:
             for lease in self.fleet.leases.of_request(event.request_id):
-                self._release_lease(lease.lease_id, served=False)
+                self._release_lease(lease.lease_id, "left")
 
     def _lease_released(self, event: ev.LeaseReleased) -> None:
         """Whoever holds a lease sees a replica fail before anybody else: its next request must not go there too."""
-        replica = self._release_lease(event.lease_id, served=not event.failed, failed=event.failed)
+        replica = self._release_lease(event.lease_id, "failed" if event.failed else "served")
         if replica is not None and event.pace is not None:
             self._learn_speed(replica, event.pace)
         if replica is not None and event.failed and not replica.doubted:
@@ -249,12 +250,12 @@ class SchedulerCore:
             for record in self.speeds.answered(model.shape, replica, pace):
                 self._out.remember(record)
 
-    def _release_lease(self, lease_id: LeaseId, *, served: bool, failed: bool = False) -> Replica | None:
-        released = self._dispatch.release(lease_id, self._now, served=served, failed=failed)
+    def _release_lease(self, lease_id: LeaseId, ending: Ending) -> Replica | None:
+        released = self._dispatch.release(lease_id, ending, self._now)
         if released is None:
             return None
         replica, lease = released
-        if served and lease.answers and replica.model in self.models.by_name:
+        if ending == "served" and lease.answers and replica.model in self.models.by_name:
             model = self.models.by_name[replica.model]
             model.history.served()
             model.service.took(self._now - lease.granted_at)

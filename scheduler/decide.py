@@ -82,7 +82,8 @@ class Refuse:
     error: ArrieroError
 
 
-Decision = Union[Serve, Move, Place, Wait, NoRoom, Refuse]  # noqa: UP007  (a runtime value on Python 3.10 too)
+WithoutSlot = Union[Place, Wait, NoRoom, Refuse]  # noqa: UP007  (a runtime value on Python 3.10 too)
+Decision = Union[Serve, Move, WithoutSlot]  # noqa: UP007
 
 
 class Ladder:
@@ -109,14 +110,8 @@ class Ladder:
 
     def decide(self, head: Waiting, now: float, *, explain: bool = False) -> Decision:
         """The decision for a request that is first in its line. `explain`: choices say why places were passed over."""
-        coming = self.coming(head)
-        ready = self.free_among(coming, head)
-        if ready is not None:
-            return self.serve(head, ready, now)
-        try:
-            return self._unserved(head, coming, now, explain=explain)
-        except (Rejected, Unavailable) as error:
-            return Refuse(error)
+        ready = self.free_among(self.coming(head), head)
+        return self.without_a_slot(head, now, explain=explain) if ready is None else self.serve(head, ready, now)
 
     def serve(self, head: Waiting, ready: Replica, now: float) -> Serve | Move:
         """What to do when `ready` has a free slot for the request."""
@@ -125,7 +120,15 @@ class Ladder:
             better = self._upkeep.better_place(head, ready, now)
         return Serve(ready, better) if better is None or ready.busy else Move(ready, better)
 
-    def _unserved(self, head: Waiting, coming: Sequence[Replica], now: float, *, explain: bool) -> Decision:
+    def without_a_slot(self, head: Waiting, now: float, *, explain: bool = False) -> WithoutSlot:
+        """What to do when no replica has a free slot for the request. `explain` as for `decide`."""
+        try:
+            return self._without_a_slot(head, now, explain=explain)
+        except (Rejected, Unavailable) as error:
+            return Refuse(error)
+
+    def _without_a_slot(self, head: Waiting, now: float, *, explain: bool) -> WithoutSlot:
+        coming = self.coming(head)
         ready = any(replica.state is ReplicaState.READY for replica in coming)
         if not ready:  # else whoever is first in line is next
             self._forecast.check(head, coming, now)

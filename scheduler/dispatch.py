@@ -19,10 +19,10 @@ from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choice.search import Found
 from scheduler.choosers import Choosers
 from scheduler.cluster.inventory import Inventory
-from scheduler.cluster.leases import Lease
+from scheduler.cluster.leases import Ending, Lease
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Replica, ReplicaState
-from scheduler.decide import Decision, Ladder, Move, NoRoom, Place, Refuse, Serve, Wait
+from scheduler.decide import Ladder, Move, NoRoom, Place, Refuse, Serve, Wait, WithoutSlot
 from scheduler.errors import ArrieroError, DeadlineExceeded, Unavailable
 from scheduler.fleet import Fleet
 from scheduler.forecast import Forecast
@@ -280,8 +280,8 @@ class Dispatch:
     def _see_to(self, head: Waiting, now: float) -> bool:
         """Decide for a request that no replica has a slot for. Whether it is gone, and the next one is first."""
         head.in_the_way = frozenset()
-        decision = self._ladder.decide(head, now)
-        if not isinstance(decision, Wait) or decision.chooser is not None:
+        decision = self._ladder.without_a_slot(head, now)
+        if not isinstance(decision, Wait) or decision.chooser is not None:  # a place was sought, which takes its time
             self._decisions += 1
         refused = self._carry_out(head, decision, now)
         if isinstance(refused, ArrieroError):
@@ -298,7 +298,7 @@ class Dispatch:
         # the longer somebody has waited, the less another moment changes
         head.look_again_at = now + max(LOOK_AGAIN_S, LOOK_AGAIN_SHARE * (now - head.arrived_at))
 
-    def _carry_out(self, head: Waiting, decision: Decision, now: float) -> str | ArrieroError:
+    def _carry_out(self, head: Waiting, decision: WithoutSlot, now: float) -> str | ArrieroError:
         """What the request waits for then, or the error that it is to be refused with."""
         match decision:
             case Wait():
@@ -320,8 +320,6 @@ class Dispatch:
                 return self._refusal(kind, model, chooser)
             case Refuse(error):
                 return error
-            case Serve() | Move():
-                raise AssertionError("whoever can be served was served before")
 
     def _lean_on(self, head: Waiting, coming: Sequence[Replica], now: float) -> None:
         """The request waits for these. Would one more be sooner?"""
@@ -365,24 +363,17 @@ class Dispatch:
     def reclaim(self, lease: Lease, now: float) -> None:
         """Take a slot back, and end what is computed there."""
         self._out.post(cmd.CancelAnswer(lease.replica_id, lease.lease_id))
-        self.release(lease.lease_id, now)
+        self.release(lease.lease_id, "left", now)
 
-    def release(
-        self, lease_id: LeaseId, now: float, *, served: bool = False, failed: bool = False
-    ) -> tuple[Replica, Lease] | None:
-        """A slot is free again; None when the lease is not known, or was dropped before. `served`: after the whole
-        answer; `failed`: the replica broke it off."""
+    def release(self, lease_id: LeaseId, ending: Ending, now: float) -> tuple[Replica, Lease] | None:
+        """A slot is free again; None when the lease is not known, or was dropped before."""
         lease = self._fleet.leases.take_back(lease_id)
         if lease is None:
             return None
         replica = self._fleet.replicas[lease.replica_id]
         replica.leases.discard(lease_id)
         replica.last_used_at = now
-        suspects = self._fleet.suspects
-        if failed:
-            suspects.accuse(replica.replica_id, replica.model, lease.fingerprint)
-        else:
-            suspects.released(replica.replica_id, replica.model, lease.fingerprint, served=served)
+        self._fleet.suspects.released(replica.replica_id, replica.model, lease.fingerprint, ending)
         self._fleet.replicas.used(replica)
         self._touched.add(replica.model)
         self._freed.append(replica)

@@ -21,7 +21,7 @@ SEEN = 3  # requests of a model whose pace is believed
 
 
 class Forecast:
-    """Reads queue, models and prices. The requests that it is asked about are in the queue."""
+    """Reads queue, models and prices. A request that it is asked about is in the queue, or has the rank of one."""
 
     def __init__(self, queue: RequestQueue, models: Models, prices: Prices) -> None:
         self._queue = queue

@@ -215,8 +215,7 @@ class Batcher:
     def _accept(self, slot: Slot, job: Generation, token: int) -> None:
         ends = self._model.ends_generation(token)
         if job.accept(token, b"" if ends else self._model.piece(token), ends=ends):
-            with self._changed:
-                self._release(slot)
+            self._release_locked(slot)
 
     def _choose(self, job: Generation, logits: Any) -> None:
         """In a thread of its own: the job's next token, or why there is none."""

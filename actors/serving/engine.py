@@ -53,10 +53,6 @@ class Engine:
         return self._model.n_ctx_per_slot
 
     @property
-    def n_slots(self) -> int:
-        return self._model.n_seq_max
-
-    @property
     def broken(self) -> str:
         """Why the engine works no longer; "" while it does."""
         return self._batcher.broken

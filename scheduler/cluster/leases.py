@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from scheduler.cluster.replica import Replica
 from scheduler.units import LeaseId, ReplicaId, RequestId
+
+Ending = Literal["served", "failed", "left"]
+"""How a lease ends: after the whole answer, because the replica broke it off, or because nobody wants it any more."""
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from scheduler.cluster.leases import Ending
 from scheduler.errors import Condemned
 from scheduler.units import ReplicaId
 
@@ -75,17 +76,17 @@ class Suspects:
         """Whether a suspect is being tried on the replica."""
         return replica_id in self._alone
 
-    def released(self, replica_id: ReplicaId, model: str, fingerprint: str, *, served: bool) -> None:
-        """The slot was given back; `served`: after the whole answer."""
+    def released(self, replica_id: ReplicaId, model: str, fingerprint: str, ending: Ending) -> None:
+        """The slot was given back. A replica that failed the request may have died of it. That is not known yet, and
+        the request keeps the replica to itself."""
+        if ending == "failed":
+            if fingerprint:
+                self._accused.setdefault(replica_id, set()).add((model, fingerprint))
+            return
         if self._alone.get(replica_id) == (model, fingerprint):
             del self._alone[replica_id]
-        if served:
+        if ending == "served":
             self._records.pop((model, fingerprint), None)
-
-    def accuse(self, replica_id: ReplicaId, model: str, fingerprint: str) -> None:
-        """The replica failed the request. Whether it died of it is not known yet; it keeps the replica to itself."""
-        if fingerprint:
-            self._accused.setdefault(replica_id, set()).add((model, fingerprint))
 
     # ------------------------------------------------------------------ what happened to the replica
 
