@@ -12,11 +12,10 @@ from pathlib import Path
 from benchmarks.soak.clients import Clients
 from benchmarks.soak.mishaps import Mishaps
 from benchmarks.soak.players import Machine, Runner
+from benchmarks.soak.processes import Processes
 from benchmarks.soak.referee import Referee
 from benchmarks.soak.stage import (
     BOXES,
-    FAILURES,
-    MODELS,
     REST_S,
     SHOWN,
     STEP_S,
@@ -25,17 +24,15 @@ from benchmarks.soak.stage import (
     Violation,
     catalogue_of,
     facts_of,
-    predicted,
     shapes,
 )
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeReading
 from scheduler.core import SchedulerCore
-from scheduler.costs.measurements import ROUNDING_BYTES, Record
-from scheduler.costs.params import DeviceBytes, Footprint
+from scheduler.costs.measurements import Record
 from scheduler.errors import UnknownModel
-from scheduler.units import MIB, DeviceId, NodeId, ReplicaId
+from scheduler.units import NodeId, ReplicaId
 
 
 class World:
@@ -56,8 +53,7 @@ class World:
         self._heap: list[tuple[float, int, Callable[[], object]]] = []
         self._serial = 0
         self._generation = 0  # of the scheduler
-        self._truth = {name: self.chance.choice((0.85, 1.0, 1.0, 1.0, 1.0, 1.06)) for name in MODELS}
-        self._overhead = {name: self.chance.choice((60, 150, 250, 280)) * MIB for name in MODELS}
+        self.processes = Processes(self)
         self.clients = Clients(self)
         self.mishaps = Mishaps(self)
         self._actions = self._weighed()
@@ -115,15 +111,15 @@ class World:
     def _carry_out(self, command: cmd.Command) -> None:
         match command:
             case cmd.StartReplica():
-                self._start(command)
+                self.processes.start(command)
             case cmd.StopReplica():
-                self._stop(command)
+                self.processes.stop(command)
             case cmd.GrantLease():
                 self.clients.granted(command)
             case cmd.CancelAnswer():
                 self.clients.cancelled(command.lease_id)
             case cmd.CheckReplica():
-                self.answer(self.chance.random() * 2, lambda: self._checked(command.replica_id))
+                self.answer(self.chance.random() * 2, lambda: self.processes.checked(command.replica_id))
             case cmd.ReadShape():
                 self.answer(self.chance.expovariate(3.0), lambda: self._read_header(command))
             case cmd.ReadAhead():
@@ -220,146 +216,7 @@ class World:
             self.clients.renew()
             self.send(ev.Ticked())
 
-    # ------------------------------------------------------------------ runners
-
-    def _start(self, command: cmd.StartReplica) -> None:
-        """A process is started. What the others may hold and what was promised to it must fit by now."""
-        runner = Runner(command, pid=self.count(), n_threads=command.n_threads)
-        self.runners[command.replica_id] = runner
-        for device in self._machine_of(runner).facts.devices:
-            if need := runner.promised.get(device.device_id, 0):
-                others = self._ours(device.device_id, runner)
-                if need + others > device.total_bytes and not self._somebody_exceeds(device.device_id):
-                    raise Violation(f"{command.replica_id}: {need} + {others} on {device.device_id} are oversubscribed")
-        self.answer(self.chance.expovariate(5.0), lambda: self._begin(runner))
-
-    def _begin(self, runner: Runner) -> None:
-        """The process looks at what is free, and begins to load."""
-        if runner.state != "starting":
-            return
-        runner.state = "loading"
-        replica_id, chance = runner.command.replica_id, self.chance
-        self.send(ev.ReplicaStarted(replica_id, runner.pid))
-        machine = self._machine_of(runner)
-        short = [
-            device.device_id
-            for device in machine.facts.devices
-            if (need := runner.promised.get(device.device_id, 0))
-            and (device.device_id in machine.lost or need > self.free(machine, device, runner))
-        ]
-        if short:
-            self._fail(runner, "refused", f"there is not enough on {short}")
-        elif runner.command.preflight and self._would_take_more(runner):
-            self._fail(runner, "underestimated", "llama.cpp would take more", self._report(runner))
-        elif self._allocate(runner, chance.uniform(0.2, 0.9)):
-            load_s = runner.placement.n_layers * chance.lognormvariate(-3.0, 0.8)
-            if not self.calm and chance.random() < 0.001:
-                load_s = self.core.policy.load_timeout_s
-            self.answer(load_s * chance.random(), lambda: self._progress(runner))
-            self.answer(load_s, lambda: self._finish(runner, load_s))
-
-    def _progress(self, runner: Runner) -> None:
-        if runner.state == "loading":
-            self.send(ev.ReplicaProgressed(runner.command.replica_id, self.chance.random()))
-
-    def _finish(self, runner: Runner, load_s: float) -> None:
-        if runner.state != "loading":
-            return
-        chance, context = self.chance, runner.placement.context
-        if not self.calm and chance.random() < 0.04:
-            kind = "invalid_model" if chance.random() < 0.02 else chance.choice(FAILURES)
-            self._fail(runner, kind, f"it {kind}")
-        elif load_s >= self.core.policy.load_timeout_s:
-            self._fail(runner, "failed", "the load took too long")
-        elif self._allocate(runner, 1.0):
-            runner.state = "ready"
-            n_ctx = context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
-            if not self.calm and chance.random() < 0.003:
-                n_ctx //= 2
-            runner.ready = ev.ReplicaReady(runner.command.replica_id, runner.pid, self._report(runner), n_ctx, load_s)
-            self.send(runner.ready)
-
-    def _fail(self, runner: Runner, kind: ev.FailureKind, message: str, buffers: Footprint | None = None) -> None:
-        """The load has failed; the process holds what it holds until it is stopped."""
-        runner.state = "failed"
-        if self.chance.random() < 0.7:  # else the event is overtaken by the next readings
-            self.read_machine(self._machine_of(runner))
-        self.send(ev.ReplicaFailed(runner.command.replica_id, kind, message, buffers))
-
-    def _report(self, runner: Runner) -> Footprint:
-        """What llama.cpp says: some models take a little more or less than the formulas say, always the same."""
-        found = predicted(runner.command.model, runner.placement.layout, runner.placement.context)
-        factor = self._truth[runner.command.model]
-        if factor == 1.0:
-            return found
-        return replace(found, devices=tuple(_scaled(share, factor) for share in found.devices))
-
-    def _would_take_more(self, runner: Runner) -> bool:
-        placement = runner.placement
-        shares = zip(self._report(runner).devices, placement.overhead_bytes, placement.device_bytes, strict=True)
-        return any(truth.total_bytes + overhead > need + ROUNDING_BYTES for truth, overhead, need in shares)
-
-    def _allocate(self, runner: Runner, share: float) -> bool:
-        """It takes a share of its memory; False when a device has not got that and the load has failed."""
-        machine, placement = self._machine_of(runner), runner.placement
-        overhead = self._overhead[runner.command.model]
-        devices = {device.device_id: device for device in machine.facts.devices}
-        for device_id, truth in zip(placement.device_ids, self._report(runner).devices, strict=True):
-            device = devices[device_id]
-            wanted = truth.total_bytes + (overhead if device.kind == "cuda" else 0)
-            if device_id in machine.lost or int(wanted * share) > self.free(machine, device, runner):
-                self._fail(runner, "out_of_memory", f"{device_id} has no memory left")
-                return False
-            runner.device_bytes[device_id] = int(wanted * share)
-            ours = self._ours(device_id, runner) + runner.device_bytes[device_id]
-            if ours > device.total_bytes and not self._somebody_exceeds(device_id):
-                raise Violation(f"{runner.command.replica_id} finds {device_id} oversubscribed: {ours}")
-        runner.anonymous_bytes = int(placement.host_resting_bytes * share)
-        return True
-
-    def _stop(self, command: cmd.StopReplica) -> None:
-        """The process is killed, and its memory comes back after a while."""
-        runner = self.runners.get(command.replica_id)
-        if runner is not None:
-            if runner.state == "loading" and self.chance.random() < 0.3:  # its last word is on the way already
-                report, pid = self._report(runner), runner.pid
-                late: ev.Event = ev.ReplicaFailed(command.replica_id, "crashed", "its process ended while loading")
-                if self.chance.random() < 0.5:
-                    late = ev.ReplicaReady(command.replica_id, pid, report, runner.placement.context.n_ctx, 1.0)
-                self.answer(0.0, lambda: self.send(late))
-            runner.state = "stopping"
-            self.clients.notice(runner)
-        self.answer(self.chance.expovariate(1.5), lambda: self._gone(command.replica_id))
-
-    def _gone(self, replica_id: ReplicaId) -> None:
-        runner = self.runners.pop(replica_id, None)
-        if runner is not None and self._is_there(runner):
-            self.read_machine(self._machine_of(runner))
-        self.send(ev.ReplicaGone(replica_id))
-
-    def _checked(self, replica_id: ReplicaId) -> None:
-        runner = self.runners.get(replica_id)
-        if runner is None or runner.state == "stopping":
-            return  # its ReplicaGone is on the way
-        if runner.state == "ready" and self.chance.random() < 0.9:
-            self.send(ev.ReplicaVouched(replica_id))
-        else:
-            self.send(ev.ReplicaDied(replica_id, "it does not answer"))
-
     # ------------------------------------------------------------------ machines
-
-    def _machine_of(self, runner: Runner) -> Machine:
-        return self.machines[runner.placement.node_id.partition("#")[0]]
-
-    def _is_there(self, runner: Runner) -> bool:
-        machine = self._machine_of(runner)
-        return machine.there and machine.facts.node_id == runner.placement.node_id
-
-    def _ours(self, device_id: DeviceId, but: Runner | None = None) -> int:
-        return sum(each.may_hold(device_id) for each in self.runners.values() if each is not but)
-
-    def _somebody_exceeds(self, device_id: DeviceId) -> bool:
-        return any(each.exceeds(device_id) for each in self.runners.values())
 
     def free(self, machine: Machine, device: DeviceFacts, but: Runner | None = None) -> int:
         device_id = device.device_id
@@ -450,8 +307,3 @@ class World:
                     for file in machine.files
                 )
         self.send(ev.ReadAheadEnded(command.node_id, command.path))
-
-
-def _scaled(share: DeviceBytes, factor: float) -> DeviceBytes:
-    counts = (share.weights_bytes, share.kv_bytes, share.compute_bytes)
-    return DeviceBytes(*(int(count * factor) for count in counts))
