@@ -84,7 +84,7 @@ class Connection(H11Protocol):
         most = limits.connection_limit()
         if len(self.connections) > most:
             return TooMuchHeld(f"{most} connections are open, the most that there may be", retry_after_s=limits.RETRY_S)
-        most = limits.MAX_CONNECTIONS_PER_ADDRESS
+        most = limits.connection_limit_of_address()
         if self._open_by_address[self._address] > most:
             return TooMuchHeld(
                 f"{most} connections of {self._address} are open, the most of one address", retry_after_s=limits.RETRY_S

@@ -37,10 +37,6 @@ STALL_S = 60.0
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections pooled, so that they never reuse one being closed
 
 MAX_CONNECTIONS = 4096
-MAX_CONNECTIONS_PER_ADDRESS = 2048
-"""A web interface or a reverse proxy opens one connection per user who waits, all from one address; so does loopback.
-Half of all is far above that, and leaves the other half for others."""
-
 RETRY_S = 5.0  # a guess: answers and connections end within seconds
 
 
@@ -48,6 +44,12 @@ def connection_limit() -> int:
     """`MAX_CONNECTIONS`, or what the process's open files allow: a quarter of them is left for everything else."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, soft * 3 // 4)
+
+
+def connection_limit_of_address() -> int:
+    """A web interface or a reverse proxy opens one connection per user who waits, all from one address; so does
+    loopback. Half of all is far above that, and leaves the other half for others."""
+    return connection_limit() // 2
 
 
 class Held:

@@ -32,8 +32,8 @@ from scheduler.errors import ArrieroError, Rejected
 from scheduler.units import MIB, format_bytes
 
 CPU_S = 5.0
-"""For each question. A prompt of 100,000 tokens takes 0.2 s, the first token under a schema of 1,000 alternatives and
-a vocabulary of 150,000 takes 2 s (docs/benchmarks.md)."""
+"""For each question. A prompt of 456,000 tokens (800 kB) takes 0.6 s, the first token under a schema of 1,000
+alternatives and a vocabulary of 150,000 takes 2 s (docs/benchmarks.md)."""
 
 ANSWER_CPU_S = 120.0
 """For all tokens of an answer under a grammar: else one answer could keep a core busy for hours, at seconds a token."""
@@ -130,11 +130,14 @@ class Child:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def serve(self) -> None:
-        """Returns at the end of the stream, or when its memory is used up."""
+        """Returns at the end of the stream, or when its memory or its time is used up."""
         while (question := receive(self._connection)) is not None:
             kind, payload = question
             if kind == Kind.PREPARE:
                 self._left_s = ANSWER_CPU_S
+            elif self._left_s <= 0:  # the timer does not meet many short questions
+                _say(self._connection, _why(-signal.SIGPROF))
+                return
             began_s = time.process_time()
             signal.setitimer(signal.ITIMER_PROF, min(CPU_S, self._left_s))  # its signal ends us, in the middle of C too
             try:
@@ -147,7 +150,7 @@ class Child:
             except Exception as error:  # a request may bring about anything; the next one is another
                 self._reject(Rejected(f"it could not be made into a prompt ({type(error).__name__}: {error})"))
             signal.setitimer(signal.ITIMER_PROF, 0)
-            self._left_s = max(0.001, self._left_s - (time.process_time() - began_s))
+            self._left_s -= time.process_time() - began_s
 
     def _reject(self, error: ArrieroError) -> None:
         told = {"message": error.message, "details": error.details}

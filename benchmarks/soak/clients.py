@@ -39,7 +39,11 @@ class Clients:
         prefix = chance.choice(("", "a", "b", "c")) if chance.random() < 0.5 else ""
         request_id = RequestId(f"r{serial}")
         key = chance.choice(("", "ann", "ann", "ann", "bob", "cid"))
-        self._world.send(ev.RequestArrived(request_id, model, kind, n_ctx, deadline_s, priority, key, prefix))
+        again = chance.choice(("", f"again{chance.randint(0, 30)}", f"once{serial}"))
+        fingerprint = again if kind != "load" else ""
+        self._world.send(
+            ev.RequestArrived(request_id, model, kind, n_ctx, deadline_s, priority, key, prefix, fingerprint)
+        )
 
     def granted(self, grant: cmd.GrantLease) -> None:
         vanished = not self._world.calm and self._world.chance.random() < 0.003

@@ -57,7 +57,8 @@ class Mishaps:
         runner.device_bytes, runner.anonymous_bytes, runner.state = {}, 0, "dead"
         self._world.clients.notice(runner)
         delay_s = self._world.chance.choice((0.0, 0.1, 3.0))
-        self._world.answer(delay_s, lambda: self._world.send(ev.ReplicaDied(replica_id, "killed")))
+        died = ev.ReplicaDied(replica_id, "its process ended", by_itself=self._world.chance.random() < 0.7)
+        self._world.answer(delay_s, lambda: self._world.send(died))
 
     def _lose(self, machine: Machine) -> None:
         """Ray calls it by another name when it is back, mostly: its raylet has started anew, or was only not heard."""

@@ -104,6 +104,7 @@ class Admission:
             ),
             alternatives=self._models.alternatives(model, shape, n_ctx),
             longest_n_ctx=self._models.longest(model, shape, context),
+            rounded_n_ctx=self._models.rounded(shape, context, n_ctx),
         )
 
     def nodes(self, model: Model) -> list[Node]:

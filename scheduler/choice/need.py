@@ -88,7 +88,9 @@ class Need:
     alternatives: tuple[ContextParams, ...] = ()
     """Other contexts that would do, in order of preference."""
     longest_n_ctx: int = 0
-    """Up to so much context is given where there is room; 0: what `context` says."""
+    """Up to so much context is given where GPUs have room for it; 0: what `context` says."""
+    rounded_n_ctx: int = 0
+    """Up to so much wherever there is room."""
     draws: bool = False
     """Graphs are drawn for every layout that is tried, not only where the bound on compute buffers does not decide."""
     never_draws: bool = False

@@ -80,10 +80,12 @@ class Chooser(Search):
         return bolder.choose().placement is not None
 
     def _lengthened(self, choice: Choice) -> Placement | None:
-        """The same layout with the longest context that there is room for, where the catalogue leaves that open."""
-        placement, most = choice.placement, self.need.longest_n_ctx
-        if placement is None or placement.tier not in ON_GPU:
-            return placement
+        """The same layout with the longest context that there is room for, up to what the need says."""
+        placement, most = choice.placement, self.need.rounded_n_ctx
+        if placement is None:
+            return None
+        if placement.tier in ON_GPU:
+            most = max(most, self.need.longest_n_ctx)
         node = self.inventory.nodes[placement.node_id]
         room = self.outlook.now(placement.node_id)
         if choice.victims or not fits(placement, room):

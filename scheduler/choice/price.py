@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf
+from math import fsum, inf
 
 from scheduler.choice.speeds import Speed, Speeds
 from scheduler.cluster.models import Model, Models
@@ -79,7 +79,7 @@ class Prices:
             release_s=RELEASE_S if gone else 0.0,
             load_s=speed.load.seconds,
             service_s=_service_seconds(speed),
-            regret_s=sum((self.regret_s(replica, now) for replica in gone if replica.model != model), 0.0),
+            regret_s=fsum(self.regret_s(replica, now) for replica in gone if replica.model != model),  # in any order
         )
 
     def service(self, shape: ModelShape, model: str, replica: Replica) -> Price:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from itertools import groupby, islice
+from math import fsum
 from typing import Any
 
 from scheduler.choice.candidates import (
@@ -320,7 +321,7 @@ class Search:
 
     def _cost(self, found: Found) -> tuple[int, float, int, tuple[int, int, int, int]]:
         placement, victims = found
-        regret_s = sum(self.regret(self.replicas[victim]) for victim in victims)
+        regret_s = fsum(self.regret(self.replicas[victim]) for victim in victims)  # the same in any order
         return len(placement.device_ids), regret_s, len(victims), self._tightness(found)
 
 

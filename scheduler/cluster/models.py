@@ -195,9 +195,18 @@ class Models:
         return tuple(each.for_whole_sequences() if shape.is_embedding_only else each for each in found)
 
     def longest(self, model: Model, shape: ModelShape, context: ContextParams) -> int:
-        """The context of all slots that the model may be given where there is room; 0: no more than it needs."""
-        if self.params(model).n_ctx != "auto":
+        """The context of all slots that the model may have where GPUs have room for it; 0: no more than it needs."""
+        return self._trained(shape, context) if self.params(model).n_ctx == "auto" else 0
+
+    def rounded(self, shape: ModelShape, context: ContextParams, n_ctx_slot: int | None) -> int:
+        """The context of all slots that a request for so many tokens may be given where there is room: the next power
+        of two, so that requests for more and more load the model a few times, and not each time."""
+        if n_ctx_slot is None:
             return 0
+        return min(1 << (context.n_ctx - 1).bit_length(), self._trained(shape, context))
+
+    @staticmethod
+    def _trained(shape: ModelShape, context: ContextParams) -> int:
         return (shape.n_ctx_train or 0) * (1 if context.kv_unified else context.n_seq_max)
 
     def update(self, node_id: NodeId, files: tuple[ModelFile, ...]) -> FileChanges:

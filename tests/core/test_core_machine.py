@@ -88,9 +88,13 @@ class CoreMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ what clients do
 
-    @rule(model=st.sampled_from(sorted(MODELS)), n_ctx=st.sampled_from((None, None, 256, 4096)))
-    def ask(self, model: str, n_ctx: int | None) -> None:
-        self.requests.append(self.scenario.ask(model, n_ctx))
+    @rule(
+        model=st.sampled_from(sorted(MODELS)),
+        n_ctx=st.sampled_from((None, None, 256, 4096)),
+        fingerprint=st.sampled_from(("", "one", "other")),
+    )
+    def ask(self, model: str, n_ctx: int | None, fingerprint: str) -> None:
+        self.requests.append(self.scenario.ask(model, n_ctx, fingerprint=fingerprint))
 
     @rule(model=st.sampled_from(sorted(MODELS)), n_ctx=st.sampled_from((None, None, 256, 4096)))
     def what_the_plan_says_is_what_the_next_request_gets(self, model: str, n_ctx: int | None) -> None:

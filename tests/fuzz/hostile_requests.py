@@ -2,18 +2,21 @@
 
     python tests/fuzz/hostile_requests.py SECONDS [SEED]
 
-It prints the longest that the event loop was kept busy at once (processor time, so that a busy machine does not count).
+A gateway in a process of its own is asked, and notes how long its event loop stood still: by the clock, which wants a
+quiet machine, and in processor time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import multiprocessing
 import random
+import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "gateway"))
 
 from fastapi import FastAPI
-from gateway_fakes import FakeBackend, asked_in_process
+from gateway_fakes import FakeBackend, asked_in_process, connect, web
 
 from actors.gateway.app import make_app
 from actors.gateway.limits import INLINE_BYTES
+from actors.gateway.server import listen, make_server, url_of
 
 VALID: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
@@ -48,6 +52,7 @@ PIECES = [
     b'{"type":"text","text":"a"}', b'"' + b"x" * 5000 + b'"',
 ]  # fmt: skip
 MOST_ANSWERED = 64 * 1024
+EVERY_S = 0.002  # the loop looks at the clock
 
 
 def hostile(chance: random.Random, most_bytes: int) -> tuple[str, bytes]:
@@ -79,6 +84,11 @@ def value_of(chance: random.Random, most_bytes: int) -> bytes:
     return b"[" + (piece + b",") * n + last + b"]"
 
 
+def answered(app: FastAPI, path: str, body: bytes) -> tuple[int, bytes]:
+    """Status and body of the answer that `app` gives in this process."""
+    return asyncio.run(asked_in_process(app, path, body))
+
+
 def check(app: FastAPI, path: str, status: int, answer: bytes) -> None:
     """An answer, or an error in the product's shape that the document knows, and never much of either."""
     assert status != 500, answer[:500]
@@ -91,39 +101,75 @@ def check(app: FastAPI, path: str, status: int, answer: bytes) -> None:
         assert f"`{error['code']}`" in responses[str(status)]["description"]
 
 
-async def _watch(longest_s: list[float], note: Callable[[float], None]) -> None:
-    while True:
-        before = time.thread_time()
-        await asyncio.sleep(0.005)
-        took = time.thread_time() - before
-        if took > longest_s[0]:
-            longest_s[0] = took
-            note(took)
+async def _serve(stood_s: Any, computed_s: Any, listener: socket.socket) -> None:
+    """A gateway whose event loop notes the longest that it stood still: by the clock, and in processor time."""
+    server = make_server(make_app(FakeBackend()))
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    while not serving.done():
+        before, before_cpu = time.monotonic(), time.thread_time()
+        await asyncio.sleep(EVERY_S)
+        stood_s.value = max(stood_s.value, time.monotonic() - before - EVERY_S)
+        computed_s.value = max(computed_s.value, time.thread_time() - before_cpu)
 
 
-async def _run(seconds: float, seed: int) -> None:
+def _gateway(stood_s: Any, computed_s: Any, listener: socket.socket) -> None:
+    asyncio.run(_serve(stood_s, computed_s, listener))
+
+
+def _odd(chance: random.Random) -> bytes:
+    """What is wrong before any body."""
+    n = int(10 ** chance.uniform(1, 6))
+    noise = bytes(chance.randrange(256) for _ in range(min(n, 60_000)))
+    return chance.choice([
+        b"GET /" + b"a" * n + b" HTTP/1.1\r\n\r\n",
+        b"GET /api/v1/events?" + b"after=1&" * n + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * n + b"\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nCookie: " + b"a=b;" * n + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n{\r\n" * n,
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * min(n, 1000),
+        noise,
+    ])  # fmt: skip
+
+
+def _ask_oddly(url: str, what: bytes) -> None:
+    with connect(url) as connection, contextlib.suppress(OSError):
+        connection.settimeout(2.0)
+        connection.sendall(what)
+        connection.recv(65536)
+
+
+def _run(seconds: float, seed: int) -> None:
     chance = random.Random(seed)
-    asked: list[Any] = ["", b""]
-    longest_s = [0.0]
+    spawning = multiprocessing.get_context("spawn")
+    stood_s, computed_s = spawning.Value("d", 0.0), spawning.Value("d", 0.0)
+    listener = listen("127.0.0.1", 0)
+    url, app = url_of(listener), make_app(FakeBackend())
+    gateway = spawning.Process(target=_gateway, args=(stood_s, computed_s, listener), daemon=True)
+    gateway.start()
     counts: Counter[tuple[str, int]] = Counter()
-    end = time.monotonic() + seconds
-
-    def note(took: float) -> None:
-        print(f"{took * 1e3:6.1f} ms: {asked[0]}, {len(asked[1])} bytes: {asked[1][:150]!r}", flush=True)
-
-    app = make_app(FakeBackend())
-    async with app.router.lifespan_context(app):
-        watching = asyncio.ensure_future(_watch(longest_s, note))
+    try:
+        web.get(f"{url}/health")
+        stood_s.value = computed_s.value = 0.0  # what it took to start does not count
+        worst_s, end = 0.0, time.monotonic() + seconds
         while time.monotonic() < end:
-            asked[:] = hostile(chance, chance.choice([INLINE_BYTES, INLINE_BYTES, 2**20, 2**23]))
-            await asyncio.sleep(0.006)  # what it took to make it does not count
-            status, answer = await asked_in_process(app, *asked)
-            check(app, asked[0], status, answer)
-            counts[asked[0], status] += 1
-        watching.cancel()
+            if chance.random() < 0.3:
+                path, body = "odd", _odd(chance)
+                _ask_oddly(url, body)
+                counts[path, 0] += 1
+            else:
+                path, body = hostile(chance, chance.choice([INLINE_BYTES, INLINE_BYTES, 2**20, 2**23, 2**25]))
+                reply = web.post(url + path, content=body, headers={"Content-Type": "application/json"})
+                check(app, path, reply.status_code, reply.content)
+                counts[path, reply.status_code] += 1
+            if stood_s.value > worst_s:
+                worst_s = stood_s.value
+                print(f"{worst_s * 1e3:6.1f} ms: {path}, {len(body)} bytes: {body[:100]!r}", flush=True)
+    finally:
+        gateway.kill()
     for (path, status), count in sorted(counts.items()):
         print(f"{path:22} {status} {count:7}")
+    print(f"the loop stood still for {stood_s.value * 1e3:.1f} ms, and computed for {computed_s.value * 1e3:.1f} ms")
 
 
 if __name__ == "__main__":
-    asyncio.run(_run(float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0))
+    _run(float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)

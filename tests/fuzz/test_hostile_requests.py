@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 
 import pytest
-from hostile_requests import VALID, FakeBackend, asked_in_process, check, hostile, make_app
+from hostile_requests import VALID, FakeBackend, answered, check, hostile, make_app
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,11 +20,11 @@ APP = make_app(FakeBackend())
 def test_no_body_gets_more_than_a_refusal(seed: int) -> None:
     path, body = hostile(random.Random(seed), INLINE_BYTES)
     if len(body) <= INLINE_BYTES:  # the others would need processes, one per test
-        check(APP, path, *asyncio.run(asked_in_process(APP, path, body)))
+        check(APP, path, *answered(APP, path, body))
 
 
 @pytest.mark.parametrize("path", VALID)
 def test_what_the_harm_is_put_into_is_answered(path: str) -> None:
     """Otherwise every body would be refused for the same reason."""
-    status, _ = asyncio.run(asked_in_process(APP, path, json.dumps(VALID[path]).encode()))
+    status, _ = answered(APP, path, json.dumps(VALID[path]).encode())
     assert status == 200

@@ -92,7 +92,7 @@ def test_what_is_no_http_is_refused_in_our_shape(url: str, what: bytes) -> None:
 @pytest.fixture
 def crowded(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A gateway that takes two connections from an address."""
-    monkeypatch.setattr(limits, "MAX_CONNECTIONS_PER_ADDRESS", 2)
+    monkeypatch.setattr(limits, "connection_limit_of_address", lambda: 2)
     with serve(backend) as url:
         yield url
 
@@ -115,6 +115,7 @@ def test_an_address_has_so_many_connections(crowded: str) -> None:
 
 def test_there_are_so_many_connections_in_all(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "connection_limit", lambda: 1)
+    monkeypatch.setattr(limits, "connection_limit_of_address", lambda: 9)
     with serve(backend) as url, connect(url) as one, connect(url) as two:
         assert get(one).startswith(b"HTTP/1.1 200")
         assert refusal(get(two)) == (429, "too_much_held")
@@ -163,6 +164,6 @@ def test_what_is_held_is_counted_to_the_byte() -> None:
 
 def test_connections_leave_open_files_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (1024, 4096))
-    assert limits.connection_limit() == 768
+    assert (limits.connection_limit(), limits.connection_limit_of_address()) == (768, 384)
     monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (limits.resource.RLIM_INFINITY,) * 2)
     assert limits.connection_limit() == limits.MAX_CONNECTIONS

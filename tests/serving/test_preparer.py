@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -18,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.serving import frames
+from actors.serving import frames, preparation
 from actors.serving.preparation import Preparer
 from actors.serving.protocol import content_of
 from actors.serving.vocabulary import Vocabulary
@@ -116,6 +119,28 @@ def test_a_schema_that_explodes_later_ends_its_own_answer_only(preparer: Prepare
             constraint.choose(lambda allowed, token=token: token)  # type: ignore[misc]
     constraint.close()
     assert preparer.prepare(CHAT, N_CTX).prompts
+
+
+def test_an_answer_has_a_budget_for_all_its_tokens(
+    sample: Callable[..., Path], words: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_less(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+        code = "from actors.serving import preparer; preparer.ANSWER_CPU_S = 0.05; preparer.main()"
+        return subprocess.Popen([command[0], "-c", code, *command[3:]], **settings)
+
+    monkeypatch.setattr(preparation, "subprocess", SimpleNamespace(Popen=with_less, DEVNULL=subprocess.DEVNULL))
+    with closing(Preparer(str(sample("llama")))) as preparer:
+        for _ in range(2):  # the next answer has its own
+            constraint = preparer.prepare(schema({"type": "string"}), N_CTX).constraint
+            assert constraint is not None
+            said = itertools.chain(
+                words.tokenize('"', add_special=False)[-1:],
+                itertools.repeat(words.tokenize("x", add_special=False)[-1]),
+            )
+            with pytest.raises(Rejected, match=r"cannot be followed: it took more than .* for the whole answer"):
+                while (token := next(said)) is not None:
+                    constraint.choose(lambda allowed, token=token: token)  # type: ignore[misc]
+            constraint.close()
 
 
 def test_a_token_that_may_not_come_next_is_picked_anew(preparer: Preparer, words: Vocabulary) -> None:
