@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from actors.gateway import wire
+from scheduler.choice.offer import Offer
 from scheduler.choice.placement import Choice
-from scheduler.choice.search import Found
 from scheduler.cluster.inventory import Device, Node
 from scheduler.cluster.ledger import cores_account, device_account, host_account
 from scheduler.cluster.models import Model
@@ -124,11 +124,11 @@ def _duration(estimate: Estimate) -> wire.PlanPace:
     return wire.PlanPace(seconds=estimate.seconds, error=estimate.error, samples=estimate.samples)
 
 
-def _cost(core: SchedulerCore, name: str, place: Found, now: float) -> wire.PlanCost | None:
+def _cost(core: SchedulerCore, name: str, offer: Offer, now: float) -> wire.PlanCost | None:
     model = core.models.by_name.get(name)
     if model is None or model.shape is None:
         return None
-    price = core.prices.of(model.shape, name, place[0], place[1], now)
+    price = core.prices.of(model.shape, name, offer.placement, offer.victims, now)
     return wire.PlanCost(
         wait=price.wait_s,
         release=price.release_s,
@@ -139,17 +139,17 @@ def _cost(core: SchedulerCore, name: str, place: Found, now: float) -> wire.Plan
     )
 
 
-def _options(core: SchedulerCore, name: str, places: Sequence[Found], now: float) -> list[wire.PlanOption]:
+def _options(core: SchedulerCore, name: str, offers: Sequence[Offer], now: float) -> list[wire.PlanOption]:
     model, options = core.models.by_name.get(name), []
-    for placement, victims in places:
-        cost = _cost(core, name, (placement, victims), now)
+    for offer in offers:
+        placement, cost = offer.placement, _cost(core, name, offer, now)
         if cost is not None and model is not None and model.shape is not None:
             options.append(
                 wire.PlanOption(
                     tier=placement.tier,
                     node=_hostname(core, placement),
                     shares=_layout(core, placement),
-                    evicts=[core.replicas[victim].model for victim in sorted(victims)],
+                    evicts=[core.replicas[victim].model for victim in sorted(offer.victims)],
                     cost_s=cost,
                     tokens_per_s=core.prices.tokens_per_s(model.shape, name, placement),
                 )
@@ -201,7 +201,7 @@ def _choice_plan(core: SchedulerCore, model: str, found: Plan, choice: Choice, n
         speed=_speed(core, model, placement) if placement else None,
         reasons=[*filter(None, (found.reason,)), *map(str, choice.rejections)],
         would_fit_if=list(choice.would_fit_if),
-        cost_s=_cost(core, model, (placement, choice.victims), now) if placement else None,
+        cost_s=_cost(core, model, choice.offer, now) if choice.offer else None,
         options=_options(core, model, found.options, now),
         rejected=[wire.RejectedCandidate(tier=r.tier, reason=f"{r.where}: {r.reason}") for r in choice.rejections],
     )

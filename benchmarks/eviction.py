@@ -34,8 +34,9 @@ from scheduler.choice import search
 from scheduler.choice.candidates import ONE_GPU, Candidate
 from scheduler.choice.eviction import Victims
 from scheduler.choice.groups import Group
+from scheduler.choice.offer import Offer
 from scheduler.choice.price import Prices
-from scheduler.choice.search import GOOD_ENOUGH, Found, Search
+from scheduler.choice.search import GOOD_ENOUGH, Search
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.config import Catalogue, Policy
 from scheduler.simulation import report
@@ -135,7 +136,7 @@ def _goes_first(key: Callable[[Replica], Any]) -> Patch:
     to count among seconds."""
 
     def regret_s(prices: Prices, replica: Replica, now: float) -> float:
-        order = sorted(prices._replicas.values(), key=key)
+        order = sorted(prices.replicas.values(), key=key)
         return float(1e-6 * 2.0 ** order.index(replica))
 
     return patch.object(Prices, "regret_s", regret_s)
@@ -161,7 +162,7 @@ def _one_after_another(
     replicas: Sequence[Replica],
     regret: Callable[[Replica], float],
     solve: Callable[[Victims], Placement | None],
-) -> Found | None:
+) -> tuple[Placement, Victims] | None:
     ids = [replica.replica_id for replica in sorted(replicas, key=regret)]
     for count in range(len(ids) + 1):
         victims = frozenset(ids[:count])
@@ -173,28 +174,28 @@ def _one_after_another(
 def largest_free_gpu() -> Sequence[Patch]:
     """Many simple schedulers: a model goes to the GPU with the most free memory, and if it has too little, others are
     evicted there; to the next one only where it could not fit at all."""
-    free, make_room = Search._best_free, Search.make_best_room
+    free, make_room = Search._best_free, Search.make_room
 
-    def best_free(places: Search, group: Group, idle: Sequence[Replica]) -> Found | None:
-        return places._roomiest_free(group, idle) if group.tier == ONE_GPU else free(places, group, idle)
+    def best_free(search: Search, group: Group) -> Offer | None:
+        return search._roomiest_free(group) if group.tier == ONE_GPU else free(search, group)
 
-    def make_best_room(
-        places: Search, group: Group, removable: Sequence[Replica], share: float = GOOD_ENOUGH
-    ) -> Found | None:
+    def make_most_room(
+        search: Search, group: Group, removable: Sequence[Replica], share: float = GOOD_ENOUGH
+    ) -> Offer | None:
         if group.tier != ONE_GPU:
-            return make_room(places, group, removable, share)
+            return make_room(search, group, removable, share)
 
         def free_bytes(candidate: Candidate) -> int:
-            return places.outlook.now(candidate.node_id).devices.get(candidate.devices[0].device_id, 0)
+            return search._now(candidate.node_id).devices.get(candidate.devices[0].device_id, 0)
 
-        everybody = places.outgrown.union(replica.replica_id for replica in removable)
+        everybody = search.situation.outgrown.union(replica.replica_id for replica in removable)
         roomiest_first = sorted(group, key=free_bytes, reverse=True)
-        cleared = (places.outlook.without(candidate.node_id, everybody) for candidate in roomiest_first)
+        cleared = (search._without(candidate.node_id, everybody) for candidate in roomiest_first)
         each = zip(roomiest_first, cleared, strict=True)
-        made = (places._make_room(candidate, removable, room, share) for candidate, room in each)
+        made = (search._with_victims(candidate, removable, room, share) for candidate, room in each)
         return next(filter(None, made), None)
 
-    return patch.object(Search, "_best_free", best_free), patch.object(Search, "make_best_room", make_best_room)
+    return patch.object(Search, "_best_free", best_free), patch.object(Search, "make_room", make_most_room)
 
 
 WAYS = {

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from scheduler.choice.admission import Admission
-from scheduler.choice.eviction import Victims
-from scheduler.choice.explain import ALWAYS_LOADED
+from scheduler.choice.appraiser import Appraiser, protection
 from scheduler.choice.need import Need
 from scheduler.choice.outlook import Outlook
 from scheduler.choice.placement import Chooser
@@ -14,9 +11,10 @@ from scheduler.choice.price import Prices
 from scheduler.choice.queue import Waiting
 from scheduler.choice.room import STAYING
 from scheduler.choice.shortlist import shortlist
+from scheduler.choice.situation import Situation
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.models import Model, Models
-from scheduler.cluster.replica import Placement, Replica
+from scheduler.cluster.replica import Replica
 from scheduler.fleet import Fleet
 from scheduler.units import NodeId, ReplicaId
 
@@ -46,26 +44,26 @@ class Choosers:
         self, model: Model, waiting: Waiting, need: Need, nodes: list[Node], outlook: Outlook, now: float
     ) -> Chooser:
         n_ctx = self.admission.least_n_ctx(waiting)
+        outgrown = (
+            r.replica_id
+            for r in self._fleet.replicas.of_model(model.name)
+            if r.idle and not r.retiring and r.drain_for in ("", model.name) and r.n_ctx < n_ctx
+        )
         return Chooser(
-            need=need,
-            nodes=self._shortlist(model, need, nodes, outlook),
-            every_node=nodes,
-            inventory=self._inventory,
-            outlook=outlook,
-            replicas=self._fleet.replicas,
-            protected=self.protection,
-            policy=self._fleet.policy,
-            now=now,
-            waited_s=now - waiting.arrived_at,
-            outgrown=frozenset(
-                r.replica_id
-                for r in self._fleet.replicas.of_model(model.name)
-                if r.idle and not r.retiring and r.drain_for in ("", model.name) and r.n_ctx < n_ctx
-            ),
-            may_evict=model.history.may_evict,
-            price=lambda placement, victims: self.price_s(need, placement, victims, now),
-            tokens_per_s=lambda placement: self.prices.tokens_per_s(need.shape, need.model, placement),
-            regret=_remembering(lambda replica: self.prices.worth(replica, now)),
+            Situation(
+                need=need,
+                nodes=self._shortlist(model, need, nodes, outlook),
+                every_node=nodes,
+                inventory=self._inventory,
+                outlook=outlook,
+                replicas=self._fleet.replicas,
+                appraiser=Appraiser(need, nodes, self.prices, self._models, now),
+                policy=self._fleet.policy,
+                now=now,
+                waited_s=now - waiting.arrived_at,
+                outgrown=frozenset(outgrown),
+                may_evict=model.history.may_evict,
+            )
         )
 
     def _shortlist(self, model: Model, need: Need, nodes: list[Node], outlook: Outlook) -> list[Node]:
@@ -78,22 +76,8 @@ class Choosers:
         return shortlist(need, nodes, outlook, self.protection, cached)
 
     def protection(self, replica: Replica) -> str:
-        """Why it is never evicted: its model is pinned, or has no more replicas than it shall always have. Or empty."""
-        model = self._models.by_name.get(replica.model)
-        if model is None:
-            return ""
-        if model.pinned:
-            return "pinned"
-        kept = self._models.params(model).min_replicas and not self.prices.surplus(replica)
-        return ALWAYS_LOADED if kept else ""
-
-    def price_s(self, need: Need, placement: Placement, victims: Victims, now: float) -> float | None:
-        """Seconds; None where speeds are not known, and for virtual GPUs: they are no faster than the CPU that they
-        run on."""
-        if any(device.facts.kind == "rpc" for device in self._inventory.nodes[placement.node_id].devices.values()):
-            return None
-        price = self.prices.of(need.shape, need.model, placement, victims, now)
-        return price.total_s if price.service_s is not None else None
+        """Why it is never evicted, or ""."""
+        return protection(replica, self._models, self.prices)
 
     def _near(self, model: Model, nodes: list[Node]) -> list[Node]:
         """Those of `nodes` on which the models are that this one shall be near to, as far as they are loaded."""
@@ -106,15 +90,3 @@ class Choosers:
         """Replicas that share no GPU with the model, by its own wish or by theirs."""
         apart = set(self._models.params(model).not_with or ()) | self._models.kept_away_by(model.name)
         return frozenset(r.replica_id for name in apart for r in self._fleet.replicas.of_model(name))
-
-
-def _remembering(regret: Callable[[Replica], float]) -> Callable[[Replica], float]:
-    """The same, asked once for each replica: one decision asks many times."""
-    known: dict[ReplicaId, float] = {}
-
-    def remembered(replica: Replica) -> float:
-        if replica.replica_id not in known:
-            known[replica.replica_id] = regret(replica)
-        return known[replica.replica_id]
-
-    return remembered

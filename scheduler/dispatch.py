@@ -13,10 +13,10 @@ from scheduler import commands as cmd
 from scheduler.choice.admission import Admission
 from scheduler.choice.eviction import Victims
 from scheduler.choice.explain import explain_coming, explain_refusal
+from scheduler.choice.offer import Offer
 from scheduler.choice.placement import Choice, Chooser
 from scheduler.choice.price import Prices
 from scheduler.choice.queue import RequestQueue, Waiting
-from scheduler.choice.search import Found
 from scheduler.choosers import Choosers
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.leases import Ending, Lease
@@ -46,7 +46,7 @@ class Plan:
 
     serving: Replica | None
     choice: Choice | None
-    options: tuple[Found, ...] = ()
+    options: tuple[Offer, ...] = ()
     reason: str = ""
 
 
@@ -221,8 +221,7 @@ class Dispatch:
             case Serve(replica):
                 return Plan(replica, None)
             case Move(_, choice):
-                assert choice.placement is not None
-                return Plan(None, choice, ((choice.placement, choice.victims),))
+                return Plan(None, choice, (choice.offer,) if choice.offer else ())
             case Place(choice, chooser) | NoRoom(_, choice, chooser):
                 return Plan(None, choice, tuple(chooser.options()))
             case Wait(yet=True):

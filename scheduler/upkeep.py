@@ -5,16 +5,15 @@ busy model, and what will probably be asked for next. None of it takes room from
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from scheduler import commands as cmd
 from scheduler.choice.candidates import ON_GPU
 from scheduler.choice.need import Need
+from scheduler.choice.offer import Offer
 from scheduler.choice.placement import Choice
 from scheduler.choice.price import RELEASE_S, REQUESTS, SOON_S
 from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choice.room import STAYING
-from scheduler.choice.search import Found
 from scheduler.choosers import Choosers
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.models import Copy, Model, Models
@@ -77,7 +76,7 @@ class Upkeep:
         if wait_s < LOAD_TIMES_BEFORE_SPREADING * prices.load_s(model.shape, model.name, beside):
             return False
         need = self._choosers.admission.need(model, head, now)
-        if need is None or self._choosers.price_s(need, beside, frozenset(), now) is None:
+        if need is None or not self._inventory.nodes[beside.node_id].tells_speeds:
             return False
         choice = self._free_place(model, head, need, ours, now)
         if choice is not None:
@@ -92,7 +91,7 @@ class Upkeep:
         self.stop_reading_ahead(replica.placement.node_id)
         return replica
 
-    def beside(self, model: Model, waiting: Waiting, now: float) -> tuple[Found, ...]:
+    def beside(self, model: Model, waiting: Waiting, now: float) -> tuple[Offer, ...]:
         """Where another replica of the model could be loaded, if it may have one more."""
         most = self._models.params(model).max_replicas
         ours = self._fleet.replicas.of_model(model.name)
@@ -103,7 +102,7 @@ class Upkeep:
         if need is None or (most is not None and len(ours) >= most):
             return ()
         choice = self._free_place(model, waiting, need, ours, now)
-        return ((choice.placement, choice.victims),) if choice and choice.placement else ()
+        return (choice.offer,) if choice and choice.offer else ()
 
     def _free_place(
         self, model: Model, waiting: Waiting, need: Need, ours: Sequence[Replica], now: float
@@ -111,7 +110,7 @@ class Upkeep:
         """A place on free GPUs on which none of `ours` lies, if there is one."""
         taken = frozenset(device_id for replica in ours for device_id in replica.placement.device_ids)
         chooser = self._choosers.of(model, waiting, need.elsewhere(taken), now)
-        choice = replace(chooser, may_evict=False, outgrown=frozenset()).choose()
+        choice = chooser.when(may_evict=False, outgrown=frozenset()).choose()
         return choice if choice.verdict == "free" else None
 
     def compares(self, replica: Replica, now: float) -> bool:
@@ -135,11 +134,11 @@ class Upkeep:
             need = self._choosers.admission.need(model, head, now)
         except ArrieroError:
             return None
-        if need is None or self._choosers.price_s(need, replica.placement, frozenset(), now) is None:
+        if need is None or not self._inventory.nodes[replica.placement.node_id].tells_speeds:
             return None
         need = need.with_context(replica.placement.context)  # no shorter one, whatever this request would do with
         makes_room = frozenset() if replica.busy else frozenset({replica.replica_id})
-        choice = replace(self._choosers.of(model, head, need, now), outgrown=makes_room).choose()
+        choice = self._choosers.of(model, head, need, now).when(outgrown=makes_room).choose()
         if choice.placement is None or choice.verdict not in ("free", "evict"):
             return None
         prices, shape = self._choosers.prices, model.shape

@@ -76,9 +76,9 @@ class Candidate:
         elif self.devices:
             found = self._spread(room)
         else:
-            found = self._placement((), (), bounded=not self.need.draws)
-        if found and not fits(found, room) and not self.need.never_draws and self._may_do_drawn(found, room):
-            found = exact(found, self.need, self.node)
+            found = self._placement((), (), exact=self.need.precision == "exact")
+        if found and not fits(found, room) and self.need.precision != "bound" and self._may_do_drawn(found, room):
+            found = self.need.drawn(found, self.node)
         return found if found and fits(found, room) else None
 
     def _may_do_drawn(self, bounded: Placement, room: Room) -> bool:
@@ -101,10 +101,10 @@ class Candidate:
         if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
             return replace(self, n_cpu_moe=self.need.n_layers - 1).minimum()
         counts = _proportional([device.total_bytes for device in self.devices], self.need.n_layers)
-        return self._placement(self.devices, counts, bounded=self.tier in PARTIAL)
+        return self._placement(self.devices, counts, exact=self.tier not in PARTIAL)
 
-    def _placement(self, devices: Sequence[DeviceFacts], counts: Sequence[int], *, bounded: bool = False) -> Placement:
-        return self.need.placement(self.tier, self.node, devices, self._layout(devices, counts), bounded=bounded)
+    def _placement(self, devices: Sequence[DeviceFacts], counts: Sequence[int], *, exact: bool = True) -> Placement:
+        return self.need.placement(self.tier, self.node, devices, self._layout(devices, counts), exact=exact)
 
     def _layout(self, devices: Sequence[DeviceFacts], counts: Sequence[int]) -> Layout:
         return Layout(
@@ -122,13 +122,13 @@ class Candidate:
         offloads not at all, which would cost much where CUDA copies weights over: see `grown`."""
         layout = self._layout(devices, counts)
         spills = self.tier == SOME_LAYERS_IN_RAM or 0 < self.n_cpu_moe < self.need.n_layers - 1
-        spills = spills or self.need.never_draws
-        for bounded in (False,) if self.need.draws else (True,) if spills else (True, False):
-            cost, _, needs = self.need.shares(self.node, devices, layout, bounded=bounded)
+        bound_only = spills or self.need.precision == "bound"
+        for exact in (True,) if self.need.precision == "exact" else (False,) if bound_only else (False, True):
+            cost, _, needs = self.need.shares(self.node, devices, layout, exact=exact)
             slack = [there - need for there, need in zip(free, needs, strict=True)]
             if min(slack) >= 0:
-                return self.need.placement(self.tier, self.node, devices, layout, bounded=bounded), slack
-            if bounded and not spills:
+                return self.need.placement(self.tier, self.node, devices, layout, exact=exact), slack
+            if not exact and not bound_only:
                 slack = [left + share.compute_bytes for left, share in zip(slack, cost.devices, strict=True)]
             if min(slack) < 0:
                 break
@@ -234,7 +234,7 @@ class Candidate:
 
     def grown(self, placement: Placement, room: Room) -> Placement:
         """A partial offload, with the layers (or their experts) more that the drawn graph leaves room for."""
-        need = replace(self.need, draws=True)
+        need = self.need.at("exact")
         if self.tier == EXPERTS_IN_RAM:
             return self._less_spilled(placement, room, need)
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
@@ -281,12 +281,6 @@ class Candidate:
             return True
         there = sum(max(0, room.devices.get(device.device_id, 0)) for device in self.devices)
         return there >= 0.75 * n_gpu_layers * self._layer_bytes()
-
-
-def exact(placement: Placement, need: Need, node: Node) -> Placement:
-    """The same placement, with the graph drawn."""
-    devices = [node.devices[device_id].facts for device_id in placement.device_ids]
-    return need.placement(placement.tier, node, devices, placement.layout)
 
 
 def _proportional(weights: Sequence[int], total: int) -> list[int]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scheduler.choice.candidates import SOME_LAYERS_IN_RAM, Candidate
-from scheduler.choice.room import Room
+from scheduler.choice.candidates import ONE_GPU, SOME_LAYERS_IN_RAM, TIERS, Candidate
+from scheduler.choice.groups import Group
+from scheduler.choice.situation import Situation
 from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.errors import ArrieroError, Impossible
-from scheduler.units import ReplicaId, format_bytes
-
-ALWAYS_LOADED = "always loaded (min_replicas)"
+from scheduler.units import NodeId, ReplicaId, format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +27,43 @@ class Rejection:
         return f"{self.tier} ({self.where}): {self.reason}"
 
 
-def explain_candidate(
-    candidate: Candidate,
-    *,
-    now: Room,
-    later: Room,
-    idle: Mapping[ReplicaId, float],
-    replicas: Iterable[Replica],
-    protected: Callable[[Replica], str],
-    apart: frozenset[ReplicaId],
-    tokens_per_s: Callable[[Placement], float | None],
-    inventory: Inventory,
-) -> Rejection:
-    """What the candidate needs, what is free `now`, what is free `later` without the `idle` replicas (idle seconds by
-    id), and who of the machine's `replicas` holds the rest, or must be kept `apart`; or that it would be too slow."""
+def rejections(
+    here: Situation, found: Sequence[Group], chosen: Placement | None, *, waits: bool
+) -> tuple[Rejection, ...]:
+    """Why each candidate as good as the chosen one or better was passed over, or has to wait, as the chosen one may
+    (`waits`). Of several GPUs, all together speak for every smaller combination."""
+    taken = None if waits else chosen
+    speakers: dict[tuple[str, NodeId, object], Candidate] = {}
+    for candidate in (c for group in found for c in group):
+        if chosen and TIERS.index(candidate.tier) > TIERS.index(chosen.tier):
+            break
+        each = candidate.devices if candidate.tier == ONE_GPU else None
+        speakers[candidate.tier, candidate.node_id, each] = candidate
+    idle = {replica.replica_id: here.now - replica.last_used_at for replica in here.evictable(0.0)}
+    return tuple(
+        _explained(candidate, here, idle)
+        for candidate in speakers.values()
+        if not (taken and _same_place(candidate, taken))
+    )
+
+
+def _same_place(candidate: Candidate, placement: Placement) -> bool:
+    devices = {device.device_id for device in candidate.devices}
+    return (candidate.tier, candidate.node_id) == (placement.tier, placement.node_id) and devices >= set(
+        placement.device_ids
+    )
+
+
+def _explained(candidate: Candidate, here: Situation, idle: Mapping[ReplicaId, float]) -> Rejection:
+    """What the candidate needs, what is free now, what would be free without the `idle` replicas (idle seconds by id),
+    who holds the rest or must be kept apart; or that it would be too slow."""
+    now = here.outlook.now(candidate.node_id)
+    later = here.outlook.without(candidate.node_id, idle)
+    residents, apart = list(here.replicas.on_node(candidate.node_id)), here.outlook.apart
     node = candidate.node
     plain = candidate.minimum()
-    residents = list(replicas)
     where = "+".join(facts.label for facts in candidate.devices) or "host RAM"
-    if len(inventory.nodes) > 1:
+    if len(here.inventory.nodes) > 1:
         where += f" on {node.facts.hostname}"
     if node.trouble:
         return Rejection(candidate.tier, where, f"{node.facts.hostname} cannot be used: {node.trouble}")
@@ -63,7 +80,7 @@ def explain_candidate(
         wants = f"{facts.label}: " if partial else f"needs {format_bytes(need)} on {facts.label}; "
         parts.append(f"{wants}{format_bytes(max(0, free))} free of {format_bytes(facts.total_bytes)}")
         parts += [f"{r.model} must not share it" for r in residents if r.replica_id in apart and _is_on(r, facts)]
-        parts += _holders(facts, free, could, device.foreign_bytes, idle, residents, protected)
+        parts += _holders(facts, free, could, device.foreign_bytes, idle, residents, here.protection)
     if plain.host_bytes > now.host_bytes:
         host = f"needs {format_bytes(plain.host_bytes)} of host RAM; "
         host += f"{format_bytes(max(0, now.host_bytes))} free beyond the reserve"
@@ -74,7 +91,7 @@ def explain_candidate(
         parts.append(f"all {node.facts.physical_cores} CPU cores are booked by other replicas")
     if now.active < 1:
         parts.append("the limit on active models is reached")
-    parts += _too_slow(plain, candidate.need.wishes.min_tokens_per_s, tokens_per_s)
+    parts += _too_slow(plain, candidate.need.wishes.min_tokens_per_s, here.appraiser.tokens_per_s)
     return Rejection(candidate.tier, where, "; ".join(parts) or "fits too, but less well")
 
 

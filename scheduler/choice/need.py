@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from scheduler.choice.splits import Sums
 from scheduler.cluster.facts import DeviceFacts
@@ -23,6 +23,10 @@ from scheduler.costs.measurements import Measurements
 from scheduler.costs.params import ContextParams, DeviceKind, Footprint, Layout
 from scheduler.costs.shape import ModelShape
 from scheduler.units import DeviceId
+
+Precision = Literal["bound", "if needed", "exact"]
+"""How compute buffers are judged: by their upper bound; by the drawn graph where the bound does not decide; by the
+drawn graph for every layout that is tried."""
 
 REMEMBERED = 4096  # footprints, a kilobyte each; of every need, shares and placements
 _T = TypeVar("_T")
@@ -91,10 +95,8 @@ class Need:
     """Up to so much context is given where GPUs have room for it; 0: what `context` says."""
     rounded_n_ctx: int = 0
     """Up to so much wherever there is room."""
-    draws: bool = False
-    """Graphs are drawn for every layout that is tried, not only where the bound on compute buffers does not decide."""
-    never_draws: bool = False
-    """Nor there: what fits by the bound does, and the quicker."""
+    precision: Precision = "if needed"
+    """How compute buffers are judged."""
     known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     """Shares and placements that were worked out before, for the same need is asked about with every decision."""
 
@@ -125,12 +127,12 @@ class Need:
         return _bounded_footprint(self.shape, layout, self.context)
 
     def shares(
-        self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool
+        self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, exact: bool
     ) -> tuple[Footprint, tuple[int, ...], tuple[int, ...]]:
         """What the buffers of the layout take; per device, the overhead, and bytes in all."""
         products = tuple(device.product for device in devices)
-        key = "shares", node.facts.llama_build, products, layout, bounded
-        return self._once(key, lambda: self._shares(node, devices, layout, bounded))
+        key = "shares", node.facts.llama_build, products, layout, exact
+        return self._once(key, lambda: self._shares(node, devices, layout, exact))
 
     def _once(self, key: Hashable, work: Callable[[], _T]) -> _T:
         if key not in self.known:
@@ -141,10 +143,10 @@ class Need:
         return found
 
     def _shares(
-        self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, bounded: bool
+        self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, exact: bool
     ) -> tuple[Footprint, tuple[int, ...], tuple[int, ...]]:
         build = node.facts.llama_build
-        cost = self.bounded_footprint(layout) if bounded else self.footprint(layout, build)
+        cost = self.footprint(layout, build) if exact else self.bounded_footprint(layout)
         measured = self.measurements.load(self.shape, layout, self.context, build)
         outside = measured.outside_bytes if measured else (0,) * len(devices)
         if measured and not grows(self.shape):  # what was measured is what the load took
@@ -159,17 +161,22 @@ class Need:
         return cost, overheads, device_bytes
 
     def placement(
-        self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, bounded: bool = False
+        self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, exact: bool = True
     ) -> Placement:
-        """The layout on these devices with all that it needs, overheads included; `bounded`: or a little more."""
+        """The layout on these devices with all that it needs, overheads included; not `exact`: or a little more."""
         there = node.facts.node_id, node.facts.llama_build, tuple(device.device_id for device in devices)
-        key = "placement", tier, there, layout, bounded
-        return self._once(key, lambda: self._placement(tier, node, devices, layout, bounded))
+        key = "placement", tier, there, layout, exact
+        return self._once(key, lambda: self._placement(tier, node, devices, layout, exact))
+
+    def drawn(self, placement: Placement, node: Node) -> Placement:
+        """The same placement, with the graph drawn."""
+        devices = [node.devices[device_id].facts for device_id in placement.device_ids]
+        return self.placement(placement.tier, node, devices, placement.layout)
 
     def _placement(
-        self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, bounded: bool
+        self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, exact: bool
     ) -> Placement:
-        cost, overheads, device_bytes = self.shares(node, devices, layout, bounded=bounded)
+        cost, overheads, device_bytes = self.shares(node, devices, layout, exact=exact)
         host = host_memory(
             self.shape,
             layout,
@@ -210,13 +217,9 @@ class Need:
         wishes = replace(self.wishes, spill=False, not_on=taken)
         return self._once(("elsewhere", taken), lambda: replace(self, wishes=wishes, known={}))
 
-    def drawn(self) -> Need:
-        """The same, with the graph drawn for every layout that is tried."""
-        return self._once(("drawn",), lambda: replace(self, draws=True, known={}))
-
-    def undrawn(self) -> Need:
-        """The same, judged by the bound on compute buffers alone."""
-        return self._once(("undrawn",), lambda: replace(self, never_draws=True, known={}))
+    def at(self, precision: Precision) -> Need:
+        """The same, judged so."""
+        return self._once(("at", precision), lambda: replace(self, precision=precision, known={}))
 
     def overhead_bytes(self, device: DeviceFacts, build: str) -> int:
         """What a replica takes on the device besides llama.cpp's buffers: as seen there, or as the reserves say."""

@@ -60,7 +60,7 @@ class Prices:
     def __init__(self, speeds: Speeds, models: Models, replicas: Replicas, policy: Policy) -> None:
         self._speeds = speeds
         self._models = models
-        self._replicas = replicas
+        self.replicas = replicas
         self._by_frequency = policy.eviction == "gdsf"
 
     def of(
@@ -73,7 +73,7 @@ class Prices:
     ) -> Price:
         """Of putting `model` there once the `victims` are gone."""
         speed = self._speed(model, shape, placement)
-        gone = [self._replicas[victim] for victim in victims]
+        gone = [self.replicas[victim] for victim in victims]
         return Price(
             wait_s=max((self._busy_s(replica) for replica in gone), default=0.0),
             release_s=RELEASE_S if gone else 0.0,
@@ -116,7 +116,7 @@ class Prices:
 
     def surplus(self, replica: Replica) -> bool:
         """Whether its model is served by others, as many as it shall have at least: those that were used last stay."""
-        there = [r for r in self._replicas.of_model(replica.model) if r.open and r.state is ReplicaState.READY]
+        there = [r for r in self.replicas.of_model(replica.model) if r.open and r.state is ReplicaState.READY]
         model = self._models.by_name.get(replica.model)
         least = max(1, self._models.params(model).min_replicas or 0 if model else 0)
         if len(there) <= least:

@@ -26,7 +26,7 @@ def over_machines(need: Need, rooms: Sequence[tuple[Node, Room]]) -> tuple[Rejec
     allowed = [(node, _part(need, node, room)) for node, room in rooms if need.wishes.allow(node)]
     largest = sorted(allowed, key=lambda each: (-sum(each[1].devices.values()), -each[1].host_bytes))[:MOST_MACHINES]
     wishes = Wishes(spill=need.wishes.spill, max_gpus=need.wishes.max_gpus)
-    anywhere = replace(need, wishes=wishes, never_draws=True, known={})
+    anywhere = replace(need, wishes=wishes, precision="bound", known={})
     for count in range(2, len(largest) + 1):
         some = largest[:count]
         if _fits_together(anywhere, some):

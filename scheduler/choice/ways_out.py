@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import partial
 from heapq import nlargest
 
+from scheduler.choice.appraiser import ALWAYS_LOADED
 from scheduler.choice.candidates import CONTEXT_STEP
-from scheduler.choice.explain import ALWAYS_LOADED
 from scheduler.choice.groups import Group, groups
+from scheduler.choice.need import Precision
 from scheduler.choice.room import Room
-from scheduler.choice.search import Search
+from scheduler.choice.situation import Situation
 from scheduler.cluster.inventory import Node
 from scheduler.units import MIB, DeviceId, format_bytes
 
@@ -31,23 +32,23 @@ _SPARE_STEPS = 128
 
 
 def ways_out(
-    search: Search, every: Sequence[tuple[Node, Room]], fits_unpinned: Callable[[frozenset[str]], bool]
+    here: Situation, every: Sequence[tuple[Node, Room]], fits_unpinned: Callable[[frozenset[str]], bool]
 ) -> tuple[str, ...]:
     """A shorter context, models that are protected, memory on the GPU for which it is least, and host RAM. `every`: as
     `cleared`. `fits_unpinned`: whether there would be a place if such models were not protected."""
     rooms = _most_room(every)
-    n_ctx = _context_that_fits(search, rooms)
+    n_ctx = _context_that_fits(here, rooms)
     ways = [f"n_ctx <= {n_ctx}"] if n_ctx else []
-    return (*ways, *_unpinned(search, fits_unpinned), *_more_memory(search, rooms))
+    return (*ways, *_unpinned(here, fits_unpinned), *_more_memory(here, rooms))
 
 
-def cleared(search: Search) -> list[tuple[Node, Room]]:
+def cleared(here: Situation) -> list[tuple[Node, Room]]:
     """All machines, with what could be had there with everybody gone who may be stopped."""
     rooms = []
-    for node in search.every_node or search.nodes:
-        here = search.replicas.on_node(node.facts.node_id)
-        gone = [replica.replica_id for replica in here if not search.protected(replica)]
-        rooms.append((node, search.outlook.without(node.facts.node_id, gone)))
+    for node in here.every_node:
+        residents = here.replicas.on_node(node.facts.node_id)
+        gone = [replica.replica_id for replica in residents if not here.protection(replica)]
+        rooms.append((node, here.outlook.without(node.facts.node_id, gone)))
     return rooms
 
 
@@ -59,20 +60,19 @@ def _most_room(rooms: Sequence[tuple[Node, Room]]) -> list[tuple[Node, Room]]:
     return list({node.facts.node_id: (node, room) for node, room in (*by_gpus, *by_gpu, *by_host)}.values())
 
 
-def _context_that_fits(search: Search, rooms: Sequence[tuple[Node, Room]]) -> int:
+def _context_that_fits(here: Situation, rooms: Sequence[tuple[Node, Room]]) -> int:
     """The largest context per slot below the one asked for that there could be room for, to 256 tokens; 0: none."""
-    context = search.need.context
+    context = here.need.context
 
-    def fits(steps: int, *, draws: bool) -> bool:
-        smaller = search.need.with_n_ctx(context, steps * CONTEXT_STEP * context.n_seq_max)
-        smaller = smaller if draws else smaller.undrawn()
-        return any(_fits(search, groups(smaller, [node]), node, room) for node, room in rooms)
+    def fits(steps: int, precision: Precision) -> bool:
+        smaller = here.need.with_n_ctx(context, steps * CONTEXT_STEP * context.n_seq_max).at(precision)
+        return any(_fits(here, groups(smaller, [node]), node, room) for node, room in rooms)
 
     low, most = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
-    if most <= low or not fits(low, draws=True):
+    if most <= low or not fits(low, "if needed"):
         return 0
-    low, _ = _bisected(low, most, lambda steps: not fits(steps, draws=False))
-    low, _ = _bisected(low, min(most, int(low * BOUND_SLACK) + 1), lambda steps: not fits(steps, draws=True), DRAWN)
+    low, _ = _bisected(low, most, lambda steps: not fits(steps, "bound"))
+    low, _ = _bisected(low, min(most, int(low * BOUND_SLACK) + 1), lambda steps: not fits(steps, "if needed"), DRAWN)
     return low * CONTEXT_STEP
 
 
@@ -86,14 +86,14 @@ def _bisected(low: int, high: int, holds: Callable[[int], bool], tries: int = 64
     return low, high
 
 
-def _fits(search: Search, ways: Sequence[Group], node: Node, room: Room) -> bool:
+def _fits(here: Situation, ways: Sequence[Group], node: Node, room: Room) -> bool:
     roomiest = (way.roomiest(node, room) for way in ways)
-    return any(candidate is not None and search.feasible(candidate, room) for candidate in roomiest)
+    return any(candidate is not None and here.feasible(candidate, room) for candidate in roomiest)
 
 
-def _unpinned(search: Search, fits_unpinned: Callable[[frozenset[str]], bool]) -> list[str]:
+def _unpinned(here: Situation, fits_unpinned: Callable[[frozenset[str]], bool]) -> list[str]:
     """Single protected models, or all of them, without whose protection there would be a place."""
-    kept = {each.model: why for each in search.replicas.values() if (why := search.protected(each))}
+    kept = {each.model: why for each in here.replicas.values() if (why := here.protection(each))}
     helped = [name for name in sorted(kept) if fits_unpinned(frozenset({name}))]
     if helped or len(kept) < 2:
         return [_without(name, kept[name]) for name in helped]
@@ -108,17 +108,17 @@ def _without(names: str, why: str) -> str:
     return f"fewer min_replicas of {names}" if why == ALWAYS_LOADED else f"unpin {names}"
 
 
-def _more_memory(search: Search, rooms: Sequence[tuple[Node, Room]]) -> list[str]:
+def _more_memory(here: Situation, rooms: Sequence[tuple[Node, Room]]) -> list[str]:
     devices: list[tuple[int, str]] = []
     memories: list[tuple[int, str]] = []
     for node, room in rooms:
-        on = f" of {node.facts.hostname}" if len(search.every_node or search.nodes) > 1 else ""
-        alike = {(d.product, d.total_bytes, room.devices.get(d.device_id)): d for d in search.need.wishes.devices(node)}
+        on = f" of {node.facts.hostname}" if len(here.every_node) > 1 else ""
+        alike = {(d.product, d.total_bytes, room.devices.get(d.device_id)): d for d in here.need.wishes.devices(node)}
         for device in alike.values():
-            more = _missing(search, node, partial(_with_device, room, device.device_id))
+            more = _missing(here, node, partial(_with_device, room, device.device_id))
             if more:
                 devices.append((more, f"{format_bytes(more, up=True)} more on {device.label}{on}"))
-        more = _missing(search, node, partial(_with_host, room))
+        more = _missing(here, node, partial(_with_host, room))
         if more:
             memories.append((more, f"{format_bytes(more, up=True)} more host RAM{on}"))
     return [min(found)[1] for found in (devices, memories) if found]
@@ -132,14 +132,14 @@ def _with_host(room: Room, extra: int) -> Room:
     return replace(room, host_bytes=room.host_bytes + extra)
 
 
-def _missing(search: Search, node: Node, room_with: Callable[[int], Room]) -> int:
+def _missing(here: Situation, node: Node, room_with: Callable[[int], Room]) -> int:
     """The least extra bytes, to `STEP_BYTES`, with which the model fits on the node somehow; 0: no amount helps."""
-    drawn, bounded = groups(search.need, [node]), groups(search.need.undrawn(), [node])
+    drawn, bounded = groups(here.need, [node]), groups(here.need.at("bound"), [node])
 
     def fits(steps: int, ways: Sequence[Group]) -> bool:
-        return _fits(search, ways, node, room_with(steps * STEP_BYTES))
+        return _fits(here, ways, node, room_with(steps * STEP_BYTES))
 
-    enough = -(-2 * search.need.least_bytes() // STEP_BYTES) + _SPARE_STEPS
+    enough = -(-2 * here.need.least_bytes() // STEP_BYTES) + _SPARE_STEPS
     if not fits(enough, bounded):
         return 0
     _, high = _bisected(0, enough, lambda steps: fits(steps, bounded))

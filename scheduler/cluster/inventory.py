@@ -52,6 +52,7 @@ class Node:
     foreign_bytes: int = 0
     overdue: bool = False  # waited long enough for devices that never reported
     _all_read: bool = False
+    _tells_speeds: bool | None = None
 
     @property
     def trouble(self) -> str:
@@ -65,6 +66,16 @@ class Node:
             devices_read = all(device.reading is not None for device in self.devices.values())
             self._all_read = devices_read and self.reading is not None
         return self._all_read or (self.overdue and self.reading is not None)
+
+    @property
+    def tells_speeds(self) -> bool:
+        """Whether host and devices tell their rates, so that every placement here has a whole price. Virtual GPUs do
+        not: they are no faster than the CPU that they run on."""
+        if self._tells_speeds is None:
+            rates = (self.facts.rates, *(device.rates for device in self.facts.devices))
+            told = all(each.bytes_per_s > 0 and each.flops > 0 for each in rates)
+            self._tells_speeds = told and all(device.kind != "rpc" for device in self.facts.devices)
+        return self._tells_speeds
 
 
 class Inventory:

@@ -126,7 +126,7 @@ class DescribedCluster:
         shape = self.models[said.model].shape
         there = self.core.inventory.nodes[NodeId(node.name)]
         context = self.core.models.context(self.core.models.by_name[said.model], shape, said.n_ctx)
-        need = Need(said.model, shape, context, self.core.catalogue.reserves, draws=True)
+        need = Need(said.model, shape, context, self.core.catalogue.reserves, precision="exact")
         devices = tuple(device for i, device in enumerate(there.facts.devices) if i in said.gpus)
         room = self.core.rooms.empty(there.facts.node_id)
         tiers = (ONE_GPU if len(devices) == 1 else SEVERAL_GPUS, SOME_LAYERS_IN_RAM) if devices else (CPU_ONLY,)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from scheduler.choice.offer import Offer
 from scheduler.choice.placement import Choice
 from scheduler.choice.price import Price
-from scheduler.choice.search import Found
 from scheduler.cluster.replica import Placement
 from scheduler.costs.params import Footprint
 from scheduler.errors import ArrieroError, InvalidGGUF
@@ -84,15 +84,15 @@ def plan_on(cluster: DescribedCluster, model: str, n_ctx: int | None = None) -> 
     passed_over = tuple(filter(None, (found.reason, *map(str, choice.rejections))))
     if choice.placement is None:
         return DescribedPlan(None, refusal=Refusal(passed_over, choice.would_fit_if))
-    best = pricing.priced((choice.placement, choice.victims))
+    best = pricing.priced(Offer(choice.placement, choice.victims))
     others = (pricing.priced(option) for option in found.options if not _is_chosen(option, choice))
     return DescribedPlan(best, tuple(others), passed_over)
 
 
-def _is_chosen(option: Found, choice: Choice) -> bool:
-    placement, chosen = option[0], choice.placement
+def _is_chosen(option: Offer, choice: Choice) -> bool:
+    placement, chosen = option.placement, choice.placement
     assert chosen is not None
-    there = (placement.tier, placement.node_id, option[1])  # layers differ where the graph was drawn
+    there = (placement.tier, placement.node_id, option.victims)  # layers differ where the graph was drawn
     return there == (chosen.tier, chosen.node_id, choice.victims)
 
 
@@ -103,8 +103,8 @@ class _Pricing:
         self._core, self._model = cluster.core, model
         self._shape = cluster.models[model].shape
 
-    def priced(self, found: Found) -> PricedPlacement:
-        placement, victims = found
+    def priced(self, offer: Offer) -> PricedPlacement:
+        placement, victims = offer.placement, offer.victims
         core = self._core
         price = core.prices.of(self._shape, self._model, placement, victims, NOW)
         gone = (core.replicas[victim].model for victim in sorted(victims))

@@ -19,7 +19,6 @@ from scheduler.choice.candidates import (
     SOME_LAYERS_IN_RAM,
     TIERS,
     Candidate,
-    exact,
     fits,
 )
 from scheduler.choice.groups import groups
@@ -83,17 +82,17 @@ def test_each_machine_is_judged_by_its_own_llama_cpp(tier: str) -> None:
     wanted = need(LARGE)
     layout = Candidate(tier, wanted, node("16GiB"), plain_devices(node("16GiB"))[: tier == ONE_GPU]).minimum().layout
 
-    def taken(build: str, *, bounded: bool) -> tuple[int, ...]:
+    def taken(build: str, *, exact: bool) -> tuple[int, ...]:
         machine = node("16GiB", build=build)
         devices = plain_devices(machine)[: tier == ONE_GPU]
-        found = wanted.placement(tier, machine, devices, layout, bounded=bounded)
+        found = wanted.placement(tier, machine, devices, layout, exact=exact)
         return *found.device_bytes, found.host_bytes
 
-    bound = taken(CHECKED_BUILD, bounded=True)
-    drawn = taken(CHECKED_BUILD, bounded=False)
+    bound = taken(CHECKED_BUILD, exact=False)
+    drawn = taken(CHECKED_BUILD, exact=True)
     assert drawn != bound and all(one <= other for one, other in zip(drawn, bound, strict=True))
-    assert taken(f"{CHECKED_BUILD}+cpu", bounded=False) == taken(f"{CHECKED_BUILD}+cuda", bounded=False) == drawn
-    assert taken("0.3.99+cuda", bounded=False) == taken("", bounded=False) == bound
+    assert taken(f"{CHECKED_BUILD}+cpu", exact=True) == taken(f"{CHECKED_BUILD}+cuda", exact=True) == drawn
+    assert taken("0.3.99+cuda", exact=True) == taken("", exact=True) == bound
 
 
 def plain_devices(machine: Node) -> tuple:  # type: ignore[type-arg]
@@ -161,16 +160,16 @@ def test_drawing_only_where_the_bound_does_not_decide_changes_no_layout(dims: tu
     for _ in range(12):
         machine = node(*(f"{chance.randint(500, 9000)}MiB" for _ in range(chance.randint(1, 4))))
         space = room(machine, chance.randint(2, 30) * GIB)
-        pairs = zip(groups(need(dims), [machine]), groups(need(dims, draws=True), [machine]), strict=True)
+        pairs = zip(groups(need(dims), [machine]), groups(need(dims, precision="exact"), [machine]), strict=True)
         for quick, drawn in ((a, b) for group, other in pairs for a, b in zip(group, other, strict=True)):
             found, truth = quick.solve(space), drawn.solve(space)
             if quick.tier in PARTIAL and found and truth:
-                grown = quick.grown(exact(found, quick.need, machine), space)
+                grown = quick.grown(quick.need.drawn(found, machine), space)
                 assert fits(grown, space)
                 assert truth.n_resident_layers - grown.n_resident_layers <= 1
                 continue
             assert (found and found.layout) == (truth and truth.layout), quick.tier
-            assert truth is None or found is None or exact(found, quick.need, machine) == truth
+            assert truth is None or found is None or quick.need.drawn(found, machine) == truth
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -203,7 +202,7 @@ def test_a_runner_is_charged_what_the_command_line_says() -> None:
 @pytest.mark.parametrize("gib", [2, 4, 8, 12])
 def test_as_many_experts_as_fit_stay_on_the_gpu(gib: int) -> None:
     """One layer's experts more would not fit."""
-    machine, wanted = node(f"{gib}GiB"), need(MOE, draws=True)
+    machine, wanted = node(f"{gib}GiB"), need(MOE, precision="exact")
     (experts,) = (c for group in groups(wanted, [machine]) for c in group if c.tier == EXPERTS_IN_RAM)
     found = experts.solve(room(machine))
     assert found is not None and found.computes_on_cpu and found.layout.n_gpu_layers == wanted.n_layers

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scenario import gpu
 
 from arriero.example_models import Dimensions, write_example_model
-from scheduler.choice.candidates import EXPERTS_IN_RAM, Candidate, exact
+from scheduler.choice.candidates import EXPERTS_IN_RAM, Candidate
 from scheduler.choice.need import Need
 from scheduler.choice.room import Room
 from scheduler.choice.splits import shares, split
@@ -102,12 +102,12 @@ class Cards:
         specs = tuple(DeviceSpec(f"d{i}", "cuda") for i in range(len(counts)))
         layout = Layout(specs, sum(counts), tuple(map(float, counts)), n_cpu_moe=n_cpu_moe)
         devices = self.candidate.devices
-        cost, _, needs = self.need.shares(self.node, devices, layout, bounded=True)
+        cost, _, needs = self.need.shares(self.node, devices, layout, exact=False)
         if drawn and any(need > there for need, there in zip(needs, self.free, strict=True)):
             held = (need - share.compute_bytes for need, share in zip(needs, cost.devices, strict=True))
             if any(need > there for need, there in zip(held, self.free, strict=True)):
                 return False
-            _, _, needs = self.need.shares(self.node, devices, layout, bounded=False)
+            _, _, needs = self.need.shares(self.node, devices, layout, exact=True)
         return all(need <= there for need, there in zip(needs, self.free, strict=True))
 
 
@@ -126,5 +126,5 @@ def test_nor_does_one_by_its_graph(n_cards: int, seed: int, mixture: ModelShape)
     cards = Cards(mixture, n_cards, seed)
     found = cards.found()
     assert found is not None
-    grown = cards.candidate.grown(exact(found, cards.need, cards.node), cards.room)
+    grown = cards.candidate.grown(cards.need.drawn(found, cards.node), cards.room)
     assert grown.layout.n_cpu_moe == cards.least_experts(drawn=True)
