@@ -33,8 +33,7 @@ from scheduler.costs.shape import ModelShape, read_shape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "costs"))
 shapes: Any = importlib.import_module("gguf_shapes")
-truth: Any = importlib.import_module("test_against_llama_cpp")
-every: Any = importlib.import_module("test_every_architecture")
+truth: Any = importlib.import_module("comparison")
 
 ROUNDS = 5
 WIDE_CONTEXTS = [
@@ -73,15 +72,15 @@ def architectures(folder: Path, *options: str) -> dict[str, Path]:
     made = subprocess.run([sys.executable, program, *options, folder], capture_output=True, text=True, check=True)
     paths = (Path(model["path"]) for model in map(json.loads, made.stdout.splitlines()) if "path" in model)
     # drafts cannot be loaded alone
-    return {path.stem: path for path in paths if path.stem not in every.TARGETS}
+    return {path.stem: path for path in paths if path.stem not in truth.TARGETS}
 
 
 def exactness(paths: dict[str, Path]) -> None:
     """One row per model: places compared, and in how many the figures are equal."""
     found: dict[str, list[tuple[bool, bool, bool]]] = defaultdict(list)
     models = {name: read_shape(path) for name, path in paths.items()}
-    for devices, layouts in ((0, [Layout()]), (2, [truth.on_devices(1, 1), every.ONE_OF_THREE])):
-        for case, places in _compared(models, paths, layouts, every.CONTEXTS[:3], devices, real=True):
+    for devices, layouts in ((0, [Layout()]), (2, [truth.on_devices(1, 1), truth.ONE_OF_THREE])):
+        for case, places in _compared(models, paths, layouts, truth.CONTEXTS[:3], devices, real=True):
             for ours, (weights, cache, compute) in places:
                 fixed = (ours.weights_bytes, ours.kv_bytes) == (weights, cache)
                 found[case[0]].append((fixed, ours.compute_bytes == compute, ours.compute_bytes >= compute))
@@ -123,7 +122,7 @@ def _compared(
     """Per case, and per device and then the host: what is predicted, and llama.cpp's (weights, cache, compute)."""
     for name in paths:
         asked = [(name, layout, context) for layout in layouts for context in contexts]
-        cases = [case for case in asked if every.may_be_run(models[name], *case[1:])]
+        cases = [case for case in asked if truth.may_be_run(models[name], *case[1:])]
         if not cases:
             continue
         try:

@@ -1,9 +1,8 @@
 """What the metadata of a GGUF says about its model: the hyper-parameters that cost memory.
 
-A transcription of `load_hparams` and of the `load_arch_hparams` of src/models/*.cpp (llama.cpp of llama-cpp-python
-0.3.36), as tables and, per layer, as the rules of `layer_kinds`: most architectures need no entry, because the general
-keys say it all. An architecture that is not in `KNOWN` gets the general rules and `known=False`, and every figure
-derived from it must say so.
+A transcription of `load_hparams` and of the `load_arch_hparams` of src/models/*.cpp of llama.cpp, as a row per
+architecture (`families`) and, per layer, as the rules of `layer_kinds`. An architecture that is not in `KNOWN` gets the
+general rules and `known=False`, and every figure derived from it must say so.
 
 Widths are elements per cell (one token of one sequence), never bytes.
 """
@@ -13,19 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from scheduler.costs import layer_kinds
-from scheduler.costs.families import (
-    CACHELESS,
-    HYPER_CONNECTED,
-    KDA,
-    KNOWN,
-    MLA,
-    MROPE,
-    MROPE_IF_SECTIONS,
-    RECURRENT,
-    SHIFTED,
-    SSM,
-    UNUSABLE,
-)
+from scheduler.costs.families import Row, row_of
 from scheduler.costs.layer_kinds import LayerKind
 from scheduler.costs.metadata import Metadata
 
@@ -79,6 +66,11 @@ class Architecture:
     predictors: tuple[LayerKind, ...]
     """The prediction layers at the end as a context of their own sees them: loaded, with a cache."""
 
+    @property
+    def row(self) -> Row:
+        """What llama.cpp's code says about it."""
+        return row_of(self.name)
+
     def kv_source(self, il: int) -> int:
         """The layer whose cache layer `il` reads (the `reuse` callback of `create_memory`)."""
         if il < self.n_layer_kv:
@@ -88,9 +80,9 @@ class Architecture:
 
 def read_architecture(meta: Metadata) -> Architecture:
     """The architecture that `meta` describes. Raises InvalidGGUF when keys are missing or absurd."""
-    arch = meta.arch
+    arch, row = meta.arch, row_of(meta.arch)
     if arch == "clip":
-        raise meta.refuse(UNUSABLE[arch])
+        raise meta.refuse(row.refused)
     n_layer_all, n_layer = layer_kinds.depth(meta)
     n_embd = meta.number("embedding_length")
     if n_embd == 0:
@@ -112,7 +104,7 @@ def read_architecture(meta: Metadata) -> Architecture:
     recurrent = layer_kinds.recurrent(meta, n_layer_all, n_layer, kv_heads, n_ff)
     attends = layer_kinds.attending(meta, n_layer_all, n_layer, recurrent, n_ff)
     owners = layer_kinds.owners(meta, n_layer_all)
-    mla = arch in MLA and bool(
+    mla = row.latent and bool(
         meta.number("attention.key_length_mla", 0) and meta.number("attention.value_length_mla", 0)
     )
     index, index_has_v = layer_kinds.indexer(meta, n_layer_all, n_layer, recurrent)
@@ -120,12 +112,11 @@ def read_architecture(meta: Metadata) -> Architecture:
     extras = layer_kinds.extra_states(meta, n_layer_all, n_embd)
     runs = layer_kinds.runs(meta, n_layer_all)
     state_r, state_s, conv_width = _state(meta, n_embd, heads[0], head_k)
-    has_cache = arch not in CACHELESS
 
     v_widths = [(head_v_swa if s else head_v) * n for s, n in zip(swa, kv_heads, strict=True)]
     layers = []
     for il in range(n_layer_all):
-        cached = has_cache and attends[il] and il < owners and arch not in RECURRENT
+        cached = row.has_cache and attends[il] and il < owners and row.family != "recurrent"
         has_v = cached and not mla and arch != "deepseek4"
         layers.append(
             LayerKind(
@@ -152,21 +143,20 @@ def read_architecture(meta: Metadata) -> Architecture:
         )
     return Architecture(
         name=arch,
-        known=arch in KNOWN,
+        known=row.is_known,
         n_layer_all=n_layer_all,
         n_ctx_train=meta.number("context_length"),
         n_embd=n_embd,
         n_embd_out=n_embd * meta.number("hyper_connection.count")
-        if arch in HYPER_CONNECTED
+        if row.streams_out
         else meta.number("embedding_length_out", 0) or n_embd,
         n_expert=meta.number("expert_count", 0),
         n_expert_used=max(meta.per_layer("expert_used_count", meta.number("block_count"), 0)),
         n_head_k=head_k,
         n_head_v=head_v,
-        causal=meta.flag("attention.causal", True)
-        and arch not in ("dream", "llada", "llada-moe", "rnd1", "gemma-embedding"),
+        causal=meta.flag("attention.causal", True) and row.family != "diffusion" and arch != "gemma-embedding",
         pools=meta.number("pooling_type", 0) != 0,
-        has_cache=has_cache,
+        has_cache=row.has_cache,
         mla=mla,
         kv_lora_rank=meta.number("attention.kv_lora_rank", 0),
         n_swa=n_swa,
@@ -213,20 +203,20 @@ def _index_pool(meta: Metadata, n_layer_all: int) -> int:
 
 def _state(meta: Metadata, n_embd: int, n_head: int, head_k: int) -> tuple[int, int, int]:
     """(`n_embd_r`, `n_embd_s`, convolution channels): F32 elements per sequence of a recurrent layer."""
-    arch = meta.arch
-    if arch in SHIFTED:
+    arch, row = meta.arch, row_of(meta.arch)
+    if row.state == "shift":
         head = meta.number("wkv.head_size")
         return meta.number("token_shift_count", 2) * n_embd, n_embd * head, n_embd
-    if arch in ("lfm2", "lfm2moe"):
+    if row.state == "convolution":
         return n_embd * (meta.number("shortconv.l_cache") - 1), 0, n_embd
-    if arch in KDA or (arch not in KNOWN and f"{arch}.kda.head_dim" in meta.values):
+    if row.state == "kda" or (not row.is_known and f"{arch}.kda.head_dim" in meta.values):
         head, d_conv = meta.number("kda.head_dim"), meta.number("ssm.conv_kernel")
         return 3 * (d_conv - 1 if d_conv else 3) * n_head * head, head * head * n_head, 3 * n_head * head
-    if arch == "minimax-01":
+    if row.state == "decay":
         return 0, head_k * head_k * n_head, n_head * head_k
-    if arch in SSM or (arch not in KNOWN and f"{arch}.ssm.inner_size" in meta.values):
+    if row.state in ("ssm", "grouped ssm") or (not row.is_known and f"{arch}.ssm.inner_size" in meta.values):
         d_inner, d_state = meta.number("ssm.inner_size"), meta.number("ssm.state_size")
-        groups = meta.number("ssm.group_count", 0) if arch not in ("mamba", "jamba") else 0
+        groups = meta.number("ssm.group_count", 0) if row.state != "ssm" else 0
         channels = d_inner + 2 * groups * d_state
         return max(meta.number("ssm.conv_kernel") - 1, 0) * channels, d_state * d_inner, channels
     return 0, 0, 0
@@ -234,6 +224,6 @@ def _state(meta: Metadata, n_embd: int, n_head: int, head_k: int) -> tuple[int, 
 
 def _positions(meta: Metadata) -> int:
     sections = meta.array("rope.dimension_sections") or ()
-    if meta.arch in MROPE or meta.arch in MROPE_IF_SECTIONS and len(sections) > 1 and sections[0] and sections[1]:
-        return 4
-    return 1
+    told = len(sections) > 1 and bool(sections[0] and sections[1])
+    how = row_of(meta.arch).positions
+    return 4 if how == "four" or how == "four if told" and told else 1

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduler.costs.architecture import Architecture
-from scheduler.costs.families import UNUSABLE
 from scheduler.costs.ggml_types import F32, KV_TYPES, GgmlType
 from scheduler.costs.layer_kinds import LayerKind
 from scheduler.costs.params import ContextParams, DeviceKind, Layout
@@ -79,8 +78,8 @@ def effective_context(arch: Architecture, context: ContextParams) -> EffectiveCo
 
 def cache_types(arch: Architecture, context: ContextParams) -> tuple[GgmlType, GgmlType]:
     """(type_k, type_v). Raises Rejected for types that llama.cpp does not take, alone or with this model."""
-    if arch.name in UNUSABLE:
-        raise Rejected(f"{arch.name} models cannot be run: {UNUSABLE[arch.name]}")
+    if arch.row.refused:
+        raise Rejected(f"{arch.name} models cannot be run: {arch.row.refused}")
     if arch.name in ("eagle3", "gemma4-assistant") and context.embeddings:
         raise Rejected(
             f"llama.cpp aborts on embeddings of {arch.name} models: they only guess ahead; set embeddings false"

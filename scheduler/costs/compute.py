@@ -30,16 +30,8 @@ HOLES = 32
 """One part in so many is added for holes, where layers lie on the host as well: up to one in fifty was seen."""
 _SMALL_INPUTS_BYTES = 1536
 """Padding of each input, and the indices of recurrent states."""
-_SEES_BATCH = frozenset({"llama-embed", "t5encoder"})
-"""They have a cache, and attend to nothing but the batch."""
-_BUCKETED = frozenset({"t5", "t5encoder"})
-"""They add a bias by distance to the scores, the same for all layers."""
-_INDEX_INPUTS = {"glm5-next": 2, "deepseek4": 1.5}
-"""Floats per cell and token of the masks over pooled or compressed keys."""
 _GATHERS_UP_TO_TOKENS = 16
 """So few tokens attend to copies of the cells that the indexer of glm5-next has chosen."""
-_SCALED = frozenset("llama4 mistral3 mistral4 deepseek2".split())
-"""They may scale attention by position: one more float per token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +52,7 @@ class _Graph:
         return 4 * self.tokens * per_token
 
     def cells(self, is_swa: bool) -> int:
-        if not self.arch.has_cache or self.arch.name in _SEES_BATCH:
+        if not self.arch.has_cache or self.arch.row.idle_cache:
             return self.tokens
         return self.size.n_swa_cells if is_swa else self.size.n_ctx_seq
 
@@ -72,7 +64,7 @@ class _Graph:
     def inputs(self, layers: Iterable[int], with_output: bool) -> int:
         """Bytes of the inputs that these layers read: masks, cell indices, positions, rows to output."""
         masks = {layer.is_swa for layer in map(self.arch.layers.__getitem__, layers) if layer.is_attention}
-        total = self.floats(self.arch.n_pos + (self.arch.name in _SCALED)) + _SMALL_INPUTS_BYTES
+        total = self.floats(self.arch.n_pos + self.arch.row.scaled_by_position) + _SMALL_INPUTS_BYTES
         if self.arch.state_s or self.arch.state_r:
             total += 32768 + 4 * self.size.n_seq_max * self.arch.state_r
         for is_swa in masks:
@@ -80,8 +72,8 @@ class _Graph:
             total += self.tokens * (self.cells(is_swa) * (2 if self.flash else 4) + indices) + self.rotation_bytes
         if self.arch.index_heads or not self.arch.known:
             total += self.tokens * (self.cells(False) * (4 if self.arch.known else 32) + 16)
-        total += self.floats(round(_INDEX_INPUTS.get(self.arch.name, 0) * self.cells(False)))
-        if self.arch.name in _BUCKETED:
+        total += self.floats(round(self.arch.row.index_inputs * self.cells(False)))
+        if self.arch.row.bucketed:
             total += self.floats(self.seen(False))
         if self.arch.name == "t5":  # what the encoder has made of the question
             total += self.arch.n_ctx_train * 4 * self.arch.n_embd + self.floats(self.arch.n_ctx_train)
@@ -98,7 +90,7 @@ class _Graph:
         if not self.flash and any(each.shared for each in self.demand.layers):  # holes that nothing fits
             total += self.floats(2 * self.arch.n_embd)
         cells = self.seen(kind.is_swa)
-        if self.arch.name in _BUCKETED:
+        if self.arch.row.bucketed:
             total += self.floats(5 * cells * kind.n_head)  # a bias by distance, for every head, beside the scores
         if layer.score_heads and (not self.flash or layer.always_scores):
             total += self.floats(cells * layer.score_heads) + 2 * cells * self.size.n_stream * layer.value_cells
@@ -276,7 +268,7 @@ def _devices(
                 arriving += graph.demand.streams * e
             if graph.arch.name == "graniteswitch":  # which adapter a token takes is found out behind the last layer
                 arriving += 4 * graph.arch.n_head_k
-            if later and graph.arch.name in _BUCKETED:
+            if later and graph.arch.row.bucketed:
                 arriving += graph.seen(False) * graph.arch.layers[0].n_head
             total = copies * (inputs + graph.floats(arriving)) + max(max(moments, default=0), end)
             if later:

@@ -14,29 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scheduler.costs.architecture import Architecture
-from scheduler.costs.families import DRAFTS, ENCODERS
 from scheduler.costs.header import Tensor, split_name
 from scheduler.costs.layer_kinds import LayerKind
 
-_LIGHTNING = frozenset("deepseek32 glm-dsa dots3note hy_v4 glm5-next deepseek4".split())
-"""Indexers whose heads are summed up within one step (`ggml_lightning_indexer`)."""
-_CONVOLVED = {"wavtokenizer-dec": 20}
-"""Activations that a convolution over time has unfolded before it multiplies."""
-_LOGITS_AGAIN = {"chameleon": 3, "qwen3tts": 3}
-"""How often logits are alive at once, where some of them are taken out again."""
 UNKNOWN_FACTOR = 8
 """By which moments of architectures outside `KNOWN` are multiplied; enough for the greediest in llama.cpp today."""
-_ABOVE_MASKS = frozenset("phi3 talkie plamo plamo2 plamo3 jamba lfm2 granite_swa".split())
-_WAITING = {
-    **dict.fromkeys("falcon gptneox phi2 stablelm plamo command-r cohere2".split(), 1),
-    "cohere2moe": 2,
-    "step35": 2,
-    "nemotron_h": 12,
-    "nemotron_h_moe": 12,
-    "talkie": 3,
-    "minimax-01": 6,
-}
-"""Activations that wait besides the residual stream: where attention and feed-forward block read the same one, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +97,7 @@ def model_demand(arch: Architecture, tensors: Mapping[str, Tensor], n_vocab: int
     per_layer = tensors["per_layer_token_embd.weight"].ne[0] if "per_layer_token_embd.weight" in tensors else 0
     return ModelDemand(
         layers=tuple(layers),
-        logits=0 if arch.name in ENCODERS else n_vocab * _LOGITS_AGAIN.get(arch.name, 1),
+        logits=0 if arch.row.family == "encoder" else n_vocab * arch.row.logits_alive,
         logits_on_host=arch.name == "bitnet",
         host_lookups=sum(lookups) + per_layer,
         per_layer_inputs=per_layer,
@@ -145,10 +127,10 @@ class _Layer:
         if arch.name == "llama4":  # the experts' input is repeated and weighted first
             routed += gathered
         dense = max(self.gated(""), self.gated("_shexp"), self.gated("_chexps"))
-        waiting = _WAITING.get(arch.name, 0) + _CONVOLVED.get(arch.name, 0)
+        waiting = arch.row.waiting + arch.row.convolved
         stream = (2 + waiting) * e + max(self.heads_width, e)
         beside = stream + dense + (2 * e if width and dense else 0)
-        unknown = UNKNOWN_FACTOR if not arch.known else 2 if arch.name in DRAFTS else 1
+        unknown = UNKNOWN_FACTOR if not arch.known else 2 if arch.row.family == "draft" else 1
         return LayerDemand(
             feed_forward=unknown * max(beside, stream + routed + (e if width and dense else 0)),
             routed=routed,
@@ -157,14 +139,14 @@ class _Layer:
             beside=unknown * (beside + 8 * arch.n_expert),
             attention=unknown * self.attention(),
             score_heads=kind.n_head * (1 if arch.known else 4) if kind.is_attention else 0,
-            always_scores=arch.name in ("grok", "t5", "t5encoder") or not arch.known,
+            always_scores=arch.row.always_scores or not arch.known,
             value_cells=arch.kv_lora_rank if arch.mla else 0,
             index=self.index() if arch.known else 32,
             recurrent=unknown * self.recurrent() if kind.is_recurrent else 0,
             state=2 * (arch.state_r + arch.state_s) if kind.is_recurrent else 0,
             inner=width,
             shared=bool(width and dense),
-            above_masks=arch.name in _ABOVE_MASKS,
+            above_masks=arch.row.above_masks,
         )
 
     def gated(self, suffix: str) -> int:
@@ -191,7 +173,7 @@ class _Layer:
         if self.arch.name == "step35":  # gated per head, after attention
             projected += self.heads_width
         if "attn_kv_a_mqa" not in self.weights:
-            waiting = (3 + _WAITING.get(self.arch.name, 0)) * self.e
+            waiting = (3 + self.arch.row.waiting) * self.e
             waiting += 4 * self.arch.n_expert + self.index_queries()
             return waiting + projected + 2 * out + self.kind.k_width + self.kind.v_width
         latent = self.rows("attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b")
@@ -203,7 +185,7 @@ class _Layer:
     def index(self) -> int:
         if not self.kind.index_k_width and not self.kind.compression:
             return 0
-        if self.arch.name in _LIGHTNING:  # scores, their order and the mask that follows from it
+        if self.arch.row.lightning:  # scores, their order and the mask that follows from it
             return 8
         if self.arch.name == "minimax-m3":  # an indexer's head for each head of keys
             return 2 * self.arch.index_heads + 8

@@ -1,92 +1,25 @@
-"""Architectures by name, in families: what is not in the metadata of a file, because llama.cpp has it in its code.
+"""Architectures by name, one row each: what is not in the metadata of a file, because llama.cpp has it in its code.
 
-From src/llama-arch.cpp and src/models/*.cpp of the llama.cpp in llama-cpp-python 0.3.36. docs/architectures.md lists
-them for people.
+From src/llama-arch.cpp and src/models/*.cpp of llama.cpp. A row says what an architecture has that others do not; what
+it leaves out is as `Row` has it. Which releases of llama-cpp-python the rows were compared with, and how each came out
+of it, is in `checked`; docs/architectures.md lists that for people.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-KNOWN = frozenset(
-    """
-    llama llama4 llama-embed deci falcon grok gpt2 gptneox mpt baichuan starcoder starcoder2 refact bloom stablelm
-    bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding
-    qwen qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3next qwen3vl qwen3vlmoe qwen35 qwen35moe
-    phi2 phi3 phimoe plamo plamo2 plamo3 codeshell orion internlm2 minicpm minicpm3
-    gemma gemma2 gemma3 gemma3n gemma4 mamba mamba2 jamba falcon-h1 xverse command-r cohere2 cohere2moe dbrx
-    olmo olmo2 olmoe openelm arctic deepseek deepseek2 deepseek2-ocr deepseek32 glm-dsa chatglm glm4 glm4moe bitnet
-    jais jais2 nemotron nemotron_h nemotron_h_moe exaone exaone4 exaone-moe rwkv6 rwkv6qwen2 rwkv7 arwkv7
-    granite granitemoe granitehybrid granite_swa plm bailingmoe bailingmoe2 bailingmoe3 dots1 arcee afmoe laguna
-    ernie4_5 ernie4_5-moe paddleocr hunyuan-moe hunyuan-dense hunyuan_vl hy_v3 smollm3 gpt-oss lfm2 lfm2moe
-    dream llada llada-moe rnd1 smallthinker seed_oss grovemoe apertus minimax-01 minimax-m2 minimax-m3 cogvlm
-    pangu-embedded mistral3 mistral4 mimo2 step35 spark2_5 maincoder kimi-linear talkie mellum maple muse-glimmer
-    t5 t5encoder chameleon wavtokenizer-dec nanbeige hrm_text graniteswitch qwen3tts pockettts deepseek4 dots3note
-    hy_v4 kimi-k3 glm5-next qwen4exp dflash eagle3 gemma4-assistant
-    """.split()
-)
+Family = Literal[
+    "decoder", "encoder", "diffusion", "by heads", "by width", "by interval", "both", "recurrent", "draft", "none"
+]
+"""How layers remember.
 
-CACHELESS = frozenset(
-    """
-    bert jina-bert-v2 jina-bert-v3 nomic-bert nomic-bert-moe neo-bert eurobert modern-bert gemma-embedding
-    wavtokenizer-dec dream llada llada-moe rnd1
-    """.split()
-)
-"""No memory at all: `create_memory` returns nullptr."""
-
-ENCODERS = CACHELESS - {"dream", "llada", "llada-moe", "rnd1"} | {"t5encoder", "llama-embed"}
-"""They embed texts; they do not write any."""
-
-UNUSABLE = {
-    "clip": "it is a projector for images or sound, and comes with a model: give it as mmproj",
-    "gptj": "llama.cpp knows the name and has no code for it; convert the model to another architecture",
-    "plm": "llama.cpp 0.5.0-dev ends the process over its values, which have another shape than its cache",
-}
-"""Architectures that llama.cpp lists and cannot run, and what follows."""
-
-NORMS_BY_VARIANCE = frozenset(
-    """
-    falcon gpt2 gptneox mpt starcoder bert modern-bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3 bloom
-    stablelm phi2 codeshell orion starcoder2 command-r cohere2 dbrx olmo jais jais2 nemotron nemotron_h nemotron_h_moe
-    wavtokenizer-dec pockettts
-    """.split()
-)
-"""llama.cpp refuses their files without `layer_norm_epsilon`."""
-NORMS_BY_SQUARES = KNOWN - NORMS_BY_VARIANCE - set("qwen2vl cohere2moe rwkv6 rwkv6qwen2 rwkv7 arwkv7 deepseek4".split())
-"""And theirs without `layer_norm_rms_epsilon`. Of those left out, it took files without the one and without the other,
-or (deepseek4) was not asked."""
-
-COUNTS_TOKEN_TYPES = frozenset("bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3".split())
-"""They have an embedding per type of token, and need to be told how many types there are."""
-
-PREDICTING = frozenset(
-    """
-    deepseek2 deepseek32 glm-dsa glm4moe qwen3next qwen35 qwen35moe bailingmoe3 nemotron_h_moe step35 mimo2 cohere2moe
-    hy_v3 deepseek4
-    """.split()
-)
-"""Whose prediction layers (nextn, MTP) llama.cpp can run in a context of their own; others carry them in vain."""
-
-DRAFTS = frozenset({"dflash", "eagle3", "gemma4-assistant"})
-"""They guess ahead for another model, whose context (`ctx_other`) they cannot do without."""
-
-RECURRENT = frozenset("mamba mamba2 rwkv6 rwkv6qwen2 rwkv7 arwkv7".split())
-HYBRID_BY_HEADS = frozenset("jamba plamo2 granitehybrid lfm2 lfm2moe kimi-linear bailingmoe3 kimi-k3 glm5-next".split())
-HYBRID_BY_INTERVAL = {"qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "qwen4exp": 4, "minimax-01": 8}
-NEMOTRON_H = frozenset({"nemotron_h", "nemotron_h_moe"})
-MLA = frozenset(
-    "deepseek2 mistral4 deepseek32 glm-dsa kimi-linear bailingmoe3 kimi-k3 glm5-next dots3note hy_v4".split()
-)
-KDA = frozenset({"kimi-linear", "bailingmoe3", "kimi-k3", "glm5-next"})
-HYPER_CONNECTED = frozenset({"deepseek4", "qwen4exp"})
-"""Several residual streams, all of which are the output embedding."""
-GROUPED_SSM = frozenset(
-    "mamba2 falcon-h1 granitehybrid nemotron_h nemotron_h_moe plamo2 qwen3next qwen35 qwen35moe qwen4exp".split()
-)
-SSM = GROUPED_SSM | {"mamba", "jamba"}
-SHIFTED = frozenset("rwkv6 rwkv6qwen2 rwkv7 arwkv7".split())
-MROPE = frozenset("qwen2vl paddleocr qwen3vl qwen3vlmoe qwen35 qwen35moe qwen3tts qwen4exp".split())
-MROPE_IF_SECTIONS = frozenset("glm4 glm4moe hunyuan_vl".split())
+decoder: all attend to a cache. encoder, diffusion: they attend to the batch alone; encoders embed texts and write none.
+by heads: layers without key heads carry a recurrent state, the others attend. by width: those that have no feed-forward
+width either. by interval: all but each n-th. both: every layer does both. recurrent: no layer attends. draft: it
+guesses ahead for another model, whose context (`ctx_other`) it cannot do without. none: there is no code for it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +37,290 @@ class Window:
     """The period holds whatever the file says."""
 
 
-WINDOWS = {
-    "afmoe": Window(4), "cohere2": Window(4), "cohere2moe": Window(4, dense_first=True),
-    "deepseek4": Window(0, fixed=True), "dflash": Window(None), "dots3note": Window(None),
-    "exaone-moe": Window(4, default=128), "exaone4": Window(4, default=4096), "gemma2": Window(2, default=4096),
-    "gemma3": Window(6), "gemma3n": Window(5), "gemma4": Window(None),
-    "gemma4-assistant": Window(None), "gemma-embedding": Window(6),
-    "granite_swa": Window(None), "laguna": Window(4, dense_first=True),
-    "llama4": Window(4, default=8192, forced=8192), "maple": Window(None), "mellum": Window(4),
-    "mimo2": Window(None), "modern-bert": Window(3, dense_first=True),
-    "muse-glimmer": Window(4), "olmo2": Window(4), "gpt-oss": Window(2), "plamo3": Window(8),
-    "smallthinker": Window(4, dense_first=True, forced=4096), "spark2_5": Window(None), "step35": Window(None),
-}  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What llama.cpp's code says about one architecture."""
+
+    name: str
+    family: Family = "decoder"
+    refused: str = ""
+    """Why a model of it cannot be run, and what follows."""
+
+    # ------------------------------------------------------------------ what is read from a file
+    window: Window | None = None
+    predicts: bool = False
+    """llama.cpp can run its prediction layers (nextn, MTP) in a context of their own; others carry them in vain."""
+    latent: bool = False
+    """Keys and values may be cached as one latent row (MLA)."""
+    state: Literal["", "ssm", "grouped ssm", "kda", "shift", "convolution", "decay"] = ""
+    """What its recurrent layers carry."""
+    interval: int = 0
+    """Every n-th layer attends, unless the file says otherwise."""
+    idle_cache: bool = False
+    """An encoder that has a cache all the same, and attends to nothing but the batch."""
+    norms: Literal["squares", "variance", "either"] = "squares"
+    """llama.cpp refuses files without `layer_norm_rms_epsilon` (squares) or `layer_norm_epsilon` (variance). either: it
+    took files without the one and without the other, or (deepseek4) was not asked."""
+    token_types: bool = False
+    """It has an embedding per type of token, and needs to be told how many types there are."""
+    positions: Literal["one", "four", "four if told"] = "one"
+    """Per token; four with multi-section RoPE. if told: where the file has sections."""
+    streams_out: bool = False
+    """It has several residual streams, all of which are the output embedding."""
+
+    # ------------------------------------------------------------------ weights
+    headless: bool = False
+    """Without output.weight it has no output matrix; all others use the token embedding a second time."""
+    copied_on_host: bool = False
+    """It asks for the output matrix before the token embedding, and so gets both, though both lie on the host."""
+    lazy: bool = False
+    """Very large embeddings per layer are mapped, and not loaded."""
+    kept: str = ""
+    """Pattern of tensors of prediction layers that llama.cpp loads although it does not use them: created without
+    TENSOR_SKIP."""
+
+    # ------------------------------------------------------------------ the graph, drawn
+    template: str = ""
+    """Who draws its graph (`graph.templates`); empty: nobody, its compute buffers are bounded."""
+    settles: int = 0
+    """Results leave the same holes after every so many like layers, so that a few stand for a long row; 0: they do not,
+    or the number of a layer matters."""
+    grows: bool = False
+    """Its compute buffers grow while it serves, as more of the cache is in use."""
+    gathers: bool = False
+    """A single token makes copies of what it attends to, and a large batch does not."""
+    alone_too: bool = False
+    """It is reserved with all tokens in one sequence as well, which makes for larger inputs
+    (`[TAG_RESERVE_DIAG_DECAY]`)."""
+    plain_output: bool = False
+    """Its output matrix is multiplied by as it is, without its scale or adapters."""
+    scaled: tuple[Literal["dense", "shared", "experts"], ...] = ()
+    """Feed-forward blocks that multiply by the scale that comes with a matrix (NVFP4); others leave it out."""
+
+    # ------------------------------------------------------------------ the graph, bounded
+    waiting: int = 0
+    """Activations that wait besides the residual stream: where attention and feed-forward block read the same one."""
+    convolved: int = 0
+    """Activations that a convolution over time has unfolded before it multiplies."""
+    logits_alive: int = 1
+    """How often logits are alive at once; more than once where some of them are taken out again."""
+    above_masks: bool = False
+    """The last result lies above the freed masks."""
+    always_scores: bool = False
+    """Scores are materialised even with flash attention."""
+    bucketed: bool = False
+    """It adds a bias by distance to the scores, the same for all layers."""
+    lightning: bool = False
+    """The heads of its indexer are summed up within one step (`ggml_lightning_indexer`)."""
+    index_inputs: float = 0
+    """Floats per cell and token of the masks over pooled or compressed keys."""
+    scaled_by_position: bool = False
+    """It may scale attention by position: one more float per token."""
+    busy: bool = False
+    """Its graph has a budget of nodes per token."""
+
+    @property
+    def is_known(self) -> bool:
+        """llama.cpp has code for it, and these rules were made from that."""
+        return self.family != "none"
+
+    @property
+    def has_cache(self) -> bool:
+        """False: no memory at all, `create_memory` returns nullptr."""
+        return self.family not in ("encoder", "diffusion") or self.idle_cache
+
+
+ROWS = {row.name: row for row in (
+    # Each layer attends to a cache.
+    Row("afmoe", window=Window(4)),
+    Row("apertus"),
+    Row("arcee"),
+    Row("arctic"),
+    Row("baichuan"),
+    Row("bailingmoe"),
+    Row("bailingmoe2", template="dots1", settles=2),
+    Row("bitnet", headless=True),
+    Row("bloom", norms="variance"),
+    Row("chameleon", template="chameleon", logits_alive=3),
+    Row("chatglm"),
+    Row("codeshell", norms="variance"),
+    Row("cogvlm"),
+    Row("cohere2", template="cohere2", settles=2, window=Window(4), norms="variance", scaled=("dense",), waiting=1),
+    Row("cohere2moe", window=Window(4, dense_first=True), predicts=True, norms="either", waiting=2,
+        kept=r"nextn\.(embed_tokens|shared_head)"),
+    Row("command-r", template="command-r", settles=2, norms="variance", waiting=1),
+    Row("dbrx", norms="variance"),
+    Row("deci"),
+    Row("deepseek"),
+    Row("deepseek2", template="deepseek2", predicts=True, latent=True, plain_output=True, scaled_by_position=True),
+    Row("deepseek2-ocr"),
+    Row("deepseek32", template="sparse", predicts=True, latent=True, plain_output=True,
+        scaled=("dense", "shared", "experts"), lightning=True, kept=r"exp_probs_b"),
+    Row("deepseek4", template="deepseek4", window=Window(0, fixed=True), predicts=True, norms="either",
+        streams_out=True, lightning=True, index_inputs=1.5, busy=True),
+    Row("dots1", template="dots1", settles=2),
+    Row("dots3note", template="sparse", window=Window(None), latent=True, plain_output=True,
+        scaled=("dense", "shared", "experts"), lightning=True),
+    Row("ernie4_5", template="llama", settles=2),
+    Row("ernie4_5-moe", template="llama", settles=2),
+    Row("exaone"),
+    Row("exaone-moe", window=Window(4, default=128)),
+    Row("exaone4", template="exaone4", settles=2, window=Window(4, default=4096)),
+    Row("falcon", norms="variance", waiting=1),
+    Row("gemma", template="gemma", settles=2),
+    Row("gemma2", template="gemma2", settles=2, window=Window(2, default=4096)),
+    Row("gemma3", template="gemma3", settles=2, window=Window(6)),
+    Row("gemma3n", template="gemma3n", window=Window(5), copied_on_host=True),
+    Row("gemma4", template="gemma4", window=Window(None), scaled=("dense", "experts"), copied_on_host=True, lazy=True),
+    Row("glm-dsa", template="sparse", predicts=True, latent=True, plain_output=True,
+        scaled=("dense", "shared", "experts"), lightning=True, kept=r"exp_probs_b"),
+    Row("glm4", template="glm4", settles=2, positions="four if told"),
+    Row("glm4moe", template="glm4moe", settles=2, predicts=True, positions="four if told"),
+    Row("gpt-oss", template="gpt-oss", settles=2, window=Window(2)),
+    Row("gpt2", norms="variance"),
+    Row("gptneox", norms="variance", waiting=1),
+    Row("granite", template="llama", settles=2),
+    Row("granite_swa", window=Window(None), above_masks=True),
+    Row("granitemoe", template="llama", settles=2),
+    Row("graniteswitch"),
+    Row("grok", always_scores=True),
+    Row("grovemoe"),
+    Row("hrm_text", template="hrm_text"),
+    Row("hunyuan-dense"),
+    Row("hunyuan-moe", template="hunyuan-moe", settles=2),
+    Row("hunyuan_vl", positions="four if told"),
+    Row("hy_v3", predicts=True, kept=r"ffn_(?!norm)|exp_probs_b|nextn\.(embed_tokens|shared_head)"),
+    Row("hy_v4", template="hy_v4", latent=True, lightning=True, busy=True),
+    Row("internlm2"),
+    Row("jais", norms="variance"),
+    Row("jais2", norms="variance"),
+    Row("laguna", window=Window(4, dense_first=True)),
+    Row("llama", template="llama", settles=2, scaled=("dense", "experts")),
+    Row("llama4", window=Window(4, default=8192, forced=8192), scaled_by_position=True),
+    Row("maincoder"),
+    Row("maple", window=Window(None)),
+    Row("mellum", window=Window(4)),
+    Row("mimo2", window=Window(None), predicts=True),
+    Row("minicpm"),
+    Row("minicpm3"),
+    Row("minimax-m2"),
+    Row("minimax-m3", template="minimax-m3", grows=True, gathers=True, busy=True),
+    Row("mistral3", template="llama", settles=2, scaled=("dense", "experts"), scaled_by_position=True),
+    Row("mistral4", latent=True, scaled_by_position=True),
+    Row("mpt", norms="variance"),
+    Row("muse-glimmer", window=Window(4)),
+    Row("nanbeige", template="nanbeige", scaled=("dense",), busy=True),
+    Row("nemotron", norms="variance"),
+    Row("olmo", norms="variance"),
+    Row("olmo2", template="olmo2", settles=2, window=Window(4)),
+    Row("olmoe", template="olmoe", settles=2),
+    Row("openelm"),
+    Row("orion", norms="variance"),
+    Row("paddleocr", positions="four"),
+    Row("pangu-embedded"),
+    Row("phi2", template="phi2", settles=6, norms="variance", waiting=1),
+    Row("phi3", template="phi3", settles=6, above_masks=True),
+    Row("phimoe"),
+    Row("plamo", waiting=1, above_masks=True),
+    Row("plamo3", window=Window(8), above_masks=True),
+    Row("plm", refused="llama.cpp 0.5.0-dev ends the process over its values, which have another shape than its cache"),
+    Row("pockettts", norms="variance"),
+    Row("qwen"),
+    Row("qwen2", template="llama", settles=2),
+    Row("qwen2moe", template="qwen2moe", settles=2),
+    Row("qwen2vl", norms="either", positions="four"),
+    Row("qwen3", template="llama", settles=2, scaled=("dense",)),
+    Row("qwen3moe", template="llama", settles=2, scaled=("experts",)),
+    Row("qwen3tts", template="qwen3tts", positions="four", logits_alive=3),
+    Row("qwen3vl", positions="four"),
+    Row("qwen3vlmoe", positions="four"),
+    Row("refact"),
+    Row("seed_oss", template="seed_oss", settles=2),
+    Row("smallthinker", window=Window(4, dense_first=True, forced=4096)),
+    Row("smollm3", template="smollm3"),
+    Row("spark2_5", window=Window(None)),
+    Row("stablelm", template="stablelm", settles=2, norms="variance", waiting=1),
+    Row("starcoder", norms="variance"),
+    Row("starcoder2", template="starcoder2", settles=2, norms="variance"),
+    Row("step35", window=Window(None), predicts=True, waiting=2,
+        kept=r"ffn_(?!norm)|exp_probs_b|attn_(gate|q_norm|k_norm)|nextn\.(embed_tokens|shared_head)"),
+    Row("t5", template="t5", bucketed=True, always_scores=True),
+    Row("talkie", waiting=3, above_masks=True),
+    Row("xverse"),
+
+    # They embed texts.
+    Row("bert", family="encoder", template="bert", norms="variance", token_types=True, headless=True),
+    Row("eurobert", family="encoder", headless=True),
+    Row("gemma-embedding", family="encoder", template="gemma-embedding", window=Window(6)),
+    Row("jina-bert-v2", family="encoder", template="bert", norms="variance", token_types=True, headless=True),
+    Row("jina-bert-v3", family="encoder", template="bert", norms="variance", token_types=True, headless=True),
+    Row("llama-embed", family="encoder", idle_cache=True),
+    Row("modern-bert", family="encoder", template="modern-bert", window=Window(3, dense_first=True), norms="variance",
+        headless=True),
+    Row("neo-bert", family="encoder", headless=True),
+    Row("nomic-bert", family="encoder", template="bert", norms="variance", token_types=True, headless=True),
+    Row("nomic-bert-moe", family="encoder", template="bert", norms="variance", token_types=True, headless=True),
+    Row("t5encoder", family="encoder", template="t5encoder", idle_cache=True, bucketed=True, always_scores=True),
+    Row("wavtokenizer-dec", family="encoder", template="wavtokenizer", norms="variance", convolved=20, headless=True),
+
+    # They write texts all at once.
+    Row("dream", family="diffusion"),
+    Row("llada", family="diffusion"),
+    Row("llada-moe", family="diffusion"),
+    Row("rnd1", family="diffusion"),
+
+    # Layers that attend and layers that carry a state.
+    Row("bailingmoe3", family="by heads", predicts=True, latent=True, state="kda", busy=True),
+    Row("glm5-next", family="by heads", template="glm5-next", latent=True, state="kda", plain_output=True,
+        lightning=True, index_inputs=2),
+    Row("granitehybrid", family="by heads", template="hybrid", state="grouped ssm"),
+    Row("jamba", family="by heads", template="hybrid", state="ssm", above_masks=True),
+    Row("kimi-k3", family="by heads", latent=True, state="kda"),
+    Row("kimi-linear", family="by heads", latent=True, state="kda", busy=True),
+    Row("lfm2", family="by heads", template="hybrid", state="convolution", above_masks=True),
+    Row("lfm2moe", family="by heads", template="hybrid", state="convolution"),
+    Row("plamo2", family="by heads", template="plamo2", state="grouped ssm", above_masks=True),
+    Row("nemotron_h", family="by width", template="nemotron_h", state="grouped ssm", norms="variance",
+        scaled=("dense", "shared", "experts"), waiting=12),
+    Row("nemotron_h_moe", family="by width", template="nemotron_h", predicts=True, state="grouped ssm",
+        norms="variance", scaled=("dense", "shared", "experts"), waiting=12),
+    Row("minimax-01", family="by interval", template="minimax-01", alone_too=True, state="decay", interval=8, waiting=6,
+        busy=True),
+    Row("qwen35", family="by interval", template="qwen3next", predicts=True, state="grouped ssm", interval=4,
+        positions="four", scaled=("dense",), busy=True),
+    Row("qwen35moe", family="by interval", template="qwen3next", predicts=True, state="grouped ssm", interval=4,
+        positions="four", scaled=("shared", "experts"), busy=True),
+    Row("qwen3next", family="by interval", template="qwen3next", predicts=True, state="grouped ssm", interval=4,
+        scaled=("shared", "experts"), busy=True),
+    Row("qwen4exp", family="by interval", template="qwen4exp", state="grouped ssm", interval=4, positions="four",
+        streams_out=True, scaled=("shared", "experts"), busy=True, lazy=True),
+    Row("falcon-h1", family="both", template="falcon-h1", state="grouped ssm"),
+
+    # No layer attends.
+    Row("arwkv7", family="recurrent", template="rwkv-hybrid", state="shift", norms="either"),
+    Row("mamba", family="recurrent", template="mamba", state="ssm"),
+    Row("mamba2", family="recurrent", template="mamba", state="grouped ssm"),
+    Row("rwkv6", family="recurrent", template="rwkv", state="shift", norms="either"),
+    Row("rwkv6qwen2", family="recurrent", template="rwkv-hybrid", state="shift", norms="either"),
+    Row("rwkv7", family="recurrent", template="rwkv", state="shift", norms="either"),
+
+    # They guess ahead for another model.
+    Row("dflash", family="draft", window=Window(None)),
+    Row("eagle3", family="draft"),
+    Row("gemma4-assistant", family="draft", window=Window(None)),
+
+    # llama.cpp has no code for these.
+    Row("clip", family="none", norms="either",
+        refused="it is a projector for images or sound, and comes with a model: give it as mmproj"),
+    Row("gptj", family="none", norms="either",
+        refused="llama.cpp knows the name and has no code for it; convert the model to another architecture"),
+)}  # fmt: skip
+
+KNOWN = frozenset(name for name, row in ROWS.items() if row.is_known)
+
+_UNKNOWN = Row("", family="none", norms="either")
+
+
+def row_of(name: str) -> Row:
+    """The row of an architecture; for a name that nobody has heard of, one that `is_known` is false of."""
+    return ROWS.get(name, _UNKNOWN)

@@ -1,9 +1,9 @@
 """What a model costs on given devices: the one function that placement asks.
 
 Weights, cache, state and the logits buffer are exact to the byte; compute buffers too where a template draws the
-model's graph and was checked with the machine's release of llama-cpp-python (`build`, as in `NodeFacts.llama_build`),
-else they are a bound that no load exceeds. It takes a quarter of a millisecond for a model of 80 layers,
-and some milliseconds the first time a graph is drawn.
+model's graph as the machine's release of llama-cpp-python does (`build`, as in `NodeFacts.llama_build`; see `checked`),
+else they are a bound that no load exceeds. It takes a quarter of a millisecond for a model of 80 layers, and some
+milliseconds the first time a graph is drawn.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import replace
 
 from scheduler.costs import cache
 from scheduler.costs.cache import EffectiveContext, output_bytes, place_cache
+from scheduler.costs.checked import verdict
 from scheduler.costs.compute import place_compute
 from scheduler.costs.graph.buffers import exact_compute, has_template
 from scheduler.costs.graph.model import filled_graph_model
 from scheduler.costs.graph.nodes import Undrawable
-from scheduler.costs.graph.templates import GROWING, are_checked
 from scheduler.costs.params import ContextParams, DeviceBytes, DeviceKind, DeviceSpec, Footprint, HostBytes, Layout
 from scheduler.costs.predictor import Predictor
 from scheduler.costs.shape import ModelShape
@@ -36,12 +36,13 @@ def effective_context(shape: ModelShape, context: ContextParams) -> EffectiveCon
 
 def computes_exactly(shape: ModelShape, build: str) -> bool:
     """Whether the compute bytes of `footprint` are llama.cpp's own, and not a bound that no load exceeds."""
-    return are_checked(build) and has_template(shape.graph)
+    return verdict(shape.architecture, build) == "exact" and has_template(shape.graph)
 
 
 def is_verified(shape: ModelShape, build: str) -> bool:
-    """Whether the formulas were checked with this architecture and this release of llama-cpp-python."""
-    return shape.known_architecture and are_checked(build)
+    """Whether a load is known to take no more than the formulas say: they were compared with this release of
+    llama-cpp-python, and held for this architecture."""
+    return verdict(shape.architecture, build) in ("exact", "bounded")
 
 
 def with_mtp(shape: ModelShape) -> ModelShape:
@@ -73,11 +74,11 @@ def _predictor(shape: ModelShape) -> Predictor:
 
 def grows(shape: ModelShape) -> bool:
     """Whether a replica's compute buffers are larger after its cache has been filled than after the load."""
-    return shape.architecture in GROWING
+    return shape.arch.row.grows
 
 
 def filled_footprint(shape: ModelShape, layout: Layout, context: ContextParams, build: str) -> Footprint:
-    """`footprint` once every cell of the cache is in use: larger than after the load where buffers grow (`GROWING`)."""
+    """`footprint` once every cell of the cache is in use: larger than after the load where a model's buffers `grow`."""
     if not grows(shape):
         return footprint(shape, layout, context, build)
     return footprint(replace(shape, graph=filled_graph_model(shape.graph)), layout, context, build)
@@ -89,9 +90,20 @@ def footprint(shape: ModelShape, layout: Layout, context: ContextParams, build: 
 
     Raises Rejected for combinations that llama.cpp refuses or aborts on, naming the way out.
     """
+    drawn = drawn_footprint(shape, layout, context) if computes_exactly(shape, build) else None
+    return drawn or bounded_footprint(shape, layout, context)
+
+
+def drawn_footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> Footprint | None:
+    """`footprint` with compute buffers as the template draws them, whatever the build; None where there is no template,
+    or it does not know how these devices compute the model."""
+    if not has_template(shape.graph):
+        return None
     places = assign_layers(layout, shape.n_layer_all)
-    drawn = _drawn_compute(shape, layout, places, context) if computes_exactly(shape, build) else None
-    compute = drawn or _bounded_compute(shape, layout, places, context)
+    try:
+        compute = exact_compute(shape.graph, layout, places, context)
+    except Undrawable:
+        return None
     return _footprint(shape, layout, places, context, compute)
 
 
@@ -99,7 +111,8 @@ def bounded_footprint(shape: ModelShape, layout: Layout, context: ContextParams)
     """`footprint` with the bound on compute buffers for every architecture and build: higher, but no graph has to be
     drawn."""
     places = assign_layers(layout, shape.n_layer_all)
-    return _footprint(shape, layout, places, context, _bounded_compute(shape, layout, places, context))
+    compute = place_compute(shape.arch, shape.demand, shape.weights, layout, places, context)
+    return _footprint(shape, layout, places, context, compute)
 
 
 def layer_bytes(shape: ModelShape, context: ContextParams, kind: DeviceKind, n_cpu_moe: int) -> tuple[int, ...]:
@@ -113,22 +126,6 @@ def layer_bytes(shape: ModelShape, context: ContextParams, kind: DeviceKind, n_c
     weights, _ = place_weights(replace(shape.weights, rope=Padded()), layout, places)
     cache, _ = place_cache(shape.arch, layout, places, context)
     return tuple(map(sum, zip(weights, cache, strict=True)))
-
-
-def _drawn_compute(
-    shape: ModelShape, layout: Layout, places: Sequence[int], context: ContextParams
-) -> tuple[list[int], int] | None:
-    """None where the template does not know how these devices compute it."""
-    try:
-        return exact_compute(shape.graph, layout, places, context)
-    except Undrawable:
-        return None
-
-
-def _bounded_compute(
-    shape: ModelShape, layout: Layout, places: Sequence[int], context: ContextParams
-) -> tuple[list[int], int]:
-    return place_compute(shape.arch, shape.demand, shape.weights, layout, places, context)
 
 
 def _footprint(

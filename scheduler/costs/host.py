@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from scheduler.costs.architecture import Architecture
 from scheduler.costs.cache import effective_context
-from scheduler.costs.families import CACHELESS, DRAFTS
 from scheduler.costs.params import ContextParams, Footprint, Layout
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.weights import assign_layers, place_weights
@@ -34,10 +33,6 @@ _TILED_BYTES = 576 * KIB
 """Per thread: what the CPU's matrix products unpack their tiles to."""
 _TILE = 64
 """Queries and keys that the CPU's attention looks at together (`GGML_FA_TILE_Q`, `GGML_FA_TILE_KV`)."""
-_BUSY = frozenset(
-    "qwen3next kimi-linear bailingmoe3 qwen35 qwen35moe qwen4exp deepseek4 nanbeige minimax-01 minimax-m3 hy_v4".split()
-)
-"""Graphs with a budget of nodes per token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +155,7 @@ def _tables(shape: ModelShape, layout: Layout, context: ContextParams) -> int:
     slots = _hash_slots(2 * nodes)
     graph = _NODE_BYTES * nodes + 16 * nodes + 12 * slots + slots // 8
     scheduler = _hash_slots(nodes) * (12 + 8 * n_backends * copies) + 352 * nodes + 48 * _hash_slots(2 * nodes)
-    cells = size.n_ctx_seq * size.n_stream if shape.arch.name not in CACHELESS else 0
+    cells = size.n_ctx_seq * size.n_stream if shape.arch.has_cache else 0
     caches = cells + size.n_swa_cells * size.n_stream
     if shape.arch.index_heads:
         caches += cells
@@ -176,7 +171,7 @@ def _max_nodes(arch: Architecture, n_tensors: int, n_tokens: int) -> int:
         return max(160 * n_tokens, 64 * n_tensors)
     if arch.name == "hrm_text":
         return max(80 * n_tokens, 64 * n_tensors)
-    if arch.name in _BUSY or arch.name in DRAFTS:
+    if arch.row.busy or arch.row.family == "draft":
         return max(40 * n_tokens, 32 * n_tensors)
     return max(1024, 8 * n_tensors)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.costs.families import HYBRID_BY_HEADS, HYBRID_BY_INTERVAL, KNOWN, NEMOTRON_H, RECURRENT, WINDOWS
+from scheduler.costs.families import row_of
 from scheduler.costs.metadata import Metadata
 
 MAX_LAYERS = 512
@@ -105,7 +105,7 @@ def sliding(meta: Metadata, n_layer_all: int, n_layer: int, kv_heads: Sequence[i
     if meta.arch == "lfm2":
         window = meta.number("attention.sliding_window", 0)
         return (window, [il < n_layer and kv_heads[il] != 0 for il in range(n_layer_all)]) if window else none
-    rule = WINDOWS.get(meta.arch)
+    rule = row_of(meta.arch).window
     if rule is None or meta.arch == "exaone4" and n_layer != 64:
         return none
     window = meta.number("attention.sliding_window", rule.default)
@@ -132,15 +132,15 @@ def _slides(il: int, period: int, dense_first: bool) -> bool:
 
 def recurrent(meta: Metadata, n_all: int, n_layer: int, kv_heads: Sequence[int], n_ff: Sequence[int]) -> list[bool]:
     """Which layers carry recurrent state; prediction layers never do."""
-    arch = meta.arch
-    if arch in RECURRENT or arch == "falcon-h1":
+    row = row_of(meta.arch)
+    if row.family in ("recurrent", "both"):
         flags = [True] * n_all
-    elif arch in NEMOTRON_H:
+    elif row.family == "by width":
         flags = [heads == 0 and width == 0 for heads, width in zip(kv_heads, n_ff, strict=True)]
-    elif arch in HYBRID_BY_HEADS or arch not in KNOWN:
+    elif row.family == "by heads" or not row.is_known:
         flags = [heads == 0 for heads in kv_heads]
-    elif arch in HYBRID_BY_INTERVAL:
-        interval = meta.number("full_attention_interval", HYBRID_BY_INTERVAL[arch])
+    elif row.family == "by interval":
+        interval = meta.number("full_attention_interval", row.interval)
         if interval == 0:
             raise meta.refuse("full_attention_interval is 0")
         periodic = [int((il + 1) % interval != 0) for il in range(n_all)]
@@ -152,14 +152,14 @@ def recurrent(meta: Metadata, n_all: int, n_layer: int, kv_heads: Sequence[int],
 
 def attending(meta: Metadata, n_all: int, n_layer: int, recurrent: Sequence[bool], n_ff: Sequence[int]) -> list[bool]:
     """Which layers attend and so get a cache (the layer filters of `create_memory`)."""
-    arch = meta.arch
-    if arch in RECURRENT:
+    arch, family = meta.arch, row_of(meta.arch).family
+    if family == "recurrent":
         return [False] * n_all
-    if arch in ("falcon-h1", "minimax-m3", "deepseek4", "gemma4-assistant"):
+    if family == "both" or arch in ("minimax-m3", "deepseek4", "gemma4-assistant"):
         return [True] * n_all
-    if arch in NEMOTRON_H:
+    if family == "by width":
         return [not recurrent[il] and n_ff[il] == 0 for il in range(n_all)]
-    if arch in HYBRID_BY_HEADS and arch != "glm5-next":
+    if family == "by heads" and arch != "glm5-next":
         return [not r for r in recurrent]
     return [(il < n_layer or n_layer == 0) and not recurrent[il] for il in range(n_all)]
 

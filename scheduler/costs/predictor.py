@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from scheduler.costs.architecture import Architecture
 from scheduler.costs.demand import ModelDemand, model_demand
-from scheduler.costs.families import PREDICTING
 from scheduler.costs.header import Tensor, split_name
 from scheduler.costs.layer_kinds import LayerKind
 from scheduler.costs.weights import WeightSums, sum_weights
@@ -36,7 +35,7 @@ class Predictor:
 def read_predictor(arch: Architecture, tensors: Mapping[str, Tensor], n_vocab: int) -> Predictor | None:
     """The predictor of a model with these tensors; None where there is none that llama.cpp runs."""
     first = arch.n_layer_all - len(arch.predictors)
-    if arch.name not in PREDICTING or not arch.predictors or f"blk.{first}.nextn.eh_proj.weight" not in tensors:
+    if not arch.row.predicts or not arch.predictors or f"blk.{first}.nextn.eh_proj.weight" not in tensors:
         return None
     alone = replace(
         arch,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from scheduler.costs.architecture import Architecture, read_architecture
 from scheduler.costs.demand import ModelDemand, model_demand
-from scheduler.costs.families import COUNTS_TOKEN_TYPES, ENCODERS, NORMS_BY_SQUARES, NORMS_BY_VARIANCE
+from scheduler.costs.families import row_of
 from scheduler.costs.ggml_types import FILE_TYPES
 from scheduler.costs.graph.model import GraphModel, graph_model
 from scheduler.costs.header import Array, Header, Tensor, read_header
@@ -104,7 +104,7 @@ class ModelShape:
     @property
     def is_embedding_only(self) -> bool:
         """Embeds texts (or ranks them) and writes none."""
-        return self.arch.name in ENCODERS or self.arch.pools
+        return self.arch.row.family == "encoder" or self.arch.pools
 
 
 def _metadata(header: Header, tensors: Mapping[str, Tensor]) -> Metadata:
@@ -173,9 +173,10 @@ def read_shape(path: str | os.PathLike[str]) -> ModelShape:
 
 def _check_keys(meta: Metadata) -> None:
     """Raise InvalidGGUF where a key is missing that costs nothing, but without which llama.cpp refuses the model."""
-    epsilon = "layer_norm_epsilon" if meta.arch in NORMS_BY_VARIANCE else "layer_norm_rms_epsilon"
-    wanted = [f"{meta.arch}.attention.{epsilon}"] if meta.arch in NORMS_BY_VARIANCE | NORMS_BY_SQUARES else []
-    wanted += ["tokenizer.ggml.token_type_count"] if meta.arch in COUNTS_TOKEN_TYPES else []
+    row = row_of(meta.arch)
+    epsilon = {"variance": "layer_norm_epsilon", "squares": "layer_norm_rms_epsilon"}.get(row.norms)
+    wanted = [f"{meta.arch}.attention.{epsilon}"] if epsilon else []
+    wanted += ["tokenizer.ggml.token_type_count"] if row.token_types else []
     for key in wanted:
         if not meta.values.get(key):
             raise meta.refuse(

@@ -40,24 +40,7 @@ _LAYER = re.compile(r"(?:(?:enc\.|dec\.)?blk|posnet|convnext)\.(\d+)\.(.+)")
 _ROPE = frozenset({"rope_freqs", "rope_factors_long", "rope_factors_short"})
 _UNUSED = re.compile(r"masked_embd_\w+|dec\.blk\.\d+\.cross_attn_rel_b")
 _EXPERTS = re.compile(_EXPERTS_PATTERN)
-_HEADLESS = frozenset(
-    """
-    bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3 modern-bert neo-bert eurobert bitnet wavtokenizer-dec
-    """.split()
-)
-"""Without output.weight these have no output matrix of their own; all others use the token embedding a second time."""
-_COPIED_ON_HOST = frozenset({"gemma3n", "gemma4"})
-"""They ask for the output matrix before the token embedding, and so get both, though both lie on the host."""
-_LAZY = frozenset({"gemma4", "qwen4exp"})
 _LAZY_BYTES = 4 * GIB
-_KEPT_IN_PREDICTION_LAYERS = {
-    "step35": re.compile(r"ffn_(?!norm)|exp_probs_b|attn_(gate|q_norm|k_norm)|nextn\.(embed_tokens|shared_head)"),
-    "hy_v3": re.compile(r"ffn_(?!norm)|exp_probs_b|nextn\.(embed_tokens|shared_head)"),
-    "cohere2moe": re.compile(r"nextn\.(embed_tokens|shared_head)"),
-    "deepseek32": re.compile(r"exp_probs_b"),
-    "glm-dsa": re.compile(r"exp_probs_b"),
-}
-"""Tensors of prediction layers that llama.cpp loads although it does not use them: created without TENSOR_SKIP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +149,7 @@ def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor], *, load_mtp: 
     layers, experts = [Padded()] * n, [Padded()] * n
     largest, largest_expert = [0] * n, [0] * n
     experts_bytes = 0
-    kept = _KEPT_IN_PREDICTION_LAYERS.get(arch.name)
+    kept = re.compile(arch.row.kept) if arch.row.kept else None
     for tensor in tensors.values():
         stem = _stem(tensor.name)
         match = _LAYER.fullmatch(tensor.name)
@@ -187,7 +170,7 @@ def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor], *, load_mtp: 
             ropes += padded(tensor)  # also tensors of unknown purpose in unknown architectures: counted on every device
         elif stem in _INPUT:
             # A lazily read table is mapped from the file whatever the load mode, and never becomes resident as a whole.
-            if not (stem == "per_layer_token_embd" and arch.name in _LAZY and tensor.n_bytes > _LAZY_BYTES):
+            if not (stem == "per_layer_token_embd" and arch.row.lazy and tensor.n_bytes > _LAZY_BYTES):
                 inputs += padded(tensor)
         elif _OUTPUT.fullmatch(stem) or stem == "token_embd_norm" and arch.name.startswith("lfm2"):
             outputs += padded(tensor)
@@ -195,7 +178,7 @@ def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor], *, load_mtp: 
             layers[0] += padded(tensor)
     embedding = tensors.get("token_embd.weight")
     head = tensors.get("output.weight")
-    is_tied = head is None and embedding is not None and arch.name not in _HEADLESS
+    is_tied = head is None and embedding is not None and not arch.row.headless
     matrix = head or (embedding if is_tied else None)
     return WeightSums(
         input=inputs,
@@ -203,7 +186,7 @@ def sum_weights(arch: Architecture, tensors: Mapping[str, Tensor], *, load_mtp: 
         experts=tuple(experts),
         output=outputs,
         tied=padded(embedding) if is_tied and embedding else Padded(),
-        tied_on_host=padded(embedding) if is_tied and embedding and arch.name in _COPIED_ON_HOST else Padded(),
+        tied_on_host=padded(embedding) if is_tied and embedding and arch.row.copied_on_host else Padded(),
         rope=ropes,
         rope_layers=tuple(_takes_rope(arch, il, layers[il]) or load_mtp for il in range(n)),
         experts_bytes=experts_bytes,

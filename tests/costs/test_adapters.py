@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from comparison import Case, ask, on_devices
 from gguf_file import Gguf
 from gguf_shapes import SMALL, Spec, tensors, write_model
-from test_against_llama_cpp import Case, ask, on_devices
 
 from scheduler.costs.adapter import adapted, read_adapter
 from scheduler.costs.footprint import computes_exactly, footprint
@@ -66,7 +66,7 @@ def test_adapted_models_take_what_is_predicted(devices: int, tmp_path: Path) -> 
     truths = ask(paths, cases, devices=devices, real=True, adapters=adapters)
     for (name, layout, context), truth in zip(cases, truths, strict=True):
         what, shape = f"{name}, {layout}, {context}", shapes[name]
-        assert computes_exactly(shape, CHECKED_BUILD)
+        exact = computes_exactly(shape, CHECKED_BUILD)
         ours, before = (
             footprint(shape, layout, context, CHECKED_BUILD),
             footprint(plain[name], layout, context, CHECKED_BUILD),
@@ -75,7 +75,7 @@ def test_adapted_models_take_what_is_predicted(devices: int, tmp_path: Path) -> 
         for place, (with_adapter, without) in (got | {"host": (ours.host, before.host)}).items():
             weights, cache, compute = truth["bytes"].get(place, [0, 0, 0])
             assert (without.weights_bytes, with_adapter.kv_bytes) == (weights, cache), what
-            assert with_adapter.compute_bytes == compute, f"{place} of {what}"
+            assert (with_adapter.compute_bytes == compute) if exact else (with_adapter.compute_bytes >= compute), what
             added = (with_adapter.weights_bytes - without.weights_bytes) / 2**20
             assert added == pytest.approx(truth["lora_mib"].get(place, 0.0), abs=0.0101), f"{place} of {what}"
 

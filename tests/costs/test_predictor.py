@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from comparison import Case, ask, on_devices
 from gguf_shapes import SMALL, write_model
-from test_against_llama_cpp import Case, ask, on_devices
 
 from scheduler.costs.footprint import footprint, mtp_footprint, with_mtp
 from scheduler.costs.graph.templates import CHECKED_BUILD

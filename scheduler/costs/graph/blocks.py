@@ -15,8 +15,6 @@ from scheduler.costs.graph.nodes import I32, Node, Undrawable
 
 _MEAN, _RANK = 1, 4
 """`LLAMA_POOLING_TYPE_MEAN`, and that of models that rank texts."""
-_PLAIN_OUTPUT = frozenset("deepseek2 deepseek32 glm-dsa dots3note glm5-next".split())
-"""Whose output matrix is multiplied by as it is, without its scale or adapters."""
 
 
 class Build(Attention, FeedForward):
@@ -48,7 +46,7 @@ class Build(Attention, FeedForward):
         """`x` times the output matrix, or the token embedding a second time."""
         matrix = self.weight("output.weight") or self._tied()
         y = g.mul_mat(matrix, x)
-        if self.arch.name not in _PLAIN_OUTPUT:
+        if not self.arch.row.plain_output:
             scale = self.weight("output.scale")
             y = g.mul(y, scale) if scale else y
             for a, b in self._adapters(lambda kind: self.weight(f"output.{kind}")):

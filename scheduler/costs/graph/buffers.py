@@ -24,7 +24,7 @@ from scheduler.costs.graph.drawing import Batch
 from scheduler.costs.graph.model import GraphModel
 from scheduler.costs.graph.nodes import Undrawable
 from scheduler.costs.graph.schedule import schedule
-from scheduler.costs.graph.templates import SETTLING, TEMPLATES
+from scheduler.costs.graph.templates import TEMPLATES
 from scheduler.costs.params import ContextParams, DeviceKind, Layout
 from scheduler.costs.weights import HOST, pad
 
@@ -35,14 +35,10 @@ PIPELINE_COPIES = 4
 _PINS_BELOW_TOKENS = 32
 _REPEATS = 3
 """How many of a row of like layers are drawn: one after something else, one before, one between."""
-_CYCLE, _LONG_CYCLE = 2, 6
-"""Layers after which results lie where they lay before, and the same with experts and in phi, where it may be three."""
+_CYCLE_WITH_EXPERTS = 6
+"""Layers after which results lie where they lay before, where it may be two or three; without experts, as `settles`."""
 _DWARFS = 32
 """A batch so many times larger than one token per sequence asks for more in every buffer, if run in the same places."""
-_GATHERING = frozenset({"minimax-m3"})
-"""Where a single token makes copies of what it attends to, and a large batch does not."""
-_ALONE_TOO = frozenset({"minimax-01"})
-"""Reserved with all tokens in one sequence as well, which makes for larger inputs (`[TAG_RESERVE_DIAG_DECAY]`)."""
 _REMEMBERED = 4096
 
 
@@ -75,8 +71,8 @@ def exact_compute(
     alike = model.same if offloads else model.alike
     loaded = sum(layer.is_loaded for layer in arch.layers)
     drawn = [(alike[il], places[il], layout.spills_experts_of(il)) for il in range(loaded)]
-    if arch.name in SETTLING and not offloads:  # copied weights leave holes that wander from layer to layer
-        drawn = shortened(drawn, _LONG_CYCLE if arch.n_expert or arch.name in ("phi2", "phi3") else _CYCLE)
+    if arch.row.settles and not offloads:  # copied weights leave holes that wander from layer to layer
+        drawn = shortened(drawn, _CYCLE_WITH_EXPERTS if arch.n_expert else arch.row.settles)
     whole = HOST not in places
     totals = _reserved(model, tuple(drawn), places[-1], whole, offloads, kinds, context)
     return list(totals[:-1]), totals[-1]
@@ -121,9 +117,9 @@ def _reserved(
     offloads_to = kinds.index("cuda") if offloads else None
     totals = [0] * (host + 1)
     batches = [Batch(pad(size.n_tokens, size.n_seq_max), size.n_seq_max, min(size.n_tokens, size.n_batch))]
-    if offloads or batches[0].tokens < _DWARFS * size.n_seq_max or model.arch.name in _GATHERING:
+    if offloads or batches[0].tokens < _DWARFS * size.n_seq_max or model.arch.row.gathers:
         batches.append(Batch(size.n_seq_max, size.n_seq_max, size.n_seq_max))
-    if model.arch.name in _ALONE_TOO and size.n_seq_max > 1:
+    if model.arch.row.alone_too and size.n_seq_max > 1:
         batches.append(Batch(size.n_tokens, 1, batches[0].outputs))
     for batch in batches:
         pins = whole or batch.tokens < _PINS_BELOW_TOKENS

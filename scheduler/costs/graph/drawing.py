@@ -20,20 +20,6 @@ _BEFORE_LAYERS = ("token_embd_norm.", "per_layer_model_proj.", "per_layer_proj_n
 """Weights that llama.cpp puts with the first layer, though they have no number."""
 _WITHOUT_ADAPTERS = frozenset("attn_q_a attn_q_b attn_kv_a_mqa attn_k_b attn_v_b".split())
 """Latent attention multiplies by these without looking for adapters."""
-_SCALED_DENSE = frozenset(
-    """
-    llama mistral3 qwen3 qwen35 gemma4 cohere2 nemotron_h nemotron_h_moe nanbeige deepseek32 glm-dsa dots3note
-    """.split()
-)
-_SCALED_SHARED = frozenset(
-    "qwen3next qwen35moe qwen4exp nemotron_h nemotron_h_moe deepseek32 glm-dsa dots3note".split()
-)
-_SCALED_EXPERTS = frozenset(
-    """
-    llama mistral3 qwen3moe qwen3next qwen35moe gemma4 nemotron_h nemotron_h_moe deepseek32 glm-dsa dots3note qwen4exp
-    """.split()
-)
-"""Whose feed-forward blocks multiply by the scale that comes with a matrix (NVFP4); the others leave it out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +144,8 @@ class Drawing:
         """Whether the graph multiplies by the scale of such a matrix, if it has one."""
         if not stem.startswith("ffn_"):
             return True
-        kind = _SCALED_EXPERTS if "_exps" in stem else _SCALED_SHARED if "_shexp" in stem else _SCALED_DENSE
-        return self.arch.name in kind
+        kind = "experts" if "_exps" in stem else "shared" if "_shexp" in stem else "dense"
+        return kind in self.arch.row.scaled
 
     # ------------------------------------------------------------------ norms
 

@@ -1,15 +1,16 @@
-"""Which architectures have a template of their graph.
+"""Templates of graphs by name, and which architecture is drawn by which.
 
-They hold for the releases that they were checked with: tests/costs/test_against_llama_cpp.py compares each with real
-loads of the installed library, and so names the ones that drifted after a version bump. On a machine with any other
-release every architecture gets the bound.
+They follow the graphs of llama.cpp, which change with its releases: `checked` knows with which of them a template was
+compared, and whether it still held. On a machine with any other release every architecture gets the bound.
 """
 
 from __future__ import annotations
 
+from scheduler.costs.checked import CHECKED_BUILD
+from scheduler.costs.families import ROWS
 from scheduler.costs.graph.blocks import Template
 from scheduler.costs.graph.models.codec import CODEC
-from scheduler.costs.graph.models.decoders import COUNTING, DECODERS
+from scheduler.costs.graph.models.decoders import DECODERS
 from scheduler.costs.graph.models.encoders import ENCODERS
 from scheduler.costs.graph.models.gemma import GEMMA
 from scheduler.costs.graph.models.glm5 import GLM5
@@ -25,22 +26,13 @@ from scheduler.costs.graph.models.sparse import SPARSE
 from scheduler.costs.graph.models.t5 import T5
 from scheduler.costs.graph.models.tokens import TOKENS
 
-CHECKED_BUILD = "0.3.36"
-CHECKED_WITH = frozenset({CHECKED_BUILD})
-"""Releases of llama-cpp-python; the newest of them comes with Arriero."""
+__all__ = ["CHECKED_BUILD", "DRAWINGS", "TEMPLATES"]
 
-TEMPLATES: dict[str, Template] = {
+DRAWINGS: dict[str, Template] = {
     **DECODERS, **LATENT, **RECURRENT, **ENCODERS, **GEMMA,
     **RWKV, **SPARSE, **HYPER, **MINIMAX, **PLAMO, **QWEN4, **GLM5, **T5, **CODEC, **LOOPED, **TOKENS,
 }  # fmt: skip
+"""By the name that rows call them by (`Row.template`)."""
 
-GROWING = frozenset({"minimax-m3"})
-"""Whose compute buffers grow while they serve, as more of the cache is in use."""
-
-SETTLING = frozenset(DECODERS) - COUNTING
-"""Where results leave the same holes after every like layer, so that three of them stand for a long row."""
-
-
-def are_checked(build: str) -> bool:
-    """Whether the templates were checked with this build of llama-cpp-python ("0.3.36+cpu"; "": not known)."""
-    return build.partition("+")[0] in CHECKED_WITH
+TEMPLATES = {name: DRAWINGS[row.template] for name, row in ROWS.items() if row.template}
+"""By architecture."""

@@ -108,4 +108,4 @@ def _turned(x: Node) -> Node:
     return g.cont(g.transpose(x))
 
 
-CODEC: dict[str, Template] = {"wavtokenizer-dec": _wavtokenizer}
+CODEC: dict[str, Template] = {"wavtokenizer": _wavtokenizer}

@@ -132,11 +132,7 @@ class _Decoder:
 
 DECODERS: dict[str, Template] = {
     "llama": _Decoder(),
-    "mistral3": _Decoder(),
-    "qwen2": _Decoder(),
     "qwen2moe": _Decoder(normalise=False),
-    "qwen3": _Decoder(),
-    "qwen3moe": _Decoder(),
     "gemma": _Decoder(scales_input=True, scales_q=True),
     "gemma2": _Decoder(scales_input=True, scales_q=True, post_norms=True, caps=True),
     "gemma3": _Decoder(scales_input=True, scales_q=True, post_norms=True),
@@ -147,23 +143,15 @@ DECODERS: dict[str, Template] = {
     ),
     "glm4": _Decoder(post_norms=True, pins_last_norm=True),
     "glm4moe": _Decoder(ffn_norm="post_attention_norm", normalise=None),
-    "granite": _Decoder(),
-    "granitemoe": _Decoder(),
     "command-r": _Decoder(rms=False, parallel="feed-forward first"),
     "cohere2": _Decoder(rms=False, parallel="feed-forward first", ropes="sliding"),
     "starcoder2": _Decoder(rms=False, plain_ffn=True),
     "stablelm": _Decoder(rms=False),
     "smollm3": _Decoder(ropes="three of four"),
-    "ernie4_5": _Decoder(),
-    "ernie4_5-moe": _Decoder(),
     "exaone4": _Decoder(post_norms=True, ropes="sliding"),
     "hunyuan-moe": _Decoder(norms_after_rope=True),
     "seed_oss": _Decoder(ffn_norm="post_attention_norm"),
     "dots1": _Decoder(normalise=None),
-    "bailingmoe2": _Decoder(normalise=None),
     "olmo2": _Decoder(post_norms=True, norms_rows=True),
     "olmoe": _Decoder(normalise=False, norms_rows=True),
 }
-
-COUNTING = frozenset({"smollm3"})
-"""Where the number of a layer matters, so that others cannot stand for it."""

@@ -91,7 +91,7 @@ def _embed(b: Build, x: Node) -> None:
 
 
 ENCODERS: dict[str, Template] = {
-    **dict.fromkeys(("bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3"), _bert),
+    "bert": _bert,
     "modern-bert": _modern_bert,
     "gemma-embedding": _gemma,
 }

@@ -299,15 +299,8 @@ def _qwen3next(b: Build) -> None:
 
 RECURRENT: dict[str, Template] = {
     "mamba": _pure,
-    "mamba2": _pure,
-    "granitehybrid": _hybrid,
-    "jamba": _hybrid,
-    "lfm2": _hybrid,
-    "lfm2moe": _hybrid,
+    "hybrid": _hybrid,
     "falcon-h1": _falcon_h1,
     "nemotron_h": _nemotron_h,
-    "nemotron_h_moe": _nemotron_h,
     "qwen3next": _qwen3next,
-    "qwen35": _qwen3next,
-    "qwen35moe": _qwen3next,
 }

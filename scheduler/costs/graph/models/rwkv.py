@@ -255,4 +255,4 @@ def _hybrid(b: Build) -> None:
     b.logits(b.norm(x, -1, "output_norm"))
 
 
-RWKV: dict[str, Template] = {"rwkv6": _pure, "rwkv7": _pure, "arwkv7": _hybrid, "rwkv6qwen2": _hybrid}
+RWKV: dict[str, Template] = {"rwkv": _pure, "rwkv-hybrid": _hybrid}

@@ -89,4 +89,4 @@ def _attention(b: Build, il: int, x: Node, positions: Node, indexer: _Indexer) -
     return b.project(il, "attn_output", out)
 
 
-SPARSE: dict[str, Template] = {"deepseek32": _draw, "glm-dsa": _draw, "dots3note": _draw}
+SPARSE: dict[str, Template] = {"sparse": _draw}

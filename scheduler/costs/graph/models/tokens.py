@@ -63,7 +63,7 @@ def _qwen3tts(b: Build) -> None:
         return g.concat(lowest, logits)
 
     b.finish_logits = padded
-    DECODERS["qwen3"](b)
+    DECODERS["llama"](b)
 
 
 TOKENS: dict[str, Template] = {"qwen3tts": _qwen3tts, "chameleon": _chameleon}
