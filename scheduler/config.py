@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 
 
 class Alternative(_Strict):
-    """Another way of loading a model; what is left out is as usual."""
+    """Another way of loading a model. Missing keys are as in the model's entry."""
 
     n_ctx: int | None = Field(None, ge=256, description="context of all slots together")
     type_k: CacheType | None = Field(None, description="type of the K cache")
@@ -40,10 +40,10 @@ class ModelParams(_Strict):
 
     n_ctx: Context | None = Field(
         None,
-        description="context of all slots together; none: what was trained, 8192 at most per slot; auto: that, and as "
-        "much more as the GPUs that it is put on have room for",
+        description="context of all slots together; none: the trained context, 8192 per slot at most; auto: the same, "
+        "and more where its GPUs have free VRAM",
     )
-    n_seq_max: int | None = Field(None, ge=1, le=64, description="slots: sequences served at the same time (1)")
+    n_seq_max: int | None = Field(None, ge=1, le=64, description="slots: requests served at the same time (1)")
     n_batch: int | None = Field(None, ge=32, description="prompt tokens per llama_decode (2048)")
     n_ubatch: int | None = Field(None, ge=32, description="prompt tokens per graph; sets the compute buffer (512)")
     type_k: CacheType | None = Field(None, description="type of the K cache (f16)")
@@ -53,39 +53,42 @@ class ModelParams(_Strict):
     swa_full: bool | None = Field(None, description="full-size cache for sliding-window layers (false)")
     use_mmap: bool | None = Field(None, description="map the file instead of reading it (true)")
     use_extra_bufts: bool | None = Field(
-        None, description="repack host weights for faster CPU prompts, at up to twice their memory (false)"
+        None, description="repack host weights for faster prefill on the CPU, at up to twice their memory (false)"
     )
     embeddings: bool | None = Field(None, description="serve /v1/embeddings from this model (embedding models: true)")
     alternatives: tuple[Alternative, ...] | None = Field(
         None,
-        description="other contexts and caches, in order of preference: the first with which it is wholly on GPUs now "
-        "is taken where it would not be otherwise",
+        description="other contexts and caches, in order of preference: if the model would not be wholly on GPUs now, "
+        "the first alternative that is; if it does not fit at all, the first that fits",
     )
-    spill: bool | None = Field(None, description="whether parts of it may lie in host RAM, or all of it (true)")
-    max_gpus: int | None = Field(None, ge=1, description="at most so many GPUs; none: as many as a machine has")
+    spill: bool | None = Field(None, description="whether all or part of it may be in host RAM (true)")
+    max_gpus: int | None = Field(None, ge=1, description="maximum number of GPUs; none: as many as a machine has")
     gpus: tuple[str, ...] | None = Field(
         None, min_length=1, description="only these GPUs: UUID, label (gpu0) or node/label (box1/gpu0)"
     )
     nodes: tuple[str, ...] | None = Field(None, min_length=1, description="only on these machines, by host name")
     labels: dict[str, str] | None = Field(None, description="only on machines with these labels")
     near: tuple[str, ...] | None = Field(None, description="on the machine of these models, while they are loaded")
-    not_with: tuple[str, ...] | None = Field(None, description="never on one GPU with these models")
+    not_with: tuple[str, ...] | None = Field(None, description="never on the same GPU as these models")
     min_tokens_per_s: float | None = Field(
-        None, gt=0, description="only where so many tokens per second are predicted, where speeds are known"
+        None, gt=0, description="only where this speed is predicted; places of unknown speed count as fast enough"
     )
     priority: int | None = Field(
-        None, ge=-10, le=10, description="of its requests, and against eviction: each step doubles its regret (0)"
+        None,
+        ge=-10,
+        le=10,
+        description="of its requests that name none; also protects from eviction: each step doubles its regret (0)",
     )
     min_replicas: int | None = Field(None, ge=0, le=64, description="always loaded, so many times (0)")
     max_replicas: int | None = Field(
         None,
         ge=1,
         le=64,
-        description="loaded at most so many times, each on free GPUs of its own, when requests wait longer than a load "
-        "takes; none: as often as there is room",
+        description="maximum number of replicas: another one is loaded on free GPUs when requests would wait more than "
+        "twice the load time; none: as many as have room",
     )
     keep_alive_s: float | None = Field(
-        None, ge=0, description="unload after so many idle seconds; none: when room is needed"
+        None, ge=0, description="unload after so many idle seconds; none: when its memory is needed"
     )
 
     @field_validator("flash_attn", mode="before")
@@ -98,7 +101,7 @@ class ModelParams(_Strict):
 class ModelEntry(ModelParams):
     """One model of the catalogue."""
 
-    path: str = Field(description="GGUF file or glob on the nodes; the first part of a model in several files")
+    path: str = Field(description="GGUF file or glob on the nodes; for a model in several files, the first one")
     pinned: bool = Field(False, description="never evict it once loaded")
 
 
@@ -106,65 +109,65 @@ class Policy(_Strict):
     """How the scheduler decides."""
 
     max_active_models: int | None = Field(
-        None, ge=1, description="at most so many loaded models; 1 is single-active-model mode"
+        None, ge=1, description="maximum number of loaded models; 1 is single-active-model mode"
     )
     eviction: Literal["lru", "gdsf"] = Field(
         "lru",
-        description="who makes room first: whoever was used longest ago (lru), or whoever is asked for least often "
-        "and is loaded again soonest (gdsf)",
+        description="what is evicted first: least recently used (lru), or least often requested and fastest to load "
+        "again (gdsf)",
     )
     placement: Literal["pack", "spread"] = Field(
         "pack",
-        description="of places that cost nearly the same, the fullest, so that big cards stay free for big models "
+        description="of places with nearly the same cost: the fullest, which keeps big cards free for big models "
         "(pack), or the emptiest (spread)",
     )
     preempt_after_s: float | None = Field(
         None,
         ge=0,
-        description="a request of higher priority that has waited drain_after_s makes busy replicas take nothing new, "
-        "and ends their answers after so many seconds; none: it waits for its turn",
+        description="a request that has waited drain_after_s drains busy replicas that serve only lower priorities; "
+        "their answers end after so many seconds; none: it waits for its turn",
     )
     prefetch: Literal["read_ahead", "preload"] | None = Field(
         None,
-        description="while nothing waits: read files of models that will probably be asked for into the page cache "
-        "(read_ahead), and load them where GPUs are free (preload); what was preloaded is evicted first",
+        description="while no request waits: read the most requested models into the page cache (read_ahead), and "
+        "load them where GPUs are free (preload); preloaded replicas are evicted first",
     )
     min_residency_s: float = Field(
-        5.0, ge=0, description="a replica is not evicted before, unless nothing else is left"
+        5.0, ge=0, description="a replica is not evicted earlier, unless nothing else makes room"
     )
     drain_after_s: float = Field(
-        2.0, ge=0, description="a request waiting longer makes busy victims accept nothing new"
+        2.0, ge=0, description="after this wait, busy replicas in a request's way accept no new requests"
     )
     spill_after_s: float = Field(
-        30.0, ge=0, description="wait so long for room on GPUs before settling for host RAM, where speeds are not known"
+        30.0, ge=0, description="wait so long for room on GPUs before host RAM is used, where speeds are not known"
     )
-    queue_limit: int = Field(256, ge=1, description="requests waiting in all")
+    queue_limit: int = Field(256, ge=1, description="maximum number of waiting requests")
     request_priority_max: int = Field(
         0,
         ge=-10,
         le=10,
-        description="requests may claim no higher priority than this, or their model's if that is more",
+        description="highest priority that a request may name; its model's priority if that is higher",
     )
     priority_s: float = Field(
-        60.0, ge=0, description="one step of priority is worth so many seconds of waiting: nobody waits for ever"
+        60.0, ge=0, description="one step of priority is worth so many seconds of waiting, so no request starves"
     )
     fair_share_s: float = Field(
-        10.0, ge=0, description="each request of an API key that waits already counts its next as so much later"
+        10.0, ge=0, description="a request counts as this much later for each waiting request of the same API key"
     )
-    deadline_s: float = Field(600.0, gt=0, description="a request that waited longer is refused")
+    deadline_s: float = Field(600.0, gt=0, description="a request that has waited longer is refused")
     lease_ttl_s: float = Field(
         60.0, gt=0, description="a slot is taken back when its lease is not renewed in this time"
     )
     preflight: Literal["unverified", "always", "never"] = Field(
         "unverified",
-        description="ask llama.cpp what it would allocate before a first load: of models whose architecture or "
-        "llama.cpp the formulas were not checked with, of all, or never",
+        description="ask llama.cpp what it would allocate before a first load: only if the formulas were not checked "
+        "with this architecture or llama.cpp (unverified), always, or never",
     )
     load_timeout_s: float = Field(900.0, gt=0, description="a load that takes longer has failed")
-    release_timeout_s: float = Field(20.0, gt=0, description="how long evicted memory may take to come back")
-    max_load_attempts: int = Field(3, ge=1, description="loads tried for one model before its requests are refused")
+    release_timeout_s: float = Field(20.0, gt=0, description="how long evicted memory may take to come free")
+    max_load_attempts: int = Field(3, ge=1, description="failed loads in a row before a model's requests are refused")
     backoff_s: float = Field(
-        5.0, gt=0, description="pause after the attempts are used up; doubles each time, 10 minutes at most"
+        5.0, gt=0, description="pause after the last attempt; doubles each time, 10 minutes at most"
     )
     gpu_claim: float = Field(1.0, ge=0, le=1, description="share of Ray's num_gpus that each GPU actor claims")
 
@@ -172,14 +175,16 @@ class Policy(_Strict):
 class Reserves(_Strict):
     """Memory that is never given to models."""
 
-    host_bytes: Bytes = Field(2 * GIB, description="host RAM kept free on each node, beyond what others use")
-    gpu_bytes: Bytes = Field(0, description="not given to models on each GPU; what others use there counts towards it")
+    host_bytes: Bytes = Field(2 * GIB, description="host RAM kept free on each node, beyond what other programs use")
+    gpu_bytes: Bytes = Field(
+        0, description="not given to models on each GPU; memory used by other programs counts towards it"
+    )
     gpus: dict[str, Bytes] = Field(
         default_factory=dict, description="by GPU: UUID, label (gpu0) or node/label (box1/gpu0)"
     )
     cuda_overhead_bytes: Bytes = Field(
         600 * MIB,
-        description="per replica and CUDA GPU: context, cuBLAS workspace, pool; none of it in llama.cpp's report",
+        description="per replica and CUDA GPU: context, cuBLAS workspace, pool; llama.cpp does not report them",
     )
     runner_overhead_bytes: Bytes = Field(
         128 * MIB, description="per replica: the runner's interpreter and libraries, in host RAM"
@@ -189,11 +194,11 @@ class Reserves(_Strict):
 class Server(_Strict):
     """The HTTP gateway."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; anything but loopback demands api_key")
+    host: str = Field("127.0.0.1", description="address to listen on; other addresses than loopback need api_key")
     port: int = Field(11535, ge=0, le=65535)
     api_key: str | None = Field(None, min_length=8, description="clients send it as a bearer token")
     api_keys: dict[str, Annotated[str, Field(min_length=8)]] = Field(
-        default_factory=dict, description="the same, by the names of those who share the cluster: each has a fair share"
+        default_factory=dict, description="API keys of several users, by name: each has a fair share of the queue"
     )
 
     @property
@@ -207,7 +212,7 @@ class Server(_Strict):
     @classmethod
     def _unlike_the_unnamed(cls, keys: dict[str, str]) -> dict[str, str]:
         if UNNAMED_KEY in keys:
-            raise ValueError(f"{UNNAMED_KEY!r} is what the key without a name is called; choose another name")
+            raise ValueError(f"{UNNAMED_KEY!r} is the name of api_key; choose another name")
         return keys
 
     @model_validator(mode="after")
@@ -215,7 +220,7 @@ class Server(_Strict):
         names: dict[str, str] = {}
         for name, key in self.keys.items():
             if key in names:
-                raise ValueError(f"{names[key] or 'api_key'} and {name} have the same key: who asks could not be told")
+                raise ValueError(f"{names[key] or 'api_key'} and {name} have the same key; give each user another key")
             names[key] = name
         return self
 
@@ -230,7 +235,7 @@ class Catalogue(_Strict):
     reserves: Reserves = Reserves()
     server: Server = Server()
     labels: dict[str, dict[str, str]] = Field(
-        default_factory=dict, description="labels of machines, by host name; those that Ray knows need not be repeated"
+        default_factory=dict, description="labels of machines, by host name; labels that Ray knows need not be repeated"
     )
     virtual_gpus: tuple[Bytes, ...] = Field((), description="loopback devices in place of GPUs, on each node")
 
@@ -239,7 +244,7 @@ class Catalogue(_Strict):
     def _hold_something(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
         for size in sizes:
             if size < MIB:
-                raise ValueError(f"a virtual GPU of {size} bytes holds nothing; write its size as {size}MiB or so")
+                raise ValueError(f"a virtual GPU of {size} bytes is too small; write a unit, such as {size}MiB")
         return sizes
 
     @model_validator(mode="after")
@@ -247,7 +252,7 @@ class Catalogue(_Strict):
         for name in self.models:
             for other in (*(self.models[name].near or ()), *(self.models[name].not_with or ())):
                 if other == name:
-                    raise ValueError(f"model {name} cannot be kept near to or away from itself")
+                    raise ValueError(f"model {name} names itself in near or not_with")
             if not NAME.fullmatch(name):
                 raise ValueError(f"model name {name!r} may hold letters, digits and ._:@/+- only")
         return self

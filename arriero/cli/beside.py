@@ -40,7 +40,7 @@ def plan_beside(
             places = [replace(found, beside=bill.beside) for found, bill in zip(plan.places, bills, strict=True)]
             return replace(plan, best=next(iter(places), None), alternatives=tuple(places[1:])), kept
         kept = Kept(max(kept.gpu_bytes, gpu_bytes), max(kept.host_bytes, host_bytes))
-    raise Rejected("what comes with the model grows with its context, and the context with the room: give --n-ctx")
+    raise Rejected("n_ctx auto does not work with files that grow with the context; give --n-ctx")
 
 
 def _bill(cluster: DescribedCluster, model: str, found: PricedPlacement, companions: Companions) -> Bill:

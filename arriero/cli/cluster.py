@@ -44,22 +44,22 @@ def up(
     ] = None,
     address: Address = None,
     host: Annotated[
-        str | None, typer.Option(help="Address to listen on; anything but loopback demands an API key.")
+        str | None, typer.Option(help="Address to listen on; other addresses than loopback need an API key.")
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on (11535); 0: any free one.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="ARRIERO_API_KEY", help="Key that clients must send.")] = None,
     virtual_gpus: Annotated[
         str | None,
-        typer.Option(help="Loopback devices in place of GPUs, as 96MiB,64MiB: the whole path without a card."),
+        typer.Option(help="Loopback devices in place of GPUs, such as 96MiB,64MiB; they need no card."),
     ] = None,
     single: Annotated[
-        bool, typer.Option("--single", help="Single active model: each load evicts the one before.")
+        bool, typer.Option("--single", help="Single active model: each load evicts the previous one.")
     ] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return at once and leave it running.")] = False,
 ) -> None:
-    """Bring Arriero up: on this machine's Ray cluster if there is one, else on a Ray of its own.
+    """Start Arriero on this machine's Ray cluster if there is one, else on a Ray of its own.
 
-    Repeating it is harmless; with other settings or newer code it replaces what runs.
+    With the same settings and code, repeating it changes nothing. With others, it replaces the running version.
     """
     settings = _settings(models, catalogue, host, port, api_key, virtual_gpus, single)
     check_exposure(settings.server.host, settings.server.keys)
@@ -83,10 +83,10 @@ def up(
         ray.shutdown()  # the service needs no driver
         key = next(iter(settings.server.keys.values()), "")
         machine.remember(replace(state, url=deployment.url, api_key=key))
-    verb = "was running already" if deployment.found else "replaced the one before" if deployment.replaced else "is up"
+    verb = "was already running" if deployment.found else "replaced the old version" if deployment.replaced else "is up"
     console.print(styled(f"Arriero {verb} at [bold]{{0}}[/] (OpenAI base URL: {{0}}/v1)", deployment.url))
     if detach:
-        console.print("It goes on without this terminal; `arriero ps` shows it, `arriero down` ends it.", style="dim")
+        console.print("It runs without this terminal. `arriero ps` shows it, `arriero down` stops it.", style="dim")
     else:
         _follow(deployment.url)
         down(address=address, keep_ray=False)
@@ -94,19 +94,17 @@ def up(
 
 def down(
     address: Address = None,
-    keep_ray: Annotated[
-        bool, typer.Option("--keep-ray", help="Leave a Ray that `arriero up` started running.")
-    ] = False,
+    keep_ray: Annotated[bool, typer.Option("--keep-ray", help="Keep the Ray that `arriero up` started.")] = False,
 ) -> None:
-    """Take Arriero down: models unloaded, actors ended, and the Ray that `arriero up` started here with them."""
+    """Stop Arriero: unload models, end its actors, and end the Ray that `arriero up` started here."""
     from arriero import machine
 
-    with console.status("taking Arriero down") as status, machine.alone(status.update):
+    with console.status("stopping Arriero") as status, machine.alone(status.update):
         known = machine.recall()
         chosen = machine.cluster_address(address) or known.ray_address
         if not chosen or (chosen in (machine.LOCAL, known.ray_address) and known.ray_pid and not known.ray_process):
             machine.forget()
-            console.print("Arriero does not run from here; `arriero down --address HOST:PORT` names another cluster.")
+            console.print("No Arriero was started from here. `arriero down --address HOST:PORT` names another cluster.")
             return
         state = machine.connect(chosen, start=False)
         import ray
@@ -129,7 +127,7 @@ def demo(
         Path | None, typer.Option("--models", help="Use the GGUF files of this directory instead.")
     ] = None,
 ) -> None:
-    """Show it all on this machine: several models, less memory than they need, every answer checked."""
+    """Show everything on this machine: several models, too little memory for all, every answer checked."""
     check_packages()
     from arriero.demo import run_demo
 
@@ -149,8 +147,8 @@ def check_packages() -> None:
             owners = set(importlib.metadata.packages_distributions().get(name, ())) - {"arriero"}
             culprit = f"the distribution {', '.join(sorted(owners))}" if owners else str(found)
             raise Rejected(
-                f"the package {name!r} that Python finds belongs to {culprit}, not to Arriero; "
-                "install Arriero in an environment of its own"
+                f"the package {name!r} in this Python environment belongs to {culprit}, not to Arriero; "
+                "install Arriero in a separate environment"
             )
 
 
@@ -209,5 +207,5 @@ def _follow(url: str) -> None:
                 print_notice(notice)
 
     threading.Thread(target=follow, daemon=True).start()
-    console.print("Ctrl-C takes it down.", style="dim")
+    console.print("Ctrl-C stops Arriero.", style="dim")
     stop.wait()

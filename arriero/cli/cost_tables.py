@@ -14,7 +14,7 @@ from scheduler.costs.params import Footprint
 from scheduler.costs.shape import ModelShape
 from scheduler.units import format_bytes
 
-BOUND = "an architecture that Arriero's formulas do not know: every figure is a cautious upper bound"
+BOUND = "no formulas for this architecture, so every figure is a cautious upper bound"
 
 
 def layer_kind(shape: ModelShape, il: int) -> str:
@@ -83,9 +83,9 @@ def show_costs(shape: ModelShape, bills: list[Bill], measured: list[MeasuredLoad
         compute = (
             "compute buffers too"
             if computes_exactly(shape, build)
-            else "compute buffers are a bound that no load exceeds"
+            else "compute buffers are an upper bound that no load exceeds"
         )
-        console.print(f"weights, cache and output are to the byte, {compute}")
+        console.print(f"weights, cache and output are exact to the byte, {compute}")
 
 
 def _add_rows(table: Table, case: str, names: list[str], cost: Footprint) -> None:

@@ -50,13 +50,13 @@ def plan_for(
 
 
 def read_yaml(path: Path) -> Any:
-    """What the YAML file holds. Raises Rejected when it cannot be read or is no YAML."""
+    """What the YAML file holds. Raises Rejected when it cannot be read or is not YAML."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Rejected(f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise Rejected(f"{path} is not YAML that can be read: {error}") from None
+        raise Rejected(f"{path} is not valid YAML: {error}") from None
 
 
 def read_model(path: Path) -> ModelShape:
@@ -74,7 +74,7 @@ def resident_files(description: ClusterDescription, folder: Path) -> dict[str, P
         for replica in node.replicas:
             path = folder / Path(replica.file).expanduser()
             if not NAME.fullmatch(replica.model):
-                raise Rejected(f"replica {replica.model!r}: a model's name may hold letters, digits and ._:@/+- only")
+                raise Rejected(f"replica {replica.model!r}: a model's name may have letters, digits and ._:@/+- only")
             if files.setdefault(replica.model, path) != path:
                 raise Rejected(f"replica {replica.model} has two files: {files[replica.model]} and {path}")
     return files
@@ -150,7 +150,7 @@ def show(name: str, found: DescribedPlan, kept: Kept) -> None:
     """The winner and what else could be had, each with the terms of its price; or why not, and what would help."""
     if kept != Kept():
         free = f"{format_bytes(kept.gpu_bytes)} of each GPU and {format_bytes(kept.host_bytes)} of RAM"
-        console.print(f"{free} are kept free for what comes with the model", soft_wrap=True)
+        console.print(f"{free} are kept free for the files that come with the model", soft_wrap=True)
     if found.refusal:
         console.print(styled("[bold]{}[/] [red]does not fit[/]", name))
         for reason in found.refusal.reasons:
@@ -159,7 +159,7 @@ def show(name: str, found: DescribedPlan, kept: Kept) -> None:
             console.print(f"it would fit with: {way}", soft_wrap=True)
         return
     assert found.best is not None
-    title = f"{name}: the plan, and what else could be had (seconds)"
+    title = f"{name}: the plan and its alternatives (seconds)"
     console.print(price_table(title, [_row(found.best, True), *(_row(other, False) for other in found.alternatives)]))
     for companion, cost in found.best.beside.items():
         shares = [

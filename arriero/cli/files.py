@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from scheduler.costs.params import Footprint, Layout
     from scheduler.costs.shape import ModelShape
 
-Lora = Annotated[list[Path] | None, typer.Option(help="A LoRA adapter; may be given several times.")]
-Mmproj = Annotated[Path | None, typer.Option(help="A projector for images or sounds.")]
-Draft = Annotated[Path | None, typer.Option(help="A small model that guesses ahead for this one.")]
+Lora = Annotated[list[Path] | None, typer.Option(help="A LoRA adapter; may be repeated.")]
+Mmproj = Annotated[Path | None, typer.Option(help="A projector for images or audio.")]
+Draft = Annotated[Path | None, typer.Option(help="A draft model for speculative decoding.")]
 Mtp = Annotated[bool, typer.Option("--mtp", help="Load and run the model's own prediction layers.")]
-File = Annotated[Path, typer.Argument(help="A GGUF file; of a model in several parts, any part.", show_default=False)]
+File = Annotated[Path, typer.Argument(help="A GGUF file; for a model in several parts, any part.", show_default=False)]
 
 
 def inspect(file: File, json: AsJson = False) -> None:
-    """What a GGUF file holds: architecture, layers and their bytes."""
+    """Show what a GGUF file contains: architecture, layers and their bytes."""
     from actors.measurements import llama_build
 
     shape = _read(file)
@@ -50,11 +50,11 @@ def footprint(
     draft: Draft = None,
     mtp: Mtp = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Ask the llama.cpp of this machine, which must have the devices, as well.")
+        bool, typer.Option("--verify", help="Also ask the llama.cpp of this machine; it must have the devices.")
     ] = False,
     json: AsJson = False,
 ) -> None:
-    """Bytes that a model takes per device and in host RAM, with what comes with it."""
+    """Show the bytes that a model takes per device and in host RAM, with the files that come with it."""
     from actors.measurements import llama_build
     from arriero.cli.bill import make_bill
     from arriero.cli.cost_tables import show_costs

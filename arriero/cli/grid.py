@@ -46,7 +46,7 @@ def read_grid(grid: Path | None) -> list[Case]:
     except OSError as error:
         raise Rejected(f"{grid}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise Rejected(f"{grid} is not JSON that can be read: {error}") from None
+        raise Rejected(f"{grid} is not valid JSON: {error}") from None
     if not isinstance(entries, list):
         raise Rejected(f"{grid} must hold a list of objects, not {_kind(entries)}")
     return [_case(entry, index) for index, entry in enumerate(entries)]
@@ -100,7 +100,7 @@ def _object(value: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
     for key in value:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
             raise Rejected(f"{where} has the unknown key {key!r}; {hint}")
     return value
 
@@ -113,5 +113,5 @@ def _typed(value: Any, default: Any, where: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", str: "a text", list: "a list", dict: "an object"}
+    names = {bool: "true or false", int: "a whole number", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), repr(value))

@@ -14,7 +14,7 @@ from scheduler.errors import ArrieroError
 
 app = typer.Typer(
     name="arriero",
-    help="Arriero drives GGUF models over your GPUs: placed, loaded, served and evicted by what they really cost.",
+    help="Arriero places, loads, serves and evicts GGUF models on your GPUs, by their real cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

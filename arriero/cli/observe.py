@@ -29,7 +29,7 @@ def _name_column() -> Column:
 
 
 def ps(url: Url = None, json: AsJson = False) -> None:
-    """Loaded models, where they lie, and who waits."""
+    """Show loaded models, where they are, and what waits."""
     with client(url) as api:
         status = api.status()
     if json:
@@ -67,7 +67,7 @@ def ps(url: Url = None, json: AsJson = False) -> None:
 
 
 def gpus(url: Url = None, json: AsJson = False) -> None:
-    """GPUs: total, free and booked memory, and what other programs use."""
+    """Show GPUs: total, free and booked memory, and what other programs use."""
     with client(url) as api:
         status = api.status()
     if json:
@@ -83,7 +83,7 @@ def gpus(url: Url = None, json: AsJson = False) -> None:
 
 
 def models(url: Url = None, json: AsJson = False) -> None:
-    """The models that may be asked for."""
+    """List the models that you can request."""
     with client(url) as api:
         found = api.models()
     if json:
@@ -113,27 +113,27 @@ def why(
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """The story of a replica: why it was placed there, how it loaded, and why it went."""
+    """Show the history of a replica: why it was placed there, how it loaded, and why it ended."""
     with client(url) as api:
         notices = list(api.events(follow=False))
     ids = [
         notice.replica_id for notice in notices if replica in (notice.replica_id, notice.model) and notice.replica_id
     ]
     if not ids:
-        raise UnknownModel(f"nothing is remembered of a replica or model {replica!r}; see `arriero events`")
+        raise UnknownModel(f"no notices about a replica or model {replica!r}; see `arriero events`")
     for notice in notices:
         if notice.replica_id == ids[-1]:
             print_json(notice, indent=None) if json else print_notice(notice)
 
 
 def events(
-    model: Annotated[str | None, typer.Option(help="Only what concerns this model.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens from now on.")] = False,
+    model: Annotated[str | None, typer.Option(help="Only events of this model.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for new events.")] = False,
     after: Annotated[int, typer.Option(help="Only events after this number.")] = 0,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """What happened: placements, evictions, loads, refusals, each with its reason."""
+    """Show what happened: placements, evictions, loads, refusals, each with its reason."""
     with client(url) as api:
         for notice in api.events(after=after, follow=follow):
             if model is not None and notice.model != model:

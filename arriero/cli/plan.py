@@ -20,7 +20,7 @@ from scheduler.units import format_bytes
 def plan(
     model: str,
     n_ctx: Annotated[
-        str | None, typer.Option(metavar="N", help="Tokens that a slot must hold; with --cluster also auto.")
+        str | None, typer.Option(metavar="N", help="Tokens that a slot must hold. With --cluster, also: auto.")
     ] = None,
     cluster: Annotated[
         Path | None, typer.Option(help="Plan for the cluster described in this file; MODEL is then a GGUF file.")
@@ -41,7 +41,7 @@ def plan(
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """What a request for MODEL would cause now, or on a cluster that is only described. Starts nothing."""
+    """Show what a request for MODEL would cause now, or on a described cluster. Starts nothing."""
     options: dict[str, Any] = {"n_seq_max": n_seq_max, "type_k": type_k, "type_v": type_v}
     given = {key: value for key, value in options.items() if value is not None}
     if cluster is not None:
@@ -54,7 +54,9 @@ def plan(
         plan_for(model, cluster, _tokens(n_ctx), _params(params or [], given), companions, json)
         return
     if given or params or lora or mmproj or draft or mtp:
-        raise Rejected("a service plans with its catalogue: parameters and companions can be given with --cluster only")
+        raise Rejected(
+            "parameters and files beside the model work only with --cluster; without it, the service plans with its catalogue"
+        )
     with client(url) as api:
         found = api.plan(model, n_ctx=_tokens(n_ctx))
     if json:
@@ -67,7 +69,7 @@ def _tokens(n_ctx: str | None) -> int | None:
     if n_ctx is None:
         return None
     if not n_ctx.isascii() or not n_ctx.isdigit() or int(n_ctx) < 1:
-        raise Rejected(f"--n-ctx wants a number of tokens, or with --cluster auto, not {n_ctx!r}")
+        raise Rejected(f"--n-ctx must be a number of tokens, or auto with --cluster, not {n_ctx!r}")
     return int(n_ctx)
 
 
@@ -79,7 +81,7 @@ def _params(texts: list[str], given: dict[str, Any]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise Rejected(f"--set wants key=value, such as n_batch=512, not {text!r}")
+            raise Rejected(f"--set must be key=value, such as n_batch=512, not {text!r}")
         if key == "path":
             raise Rejected("--set path: the file is named by MODEL")
         if key in found:
@@ -87,7 +89,7 @@ def _params(texts: list[str], given: dict[str, Any]) -> dict[str, Any]:
         try:
             found[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise Rejected(f"--set {key}: {value!r} is no YAML; lists are written [a, b]") from None
+            raise Rejected(f"--set {key}: {value!r} is not YAML; write lists as [a, b]") from None
     return found
 
 
@@ -115,7 +117,7 @@ def print_plan(found: Plan) -> None:
         frees = ", ".join(f"{format_bytes(count)} on {device}" for device, count in victim.frees.items())
         console.print(f"evicts {victim.model} (idle {victim.idle_s:.0f} s), which frees {frees}")
     if found.options:
-        console.print(price_table("what could be had now (seconds)", (_row(found, each) for each in found.options)))
+        console.print(price_table("possible places now (seconds)", (_row(found, each) for each in found.options)))
     for way in found.would_fit_if:
         console.print(f"it would fit with: {way}", soft_wrap=True)
     for reason in found.reasons:

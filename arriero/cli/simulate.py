@@ -55,63 +55,64 @@ MAY_BE_ZERO = ("--day", "--drift")
 def simulate(
     cluster: Annotated[
         list[Path] | None,
-        typer.Option(help="Description of the cluster; several are compared. An example without it."),
+        typer.Option(help="Description of a cluster; several are compared. Default: an example."),
     ] = None,
     catalogue: Annotated[
-        Path | None, typer.Option("--catalogue", "-c", help="Catalogue with the models' files; example models without.")
+        Path | None,
+        typer.Option("--catalogue", "-c", help="Catalogue with the models' files. Default: example models."),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="CSV of requests; made by chance without it.")] = None,
-    policy: Annotated[
-        list[str] | None, typer.Option(help=f"{' or '.join(POLICIES)}; given several times, they are compared.")
-    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="CSV of requests. Default: random requests.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help=f"{' or '.join(POLICIES)}; several are compared.")] = None,
     popularity: Annotated[
         float,
-        typer.Option(metavar="EXPONENT", help="Of Zipf's law, by which models are drawn where the trace names none."),
+        typer.Option(metavar="EXPONENT", help="Exponent of Zipf's law for the models, if the trace names none."),
     ] = 1.0,
     drift: Annotated[
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="After so long the models' popularity moves on by one; 0: never.",
+            help="After so long, popularity moves on by one model; 0: never.",
             show_default="1800, or 0 with --trace",
         ),
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(metavar="N", help="Requests to make by chance.", show_default="600")
+        int | None, typer.Option(metavar="N", help="Number of random requests.", show_default="600")
     ] = None,
     gap: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="Mean pause between bursts, per request in a burst.", show_default="15"),
     ] = None,
     burst: Annotated[
-        float | None, typer.Option(metavar="N", help="Requests that come together, about.", show_default="4")
+        float | None, typer.Option(metavar="N", help="Mean number of requests in a burst.", show_default="4")
     ] = None,
     day: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="From one quiet hour to the next; 0: none.", show_default="3600"),
+        typer.Option(
+            metavar="SECONDS", help="Length of a day with a quiet and a busy time; 0: none.", show_default="3600"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 7,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write what became of each request to this file.")
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the result of each request to this file.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Draw GPUs over time and waiting times, as SVG (matplotlib).")
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """What a trace of requests would come to on described clusters, decided by the production scheduler."""
+    """Simulate a trace of requests on described clusters with the production scheduler."""
     from scheduler.simulation.report import summary
     from scheduler.simulation.trace import Popularity
 
     policies = policy or ["lru"]
     for name in policies:
         if name not in POLICIES:
-            raise Rejected(f"there is no policy {name!r}; known are {', '.join(POLICIES)}")
+            raise Rejected(f"unknown policy {name!r}; known policies: {', '.join(POLICIES)}")
     _each_once("--policy", policies)
     made = {"--requests": requests, "--gap": gap, "--burst": burst, "--day": day}
     given = {option: value for option, value in made.items() if value is not None}
     if trace and given:
-        raise Rejected(f"{', '.join(given)}: only where requests are made by chance, but there is --trace {trace}")
+        raise Rejected(f"{', '.join(given)}: only for random requests, but --trace {trace} was given")
     drift_s = (0.0 if trace else EXAMPLE_DRIFT_S) if drift is None else drift
     _check(given | {"--drift": drift_s, "--popularity": popularity})
     clusters = _clusters(cluster or [])
@@ -212,7 +213,7 @@ def _models(path: Path | None) -> tuple[Catalogue, dict[str, ModelOnDisk]]:
         return example_models()
     settings = parse_catalogue(read_yaml(path), str(path))
     if not settings.models:
-        raise Rejected(f"{path} has no models; give each a name and a path")
+        raise Rejected(f"{path} lists no models; give each a name and a path")
     found, entries = {}, {}
     for i, (name, entry) in enumerate(settings.models.items()):
         file = path.parent / Path(entry.path).expanduser()
@@ -249,7 +250,7 @@ def _trace(path: Path | None, popularity: Popularity, seed: int, made: dict[str,
     except OSError as error:
         raise Rejected(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise Rejected(f"{path} is no text: {error}") from None
+        raise Rejected(f"{path} is not a text file: {error}") from None
 
 
 def _write(path: Path, run: Run) -> None:

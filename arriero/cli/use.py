@@ -17,25 +17,25 @@ from arriero.cli.service import Url, client
 from arriero.client import Client, TextStream
 
 MaxTokens = Annotated[int | None, typer.Option(help="Stop after so many tokens.")]
-Temperature = Annotated[float | None, typer.Option(help="0: always the likeliest token.")]
+Temperature = Annotated[float | None, typer.Option(help="0: always the most probable token.")]
 LOOK_EVERY_S = 0.3
 
 
 def run(
     model: str,
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     url: Url = None,
 ) -> None:
-    """Ask MODEL one question and stream the answer."""
+    """Send one prompt to MODEL and stream the answer."""
     text = sys.stdin.read() if prompt == "-" else prompt
     with client(url) as api:
         _answer(api, model, [{"role": "user", "content": text}], max_tokens, temperature, url)
 
 
 def chat(model: str, max_tokens: MaxTokens = None, temperature: Temperature = None, url: Url = None) -> None:
-    """Talk with MODEL; Ctrl-C cancels an answer, Ctrl-D ends the chat."""
+    """Chat with MODEL. Ctrl-C cancels an answer, Ctrl-D ends the chat."""
     messages: list[dict[str, str]] = []
     with client(url) as api:
         api.plan(model)  # a model that does not exist is said before anything is typed
@@ -60,18 +60,18 @@ def load(
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """Load MODEL now, before anybody asks for it."""
+    """Load MODEL now, before the first request."""
     with client(url) as api, _progress(model, url):
         result = api.load(model, n_ctx=n_ctx)
     if json:
         print_json(result)
         return
-    took = f"loaded in {result.load_s:.1f} s" if result.load_s else "was loaded already"
+    took = f"loaded in {result.load_s:.1f} s" if result.load_s else "was already loaded"
     console.print(f"{model} {took} on {result.node}, {result.n_ctx} tokens of context")
 
 
 def unload(model: str, url: Url = None, json: AsJson = False) -> None:
-    """Unload MODEL and give its memory back; requests that run finish first."""
+    """Unload MODEL and free its memory. Running requests finish first."""
     with client(url) as api:
         result = api.unload(model)
     if json:
@@ -82,7 +82,7 @@ def unload(model: str, url: Url = None, json: AsJson = False) -> None:
 
 def pin(
     model: str,
-    off: Annotated[bool, typer.Option("--off", help="Allow its eviction again.")] = False,
+    off: Annotated[bool, typer.Option("--off", help="Allow eviction again.")] = False,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
@@ -128,8 +128,8 @@ def _answer(
 def _nothing(stream: TextStream) -> str:
     """Why the whole answer is empty."""
     if stream.finish_reason == "length":
-        return "used up its tokens on what is no text: --max-tokens allows more"
-    return "answered with nothing: it ended at once"
+        return "used all its tokens without any text; --max-tokens allows more"
+    return "gave an empty answer: it ended at once"
 
 
 @contextlib.contextmanager

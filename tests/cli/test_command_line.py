@@ -121,7 +121,7 @@ def test_why_tells_the_story_of_one_replica() -> None:
     assert "CPU only" not in text and "v: one GPU" not in text and "joined" not in text
     newest = output("why", "m")
     assert "CPU only" in newest and "makes room" not in newest
-    with pytest.raises(UnknownModel, match="nothing is remembered of a replica or model 'x'"):
+    with pytest.raises(UnknownModel, match="no notices about a replica or model 'x'"):
         output("why", "x")
 
 
@@ -175,9 +175,9 @@ def test_without_models_and_catalogue_the_usual_folder_is_searched(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"a: [", "is not YAML that can be read"),
-        (b"\xff\xfe", "is not YAML that can be read"),
-        (b"[" * 5000, "is not YAML that can be read"),
+        (b"a: [", "is not valid YAML"),
+        (b"\xff\xfe", "is not valid YAML"),
+        (b"[" * 5000, "is not valid YAML"),
         (b"- 1", "is a mapping"),
         (b"modles: {}", "did you mean models"),
     ],

@@ -112,12 +112,12 @@ def test_parameters_of_a_catalogue_may_be_given(folder: Path) -> None:
         ("--set n_bacth=512", "--set: unknown key models.a.n_bacth; did you mean n_batch?"),
         ("--set n_batch=many", "--set: models.a.n_batch: Input should be a valid integer"),
         ("--type-k q9", "--set: models.a.type_k: Input should be 'f32', 'f16'"),
-        ("--set n_batch", "--set wants key=value, such as n_batch=512, not 'n_batch'"),
+        ("--set n_batch", "--set must be key=value, such as n_batch=512, not 'n_batch'"),
         ("--set path=b.gguf", "--set path: the file is named by MODEL"),
         ("--set n_seq_max=2 --n-seq-max 2", "n_seq_max is given twice"),
-        ("--set gpus=[a", "--set gpus: '[a' is no YAML"),
-        ("--n-ctx many", "--n-ctx wants a number of tokens, or with --cluster auto, not 'many'"),
-        ("--n-ctx 0", "--n-ctx wants a number of tokens"),
+        ("--set gpus=[a", "--set gpus: '[a' is not YAML"),
+        ("--n-ctx many", "--n-ctx must be a number of tokens, or auto with --cluster, not 'many'"),
+        ("--n-ctx 0", "--n-ctx must be a number of tokens"),
         ("--draft none.gguf", "none.gguf: No such file"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_draft_takes_the_room_that_its_footprint_says(folder: Path) -> None:
         host = planned(folder, "--draft", folder / "b.gguf", "--n-ctx", 8192)["placement"]["host"]
         assert (host["layers"] == 0) == on_gpu
     text = run("plan", folder / "a.gguf", "--cluster", folder / "one.yaml", "--draft", folder / "b.gguf")
-    assert "are kept free for what comes with the model" in text and "+ draft: " in text
+    assert "are kept free for the files that come with the model" in text and "+ draft: " in text
 
 
 def test_the_file_of_a_replica_with_a_draft_is_another_model(folder: Path) -> None:
@@ -204,7 +204,7 @@ def test_policies_are_compared_side_by_side_and_requests_written(folder: Path) -
     with (folder / "out.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 and all(float(row["granted_s"]) <= float(row["first_token_s"]) for row in rows)
-    with pytest.raises(Rejected, match="there is no policy 'lfu'; known are lru, gdsf, single"):
+    with pytest.raises(Rejected, match="unknown policy 'lfu'; known policies: lru, gdsf, single"):
         run("simulate", *common, "--policy", "lfu")
 
 
@@ -286,7 +286,7 @@ def test_popularity_drifts_where_a_trace_names_no_models(folder: Path) -> None:
         ("--drift 1e-9", "--drift is 1e-09; it must be 0, or between 1"),
         ("--popularity -1", "--popularity is -1.0"),
         ("--gap 1e6", "these requests would come over"),
-        ("--trace t.csv --gap 5 --day 0", "--gap, --day: only where requests are made by chance"),
+        ("--trace t.csv --gap 5 --day 0", "--gap, --day: only for random requests"),
         ("--policy lru --policy lru", "--policy lru is given twice"),
         ("--cluster c.yaml --cluster c.yaml", "--cluster c.yaml is given twice"),
         ("--csv out.csv --policy lru --policy gdsf", "--csv writes the requests of one run"),

@@ -180,7 +180,7 @@ def test_an_answer_is_in_sight_on_a_terminal_and_untouched_in_a_pipe(written: Ca
 
 @pytest.mark.parametrize(
     ("finish_reason", "note"),
-    [("stop", "m answered with nothing: it ended at once"), ("length", "m used up its tokens on what is no text")],
+    [("stop", "m gave an empty answer: it ended at once"), ("length", "m used all its tokens without any text")],
 )
 def test_an_empty_answer_is_said_beside_the_output(gateway: HostileGateway, finish_reason: str, note: str) -> None:
     gateway.finish_reason = finish_reason

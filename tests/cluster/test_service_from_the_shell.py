@@ -60,8 +60,8 @@ def test_up_use_and_down(arriero: Arriero, models: Path, tmp_path: Path) -> None
     assert arriero("run", "alba", "llamas", "--max-tokens", "5").stdout.strip()
     (replica,) = json.loads(arriero("ps", "--json").stdout)["replicas"]
     assert (replica["model"], replica["state"]) == ("alba", "ready")
-    assert "was running already" in arriero(*up).stdout
-    assert "was running already" in arriero(*up[:-3], "--detach").stdout, "without an address it is found too"
+    assert "was already running" in arriero(*up).stdout
+    assert "was already running" in arriero(*up[:-3], "--detach").stdout, "without an address it is found too"
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -86,6 +86,6 @@ def test_two_at_once_bring_up_one(arriero: Arriero, models: Path, tmp_path: Path
     with ThreadPoolExecutor(2) as pool:
         both = [ended.stdout for ended in pool.map(lambda _: arriero(*up), range(2))]
     (first,) = (text for text in both if "Arriero is up at http" in text)
-    (second,) = (text for text in both if "Arriero was running already at http" in text)
+    (second,) = (text for text in both if "Arriero was already running at http" in text)
     url = json.loads((tmp_path / "arriero" / "deployment.json").read_text())["url"]
     assert url in first and url in second

@@ -50,7 +50,7 @@ def test_sizes_and_yaml_booleans() -> None:
         ("policy: {max_active_models: 0}", "policy.max_active_models"),
         ("server: {api_key: short}", "server.api_key"),
         ("server: {api_keys: {ann: long-enough, ben: long-enough}}", "ann and ben have the same key"),
-        ("server: {api_keys: {unnamed: long-enough}}", "'unnamed' is what the key without a name is called"),
+        ("server: {api_keys: {unnamed: long-enough}}", "'unnamed' is the name of api_key"),
         ("models: {a: {path: x, min_replicas: 3, max_replicas: 2}}", "a: min_replicas 3 is more than max_replicas 2"),
         ("{defaults: {max_replicas: 1}, models: {a: {path: x, min_replicas: 2}}}", "a: min_replicas 2 is more than"),
     ],

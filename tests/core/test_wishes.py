@@ -118,7 +118,7 @@ def test_other_contexts_of_an_embedding_model_hold_whole_sequences_in_one_batch(
 
 
 def test_a_model_is_not_its_own_neighbour() -> None:
-    with pytest.raises(Rejected, match="near to or away from itself"):
+    with pytest.raises(Rejected, match="names itself in near or not_with"):
         parse_catalogue(wants(not_with=["m"]))
 
 
