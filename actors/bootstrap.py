@@ -81,7 +81,9 @@ def _bring_up(catalogue: Catalogue, say: Say) -> Deployment:
         return Deployment(_start_all(catalogue, head, version, say), version, replaced)
     except RayActorError as error:
         _take_down()
-        raise Unavailable(f"Arriero does not start: {_cause(error)}; {LOGS} say more", retry_after_s=10.0) from error
+        raise Unavailable(
+            f"Arriero does not start: {_cause(error)}; details are in {LOGS}", retry_after_s=10.0
+        ) from error
     except BaseException:
         _take_down()
         raise
@@ -93,8 +95,8 @@ def _check_port(running: Any, server: Server, url: str | None) -> None:
         return
     with contextlib.suppress(TypeError):  # one of another version may not know the question
         if _ask(running.free_port.remote(server.host, server.port)) == 0:
-            taken = f"the gateway cannot listen on {server.host}:{server.port}: another program does"
-            goes_on = f"Arriero goes on{f' at {url}' if url else ''} as it was"
+            taken = f"the gateway cannot listen on {server.host}:{server.port}: another program uses it"
+            goes_on = f"Arriero still runs{f' at {url}' if url else ''}, unchanged"
             raise Rejected(f"{taken}; choose another --port. {goes_on}")
 
 
@@ -146,7 +148,7 @@ def _take_down(say: Say = lambda _: None) -> bool:
     names = _names()  # now that nobody starts runners any more
     runners = [name for name in names if name.startswith(RUNNER_PREFIX)]
     if runners:
-        say(f"ending {len(runners)} runners")
+        say(f"stopping {len(runners)} runners")
     processes: list[Process] = _answers(
         actor.process.remote() for name in runners if (actor := _find(name)) is not None
     )
@@ -168,7 +170,7 @@ def _await_ends(nodes: list[str], processes: Sequence[tuple[int, float]], say: S
     actors = [actor for name in nodes if (actor := _find(name)) is not None]
     stubborn = _answers((node.wait_gone.remote(tuple(processes), KILL_AFTER_S) for node in actors), END_TIMEOUT_S)
     for pid in {pid for left in stubborn for pid in left}:
-        say(f"process {pid} does not end by itself and is killed")
+        say(f"process {pid} does not end; killing it")
         for process in [process for process in processes if process[0] == pid]:
             _answers(node.kill_process.remote(*process) for node in actors)
     if any(stubborn):
@@ -209,7 +211,7 @@ def _start(actor: Any, name: str, where: Any, *arguments: object) -> Any:
             )
         except ValueError:  # the name of a killed actor lingers for a moment
             time.sleep(0.25)
-    raise Unavailable(f"Ray does not give the name {name} free; {LOGS} say why", retry_after_s=10.0)
+    raise Unavailable(f"Ray does not release the name {name}; see {LOGS}", retry_after_s=10.0)
 
 
 def _url() -> str | None:
@@ -234,9 +236,7 @@ def _get(reference: Any, trouble: str) -> Any:
     try:
         return ray.get(reference, timeout=2 * START_TIMEOUT_S)
     except GetTimeoutError as error:
-        raise Unavailable(
-            f"{trouble} within {2 * START_TIMEOUT_S:.0f} s; {LOGS} say why", retry_after_s=10.0
-        ) from error
+        raise Unavailable(f"{trouble} within {2 * START_TIMEOUT_S:.0f} s; see {LOGS}", retry_after_s=10.0) from error
 
 
 def _ask(reference: Any, timeout_s: float = 10.0) -> Any:

@@ -94,10 +94,12 @@ def http_settings(base_url: str | None, api_key: str | None) -> dict[str, Any]:
     try:
         host = httpx.URL(url).host
     except (httpx.InvalidURL, ValueError, TypeError) as error:
-        raise Rejected(f"{url!r} is no URL of an Arriero, such as http://127.0.0.1:{DEFAULT_PORT}: {error}") from None
+        raise Rejected(
+            f"{url!r} is not the URL of an Arriero gateway, such as http://127.0.0.1:{DEFAULT_PORT}: {error}"
+        ) from None
     key = api_key or os.environ.get("ARRIERO_API_KEY")
     if key and not (key.isascii() and key.isprintable()):
-        raise Rejected("an API key has printable ASCII characters only: this one cannot be sent")
+        raise Rejected("this API key cannot be sent: use printable ASCII characters only")
     return {
         "base_url": url,
         "headers": {"Authorization": f"Bearer {key}"} if key else {},
@@ -118,10 +120,10 @@ def connection_error(base_url: httpx.URL, error: httpx.TransportError) -> Unavai
     """What a failed connection means, and what to do about it."""
     url = str(base_url).rstrip("/")
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        return Unavailable(f"no Arriero answers at {url}: start it with `arriero up`, or set ARRIERO_URL ({error})")
+        return Unavailable(f"no Arriero answers at {url}; start it with `arriero up`, or set ARRIERO_URL ({error})")
     if isinstance(error, httpx.TimeoutException):
         return Unavailable(f"Arriero at {url} did not answer in time ({type(error).__name__})")
-    return Unavailable(f"the connection to Arriero at {url} broke ({type(error).__name__}: {error}); ask again")
+    return Unavailable(f"the connection to Arriero at {url} broke ({type(error).__name__}: {error}); try again")
 
 
 def error_of(status: int, body: bytes) -> ArrieroError:
@@ -268,7 +270,7 @@ class Progress:
     def check_end(self) -> None:
         """Raises Unavailable for a stream that stopped in the middle."""
         if not self._ended:
-            raise Unavailable("the gateway ended the stream in the middle of the answer; ask again")
+            raise Unavailable("the gateway ended the stream before the answer was complete; try again")
 
 
 def data_of(line: str) -> str | None:

@@ -108,10 +108,10 @@ def alone(say: Callable[[str], object]) -> Iterator[None]:
                 other = f"process {lock.read() or '?'}"
             if time.monotonic() > deadline:
                 raise Unavailable(
-                    f"{other} has been bringing Arriero up, or taking it down, for more than {TURN_TIMEOUT_S:.0f} s; "
+                    f"{other} has been starting or stopping Arriero for more than {TURN_TIMEOUT_S:.0f} s; "
                     "wait for it, or end it and try again"
                 )
-            say(f"waiting for {other}, which brings Arriero up or takes it down")
+            say(f"waiting for {other}, which starts or stops Arriero")
             time.sleep(0.2)
         lock.truncate(0)
         lock.write(str(os.getpid()))
@@ -151,12 +151,12 @@ def cluster_address(address: str | None) -> str:
     Raises Rejected for an `address` that names one, and for what is no address of a cluster.
     """
     if address and address.startswith(("http://", "https://")):
-        raise Rejected(f"{address} is a Ray job server; --address wants the cluster itself, as HOST:6379")
+        raise Rejected(f"{address} is a Ray job server; --address needs the cluster itself, as HOST:6379")
     named = address or os.environ.get("RAY_ADDRESS", "")
     if named.startswith(("http://", "https://")):
         return ""
     if named not in ("", "auto", LOCAL) and not _HOST_AND_PORT.fullmatch(named):
-        raise Rejected(f"{named!r} is no address of a Ray cluster; write it as HOST:6379")
+        raise Rejected(f"{named!r} is not the address of a Ray cluster; write it as HOST:6379")
     return named
 
 

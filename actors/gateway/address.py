@@ -26,6 +26,6 @@ def check_exposure(host: str, api_keys: Mapping[str, str]) -> None:
         raise Rejected("the API key is empty: set ARRIERO_API_KEY to a long random text, or unset it")
     if not api_keys and not is_loopback(host):
         raise Rejected(
-            f"refusing to listen on {host} without an API key: anybody who reaches this machine could use its models. "
+            f"listening on {host} needs an API key: without one, any client could use its models. "
             "Set --api-key or ARRIERO_API_KEY, or listen on 127.0.0.1 (the default)"
         )

@@ -54,7 +54,7 @@ def _fields(body: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise Rejected("the body must be a JSON object: {…}")
     if len(data) > MAX_FIELDS:
-        raise Rejected(f"the body has {len(data)} fields; {MAX_FIELDS} are the most")
+        raise Rejected(f"the body has {len(data)} fields; at most {MAX_FIELDS} are allowed")
     return data
 
 
@@ -62,5 +62,5 @@ def _hint(error: str) -> str:
     if "recursion" in error:
         return f"it is nested deeper than {MAX_DEPTH} levels ({error.rpartition(' at ')[2]})"
     if "hex escape" in error:
-        return f"{error} (half of a surrogate pair is no Unicode)"
+        return f"{error} (half of a surrogate pair is not valid Unicode)"
     return error

@@ -64,7 +64,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls it for what is no HTTP."""
-        self._refuse(Rejected(f"{msg.rstrip('.')}: no HTTP/1.1, or headers of more than {limits.MAX_HEAD_BYTES} bytes"))
+        self._refuse(Rejected(f"{msg.rstrip('.')}: not HTTP/1.1, or headers larger than {limits.MAX_HEAD_BYTES} bytes"))
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -83,11 +83,12 @@ class Connection(H11Protocol):
     def _one_too_many(self) -> TooMuchHeld | None:
         most = limits.connection_limit()
         if len(self.connections) > most:
-            return TooMuchHeld(f"{most} connections are open, the most that there may be", retry_after_s=limits.RETRY_S)
+            return TooMuchHeld(f"{most} connections are open, the maximum", retry_after_s=limits.RETRY_S)
         most = limits.connection_limit_of_address()
         if self._open_by_address[self._address] > most:
             return TooMuchHeld(
-                f"{most} connections of {self._address} are open, the most of one address", retry_after_s=limits.RETRY_S
+                f"{most} connections from {self._address} are open, the maximum per address",
+                retry_after_s=limits.RETRY_S,
             )
         return None
 

@@ -87,8 +87,8 @@ class HeldBody:
         more = max(0, self._seen_bytes - INLINE_BYTES) - self.counted_bytes
         if self._held.held_bytes + more > self._held.limit_bytes:
             raise TooMuchHeld(
-                f"the gateway holds {format_bytes(self._held.held_bytes)} of large requests that wait or run; "
-                f"{format_bytes(self._held.limit_bytes)} are the most: ask again later",
+                f"the gateway holds {format_bytes(self._held.held_bytes)} of large requests (waiting or running); "
+                f"the maximum is {format_bytes(self._held.limit_bytes)}; try again later",
                 retry_after_s=RETRY_S,
             )
         self.counted_bytes += more
@@ -96,4 +96,4 @@ class HeldBody:
 
 
 def too_large(limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is larger than {format_bytes(limit_bytes)}, the most that is taken here")
+    return BodyTooLarge(f"the request body is larger than {format_bytes(limit_bytes)}, the limit of this route")

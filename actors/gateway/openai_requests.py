@@ -35,7 +35,7 @@ MAX_INPUTS = 2048  # OpenAI's own bound on an embeddings request
 
 def _few_biases(given: object) -> object:
     if isinstance(given, Mapping) and len(given) > MAX_BIASES:
-        raise ValueError(f"{len(given)} tokens; {MAX_BIASES} are the most")
+        raise ValueError(f"{len(given)} tokens; at most {MAX_BIASES} are allowed")
     return given
 
 
@@ -124,7 +124,7 @@ class SamplingRequest(ModelRequest):
     def generation(self, request_id: str, key: str, beginning: object, **content: object) -> Ask:
         """`content`: the parts of the request's content; `beginning`: that of its prompt. Raises Rejected."""
         if self.n not in (None, 1):
-            raise _refused("n", "Arriero gives one answer per request: send several requests")
+            raise _refused("n", "Arriero gives one answer per request; send several requests")
         request = GenerateRequest(
             request_id,
             content_of(**content, json_schema=self._json_schema()),
@@ -139,15 +139,15 @@ class SamplingRequest(ModelRequest):
     def _token_limit(self) -> int | None:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if limit == 0:
-            raise _refused("max_tokens", "0 tokens make no answer: ask for one at least, or leave the limit out")
+            raise _refused("max_tokens", "0 tokens give no answer; set at least 1, or leave the limit out")
         return None if limit == -1 else limit
 
     def _stops(self) -> tuple[str, ...]:
         texts = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(texts) > MAX_STOPS:
-            raise _refused("stop", f"{len(texts)} stop strings; {MAX_STOPS} are the most")
+            raise _refused("stop", f"{len(texts)} stop strings; at most {MAX_STOPS} are allowed")
         if (longest := max(map(len, texts), default=0)) > MAX_STOP_LENGTH:
-            raise _refused("stop", f"a stop string of {longest} characters; {MAX_STOP_LENGTH} are the most")
+            raise _refused("stop", f"a stop string has {longest} characters; at most {MAX_STOP_LENGTH} are allowed")
         return tuple(text for text in texts if text)
 
     def _sampling(self) -> Sampling:
@@ -180,11 +180,11 @@ class ChatRequest(SamplingRequest):
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.tools or self.functions:
-            raise _refused("tools" if self.tools else "functions", "tools are not supported yet: leave them out")
+            raise _refused("tools" if self.tools else "functions", "tools are not supported yet; leave them out")
         if self.logprobs:
             raise _refused("logprobs", "token probabilities are not supported")
         if self.modalities not in (None, ["text"]):
-            raise _refused("modalities", "text is the only modality")
+            raise _refused("modalities", "only the modality text is supported")
         messages = [_plain(index, message) for index, message in enumerate(self.messages)]
         return self.generation(request_id, key, _opening(messages), messages=messages)
 
@@ -201,7 +201,7 @@ class CompletionRequest(SamplingRequest):
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.suffix:
-            raise _refused("suffix", "filling in the middle is not supported")
+            raise _refused("suffix", "suffixes are not supported")
         if self.echo:
             raise _refused("echo", "echoing the prompt is not supported")
         if self.logprobs is not None:
@@ -210,7 +210,7 @@ class CompletionRequest(SamplingRequest):
             raise _refused("best_of", "Arriero gives one answer per request")
         prompts = _texts_or_tokens("prompt", self.prompt)
         if len(prompts) > 1:
-            raise _refused("prompt", f"{len(prompts)} prompts; send each as a request of its own")
+            raise _refused("prompt", f"{len(prompts)} prompts; send each in its own request")
         return self.generation(request_id, key, prompts[0][:PREFIX_LENGTH], prompt=prompts[0])
 
 
@@ -224,10 +224,10 @@ class EmbeddingsRequest(ModelRequest):
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.dimensions is not None:
-            raise _refused("dimensions", "vectors come in the model's own length only: leave it out")
+            raise _refused("dimensions", "vectors have the model's own length only; leave it out")
         inputs = _texts_or_tokens("input", self.input)
         if len(inputs) > MAX_INPUTS:
-            raise _refused("input", f"{len(inputs)} inputs; {MAX_INPUTS} are the most in one request")
+            raise _refused("input", f"{len(inputs)} inputs; at most {MAX_INPUTS} are allowed in one request")
         request = EmbedRequest(request_id, content_of(inputs=inputs))
         return Ask(self.need(request, "embed", key), request, encoding_format=self.encoding_format)
 
@@ -279,7 +279,7 @@ def _text_of_part(index: int, part: Mapping[str, Any]) -> str:
     kind, text = part.get("type"), part.get("text")
     if kind != "text":
         named = clipped(kind, TOLD_LENGTH) if isinstance(kind, str) else "unknown"
-        raise _refused(f"messages.{index}.content", f"a part of type {named!r} is not supported: only text is")
+        raise _refused(f"messages.{index}.content", f"a part of type {named!r} is not supported; only text is")
     if not isinstance(text, str):
         raise _refused(f"messages.{index}.content", 'a part of type "text" needs its "text"')
     return text

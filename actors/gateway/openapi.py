@@ -122,7 +122,7 @@ def _complete(made: dict[str, Any]) -> None:
                     "description": " or ".join(codes),
                     "content": {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}},
                 }
-            responses[str(CLIENT_CLOSED_REQUEST)] = {"description": "the client has left: nobody reads it"}
+            responses[str(CLIENT_CLOSED_REQUEST)] = {"description": "the client has disconnected"}
 
 
 def _codes(errors: Errors) -> dict[int, list[str]]:

@@ -93,7 +93,7 @@ class Parsers:
 def _trouble(status: int | None, error: Exception, job: _Job) -> ArrieroError:
     """What became of a body whose process ended with the exit status `status` (None: it did not start)."""
     if status is None:
-        return InvariantBroken(f"the process that reads large requests does not start: {error!r}")
+        return InvariantBroken(f"the process that reads large requests cannot start: {error!r}")
     if isinstance(error, asyncio.TimeoutError):
         limit = f"{PARSE_S:g} s"
     elif status == -signal.SIGXCPU:
@@ -101,7 +101,7 @@ def _trouble(status: int | None, error: Exception, job: _Job) -> ArrieroError:
     else:
         limit = f"{format_bytes(PARSE_DATA_BYTES)} of memory"
     size = format_bytes(job.size_bytes)
-    return BodyTooLarge(f"reading the body ({size}) took more than {limit}: send fewer or simpler values")
+    return BodyTooLarge(f"reading the body ({size}) took more than {limit}; send fewer or simpler values")
 
 
 class _Process:

@@ -147,11 +147,11 @@ class RayBackend:
                 pause_s = next(pauses_s, None)
                 if pause_s is None:
                     raise Unavailable(
-                        "the scheduler does not answer; Ray restarts it by itself, try again in a few seconds "
-                        "(`arriero up` if that lasts)",
+                        "the scheduler does not answer; Ray restarts it. Try again in a few seconds. "
+                        "If this continues, run `arriero up`",
                         retry_after_s=5.0,
                     ) from error
-                log.warning("the scheduler is away, asking again in %.1f s: %s", pause_s, error)
+                log.warning("the scheduler does not answer, asking again in %.1f s: %s", pause_s, error)
                 await asyncio.sleep(pause_s)
             except RayTaskError as error:
                 raise _cause(error) or InvariantBroken(f"the scheduler failed in {method}: {error.cause}") from error
@@ -167,7 +167,7 @@ class RayBackend:
                 # A blocking question to the head: off the event loop, where everybody's tokens pass.
                 runner = await asyncio.to_thread(ray.get_actor, lease.runner, namespace=self._namespace)
             except ValueError as error:
-                gone = f"replica {lease.replica_id} of {lease.model} is gone; ask again"
+                gone = f"replica {lease.replica_id} of {lease.model} is gone; try again"
                 raise EngineFailed(gone, replica_id=lease.replica_id) from error
             if len(self._runners) >= MAX_CACHED_RUNNERS:
                 self._runners.clear()  # replica ids are never used twice: what is still alive is looked up again
@@ -179,7 +179,7 @@ class RayBackend:
             return _cause(error) or EngineFailed(f"replica {lease.replica_id} of {lease.model} failed: {error.cause}")
         self._runners.pop(lease.replica_id, None)
         return EngineFailed(
-            f"the process that ran {lease.model} (replica {lease.replica_id}) ended while it answered; ask again",
+            f"the process that ran {lease.model} (replica {lease.replica_id}) ended while it answered; try again",
             replica_id=lease.replica_id,
         )
 

@@ -97,7 +97,7 @@ class Relay:
                     usage = TokenCounts(chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens, chunk.pace)
                 yield chunk
             if not finished:
-                raise EngineFailed(f"replica {lease.replica_id} of {lease.model} broke its answer off")
+                raise EngineFailed(f"replica {lease.replica_id} of {lease.model} ended its answer early")
         except EngineFailed:
             failed = True
             raise

@@ -128,12 +128,12 @@ def _check_names(headers: Headers) -> None:
     host = headers.get("host", "")
     if not is_loopback(_hostname(f"//{host}")):
         raise Forbidden(
-            f"this gateway answers to localhost, 127.0.0.1 and [::1] only, not to {host!r}; "
+            f"this gateway answers only to localhost, 127.0.0.1 and [::1], not to {host!r}; "
             "to use another name (a reverse proxy, a tunnel) start it with an API key"
         )
     origin = headers.get("origin")
     if origin is not None and not is_loopback(_hostname(origin)):
-        raise Forbidden(f"a web page of {origin!r} must not use this gateway; start it with an API key to allow it")
+        raise Forbidden(f"this gateway refuses web pages from {origin!r}; start it with an API key to allow them")
 
 
 def _hostname(url: str) -> str:

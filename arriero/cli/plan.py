@@ -55,7 +55,7 @@ def plan(
         return
     if given or params or lora or mmproj or draft or mtp:
         raise Rejected(
-            "parameters and files beside the model work only with --cluster; without it, the service plans with its catalogue"
+            "parameters and companion files work only with --cluster; otherwise the service uses its catalogue"
         )
     with client(url) as api:
         found = api.plan(model, n_ctx=_tokens(n_ctx))

@@ -192,7 +192,7 @@ def test_a_bad_catalogue_names_the_file_and_the_fault(tmp_path: Path, text: byte
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:1/\n", "http://127.0.0.1:port"])
 def test_a_url_that_is_none_is_named(url: str) -> None:
-    with pytest.raises(Rejected, match=r"is no URL of an Arriero, such as http://127\.0\.0\.1:11535"):
+    with pytest.raises(Rejected, match=r"is not the URL of an Arriero gateway, such as http://127\.0\.0\.1:11535"):
         output("ps", "--url", url)
 
 
@@ -229,10 +229,10 @@ def test_the_address_of_a_job_server_is_none_of_a_cluster(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("address", ["x", "ray://head:10001", "head:", ":6379", "head:port", "a b:1"])
 def test_an_address_that_is_none_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Rejected, match="is no address of a Ray cluster; write it as HOST:6379"):
+    with pytest.raises(Rejected, match="is not the address of a Ray cluster; write it as HOST:6379"):
         cluster_address(address)
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(Rejected, match="is no address of a Ray cluster"):
+    with pytest.raises(Rejected, match="is not the address of a Ray cluster"):
         cluster_address(None)
 
 

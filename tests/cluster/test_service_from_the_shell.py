@@ -67,7 +67,7 @@ def test_up_use_and_down(arriero: Arriero, models: Path, tmp_path: Path) -> None
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         elsewhere = arriero("up", "--models", str(models), "--port", str(taken.getsockname()[1]), "-d", check=False)
-    assert elsewhere.returncode == 1 and "choose another --port. Arriero goes on at" in elsewhere.stderr
+    assert elsewhere.returncode == 1 and "choose another --port. Arriero still runs at" in elsewhere.stderr
     (still,) = json.loads(arriero("ps", "--json").stdout)["replicas"]
     assert still["pid"] == replica["pid"], "what ran is as it was"
 

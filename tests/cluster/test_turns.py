@@ -47,7 +47,7 @@ def test_commands_of_one_account_wait_for_each_other() -> None:
             other.kill()
 
         with alone(say):
-            assert said[0] == f"waiting for process {other.pid}, which brings Arriero up or takes it down"
+            assert said[0] == f"waiting for process {other.pid}, which starts or stops Arriero"
 
 
 @pytest.mark.ray

@@ -274,7 +274,7 @@ def test_a_gateway_that_was_closed_or_died_comes_back_at_its_address(here: Servi
 
 def test_unsafe_and_impossible_addresses_fail_at_creation(here: Service) -> None:
     for settings, says in (
-        (GatewaySettings(host="0.0.0.0", port=0), "without an API key"),
+        (GatewaySettings(host="0.0.0.0", port=0), "needs an API key"),
         (here.settings, f"port {here.settings.port}"),
     ):
         gateway = GatewayActor.remote(settings, here.scheduler, NAMESPACE)
