@@ -186,11 +186,14 @@ class Effects:
             try:
                 asked = runner.actor.process.remote()
                 process: Process = await asyncio.wait_for(asked, self._policy.load_timeout_s)
+                if self._runners.get(command.replica_id) is not runner:  # its memory counts as free already
+                    raise Unavailable(f"{command.model} was stopped before it was loaded")
                 runner.process = process
                 return runner.actor, process.pid
             except RayActorError:
                 if runner is not spare or self._runners.get(command.replica_id) is not runner:  # it was stopped
                     raise
+                runner.kill()  # it may only have been out of reach
                 runner = self._spares.start(node_id)
 
     def _spec(self, command: cmd.StartReplica) -> LoadSpec:

@@ -8,6 +8,7 @@ node a Python process, some 60 MiB of RAM of its own. Whoever restarts the sched
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from actors.devices.processes import Process
 from actors.names import runner_name
 from actors.serving.runner import RunnerActor
 from scheduler.units import DeviceId, NodeId
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -46,9 +49,12 @@ class Spares:
         self._spares: dict[NodeId, Runner] = {}
 
     def stand_by(self, node_id: NodeId) -> None:
-        """See to it that the node has a spare; returns before it has started."""
+        """See to it that the node has a spare; returns before it has started. Whoever finds none starts one itself."""
         if node_id not in self._spares:
-            self._spares[node_id] = self.start(node_id)
+            try:
+                self._spares[node_id] = self.start(node_id)
+            except Exception as error:  # Ray's head may be away: no reason to give up what has just been loaded
+                log.warning("node %s gets no spare runner now: %s", node_id, error)
 
     def take(self, node_id: NodeId) -> Runner | None:
         """The node's spare, if it has one. It may have died unnoticed."""

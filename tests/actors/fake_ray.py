@@ -1,0 +1,535 @@
+"""Ray on a table: one event loop, machines that are records, and actors that fail at any step a test names.
+
+`FakeRay` stands where modules have `import ray`. Its actors are reached through handles as in Ray: a call is checked
+against the real actor's signature, its arguments and its answer are pickled, and what comes back is awaited. A call has
+two steps, "is asked" and "answers"; so has whatever else Ray does one ("is created", "is killed", "is looked up").
+`on_step` is told of each and may do harm there: end or stop processes, take machines away, or return what the call is
+to fail with (an exception) or how many seconds it is to be late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import pickle
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Literal
+from weakref import WeakValueDictionary
+
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError, RayTaskError
+from virtual_time import now_s
+
+from actors.devices.gpu import GpuActor
+from actors.devices.node import NodeActor
+from actors.devices.processes import Process
+from actors.names import gpu_name, node_name
+from actors.serving.protocol import BufferSizes, LoadFailure, LoadReport, LoadSpec, RunnerState, RunnerStatus
+from actors.serving.runner import RunnerActor
+from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
+from scheduler.costs.params import DeviceBytes, HostBytes
+from scheduler.costs.shape import ModelShape
+from scheduler.errors import ArrieroError
+from scheduler.units import GIB, DeviceId, NodeId
+
+HOP_S = 0.001  # a message's way
+START_S = 1.0  # an actor's process
+RESTART_S = 3.0  # until Ray has started one again
+KILL_S = 0.02  # from ray.kill to the end of the process
+LOAD_S = 1.2  # a model
+REPORT_S = 1.0
+
+Outcome = Exception | float | None
+
+# ---------------------------------------------------------------------- machines
+
+
+@dataclass(eq=False)
+class FakeProcess:
+    """A runner's process. `obeys`: it ends by ray.kill; `mortal`: by SIGKILL too."""
+
+    process: Process
+    obeys: bool = True
+    mortal: bool = True
+    holds: dict[DeviceId, int] = field(default_factory=dict)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def alive(self) -> bool:
+        return not self.ended.is_set()
+
+    def end(self) -> None:
+        self.holds = {}
+        self.ended.set()
+
+
+@dataclass(eq=False)
+class Machine:
+    """One node: its cards, its files, what their headers say, and its runners' processes."""
+
+    node_id: NodeId
+    devices: tuple[DeviceFacts, ...] = ()
+    headers: dict[str, ModelShape | ArrieroError] = field(default_factory=dict)
+    last_words: str = ""  # of every process that ends here
+    processes: dict[int, FakeProcess] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> NodeFacts:
+        return NodeFacts(self.node_id, f"host-{self.node_id}", "127.0.0.1", 8, 64 * GIB, self.devices)
+
+    def read(self) -> NodeReading:
+        files = tuple(ModelFile(path, (path,), 1000, 1.0) for path in self.headers)
+        return NodeReading(self.node_id, 60 * GIB, now_s(), files)
+
+    def read_device(self, device: DeviceFacts) -> DeviceReading:
+        used = sum(process.holds.get(device.device_id, 0) for process in self.processes.values())
+        return DeviceReading(device.device_id, device.total_bytes, device.total_bytes - used, used, now_s())
+
+
+# ---------------------------------------------------------------------- what runs in the actors' processes
+
+
+class FakeRunner:
+    """See `RunnerActor`. `ray.failure` is what loads fail with."""
+
+    def __init__(self, ray: FakeRay, machine: Machine) -> None:
+        pid = next(ray.pids)
+        self.body = machine.processes[pid] = FakeProcess(Process(pid, float(pid), f"/log/{pid}"))
+        self._ray = ray
+        self._replica_id = ""
+        self._spec: LoadSpec | None = None
+        self._report: LoadReport | None = None
+        self.state: RunnerState = "idle"
+        self.reason = ""
+        self.n_threads = 0
+        self.cancelled: list[str] = []
+        self.answering: tuple[str, ...] = ()
+        self._broken = asyncio.Event()
+
+    def process(self) -> Process:
+        return self.body.process
+
+    async def load(self, replica_id: str, spec: LoadSpec) -> LoadReport | LoadFailure:
+        if self.state != "idle":
+            return LoadFailure("failed", f"runner of replica {self._replica_id} is {self.state}; it loads once")
+        self._replica_id, self._spec, self.state, self.n_threads = replica_id, spec, "loading", spec.n_threads
+        self.body.holds = {DeviceId(device.device_id): device.required_bytes for device in spec.devices}
+        await asyncio.sleep(LOAD_S)
+        if self._ray.failure is not None:
+            self.break_down(self._ray.failure.message)
+            return self._ray.failure
+        return self.hold(replica_id, spec)
+
+    def hold(self, replica_id: str, spec: LoadSpec) -> LoadReport:
+        """It is loaded."""
+        self._replica_id, self._spec, self.state, self.n_threads = replica_id, spec, "ready", spec.n_threads
+        self.body.holds = {DeviceId(device.device_id): device.required_bytes for device in spec.devices}
+        devices = tuple(DeviceBytes(device.required_bytes) for device in spec.devices)
+        buffers = BufferSizes(devices, HostBytes(), spec.context.n_ctx // spec.context.n_seq_max)
+        self._report = LoadReport(buffers, self.body.process.pid, self.body.process.started_at_s, LOAD_S)
+        return self._report
+
+    def break_down(self, reason: str) -> None:
+        """It can serve no longer, but its process lives."""
+        self.state, self.reason = "broken", reason
+        self._broken.set()
+
+    def progress(self) -> float:
+        return 0.5
+
+    def describe(self) -> RunnerStatus:
+        return RunnerStatus(
+            replica_id=self._replica_id,
+            spec=self._spec,
+            state=self.state,
+            reason=self.reason,
+            report=self._report,
+            progress=1.0,
+            n_threads=self.n_threads,
+            active_requests=self.answering,
+        )
+
+    async def watch(self) -> str:
+        await self._broken.wait()
+        return self.reason
+
+    def set_threads(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+
+    def cancel(self, request_id: str) -> bool:
+        self.cancelled.append(request_id)
+        return True
+
+
+class FakeNode:
+    """See `NodeActor`."""
+
+    def __init__(self, ray: FakeRay, machine: Machine, scheduler: Any) -> None:
+        self._ray, self._machine, self._scheduler = ray, machine, scheduler
+
+    def report(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.report_node.remote(self._machine.read())
+
+    def facts(self) -> NodeFacts:
+        return self._machine.facts
+
+    def sample_now(self) -> NodeReading:
+        return self._machine.read()
+
+    async def read_shape(self, path: str) -> ModelShape | ArrieroError:
+        await asyncio.sleep(0.1)
+        return self._machine.headers[path]
+
+    async def read_ahead(self, path: str) -> None:
+        await asyncio.sleep(5.0)
+
+    def stop_reading_ahead(self) -> None: ...
+
+    async def wait_gone(self, runners: Sequence[tuple[int, float]], timeout_s: float) -> tuple[int, ...]:
+        bodies = [self._machine.processes[pid] for pid, _ in runners]
+        waiting = [asyncio.ensure_future(body.ended.wait()) for body in bodies]
+        await asyncio.wait(waiting, timeout=timeout_s)
+        for each in waiting:
+            each.cancel()
+        return tuple(body.process.pid for body in bodies if body.alive)
+
+    def kill_process(self, pid: int, started_at_s: float) -> bool:
+        body = self._machine.processes[pid]
+        if body.mortal:
+            body.end()
+            self._ray.process_ended(body)
+        return True
+
+    def last_words(self, runner: Process) -> str:
+        return "" if self._machine.processes[runner.pid].alive else self._machine.last_words
+
+
+class FakeGpu:
+    """See `GpuActor`."""
+
+    def __init__(self, machine: Machine, facts: DeviceFacts, scheduler: Any) -> None:
+        self._machine, self._facts, self._scheduler = machine, facts, scheduler
+
+    def report(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.report_device.remote(self.sample_now())
+
+    def sample_now(self) -> DeviceReading:
+        return self._machine.read_device(self._facts)
+
+
+# ---------------------------------------------------------------------- actors and their handles
+
+Kind = Literal["runner", "node", "gpu", "scheduler"]
+
+
+class Ref:
+    """What a call returns at once. Whoever awaits it may give up, and the call goes on."""
+
+    def __init__(self, answer: asyncio.Future[Any]) -> None:
+        self._answer = answer
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return asyncio.shield(self._answer).__await__()
+
+
+class Actor:
+    """One actor as Ray keeps it: its process comes and goes, the actor stays until it has ended for good."""
+
+    def __init__(self, kind: Kind, name: str, node_id: NodeId, real: type, restarts: bool, make: Callable[[], Any]):
+        self.kind, self.name, self.node_id, self.real, self.restarts = kind, name, node_id, real, restarts
+        self.make = make
+        self.inside: Any = None  # its process; None where there is none
+        self.dead: Exception | None = None  # for good, and what its calls fail with
+        self.stands_still = False
+        self.unnoticed: tuple[str, ...] = ()  # calls that do not fail when the process ends
+        self._started = asyncio.Event()
+        self._open: dict[asyncio.Future[Any], tuple[str, asyncio.Task[None]]] = {}
+        asyncio.get_running_loop().call_later(START_S, self.start)
+
+    def start(self) -> None:
+        if self.dead is None and self.inside is None:
+            self.inside = self.make()
+            self._started.set()
+
+    async def started(self) -> None:
+        await self._started.wait()
+
+    def begun(self, answer: asyncio.Future[Any], method: str, task: asyncio.Task[None]) -> None:
+        self._open[answer] = method, task
+        answer.add_done_callback(lambda done: self._open.pop(done, None))
+
+    def end(self, *, for_good: bool = False) -> None:
+        """Its process ends. Ray starts another one, unless it may not."""
+        if self.dead is not None:
+            return
+        inside, self.inside = self.inside, None
+        if isinstance(inside, FakeRunner) and inside.body.obeys:
+            inside.body.end()
+        self.stands_still = False
+        if for_good or not self.restarts:
+            self.dead = ActorDiedError()
+            self._started.set()
+        else:
+            asyncio.get_running_loop().call_later(RESTART_S, self.start)
+        self._fail_open(self.dead or ActorUnavailableError("its process has ended", None))
+
+    def notice(self) -> None:
+        """What was unnoticed so far is seen."""
+        self.unnoticed = ()
+        if self.dead is not None:
+            self._fail_open(self.dead)
+
+    def _fail_open(self, error: Exception) -> None:
+        for answer, (method, task) in list(self._open.items()):
+            task.cancel()
+            if method not in self.unnoticed:
+                fail(answer, error)
+
+    @property
+    def trouble(self) -> Exception | None:
+        """What a call fails with now."""
+        if self.dead is not None:
+            return self.dead
+        return ActorUnavailableError("it is being restarted", None) if self.inside is None else None
+
+
+def fail(answer: asyncio.Future[Any], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
+        answer.exception()  # nobody need await it
+
+
+_handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
+_serial = itertools.count()
+
+
+class Handle:
+    """`handle.method.remote(...)`; survives pickling, as handles do."""
+
+    def __init__(self, ray: FakeRay, actor: Actor) -> None:
+        self._ray, self._actor = ray, actor
+        self._number = next(_serial)
+        _handles[self._number] = self
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        signature = inspect.signature(getattr(self._actor.real, method))
+
+        def call(*arguments: Any) -> Ref:
+            signature.bind(None, *arguments)
+            return self._ray.call(self._actor, method, arguments)
+
+        return SimpleNamespace(remote=call)
+
+    def __reduce__(self) -> Any:
+        return _handles.__getitem__, (self._number,)
+
+
+def plain(actor_class: Any) -> type:
+    """The class under `@ray.remote`."""
+    found: type = actor_class.__ray_metadata__.modified_class
+    return found
+
+
+class ActorClass:
+    """Stands where `RunnerActor`, `NodeActor` or `GpuActor` does."""
+
+    def __init__(self, create: Callable[..., Handle]) -> None:
+        self._create = create
+
+    def options(self, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda *arguments: self._create(options, *arguments))
+
+
+class FakeRay:
+    """One cluster. Patch it into modules with `stand_in`."""
+
+    def __init__(self) -> None:
+        self.machines: dict[NodeId, Machine] = {}
+        self.actors: list[Actor] = []
+        self.steps: list[str] = []
+        self.on_step: Callable[[str, Actor | None], Outcome] = lambda step, actor: None
+        self.failure: LoadFailure | None = None
+        self.pids = itertools.count(100)
+        self.restarted = False  # whether the scheduler is one that Ray has started again
+        self.util = SimpleNamespace(list_named_actors=self._list_named_actors)
+        self._serving: set[asyncio.Task[None]] = set()
+        self._scheduler: Handle | None = None
+
+    def stand_in(self, monkeypatch: Any) -> None:
+        for module in ("effects", "runners", "nodes", "survivors", "scheduler"):
+            monkeypatch.setattr(f"actors.{module}.ray", self)
+        classes: dict[str, Callable[..., Handle]] = {
+            "runners.RunnerActor": lambda options: self.add_runner(*_named_where(options)),
+            "nodes.NodeActor": lambda options, node_id, settings, scheduler: self.add_node(node_id, scheduler),
+            "nodes.GpuActor": lambda options, facts, scheduler: self.add_gpu(facts, scheduler),
+        }
+        for name, create in classes.items():
+            monkeypatch.setattr(f"actors.{name}", ActorClass(create))
+
+    def step(self, step: str, actor: Actor | None = None) -> Outcome:
+        self.steps.append(step)
+        return self.on_step(step, actor)
+
+    # ------------------------------------------------------------------ machines
+
+    def add(self, machine: Machine) -> None:
+        self.machines[machine.node_id] = machine
+
+    def lose(self, node_id: NodeId) -> None:
+        """The machine is gone, and Ray has noticed."""
+        machine = self.machines.pop(node_id, None)
+        if machine is not None:
+            for actor in self.living(node_id):
+                actor.end(for_good=True)
+            for body in machine.processes.values():
+                body.end()
+
+    def living(self, node_id: NodeId) -> list[Actor]:
+        return [actor for actor in self.actors if actor.node_id == node_id and actor.dead is None]
+
+    def runners(self) -> list[str]:
+        """The names of those that live."""
+        return [actor.name for actor in self.actors if actor.kind == "runner" and actor.dead is None]
+
+    def process_ended(self, body: FakeProcess) -> None:
+        """A process has ended without Ray; that notices at once."""
+        for actor in self.actors:
+            if isinstance(actor.inside, FakeRunner) and actor.inside.body is body:
+                actor.end()
+
+    # ------------------------------------------------------------------ what `ray` has
+
+    def get_actor(self, name: str, namespace: str) -> Handle:
+        outcome = self.step(f"{name.split('-', maxsplit=1)[0]} is looked up")
+        if isinstance(outcome, Exception):
+            raise outcome
+        actor = self._named(name)
+        if actor is None:
+            raise ValueError(f"Failed to look up actor with name '{name}'")
+        return Handle(self, actor)
+
+    def kill(self, handle: Handle, *, no_restart: bool = True) -> None:
+        """What it raises says nothing of whether Ray has heard."""
+        actor = handle._actor
+        outcome = self.step(f"{actor.kind} is killed", actor)
+        asyncio.get_running_loop().call_later(KILL_S, lambda: actor.end(for_good=no_restart))
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": node_id, "Alive": True, "Labels": {}} for node_id in self.machines]
+
+    def _list_named_actors(self, all_namespaces: bool) -> list[dict[str, str]]:
+        return [{"name": actor.name, "namespace": "arriero"} for actor in self.actors if actor.dead is None]
+
+    def get_runtime_context(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            get_node_id=lambda: "head",
+            current_actor=self._scheduler,
+            was_current_actor_reconstructed=self.restarted,
+        )
+
+    def _named(self, name: str) -> Actor | None:
+        return next((actor for actor in self.actors if actor.name == name and actor.dead is None), None)
+
+    # ------------------------------------------------------------------ actors
+
+    def add_runner(self, name: str, node_id: NodeId) -> Handle:
+        machine = self.machines.get(node_id)
+        return self._create("runner", name, node_id, plain(RunnerActor), False, lambda: FakeRunner(self, machine))
+
+    def add_node(self, node_id: NodeId, scheduler: Any = None) -> Handle:
+        """The node's actor; the one that is there when there is one."""
+        machine, name = self.machines.get(node_id), node_name(node_id)
+        make = lambda: FakeNode(self, machine, scheduler)  # noqa: E731
+        return self._create("node", name, node_id, plain(NodeActor), True, make)
+
+    def add_gpu(self, facts: DeviceFacts, scheduler: Any = None) -> Handle:
+        """Likewise."""
+        machine, name = self.machines.get(facts.node_id), gpu_name(facts.device_id)
+        make = lambda: FakeGpu(machine, facts, scheduler)  # noqa: E731
+        return self._create("gpu", name, facts.node_id, plain(GpuActor), True, make)
+
+    def _create(self, kind: Kind, name: str, node_id: NodeId, real: type, restarts: bool, make: Any) -> Handle:
+        if (present := self._named(name)) is not None:
+            if kind == "runner":
+                raise ValueError(f"the name {name} is taken")
+            return Handle(self, present)
+        actor = Actor(kind, name, node_id, real, restarts, make)
+        self.actors.append(actor)
+        if node_id not in self.machines:
+            actor.dead = ActorUnschedulableError("its node is not there")
+        outcome = self.step(f"{kind} is created", actor)
+        if isinstance(outcome, Exception):
+            actor.end(for_good=True)
+            raise outcome
+        return Handle(self, actor)
+
+    def host(self, real: type, make: Callable[[], Any]) -> Handle:
+        """The scheduler actor: `make` constructs the real one."""
+        actor = Actor("scheduler", "scheduler", NodeId("head"), real, False, make)
+        self.actors.append(actor)
+        self._scheduler = Handle(self, actor)
+        actor.start()
+        return self._scheduler
+
+    async def _report(self, actor: Actor) -> None:
+        """What the threads of nodes' and GPUs' actors do."""
+        while actor.dead is None:
+            await asyncio.sleep(REPORT_S)
+            if actor.inside is not None and not actor.stands_still:
+                actor.inside.report()
+
+    def _keep(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+        return task
+
+    # ------------------------------------------------------------------ calls
+
+    def call(self, actor: Actor, method: str, arguments: tuple[Any, ...]) -> Ref:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        actor.begun(answer, method, self._keep(self._serve(actor, method, pickle.dumps(arguments), answer)))
+        return Ref(answer)
+
+    async def _serve(self, actor: Actor, method: str, arguments: bytes, answer: asyncio.Future[Any]) -> None:
+        await asyncio.sleep(HOP_S)
+        if not await self._passes(f"{actor.kind}.{method} is asked", actor, answer):
+            return
+        try:
+            result = getattr(actor.inside, method)(*pickle.loads(arguments))
+            result = pickle.loads(pickle.dumps(await result if isinstance(result, Awaitable) else result))
+        except Exception as error:
+            fail(answer, raised(error))
+            return
+        if await self._passes(f"{actor.kind}.{method} answers", actor, answer):
+            answer.set_result(result)
+
+    async def _passes(self, step: str, actor: Actor, answer: asyncio.Future[Any]) -> bool:
+        """Whether the call goes on; it fails with its actor, and has no end in one that stands still."""
+        outcome = None if actor.kind == "scheduler" else self.step(step, actor)
+        if isinstance(outcome, Exception):
+            fail(answer, outcome)
+        elif outcome is not None:
+            await asyncio.sleep(outcome)
+        if actor.dead is None and actor.inside is None and step.endswith("is asked"):
+            await actor.started()
+        if actor.trouble is not None:
+            fail(answer, actor.trouble)
+        return not answer.done() and not actor.stands_still
+
+
+def _named_where(options: dict[str, Any]) -> tuple[str, NodeId]:
+    return options["name"], options["scheduling_strategy"].node_id
+
+
+def raised(error: Exception) -> Exception:
+    """What the caller of a method gets that raised."""
+    return RayTaskError("a method", str(error), error, proctitle="fake", pid=1, ip="127.0.0.1").as_instanceof_cause()
