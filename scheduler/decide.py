@@ -133,13 +133,13 @@ class Ladder:
         if not ready:  # else whoever is first in line is next
             self._forecast.check(head, coming, now)
         if self._fleet.suspects.accused(head.model, head.fingerprint):
-            return Wait(f"a replica of {head.model} ended under it or failed it, and is being looked at")
+            return Wait(f"a replica of {head.model} ended or failed on this request, and is being checked")
         if coming:
             return Wait(explain_coming(coming[0]), coming=coming)
         ours = self._fleet.replicas.of_model(head.model)
         draining = next((r for r in ours if r.drain_for not in ("", head.model)), None)
         if draining is not None:  # a second replica beside it would stay where there happens to be room now
-            return Wait(f"{head.model} finishes to make room for {draining.drain_for}, and comes back after it")
+            return Wait(f"{head.model} is drained to make room for {draining.drain_for}; it is loaded again after that")
         too_many = self._upkeep.more_than_allowed(head)
         if too_many:  # they do not hold what is asked for, and one of them has to go first
             return self._wait_for(too_many)

@@ -194,7 +194,7 @@ class Dispatch:
         history = model.history
         because = ""
         if history.pauses:
-            because = f"and nobody is evicted for it after repeated failures (last: {history.last_failure})"
+            because = f"and nothing is evicted for it after repeated failures (last: {history.last_failure})"
         because = ", ".join(filter(None, (str(chooser.need.wishes), because)))
         return explain_refusal(kind, model.name, choice.rejections, choice.would_fit_if, because)
 
@@ -271,7 +271,7 @@ class Dispatch:
             self._upkeep.move(ready, better, now)
             self._fleet.start_pending(self._queue.length, now)
         if isinstance(decision, Move):
-            self._waits(head, "it is loaded in a better place", now)
+            self._waits(head, "its model moves to a faster place", now)
             return False
         self._grant(head, ready, now)
         return True

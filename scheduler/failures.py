@@ -56,7 +56,7 @@ class Failures:
         leases = self._fleet.leases.of(replica) if event.by_itself else ()
         fingerprints = [lease.fingerprint for lease in leases]
         guilty = suspects.died(replica.replica_id, replica.model, fingerprints, event.reason, now)
-        reason = f"it ended its process while answering: {event.reason}" if answering else event.reason
+        reason = f"its process ended while answering: {event.reason}" if answering else event.reason
         self._out.announce("replica_died", f"{replica.model} died: {reason}", replica=replica)
         self._fleet.abandon(replica, reason)
         self._dispatch.look_again()
@@ -72,4 +72,4 @@ class Failures:
         model.history.failed(message, self._fleet.policy, now)
         if model.history.pauses > pauses:
             pause_s = model.history.retry_at - now
-            self._out.announce("model_paused", f"{model.name} is not tried again for {pause_s:.0f} s", model.name)
+            self._out.announce("model_paused", f"{model.name} is not loaded again for {pause_s:.0f} s", model.name)

@@ -94,7 +94,7 @@ class Fleet:
         victims = sorted((self.replicas[v] for v in choice.victims), key=lambda victim: victim.last_used_at)
         for victim in victims:
             idle_s = now - victim.last_used_at
-            message = f"{victim.model} (idle {idle_s:.0f} s) makes room for {model.name}"
+            message = f"{victim.model} (idle {idle_s:.0f} s) is evicted for {model.name}"
             self._out.announce("replica_evicted", message, replica=victim)
             self.stop(victim, f"evicted for {model.name}")
         self._serial += 1
@@ -133,7 +133,7 @@ class Fleet:
                 replica.room_since = now
             elif now - replica.room_since >= self.policy.release_timeout_s:
                 self._out.announce(
-                    "room_lost", f"the memory freed for {replica.model} was taken by others", replica=replica
+                    "room_lost", f"other programs took the memory freed for {replica.model}", replica=replica
                 )
                 self.forget(replica)
 
@@ -184,7 +184,7 @@ class Fleet:
             self._book_measured(replica, account, amount)
         slower = self.replicas.get(replica.supersedes) if replica.supersedes else None
         if slower is not None and slower.state is ReplicaState.READY:
-            self.retire(slower, f"{replica.model} is on {replica.placement.tier} now")
+            self.retire(slower, f"{replica.model} moved to {replica.placement.tier}")
         self._balance_threads(replica.placement.node_id)
         self._out.announce(
             "replica_ready",

@@ -60,7 +60,7 @@ class Turns:
             if replica.busy and not replica.drain_for and now - replica.ready_at >= turn_s:
                 replica.drain_for, replica.drained_at = head.model, now
                 self._draining[replica_id] = replica
-                message = f"{replica.model} finishes to make room for {head.model}"
+                message = f"{replica.model} accepts no new requests, to make room for {head.model}"
                 self._out.announce("replica_draining", message, replica=replica)
         return reopened
 
@@ -79,7 +79,7 @@ class Turns:
             head = self._queue.head(replica.drain_for)
             late = head is not None and now - replica.drained_at >= (after_s or 0.0)
             if head is not None and late and replica.busy and self._may_preempt(head, replica):
-                what = f"{len(replica.leases)} answers for {head.model}, of priority {head.priority}"
+                what = f"{len(replica.leases)} answers to make room for {head.model} (priority {head.priority})"
                 self._out.announce("replica_preempted", f"{replica.model} ends {what}", replica=replica)
                 yield from self._fleet.leases.of(replica)
 

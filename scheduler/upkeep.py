@@ -155,7 +155,7 @@ class Upkeep:
     def move(self, replica: Replica, choice: Choice, now: float) -> None:
         """Carry that out."""
         assert choice.placement is not None
-        message = f"{replica.model} moves from {replica.placement.tier} to {choice.placement.tier}: it is faster there"
+        message = f"{replica.model} moves from {replica.placement.tier} to {choice.placement.tier}, which is faster"
         self._out.announce("replica_moved", message, replica=replica)
         moved = self._place(self._models.by_name[replica.model], choice, now)
         moved.supersedes = replica.replica_id if replica.busy else None

@@ -51,7 +51,7 @@ NOTICES = [
     Notice(seq=1, at_s=0, kind="node_joined", message="box joined"),
     Notice(seq=2, at_s=1, kind="placed", message="m: one GPU: gpu0", model="m", replica_id="m-1"),
     Notice(seq=3, at_s=2, kind="placed", message="v: one GPU: gpu1", model="v", replica_id="v-1"),
-    Notice(seq=4, at_s=3, kind="replica_evicted", message="m makes room for v", model="m", replica_id="m-1"),
+    Notice(seq=4, at_s=3, kind="replica_evicted", message="m is evicted for v", model="m", replica_id="m-1"),
     Notice(seq=5, at_s=4, kind="placed", message="m: CPU only", model="m", replica_id="m-2"),
 ]
 
@@ -117,7 +117,7 @@ def test_plan_explains_itself_with_numbers() -> None:
 @pytest.mark.usefixtures("gateway")
 def test_why_tells_the_story_of_one_replica() -> None:
     text = output("why", "m-1")
-    assert "m: one GPU: gpu0" in text and "m makes room for v" in text
+    assert "m: one GPU: gpu0" in text and "m is evicted for v" in text
     assert "CPU only" not in text and "v: one GPU" not in text and "joined" not in text
     newest = output("why", "m")
     assert "CPU only" in newest and "makes room" not in newest

@@ -82,7 +82,7 @@ def test_a_failing_model_without_room_is_refused_with_the_reason() -> None:
     s.done(request)
     s.wait(60)
     refused = s.ask("a")
-    assert "nobody is evicted for it after repeated failures (last: it crashed)" in s.why(refused)
+    assert "nothing is evicted for it after repeated failures (last: it crashed)" in s.why(refused)
     s.unload("b")
     s.finish_stops()
     assert s.ask("a") and s.states("a") == ["loading"]

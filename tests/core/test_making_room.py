@@ -272,7 +272,7 @@ def test_a_model_that_makes_room_is_not_loaded_again_beside_itself() -> None:
     assert s.announced("replica_draining")
     second = s.ask("a")
     s.wait(5)
-    assert s.states("a") == ["ready"] and "comes back after it" in s.why(second)
+    assert s.states("a") == ["ready"] and "is loaded again after that" in s.why(second)
     s.done(first)
     assert other in s.grants
     s.wait(30)

@@ -102,7 +102,7 @@ def test_a_model_that_ends_its_runners_under_different_requests_is_paused() -> N
     for fingerprint in ("x", "y", "z"):
         dies(s, s.ask("a", fingerprint=fingerprint), noticed_by_client=False)
     error = s.error(s.ask("a", fingerprint="w"))
-    assert isinstance(error, Unavailable) and "ended its process while answering" in error.message
+    assert isinstance(error, Unavailable) and "its process ended while answering" in error.message
 
 
 def test_the_condemned_may_try_again_much_later() -> None:
