@@ -4,6 +4,7 @@
 # make bench       the figures of docs/benchmarks.md
 # make setup       only the environment (.venv); the others imply it, and a second run starts at once
 # make lock        pin the newest releases that pyproject.toml allows (needs uv)
+# make bump        check another llama-cpp-python, and take it if it is newer: make bump VERSION=0.3.36
 #
 # CUDA=1 builds llama.cpp for NVIDIA cards, CUDA=0 for the CPU again; without it the build stays as it is.
 # PYTHON=python3.12 names the interpreter that .venv is made with.
@@ -15,7 +16,7 @@ BIN := .venv/bin
 installed := $(shell cat .venv/ready 2>/dev/null)
 variant := $(if $(CUDA),$(if $(filter 0,$(CUDA)),cpu,cuda),$(installed))
 
-.PHONY: setup demo test check bench lock clean FORCE
+.PHONY: setup demo test check bench lock bump clean FORCE
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -47,6 +48,9 @@ lock:
 	UV_PYTHON_DOWNLOADS=never uv pip compile pyproject.toml --group development --group build --universal --python-version 3.10 \
 	  --generate-hashes --upgrade --no-emit-package llama-cpp-python --no-emit-index-url --no-annotate --no-header --quiet \
 	  --output-file requirements/lock.txt
+
+bump: .venv/ready
+	@$(BIN)/python setup/bump.py "$(VERSION)" --ask-first "$(ASK_FIRST)"
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -2,9 +2,9 @@
 
     comparison.py FOLDER
 
-makes models in FOLDER, has llama.cpp load them, and prints, as the last line, a finding for each architecture that has
-a row or that llama.cpp knows: `FINDINGS {architecture: [outcome, why]}`. It runs under a llama-cpp-python that was
-built apart (`make bump`); the tests ask the installed one in the same way.
+makes models in FOLDER, has llama.cpp load them, and prints as its last line what came out for each architecture that
+has a row or that llama.cpp knows: `OUTCOMES {"release": ..., "outcomes": {architecture: [outcome, why]}}`. `make bump`
+runs it under a llama-cpp-python that was built apart; the tests ask the installed one in the same way.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -263,10 +264,10 @@ class Findings:
 
     def note(self, case: Case, shape: ModelShape, truth: Truth) -> None:
         """Compare one answer with what is predicted, by the template and by the bound."""
-        name, layout, context = case
+        _, layout, context = case
         found = self.of.setdefault(shape.architecture, Finding())
         found.compared += 1
-        what = f"{name}, {layout}, {context}"
+        what = described(case)
         if "error" in truth:
             found.failed = found.failed or f"{what}: {truth['error']}"
             return
@@ -283,6 +284,16 @@ class Findings:
     def drifted(self) -> set[str]:
         """Architectures whose template no longer draws what llama.cpp does."""
         return {name for name, finding in self.of.items() if finding.drifted}
+
+
+def described(case: Case) -> str:
+    """The case in a few words: what is not as it is by default."""
+    name, layout, context = case
+    said = [f"{name} on {len(layout.devices)} devices"]
+    for part, usual in ((layout, Layout(layout.devices)), (context, ContextParams())):
+        values = ((each.name, getattr(part, each.name)) for each in fields(part))
+        said += [f"{name} {value}" for name, value in values if value != getattr(usual, name)]
+    return ", ".join(said)
 
 
 def places(cost: Footprint) -> dict[str, Any]:
@@ -375,25 +386,35 @@ def outcomes(findings: Findings, made: Sequence[Mapping[str, Any]]) -> dict[str,
     return found
 
 
+def compare_all(folder: Path, ask: Ask) -> dict[str, tuple[str, str]]:
+    """(outcome, why) per architecture. Raises RuntimeError or AssertionError where this llama.cpp cannot be asked."""
+    every, small, wide = (folder / name for name in ("every", "small", "wide"))
+    for each in (every, small, wide):
+        each.mkdir(parents=True)
+    findings, made = Findings(), every_architecture(every)
+    paths, known = paths_of(made), {each["arch"] for each in made}
+    [first] = ask(paths, [("llama-dense", on_devices(1, 1), CONTEXTS[0])], devices=2, real=True)
+    if "error" in first:
+        raise RuntimeError(first["error"])
+    print(f"of {len(known)} architectures, {len(paths)} models are made; now they are loaded", flush=True)
+    compare_every(findings, paths, ask)
+    print("one model of each architecture is compared; now more of them", flush=True)
+    compare_small(findings, small, known, ask)
+    print("small models are compared; now wide ones, also of what drifted", flush=True)
+    compare_wide(
+        findings, paths_of(every_architecture(wide, *sorted({*WIDE, *findings.drifted()} & known), wide=True)), ask
+    )
+    return outcomes(findings, made)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
-    findings = Findings()
-    folders = [folder / name for name in ("every", "small", "wide")]
-    for each in folders:
-        each.mkdir(parents=True)
-    made = every_architecture(folders[0])
-    paths = paths_of(made)
-    ask(paths, [("llama-dense", *case[1:]) for case in cases_on_two_devices("llama")[:1]], devices=2, real=True)
-    print(f"{len(paths)} models made; they are loaded on the CPU and on two devices", flush=True)
-    compare_every(findings, paths, ask)
-    print("models of every architecture compared", flush=True)
-    compare_small(findings, folders[1], {each["arch"] for each in made}, ask)
-    print(f"small models compared; drifted so far: {' '.join(sorted(findings.drifted())) or 'none'}", flush=True)
-    wide = sorted({*WIDE, *findings.drifted()} & {each["arch"] for each in made})
-    compare_wide(findings, paths_of(every_architecture(folders[2], *wide, wide=True)), ask)
-    print("FINDINGS " + json.dumps(outcomes(findings, made)), flush=True)
+    try:
+        found = compare_all(parser.parse_args().folder, ask)
+    except (AssertionError, RuntimeError) as error:
+        sys.exit(f"llama.cpp of this release cannot be asked: {error}")
+    print("OUTCOMES " + json.dumps({"release": version("llama-cpp-python"), "outcomes": found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A program that asks the installed llama.cpp how many bytes it allocates, or would; run by test_against_llama_cpp.
+"""A program that asks the installed llama.cpp how many bytes it allocates, or would; run by `comparison`.
 
 Reads a request (JSON) as its argument and prints one answer per case. It runs as a process of its own, because
 llama.cpp ends the process on some inputs and cannot forget a device. RPC devices are loopback servers that this program
@@ -99,10 +99,25 @@ def attach(model: Any, context: Any, paths: list[str], log: list[str], endpoints
     return found
 
 
+def has(record: c.Structure, name: str) -> bool:
+    return name in {field[0] for field in record._fields_}
+
+
+def fill(record: c.Structure, **values: Any) -> None:
+    """Set fields of a record of llama.cpp's. ctypes itself would take a name that this release does not have, and do
+    nothing."""
+    for name, value in values.items():
+        if not has(record, name):
+            raise SystemExit(f"{type(record).__name__} of this release has no {name}")
+        setattr(record, name, value)
+
+
 def answer(request: dict[str, Any], case: dict[str, Any], log: list[str], endpoints: list[str]) -> dict[str, Any]:
     params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = case["n_gpu_layers"]
-    params.no_alloc, params.load_mode, params.use_extra_bufts = not request["real"], 0, False
+    fill(params, n_gpu_layers=case["n_gpu_layers"], no_alloc=not request["real"], use_extra_bufts=False)
+    fill(params, **({"load_mode": 0} if has(params, "load_mode") else {"use_mmap": False}))
+    if case.get("mtp"):
+        fill(params, load_mtp=True)
     keep: list[Any] = []
     if case["tensor_split"]:
         shares = (c.c_float * llama_cpp.llama_max_devices())(*case["tensor_split"])
@@ -113,22 +128,20 @@ def answer(request: dict[str, Any], case: dict[str, Any], log: list[str], endpoi
         overrides = (Override * 2)(Override(case["experts_pattern"].encode(), cpu), Override(None, None))
         params.tensor_buft_overrides = c.cast(overrides, P)
         keep.append(overrides)
-    params.load_mtp = bool(case.get("mtp"))
     model = llama_cpp.llama_model_load_from_file(case["path"].encode(), params)
     if not model:
         return {"error": "".join(log[-8:])}
     asked = case["context"]
     wanted = llama_cpp.llama_context_default_params()
-    for key in ("n_ctx", "n_seq_max", "n_batch", "n_ubatch", "kv_unified", "swa_full", "embeddings"):
-        setattr(wanted, key, asked[key])
-    wanted.type_k, wanted.type_v = asked["type_k"], asked["type_v"]
-    wanted.flash_attn_type = 1 if asked["flash_attn"] == "on" else 0
-    wanted.ctx_type = 1 if case.get("mtp") else 0
+    same = ("n_ctx", "n_seq_max", "n_batch", "n_ubatch", "kv_unified", "swa_full", "embeddings", "type_k", "type_v")
+    fill(wanted, **{key: asked[key] for key in same}, flash_attn_type=int(asked["flash_attn"] == "on"))
+    if case.get("mtp"):
+        fill(wanted, ctx_type=1)
     target = target_context = None
     if case.get("target"):  # a draft reads the vocabulary, or the cache, of the model that it guesses for
         target = llama_cpp.llama_model_load_from_file(case["target"].encode(), params)
         target_context = llama_cpp.llama_init_from_model(target, wanted)
-        wanted.ctx_other = target_context
+        fill(wanted, ctx_other=target_context)
     log.clear()
     context = llama_cpp.llama_init_from_model(model, wanted)
     if not context:
