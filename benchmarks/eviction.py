@@ -31,12 +31,12 @@ from arriero.cli.simulate import POLICIES, example_models
 from benchmarks.lower_bound import Item, first_loads, optimum, pfoo_l
 from benchmarks.table import print_table
 from scheduler.choice import search
-from scheduler.choice.candidates import ONE_GPU, Candidate
 from scheduler.choice.eviction import Victims
-from scheduler.choice.groups import Group
+from scheduler.choice.layouts import ONE_GPU, LayoutFamily
 from scheduler.choice.offer import Offer
 from scheduler.choice.price import Prices
 from scheduler.choice.search import GOOD_ENOUGH, Search
+from scheduler.choice.tiers import Tier
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.config import Catalogue, Policy
 from scheduler.simulation import report
@@ -176,20 +176,20 @@ def largest_free_gpu() -> Sequence[Patch]:
     evicted there; to the next one only where it could not fit at all."""
     free, make_room = Search._best_free, Search.make_room
 
-    def best_free(search: Search, group: Group) -> Offer | None:
-        return search._roomiest_free(group) if group.tier == ONE_GPU else free(search, group)
+    def best_free(search: Search, tier: Tier) -> Offer | None:
+        return search._roomiest_free(tier) if tier.name == ONE_GPU else free(search, tier)
 
     def make_most_room(
-        search: Search, group: Group, removable: Sequence[Replica], share: float = GOOD_ENOUGH
+        search: Search, tier: Tier, removable: Sequence[Replica], share: float = GOOD_ENOUGH
     ) -> Offer | None:
-        if group.tier != ONE_GPU:
-            return make_room(search, group, removable, share)
+        if tier.name != ONE_GPU:
+            return make_room(search, tier, removable, share)
 
-        def free_bytes(candidate: Candidate) -> int:
+        def free_bytes(candidate: LayoutFamily) -> int:
             return search._now(candidate.node_id).devices.get(candidate.devices[0].device_id, 0)
 
         everybody = search.situation.outgrown.union(replica.replica_id for replica in removable)
-        roomiest_first = sorted(group, key=free_bytes, reverse=True)
+        roomiest_first = sorted(tier, key=free_bytes, reverse=True)
         cleared = (search._without(candidate.node_id, everybody) for candidate in roomiest_first)
         each = zip(roomiest_first, cleared, strict=True)
         made = (search._with_victims(candidate, removable, room, share) for candidate, room in each)

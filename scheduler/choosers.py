@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from scheduler.choice.admission import Admission
 from scheduler.choice.appraiser import Appraiser, protection
-from scheduler.choice.need import Need
-from scheduler.choice.outlook import Outlook
 from scheduler.choice.placement import Chooser
 from scheduler.choice.price import Prices
-from scheduler.choice.queue import Waiting
-from scheduler.choice.room import STAYING
 from scheduler.choice.shortlist import shortlist
 from scheduler.choice.situation import Situation
+from scheduler.choice.snapshot import Snapshot
+from scheduler.choice.workload import Workload
+from scheduler.cluster.free_memory import STAYING
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.models import Model, Models
+from scheduler.cluster.queue import Waiting
 from scheduler.cluster.replica import Replica
 from scheduler.fleet import Fleet
 from scheduler.units import NodeId, ReplicaId
@@ -31,17 +31,17 @@ class Choosers:
         self._inventory = inventory
         self._models = models
 
-    def of(self, model: Model, waiting: Waiting, need: Need, now: float) -> Chooser:
-        outlook = Outlook(self._fleet.rooms, self._fleet.replicas, self._kept_apart(model))
-        allowed = [node for node in self.admission.nodes(model) if need.wishes.allow(node)]
+    def of(self, model: Model, waiting: Waiting, workload: Workload, now: float) -> Chooser:
+        snapshot = Snapshot(self._fleet.rooms, self._fleet.replicas, self._kept_apart(model))
+        allowed = [node for node in self.admission.nodes(model) if workload.wishes.allow(node)]
         near = self._near(model, allowed)
-        chooser = self._chooser(model, waiting, need, near, outlook, now)
+        chooser = self._chooser(model, waiting, workload, near, snapshot, now)
         if len(near) < len(allowed) and not chooser.ever_fits():  # not there, whoever were evicted
-            return self._chooser(model, waiting, need, allowed, outlook, now)
+            return self._chooser(model, waiting, workload, allowed, snapshot, now)
         return chooser
 
     def _chooser(
-        self, model: Model, waiting: Waiting, need: Need, nodes: list[Node], outlook: Outlook, now: float
+        self, model: Model, waiting: Waiting, workload: Workload, nodes: list[Node], snapshot: Snapshot, now: float
     ) -> Chooser:
         n_ctx = self.admission.least_n_ctx(waiting)
         outgrown = (
@@ -51,13 +51,13 @@ class Choosers:
         )
         return Chooser(
             Situation(
-                need=need,
-                nodes=self._shortlist(model, need, nodes, outlook),
+                workload=workload,
+                nodes=self._shortlist(model, workload, nodes, snapshot),
                 every_node=nodes,
                 inventory=self._inventory,
-                outlook=outlook,
+                snapshot=snapshot,
                 replicas=self._fleet.replicas,
-                appraiser=Appraiser(need, nodes, self.prices, self._models, now),
+                appraiser=Appraiser(workload, nodes, self.prices, self._models, now),
                 policy=self._fleet.policy,
                 now=now,
                 waited_s=now - waiting.arrived_at,
@@ -66,14 +66,14 @@ class Choosers:
             )
         )
 
-    def _shortlist(self, model: Model, need: Need, nodes: list[Node], outlook: Outlook) -> list[Node]:
+    def _shortlist(self, model: Model, workload: Workload, nodes: list[Node], snapshot: Snapshot) -> list[Node]:
         if self._fleet.policy.max_active_models is not None:
             return nodes
 
         def cached(node_id: NodeId) -> float:
             return model.copies[node_id].file.cached_fraction or 0.0
 
-        return shortlist(need, nodes, outlook, self.protection, cached)
+        return shortlist(workload, nodes, snapshot, self.protection, cached)
 
     def protection(self, replica: Replica) -> str:
         """Why it is never evicted, or ""."""

@@ -13,13 +13,13 @@ from dataclasses import replace
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.choice.admission import Admission
-from scheduler.choice.need import Need
 from scheduler.choice.price import Prices
-from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choice.speeds import Speeds
+from scheduler.choice.workload import Workload
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.leases import Ending
 from scheduler.cluster.models import Model, Models
+from scheduler.cluster.queue import RequestQueue, Waiting
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import Catalogue
 from scheduler.costs.measurements import Measurements, Record
@@ -127,9 +127,9 @@ class SchedulerCore:
         waiting.deadline_at, waiting.priority = now + self.policy.deadline_s, self._priority(model, None)
         return self._dispatch.plan(model, waiting, now)
 
-    def need(self, model_name: str, n_ctx: int | None, now: float) -> Need | None:
+    def workload(self, model_name: str, n_ctx: int | None, now: float) -> Workload | None:
         """What such a request needs; None while headers or machines have not been read. Raises as `plan`."""
-        return self._admission.need(self.models.find(model_name), _load(model_name, n_ctx, now), now)
+        return self._admission.workload(self.models.find(model_name), _load(model_name, n_ctx, now), now)
 
     def busy(self, model_name: str, n_ctx: int | None, now: float) -> Replica | None:
         """A replica that is loaded and holds so many tokens, when all such are busy: to load has no need to wait."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Union
 
 from scheduler.choice.admission import Admission
-from scheduler.choice.candidates import ON_GPU
 from scheduler.choice.eviction import Victims
 from scheduler.choice.explain import explain_coming, explain_waiting
+from scheduler.choice.layouts import ON_GPU
 from scheduler.choice.placement import Choice, Chooser
-from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choosers import Choosers
 from scheduler.cluster.models import Model, Models
+from scheduler.cluster.queue import RequestQueue, Waiting
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.errors import ArrieroError, Impossible, Rejected, Unavailable, UnknownModel
 from scheduler.fleet import Fleet
@@ -146,10 +146,10 @@ class Ladder:
         model = self._models.by_name.get(head.model)
         if model is None:
             raise UnknownModel(f"no machine has a file of {head.model} any more", model=head.model)
-        need = self._admission.need(model, head, now)
-        if need is None:
+        workload = self._admission.workload(model, head, now)
+        if workload is None:
             return self._not_yet(model)
-        chooser = self._choosers.of(model, head, need, now)
+        chooser = self._choosers.of(model, head, workload, now)
         choice = chooser.with_alternatives(explain=explain)
         match choice.verdict:
             case "free" | "evict":
@@ -162,7 +162,7 @@ class Ladder:
             case "impossible":
                 if not self._admission.final(model):
                     return self._not_yet(model)
-                grown = bool(need.extra_bytes)  # it is only so large because it ran out of memory before
+                grown = bool(workload.extra_bytes)  # it is only so large because it ran out of memory before
                 return NoRoom(Unavailable if grown else Impossible, choice, chooser, pauses=grown)
 
     def _not_yet(self, model: Model) -> Wait:

@@ -16,18 +16,18 @@ from scheduler.choice.explain import explain_coming, explain_refusal
 from scheduler.choice.offer import Offer
 from scheduler.choice.placement import Choice, Chooser
 from scheduler.choice.price import Prices
-from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.choosers import Choosers
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.leases import Ending, Lease
 from scheduler.cluster.models import Model, Models
+from scheduler.cluster.queue import RequestQueue, Waiting
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.decide import Ladder, Move, NoRoom, Place, Refuse, Serve, Wait, WithoutSlot
+from scheduler.draining import Draining
 from scheduler.errors import ArrieroError, DeadlineExceeded, Unavailable
 from scheduler.fleet import Fleet
 from scheduler.forecast import Forecast
 from scheduler.outbox import Outbox
-from scheduler.turns import Turns
 from scheduler.units import LeaseId, NodeId
 from scheduler.upkeep import Upkeep
 
@@ -65,7 +65,7 @@ class Dispatch:
     ) -> None:
         choosers = Choosers(fleet, admission, inventory, models, prices)
         self._choosers = choosers
-        self._turns = Turns(queue, fleet, outbox)
+        self._draining = Draining(queue, fleet, outbox)
         self._upkeep = Upkeep(queue, fleet, choosers, inventory, models, outbox)
         self._forecast = Forecast(queue, models, prices)
         self._ladder = Ladder(queue, fleet, admission, models, choosers, self._upkeep, self._forecast)
@@ -100,12 +100,12 @@ class Dispatch:
         is not idle; then places are found for the others, the longest wait first."""
         self._decisions = 0
         settled = self._fleet.is_settled
-        if settled and not self._queue and not self._turns:
+        if settled and not self._queue and not self._draining:
             self._touched.clear()
             self._freed.clear()
             return
-        if self._turns:
-            self._reopened(self._turns.reopen_unwanted())
+        if self._draining:
+            self._reopened(self._draining.reopen_unwanted())
         if not settled:
             self._fleet.stop_retired()
         for name in self._to_serve(now):
@@ -138,9 +138,9 @@ class Dispatch:
 
     def time_passes(self, now: float) -> None:
         """Whatever is due although nothing has happened."""
-        for lease in list(self._turns.preempted(now)):
+        for lease in list(self._draining.preempted(now)):
             self.reclaim(lease, now)
-        self._reopened(self._turns.drain_who_is_due(now))
+        self._reopened(self._draining.drain_who_is_due(now))
         self._refuse_late(now)
         self._upkeep.keep_minimum(now)
         self._upkeep.prefetch(now)
@@ -195,7 +195,7 @@ class Dispatch:
         because = ""
         if history.pauses:
             because = f"and nothing is evicted for it after repeated failures (last: {history.last_failure})"
-        because = ", ".join(filter(None, (str(chooser.need.wishes), because)))
+        because = ", ".join(filter(None, (str(chooser.workload.wishes), because)))
         return explain_refusal(kind, model.name, choice.rejections, choice.would_fit_if, because)
 
     # ------------------------------------------------------------------ what is asked without a request
@@ -332,7 +332,7 @@ class Dispatch:
         """Have the replicas make room once they have ended, and take nothing new before long."""
         head.in_the_way = in_the_way
         due = in_the_way if now - head.arrived_at >= self._policy.drain_after_s else frozenset()
-        self._reopened(self._turns.drain(head, due, now))
+        self._reopened(self._draining.drain(head, due, now))
 
     def _grant(self, waiting: Waiting, replica: Replica, now: float) -> None:
         self._queue.served(waiting, now)

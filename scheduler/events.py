@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Union
 
-from scheduler.choice.queue import RequestKind
 from scheduler.cluster.facts import DeviceReading, NodeFacts, NodeReading
+from scheduler.cluster.queue import RequestKind
 from scheduler.cluster.replica import Placement
 from scheduler.costs.paces import Pace
 from scheduler.costs.params import Footprint

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 from scheduler import commands as cmd
 from scheduler import events as ev
-from scheduler.choice.candidates import fits
-from scheduler.choice.cores import CoreShares
 from scheduler.choice.explain import describe_placement
+from scheduler.choice.layouts import fits
 from scheduler.choice.placement import Choice
-from scheduler.choice.room import NO_LIMIT, SETTLING_S, Rooms
+from scheduler.cluster.cores import CoreShares
+from scheduler.cluster.free_memory import NO_LIMIT, SETTLING_S, Rooms
 from scheduler.cluster.inventory import Device, Inventory, Node
 from scheduler.cluster.leases import Leases
 from scheduler.cluster.ledger import ACTIVE, AccountId, Ledger, cores_account, device_account, host_account
@@ -91,7 +91,8 @@ class Fleet:
         placement = choice.placement
         if placement is None:
             raise InvariantBroken(f"{model.name} would be loaded without a place")
-        victims = sorted((self.replicas[v] for v in choice.victims), key=lambda victim: victim.last_used_at)
+        victims = [self.replicas[victim] for victim in sorted(choice.victims)]
+        victims.sort(key=lambda victim: victim.last_used_at)
         for victim in victims:
             idle_s = now - victim.last_used_at
             message = f"{victim.model} (idle {idle_s:.0f} s) is evicted for {model.name}"

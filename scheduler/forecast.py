@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scheduler.choice.price import Prices
-from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.cluster.models import Models
+from scheduler.cluster.queue import RequestQueue, Waiting
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.errors import DeadlineExceeded
 

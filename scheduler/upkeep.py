@@ -7,16 +7,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scheduler import commands as cmd
-from scheduler.choice.candidates import ON_GPU
-from scheduler.choice.need import Need
+from scheduler.choice.layouts import ON_GPU
 from scheduler.choice.offer import Offer
 from scheduler.choice.placement import Choice
 from scheduler.choice.price import RELEASE_S, REQUESTS, SOON_S
-from scheduler.choice.queue import RequestQueue, Waiting
-from scheduler.choice.room import STAYING
+from scheduler.choice.workload import Workload
 from scheduler.choosers import Choosers
+from scheduler.cluster.free_memory import STAYING
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.models import Copy, Model, Models
+from scheduler.cluster.queue import RequestQueue, Waiting
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.errors import ArrieroError
 from scheduler.fleet import Fleet
@@ -75,10 +75,10 @@ class Upkeep:
         wait_s *= self._queue.length(model.name) / sum(replica.slots for replica in coming)
         if wait_s < LOAD_TIMES_BEFORE_SPREADING * prices.load_s(model.shape, model.name, beside):
             return False
-        need = self._choosers.admission.need(model, head, now)
-        if need is None or not self._inventory.nodes[beside.node_id].tells_speeds:
+        workload = self._choosers.admission.workload(model, head, now)
+        if workload is None or not self._inventory.nodes[beside.node_id].tells_speeds:
             return False
-        choice = self._free_place(model, head, need, ours, now)
+        choice = self._free_place(model, head, workload, ours, now)
         if choice is not None:
             self._place(model, choice, now)
         elif (better := self.better_place(head, coming[0], now)) is not None:
@@ -96,20 +96,20 @@ class Upkeep:
         most = self._models.params(model).max_replicas
         ours = self._fleet.replicas.of_model(model.name)
         try:
-            need = self._choosers.admission.need(model, waiting, now)
+            workload = self._choosers.admission.workload(model, waiting, now)
         except ArrieroError:
             return ()
-        if need is None or (most is not None and len(ours) >= most):
+        if workload is None or (most is not None and len(ours) >= most):
             return ()
-        choice = self._free_place(model, waiting, need, ours, now)
+        choice = self._free_place(model, waiting, workload, ours, now)
         return (choice.offer,) if choice and choice.offer else ()
 
     def _free_place(
-        self, model: Model, waiting: Waiting, need: Need, ours: Sequence[Replica], now: float
+        self, model: Model, waiting: Waiting, workload: Workload, ours: Sequence[Replica], now: float
     ) -> Choice | None:
         """A place on free GPUs on which none of `ours` lies, if there is one."""
         taken = frozenset(device_id for replica in ours for device_id in replica.placement.device_ids)
-        chooser = self._choosers.of(model, waiting, need.elsewhere(taken), now)
+        chooser = self._choosers.of(model, waiting, workload.elsewhere(taken), now)
         choice = chooser.when(may_evict=False, outgrown=frozenset()).choose()
         return choice if choice.verdict == "free" else None
 
@@ -131,14 +131,16 @@ class Upkeep:
         if replica.busy and not self._may_have_another(model):
             return None
         try:
-            need = self._choosers.admission.need(model, head, now)
+            workload = self._choosers.admission.workload(model, head, now)
         except ArrieroError:
             return None
-        if need is None or not self._inventory.nodes[replica.placement.node_id].tells_speeds:
+        if workload is None or not self._inventory.nodes[replica.placement.node_id].tells_speeds:
             return None
-        need = need.with_context(replica.placement.context)  # no shorter one, whatever this request would do with
+        workload = workload.with_context(
+            replica.placement.context
+        )  # no shorter one, whatever this request would do with
         makes_room = frozenset() if replica.busy else frozenset({replica.replica_id})
-        choice = self._choosers.of(model, head, need, now).when(outgrown=makes_room).choose()
+        choice = self._choosers.of(model, head, workload, now).when(outgrown=makes_room).choose()
         if choice.placement is None or choice.verdict not in ("free", "evict"):
             return None
         prices, shape = self._choosers.prices, model.shape
@@ -198,12 +200,12 @@ class Upkeep:
     def _place_to_keep(self, model: Model, ours: Sequence[Replica], now: float) -> Choice | None:
         waiting = _nobody(model, now)
         try:
-            need = self._choosers.admission.need(model, waiting, now)
-            if need is None:
+            workload = self._choosers.admission.workload(model, waiting, now)
+            if workload is None:
                 return None
             if ours:
-                return self._free_place(model, waiting, need, ours, now)
-            choice = self._choosers.of(model, waiting, need, now).with_alternatives()
+                return self._free_place(model, waiting, workload, ours, now)
+            choice = self._choosers.of(model, waiting, workload, now).with_alternatives()
         except ArrieroError:
             return None  # whoever asks for it is told
         return choice if choice.verdict in ("free", "evict") else None
@@ -236,8 +238,8 @@ class Upkeep:
     def _preload(self, model: Model, now: float) -> bool:
         waiting = _nobody(model, now)
         try:
-            need = self._choosers.admission.need(model, waiting, now)
-            choice = self._free_place(model, waiting, need, (), now) if need else None
+            workload = self._choosers.admission.workload(model, waiting, now)
+            choice = self._free_place(model, waiting, workload, (), now) if workload else None
         except ArrieroError:
             return False
         if choice is None or choice.placement is None or choice.placement.tier not in ON_GPU:

@@ -228,7 +228,7 @@ class Referee:
         if replicas._by_use != every:
             raise Violation("replicas by use are not all of them")
         draining = {replica_id for replica_id, replica in every.items() if replica.drain_for}
-        if not draining <= self.core._dispatch._turns._draining.keys():
+        if not draining <= self.core._dispatch._draining._replicas.keys():
             raise Violation(f"{draining} drain, and nobody remembers")
         retiring = {replica_id for replica_id, replica in every.items() if replica.retiring}
         if retiring != self.core.fleet._retiring.keys():
@@ -241,7 +241,7 @@ class Referee:
             "requests": len(core.queue),
             "leases": len(core.fleet.leases),
             "replicas": list(core.replicas),
-            "draining": list(core._dispatch._turns._draining),
+            "draining": list(core._dispatch._draining._replicas),
             "retiring": list(core.fleet._retiring),
             "read ahead": core._dispatch._upkeep._ahead,
             "bookings": {

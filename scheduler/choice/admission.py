@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scheduler.choice.need import Need, Wishes
-from scheduler.choice.queue import Waiting
+from scheduler.choice.workload import Wishes, Workload
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.models import Model, Models
+from scheduler.cluster.queue import Waiting
 from scheduler.config import Catalogue
 from scheduler.costs.measurements import Measurements
 from scheduler.costs.params import ContextParams
@@ -30,7 +30,7 @@ class Admission:
         self._inventory = inventory
         self._models = models
         self._least_n_ctx: dict[str, tuple[ModelShape, int]] = {}
-        self._needs: dict[tuple[str, int | None], tuple[tuple[ModelShape, int, int, int], Need]] = {}
+        self._needs: dict[tuple[str, int | None], tuple[tuple[ModelShape, int, int, int], Workload]] = {}
 
     def check(self, model: Model, waiting: Waiting) -> None:
         """Raise Rejected when the model cannot do what is asked; nothing is said before its header has been read."""
@@ -52,7 +52,7 @@ class Admission:
         contexts = context, *self._models.alternatives(model, shape, None)
         return min(each.n_ctx if each.kv_unified else each.n_ctx // each.n_seq_max for each in contexts)
 
-    def need(self, model: Model, waiting: Waiting, now: float) -> Need | None:
+    def workload(self, model: Model, waiting: Waiting, now: float) -> Workload | None:
         """What the request needs; None while headers or machines have not been read yet.
 
         Raises Rejected for what no such model can do, InvalidGGUF for a file that is none, and Unavailable while
@@ -80,12 +80,12 @@ class Admission:
         if known is None or known[0] != facts or known[1].context != context:
             if len(self._needs) >= MOST_NEEDS:
                 self._needs.clear()
-            known = self._needs[model.name, waiting.n_ctx] = facts, self._need(model, shape, context, waiting.n_ctx)
+            known = self._needs[model.name, waiting.n_ctx] = facts, self._workload(model, shape, context, waiting.n_ctx)
         return known[1]
 
-    def _need(self, model: Model, shape: ModelShape, context: ContextParams, n_ctx: int | None) -> Need:
+    def _workload(self, model: Model, shape: ModelShape, context: ContextParams, n_ctx: int | None) -> Workload:
         params = self._models.params(model)
-        return Need(
+        return Workload(
             model=model.name,
             shape=shape,
             context=context,

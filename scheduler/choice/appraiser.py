@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import fsum
 
-from scheduler.choice.candidates import ON_GPU, TIERS
-from scheduler.choice.need import Need
+from scheduler.choice.layouts import ON_GPU, TIERS
 from scheduler.choice.offer import Cost, Offer
 from scheduler.choice.price import Prices
+from scheduler.choice.workload import Workload
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.models import Models
 from scheduler.cluster.replica import Placement, Replica
@@ -21,8 +21,8 @@ TENTHS = 10
 class Appraiser:
     """Belongs to one decision. Reads prices and models."""
 
-    def __init__(self, need: Need, nodes: Sequence[Node], prices: Prices, models: Models, now: float) -> None:
-        self._need = need
+    def __init__(self, workload: Workload, nodes: Sequence[Node], prices: Prices, models: Models, now: float) -> None:
+        self._workload = workload
         self._prices = prices
         self._models = models
         self._now = now
@@ -32,7 +32,7 @@ class Appraiser:
     def cost(self, offer: Offer) -> Cost:
         placement = offer.placement
         if self.in_seconds:
-            price = self._prices.of(self._need.shape, self._need.model, placement, offer.victims, self._now)
+            price = self._prices.of(self._workload.shape, self._workload.model, placement, offer.victims, self._now)
             return Cost(seconds=price.total_s)
         missing = TENTHS * (placement.n_layers - placement.n_resident_layers) // placement.n_layers
         return Cost(TIERS.index(placement.tier), missing, regret=self.regret_of(offer))
@@ -45,7 +45,7 @@ class Appraiser:
 
     def tokens_per_s(self, placement: Placement) -> float | None:
         """Of an answer; None where speeds are not known."""
-        return self._prices.tokens_per_s(self._need.shape, self._need.model, placement)
+        return self._prices.tokens_per_s(self._workload.shape, self._workload.model, placement)
 
     def regret(self, replica: Replica) -> float:
         """The least regretted replica is evicted first."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scheduler.choice.candidates import ONE_GPU, SOME_LAYERS_IN_RAM, TIERS, Candidate
-from scheduler.choice.groups import Group
+from scheduler.choice.layouts import ONE_GPU, SOME_LAYERS_IN_RAM, TIERS, LayoutFamily
 from scheduler.choice.situation import Situation
+from scheduler.choice.tiers import Tier
 from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
@@ -28,13 +28,13 @@ class Rejection:
 
 
 def rejections(
-    here: Situation, found: Sequence[Group], chosen: Placement | None, *, waits: bool
+    here: Situation, found: Sequence[Tier], chosen: Placement | None, *, waits: bool
 ) -> tuple[Rejection, ...]:
     """Why each candidate as good as the chosen one or better was passed over, or has to wait, as the chosen one may
     (`waits`). Of several GPUs, all together speak for every smaller combination."""
     taken = None if waits else chosen
-    speakers: dict[tuple[str, NodeId, object], Candidate] = {}
-    for candidate in (c for group in found for c in group):
+    speakers: dict[tuple[str, NodeId, object], LayoutFamily] = {}
+    for candidate in (c for tier in found for c in tier):
         if chosen and TIERS.index(candidate.tier) > TIERS.index(chosen.tier):
             break
         each = candidate.devices if candidate.tier == ONE_GPU else None
@@ -47,19 +47,19 @@ def rejections(
     )
 
 
-def _same_place(candidate: Candidate, placement: Placement) -> bool:
+def _same_place(candidate: LayoutFamily, placement: Placement) -> bool:
     devices = {device.device_id for device in candidate.devices}
     return (candidate.tier, candidate.node_id) == (placement.tier, placement.node_id) and devices >= set(
         placement.device_ids
     )
 
 
-def _explained(candidate: Candidate, here: Situation, idle: Mapping[ReplicaId, float]) -> Rejection:
+def _explained(candidate: LayoutFamily, here: Situation, idle: Mapping[ReplicaId, float]) -> Rejection:
     """What the candidate needs, what is free now, what would be free without the `idle` replicas (idle seconds by id),
     who holds the rest or must be kept apart; or that it would be too slow."""
-    now = here.outlook.now(candidate.node_id)
-    later = here.outlook.without(candidate.node_id, idle)
-    residents, apart = list(here.replicas.on_node(candidate.node_id)), here.outlook.apart
+    now = here.snapshot.now(candidate.node_id)
+    later = here.snapshot.without(candidate.node_id, idle)
+    residents, apart = list(here.replicas.on_node(candidate.node_id)), here.snapshot.apart
     node = candidate.node
     plain = candidate.minimum()
     where = "+".join(facts.label for facts in candidate.devices) or "host RAM"
@@ -91,7 +91,7 @@ def _explained(candidate: Candidate, here: Situation, idle: Mapping[ReplicaId, f
         parts.append(f"all {node.facts.physical_cores} CPU cores are booked by other replicas")
     if now.active < 1:
         parts.append("the limit on active models is reached")
-    parts += _too_slow(plain, candidate.need.wishes.min_tokens_per_s, here.appraiser.tokens_per_s)
+    parts += _too_slow(plain, candidate.workload.wishes.min_tokens_per_s, here.appraiser.tokens_per_s)
     return Rejection(candidate.tier, where, "; ".join(parts) or "fits too, but less well")
 
 

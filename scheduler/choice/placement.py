@@ -11,22 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from scheduler.choice.candidates import CONTEXT_STEP, ON_GPU, fits
 from scheduler.choice.eviction import Victims
 from scheduler.choice.explain import Rejection, rejections
-from scheduler.choice.groups import Group, groups
-from scheduler.choice.need import Need
+from scheduler.choice.layouts import CONTEXT_STEP, ON_GPU, fits
 from scheduler.choice.offer import Offer
-from scheduler.choice.room import STAYING
 from scheduler.choice.search import Search, within
 from scheduler.choice.shortlist import wider
 from scheduler.choice.situation import Situation
 from scheduler.choice.spanning import over_machines
+from scheduler.choice.tiers import Tier, tiers_of
 from scheduler.choice.ways_out import cleared, ways_out
+from scheduler.choice.workload import Workload
+from scheduler.cluster.free_memory import STAYING
 from scheduler.cluster.replica import Placement, Replica
 
 Verdict = Literal["free", "evict", "wait", "blocked", "impossible"]
-Groups = Sequence[Group]
+Tiers = Sequence[Tier]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class Chooser:
     situation: Situation
 
     @property
-    def need(self) -> Need:
-        return self.situation.need
+    def workload(self) -> Workload:
+        return self.situation.workload
 
     @property
     def _search(self) -> Search:
@@ -71,33 +71,33 @@ class Chooser:
     def choose(self, *, explain: bool = False) -> Choice:
         """Raises Rejected for parameters that llama.cpp refuses."""
         here = self.situation
-        groups = self._groups()
-        choice = self._choose(groups)
+        tiers = self._tiers()
+        choice = self._choose(tiers)
         if len(here.nodes) < len(here.every_node) and not choice.is_on_gpus_now:
-            more = wider(here.need, here.every_node, here.outlook)
+            more = wider(here.workload, here.every_node, here.snapshot)
             nodes = list({node.facts.node_id: node for node in (*here.nodes, *more)}.values())
             return self.when(nodes=nodes, every_node=nodes).choose(explain=explain)
-        precise = here.need.precision == "exact"
+        precise = here.workload.precision == "exact"
         if choice.placement is not None and not precise and (explain or choice.verdict != "wait"):
-            drawn = here.need.drawn(choice.placement, here.inventory.nodes[choice.placement.node_id])
+            drawn = here.workload.drawn(choice.placement, here.inventory.nodes[choice.placement.node_id])
             if not within(drawn, choice.placement):  # the bound lied: do without it
-                return self.when(need=here.need.at("exact")).choose(explain=explain)
+                return self.when(workload=here.workload.at("exact")).choose(explain=explain)
             choice = replace(choice, placement=self._search.grown(drawn, choice.victims))
             choice = replace(choice, placement=self._lengthened(choice))
-        return self._explained(choice, groups) if explain else choice
+        return self._explained(choice, tiers) if explain else choice
 
     def when(self, **changes: Any) -> Chooser:
         """The same decision, but for these fields of the situation."""
         return Chooser(replace(self.situation, **changes))
 
-    def _explained(self, choice: Choice, groups: Groups) -> Choice:
+    def _explained(self, choice: Choice, tiers: Tiers) -> Choice:
         here = self.situation
-        why_not = rejections(here, groups, choice.placement, waits=choice.verdict == "wait")
+        why_not = rejections(here, tiers, choice.placement, waits=choice.verdict == "wait")
         if choice.placement is not None:
             return replace(choice, rejections=why_not)
         rooms = cleared(here)
         if choice.verdict != "wait":
-            why_not = (*over_machines(here.need, rooms), *why_not)
+            why_not = (*over_machines(here.workload, rooms), *why_not)
         return replace(choice, rejections=why_not, would_fit_if=ways_out(here, rooms, self._fits_unprotected))
 
     def _fits_unprotected(self, names: frozenset[str]) -> bool:
@@ -106,28 +106,31 @@ class Chooser:
 
     def _lengthened(self, choice: Choice) -> Placement | None:
         """The same layout with the longest context that there is room for, up to what the need says."""
-        here, offer, most = self.situation, choice.offer, self.situation.need.rounded_n_ctx
+        here, offer, most = self.situation, choice.offer, self.situation.workload.rounded_n_ctx
         if offer is None:
             return None
         placement = offer.placement
         if placement.tier in ON_GPU:
-            most = max(most, here.need.longest_n_ctx)
+            most = max(most, here.workload.longest_n_ctx)
         room, node = self._search.room_of(offer), here.inventory.nodes[placement.node_id]
         step = CONTEXT_STEP * placement.context.n_seq_max
         low, high = placement.context.n_ctx // step, most // step + 1
         while high - low > 1:  # `low` fits, `high` does not
             middle = (low + high) // 2
-            longer = here.need.with_n_ctx(placement.context, middle * step).drawn(placement, node)
+            longer = here.workload.with_n_ctx(placement.context, middle * step).drawn(placement, node)
             low, high, placement = (middle, high, longer) if fits(longer, room) else (low, middle, placement)
         return placement
 
     def with_alternatives(self, *, explain: bool = False) -> Choice:
         """The choice for the need itself; where that is not on GPUs now, for the first alternative that is, and where
         it cannot be had at all, for the first that can. Raises as `choose`."""
-        choice, need = self.choose(explain=explain), self.situation.need
-        if not need.alternatives or choice.is_on_gpus_now:
+        choice, workload = self.choose(explain=explain), self.situation.workload
+        if not workload.alternatives or choice.is_on_gpus_now:
             return choice
-        others = [self.when(need=need.with_context(context)).choose(explain=explain) for context in need.alternatives]
+        others = [
+            self.when(workload=workload.with_context(context)).choose(explain=explain)
+            for context in workload.alternatives
+        ]
         better = [other for other in others if other.is_on_gpus_now]
         if not better and choice.verdict in ("blocked", "impossible"):
             better = [other for other in others if other.verdict not in ("blocked", "impossible")]
@@ -136,58 +139,58 @@ class Chooser:
     def options(self) -> list[Offer]:
         """The best offer of each tier that could be had now, with any idle replica evicted: what is chosen among, in
         the order of preference. Raises as `choose`."""
-        return list(self._search.offers(self._groups(), self.situation.evictable(0.0), worse_too=True))
+        return list(self._search.offers(self._tiers(), self.situation.evictable(0.0), worse_too=True))
 
-    def _choose(self, groups: Groups) -> Choice:
-        close = self._find(groups, self.situation.policy.min_residency_s)
+    def _choose(self, tiers: Tiers) -> Choice:
+        close = self._find(tiers, self.situation.policy.min_residency_s)
         if not close or close[0].placement.tier not in ON_GPU:
-            close = self._find(groups, 0.0) or close
+            close = self._find(tiers, 0.0) or close
         if close and (close[0].placement.tier in ON_GPU or self._is_out_of_patience()):
             return self._go(close)
-        later = self._later(groups)
+        later = self._later(tiers)
         if later and (not close or self._is_worth_waiting(later, close[0])):
             return Choice("wait", later.placement, later.victims)
-        return self._go(close) if close else self._refuse(groups)
+        return self._go(close) if close else self._refuse(tiers)
 
-    def _groups(self) -> list[Group]:
-        return groups(self.situation.need, self.situation.nodes)
+    def _tiers(self) -> list[Tier]:
+        return tiers_of(self.situation.workload, self.situation.nodes)
 
     def _go(self, close: Sequence[Offer]) -> Choice:
         offer = self._search.cheapest_drawn(close)
-        free = not offer.victims and fits(offer.placement, self.situation.outlook.now(offer.placement.node_id))
+        free = not offer.victims and fits(offer.placement, self.situation.snapshot.now(offer.placement.node_id))
         return Choice("free" if free else "evict", offer.placement, offer.victims)
 
-    def _is_feasible(self, groups: Groups, keeping: Sequence[Replica]) -> bool:
+    def _is_feasible(self, tiers: Tiers, keeping: Sequence[Replica]) -> bool:
         """Whether the model fits on some machine with only the replicas `keeping` on it. On the devices with the most
         memory it does, if it does on as many others."""
         here = self.situation
-        for node, room in here.outlook.unlike(here.nodes, keeping):
-            roomiest = (group.roomiest(node, room) for group in groups if node in group.nodes)
+        for node, room in here.snapshot.unlike(here.nodes, keeping):
+            roomiest = (tier.roomiest(node, room) for tier in tiers if node in tier.nodes)
             if any(candidate is not None and here.feasible(candidate, room) for candidate in roomiest):
                 return True
         return False
 
     def ever_fits(self) -> bool:
         """Whether the model fits on one of the machines when nothing else is there."""
-        return self._is_feasible(self._groups(), ())
+        return self._is_feasible(self._tiers(), ())
 
-    def _refuse(self, groups: Groups) -> Choice:
+    def _refuse(self, tiers: Tiers) -> Choice:
         here = self.situation
-        if not self._is_feasible(groups, ()):
+        if not self._is_feasible(tiers, ()):
             return Choice("impossible", None, frozenset())
         kept = [replica for replica in here.there() if here.protection(replica)]
-        if here.may_evict and self._is_feasible(groups, kept):
+        if here.may_evict and self._is_feasible(tiers, kept):
             return Choice("wait", None, frozenset())
         return Choice("blocked", None, frozenset())
 
     # ------------------------------------------------------------------ finding
 
-    def _find(self, groups: Groups, min_residency_s: float) -> list[Offer]:
+    def _find(self, tiers: Tiers, min_residency_s: float) -> list[Offer]:
         """The cheapest offer that can be had now, evicting idle replicas at least `min_residency_s` old, and offers
         close to it."""
-        return self._search.cheapest(self._search.offers(groups, self.situation.evictable(min_residency_s)))
+        return self._search.cheapest(self._search.offers(tiers, self.situation.evictable(min_residency_s)))
 
-    def _later(self, groups: Groups) -> Offer | None:
+    def _later(self, tiers: Tiers) -> Offer | None:
         """The cheapest offer once replicas that are busy, loading or waiting themselves have ended. Those that make
         room for another model already are asked last."""
         here = self.situation
@@ -197,19 +200,19 @@ class Chooser:
             (replica for replica in here.there() if replica.state in STAYING and not here.protection(replica)),
             key=lambda replica: (not (replica.idle or replica.drain_for), replica.replica_id),
         )
-        unclaimed = [replica for replica in ending if replica.drain_for in ("", here.need.model)]
+        unclaimed = [replica for replica in ending if replica.drain_for in ("", here.workload.model)]
         pools = (unclaimed, ending) if len(unclaimed) < len(ending) else (ending,)
 
         def offers() -> Iterator[Offer]:
-            tiers: set[str] = set()
-            for group in groups:
-                if group.tier in tiers:
+            offered: set[str] = set()
+            for tier in tiers:
+                if tier.name in offered:
                     continue
-                offer = next((made for pool in pools if (made := self._search.make_room(group, pool))), None)
+                offer = next((made for pool in pools if (made := self._search.make_room(tier, pool))), None)
                 if offer is not None:
                     yield offer
-                    tiers.add(group.tier)
-                if tiers & ON_GPU:
+                    offered.add(tier.name)
+                if offered & ON_GPU:
                     return
 
         return next(iter(self._search.cheapest(offers())), None)

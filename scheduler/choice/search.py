@@ -14,20 +14,20 @@ from itertools import groupby, islice
 from typing import Any
 
 from scheduler.choice.appraiser import Appraiser
-from scheduler.choice.candidates import (
+from scheduler.choice.eviction import Victims, cheapest_victims
+from scheduler.choice.layouts import (
     CPU_ONLY,
     EXPERTS_IN_RAM,
     ON_GPU,
     PARTIAL,
     SOME_LAYERS_IN_RAM,
-    Candidate,
+    LayoutFamily,
     fits,
 )
-from scheduler.choice.eviction import Victims, cheapest_victims
-from scheduler.choice.groups import Group, spilling
 from scheduler.choice.offer import Offer
-from scheduler.choice.room import Room
 from scheduler.choice.situation import Situation
+from scheduler.choice.tiers import Tier, spilling
+from scheduler.cluster.free_memory import Room
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.units import DeviceId, NodeId, ReplicaId
 
@@ -51,34 +51,34 @@ class Search:
 
     # ------------------------------------------------------------------ tiers
 
-    def offers(self, groups: Sequence[Group], idle: Sequence[Replica], *, worse_too: bool = False) -> Iterator[Offer]:
+    def offers(self, tiers: Sequence[Tier], idle: Sequence[Replica], *, worse_too: bool = False) -> Iterator[Offer]:
         """The best offer of each tier. After one that can hardly be beaten, only a free place on more GPUs is sought,
         which would spare its victims; `worse_too`: all tiers are."""
         on_gpu = ended = False
         victims = Victims()
-        for tier, each in groupby(groups, key=lambda group: group.tier):
-            if ended and not worse_too and (tier not in ON_GPU or not victims):
+        for name, each in groupby(tiers, key=lambda tier: tier.name):
+            if ended and not worse_too and (name not in ON_GPU or not victims):
                 return
-            best = self._best_on_any_size if tier == EXPERTS_IN_RAM else self._best_on_fewest
+            best = self._best_on_any_size if name == EXPERTS_IN_RAM else self._best_on_fewest
             offer = best(tuple(each), idle, may_evict=not on_gpu)
             if offer is not None:
                 yield offer
-                on_gpu = on_gpu or tier in ON_GPU
+                on_gpu = on_gpu or name in ON_GPU
                 if not ended and not self._appraiser.can_be_beaten(offer):
                     ended, victims = True, offer.victims
 
-    def _best_on_fewest(self, sizes: Sequence[Group], idle: Sequence[Replica], *, may_evict: bool) -> Offer | None:
+    def _best_on_fewest(self, sizes: Sequence[Tier], idle: Sequence[Replica], *, may_evict: bool) -> Offer | None:
         best = self._best_of if may_evict else self._roomiest_free
-        return next((offer for group in sizes if (offer := best(group, idle))), None)
+        return next((offer for tier in sizes if (offer := best(tier, idle))), None)
 
-    def _best_on_any_size(self, sizes: Sequence[Group], idle: Sequence[Replica], *, may_evict: bool) -> Offer | None:
+    def _best_on_any_size(self, sizes: Sequence[Tier], idle: Sequence[Replica], *, may_evict: bool) -> Offer | None:
         """More GPUs leave fewer experts for host RAM. So besides the fewest GPUs that will do, the roomiest of each
         larger number are looked at, and all GPUs of a machine with evictions too."""
         made: list[Offer] = []
-        for group in sizes:
-            fewest_or_all = not made or group is sizes[-1]
+        for tier in sizes:
+            fewest_or_all = not made or tier is sizes[-1]
             best = self._best_of if fewest_or_all and may_evict else self._roomiest_free
-            offer = best(group, idle)
+            offer = best(tier, idle)
             if offer is not None:
                 made.append(offer)
         return min(made, key=lambda offer: (self._appraiser.cost(offer), len(offer.placement.device_ids)), default=None)
@@ -96,58 +96,58 @@ class Search:
 
     # ------------------------------------------------------------------ candidates that are equally good
 
-    def _best_of(self, group: Group, idle: Sequence[Replica]) -> Offer | None:
+    def _best_of(self, tier: Tier, idle: Sequence[Replica]) -> Offer | None:
         """The best offer, with evictions if nothing is free. Of partial offloads the cheapest: what is free competes
         with evictions for all layers that could be on GPUs, and for nearly all."""
-        free = self._best_free(group)
-        if group.tier not in PARTIAL:
-            return free or self.make_room(group, idle)
-        made = (free, *(self.make_room(group, idle, share) for share in (GOOD_ENOUGH, 1.0)))
+        free = self._best_free(tier)
+        if tier.name not in PARTIAL:
+            return free or self.make_room(tier, idle)
+        made = (free, *(self.make_room(tier, idle, share) for share in (GOOD_ENOUGH, 1.0)))
         return min((offer for offer in made if offer), key=self._appraiser.cost, default=None)
 
-    def _best_free(self, group: Group) -> Offer | None:
-        there = (node for node in group.nodes if group.may_fit(node, self._now(node.facts.node_id)))
-        return self._tightest(candidate for node in there for candidate in group.on(node))
+    def _best_free(self, tier: Tier) -> Offer | None:
+        there = (node for node in tier.nodes if tier.may_fit(node, self._now(node.facts.node_id)))
+        return self._tightest(candidate for node in there for candidate in tier.on(node))
 
-    def _roomiest_free(self, group: Group, _: Sequence[Replica] = ()) -> Offer | None:
+    def _roomiest_free(self, tier: Tier, _: Sequence[Replica] = ()) -> Offer | None:
         """A free place, sought only where there is most memory: it competes with a place that is in hand already, and
         is not worth a long search."""
-        rooms = {node.facts.node_id: self._now(node.facts.node_id) for node in group.nodes}
-        roomy = nlargest(MOST_ROOMY, group.nodes, key=lambda node: sum(rooms[node.facts.node_id].devices.values()))
-        there = (node for node in roomy if group.may_fit(node, rooms[node.facts.node_id]))
-        each = (group.roomiest(node, rooms[node.facts.node_id]) for node in there)
+        rooms = {node.facts.node_id: self._now(node.facts.node_id) for node in tier.nodes}
+        roomy = nlargest(MOST_ROOMY, tier.nodes, key=lambda node: sum(rooms[node.facts.node_id].devices.values()))
+        there = (node for node in roomy if tier.may_fit(node, rooms[node.facts.node_id]))
+        each = (tier.roomiest(node, rooms[node.facts.node_id]) for node in there)
         return self._tightest(candidate for candidate in each if candidate is not None)
 
-    def _tightest(self, candidates: Iterable[Candidate]) -> Offer | None:
+    def _tightest(self, candidates: Iterable[LayoutFamily]) -> Offer | None:
         """Of the candidates that are free now."""
         if self.situation.outgrown:  # these go first
             return None
         placements = (self.situation.solve(each, self._now(each.node_id)) for each in candidates)
         return self._best([Offer(placement) for placement in placements if placement], self._tightness)
 
-    def make_room(self, group: Group, removable: Sequence[Replica], share: float = GOOD_ENOUGH) -> Offer | None:
+    def make_room(self, tier: Tier, removable: Sequence[Replica], share: float = GOOD_ENOUGH) -> Offer | None:
         """The best offer with some of `removable` evicted; with `share` of the layers on GPUs that could be there."""
         everybody = frozenset(r.replica_id for r in removable) | self.situation.outgrown
-        cleared = {n.facts.node_id: self._without(n.facts.node_id, everybody) for n in group.nodes}
-        there = [node for node in group.nodes if group.may_fit(node, cleared[node.facts.node_id])]
-        every = [candidate for node in there for candidate in group.on(node)]
-        if group.size == 1 and len(every) > MOST_COMPARED:
+        cleared = {n.facts.node_id: self._without(n.facts.node_id, everybody) for n in tier.nodes}
+        there = [node for node in tier.nodes if tier.may_fit(node, cleared[node.facts.node_id])]
+        every = [candidate for node in there for candidate in tier.on(node)]
+        if tier.size == 1 and len(every) > MOST_COMPARED:
             every = self._promising(every, removable)
             there = [node for node in there if any(c.node is node for c in every)]
-        most = max(1, MOST_COMPARED // len(there)) if group.size > 1 and there else None
+        most = max(1, MOST_COMPARED // len(there)) if tier.size > 1 and there else None
         made: list[Offer] = []
         for node in there:
             here = (self._with_victims(c, removable, cleared[c.node_id], share) for c in every if c.node is node)
             made += islice((offer for offer in here if offer), most)
         return self._best(made, self._harm)
 
-    def _promising(self, single: Sequence[Candidate], removable: Sequence[Replica]) -> list[Candidate]:
+    def _promising(self, single: Sequence[LayoutFamily], removable: Sequence[Replica]) -> list[LayoutFamily]:
         """Of many single GPUs the few of each kind where, by bytes alone, the least regretted would make room."""
         residents: dict[DeviceId, list[tuple[Replica, int]]] = {}
         for replica in removable:
             for device_id, count in zip(replica.placement.device_ids, replica.placement.device_bytes, strict=True):
                 residents.setdefault(device_id, []).append((replica, count))
-        kinds: dict[str, list[tuple[float, int, Candidate]]] = {}
+        kinds: dict[str, list[tuple[float, int, LayoutFamily]]] = {}
         for number, candidate in enumerate(single):
             (device,) = candidate.devices
             short = candidate.least_bytes - self._now(candidate.node_id).devices.get(device.device_id, 0)
@@ -164,7 +164,7 @@ class Search:
     # ------------------------------------------------------------------ victims
 
     def _with_victims(
-        self, candidate: Candidate, removable: Sequence[Replica], cleared: Room, share: float
+        self, candidate: LayoutFamily, removable: Sequence[Replica], cleared: Room, share: float
     ) -> Offer | None:
         """The offer with the least regretted set of `removable` evicted. `cleared`: the room without all of them."""
         best = self.situation.solve(candidate, cleared)
@@ -184,7 +184,7 @@ class Search:
 
     def _in_the_way(
         self,
-        candidate: Candidate,
+        candidate: LayoutFamily,
         removable: Sequence[Replica],
         enough: Callable[[Room], Placement | None],
     ) -> Sequence[Replica]:
@@ -210,19 +210,19 @@ class Search:
     def _drawn(self, offer: Offer) -> Offer:
         """The same with the graph drawn, and the layers more that this leaves room for."""
         placement = offer.placement
-        drawn = self.situation.need.drawn(placement, self.situation.inventory.nodes[placement.node_id])
+        drawn = self.situation.workload.drawn(placement, self.situation.inventory.nodes[placement.node_id])
         return Offer(self.grown(drawn, offer.victims), offer.victims) if within(drawn, placement) else offer
 
     def grown(self, drawn: Placement, victims: Victims) -> Placement:
         """Some layers more, where the drawn graph leaves room for them."""
         if drawn.tier not in PARTIAL:
             return drawn
-        need, node = self.situation.need, self.situation.inventory.nodes[drawn.node_id]
+        workload, node = self.situation.workload, self.situation.inventory.nodes[drawn.node_id]
         room = self.room_of(Offer(drawn, victims))
         if drawn.tier == SOME_LAYERS_IN_RAM:
-            return spilling(need, node).grown(drawn, room)
+            return spilling(workload, node).grown(drawn, room)
         devices = tuple(node.devices[device_id].facts for device_id in drawn.device_ids)
-        return Candidate(drawn.tier, need, node, devices).grown(drawn, room)
+        return LayoutFamily(drawn.tier, workload, node, devices).grown(drawn, room)
 
     # ------------------------------------------------------------------ comparing
 
@@ -260,10 +260,10 @@ class Search:
         return now if free else self._without(placement.node_id, offer.victims)
 
     def _now(self, node_id: NodeId) -> Room:
-        return self.situation.outlook.now(node_id)
+        return self.situation.snapshot.now(node_id)
 
     def _without(self, node_id: NodeId, victims: Iterable[ReplicaId]) -> Room:
-        return self.situation.outlook.without(node_id, victims)
+        return self.situation.snapshot.without(node_id, victims)
 
 
 def within(one: Placement, other: Placement) -> bool:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from heapq import nlargest, nsmallest
 from itertools import islice
 
-from scheduler.choice.need import Need
-from scheduler.choice.outlook import Outlook
+from scheduler.choice.snapshot import Snapshot
+from scheduler.choice.workload import Workload
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Replica
 from scheduler.units import GIB, NodeId
@@ -25,9 +25,9 @@ LOOKED_THROUGH = 512  # replicas, used longest ago first
 
 
 def shortlist(
-    need: Need,
+    workload: Workload,
     nodes: Sequence[Node],
-    outlook: Outlook,
+    snapshot: Snapshot,
     protected: Callable[[Replica], str],
     cached: Callable[[NodeId], float],
 ) -> list[Node]:
@@ -35,18 +35,18 @@ def shortlist(
     cache."""
     if len(nodes) <= ALL:
         return list(nodes)
-    least, replicas = need.least_bytes(), outlook.replicas
+    least, replicas = workload.least_bytes(), snapshot.replicas
     by_id = {node.facts.node_id: node for node in nodes}
-    some_only = bool(need.wishes.gpus or need.wishes.not_on)
+    some_only = bool(workload.wishes.gpus or workload.wishes.not_on)
     tight: list[tuple[int, NodeId]] = []
     fast: list[tuple[float, NodeId]] = []
     roomy: list[tuple[int, NodeId]] = []
     ram: list[tuple[int, NodeId]] = []
     for node_id, node in by_id.items():
-        room = outlook.now(node_id)
+        room = snapshot.now(node_id)
         free = room.devices
         if some_only:
-            free = {d.device_id: free.get(d.device_id, 0) for d in need.wishes.devices(node)}
+            free = {d.device_id: free.get(d.device_id, 0) for d in workload.wishes.devices(node)}
         roomy.append((sum(free.values()), node_id))
         ram.append((room.host_bytes, node_id))
         fitting = [device_id for device_id, count in free.items() if count >= least]
@@ -57,38 +57,38 @@ def shortlist(
     for ranked in (fast, roomy, ram):
         named += [node_id for _, node_id in nlargest(OF_A_KIND, ranked)]
     if not tight:
-        named += islice(_with_victims(need, by_id, outlook, protected), 2 * OF_A_KIND)
+        named += islice(_with_victims(workload, by_id, snapshot, protected), 2 * OF_A_KIND)
     named += islice((node_id for node_id in by_id if cached(node_id) >= 0.5), OF_A_KIND)
-    named += [r.placement.node_id for r in replicas.of_model(need.model) if r.placement.node_id in by_id]
+    named += [r.placement.node_id for r in replicas.of_model(workload.model) if r.placement.node_id in by_id]
     return [by_id[node_id] for node_id in dict.fromkeys(named)]
 
 
-def wider(need: Need, nodes: Sequence[Node], outlook: Outlook) -> list[Node]:
+def wider(workload: Workload, nodes: Sequence[Node], snapshot: Snapshot) -> list[Node]:
     """Machines among which one is that the model fits on, if there is any among `nodes`: all of them, or of many the
     two of each kind that would have the most memory free."""
     if len(nodes) <= MANY:
         return list(nodes)
     kinds: dict[tuple[object, ...], list[tuple[int, int, Node]]] = {}
     for number, node in enumerate(nodes):
-        totals = tuple(device.total_bytes for device in need.wishes.devices(node))
+        totals = tuple(device.total_bytes for device in workload.wishes.devices(node))
         kind = totals, node.facts.memory_total_bytes // GIB, node.facts.physical_cores
-        here = outlook.replicas.on_node(node.facts.node_id)
-        room = outlook.without(node.facts.node_id, [replica.replica_id for replica in here if replica.idle])
+        here = snapshot.replicas.on_node(node.facts.node_id)
+        room = snapshot.without(node.facts.node_id, [replica.replica_id for replica in here if replica.idle])
         kinds.setdefault(kind, []).append((-sum(room.devices.values()), number, node))
     return [node for kind in kinds.values() for _, _, node in nsmallest(OF_A_KIND, kind)]
 
 
 def _with_victims(
-    need: Need, by_id: dict[NodeId, Node], outlook: Outlook, protected: Callable[[Replica], str]
+    workload: Workload, by_id: dict[NodeId, Node], snapshot: Snapshot, protected: Callable[[Replica], str]
 ) -> Iterable[NodeId]:
     """Machines on which one replica that is idle would make enough room on one GPU; who was used longest ago first."""
     seen: set[NodeId] = set()
-    least = need.least_bytes()
-    for replica in islice(outlook.replicas.least_recently_used(), LOOKED_THROUGH):
+    least = workload.least_bytes()
+    for replica in islice(snapshot.replicas.least_recently_used(), LOOKED_THROUGH):
         placement = replica.placement
         if placement.node_id in seen or placement.node_id not in by_id or not replica.idle or protected(replica):
             continue
-        free = outlook.now(placement.node_id).devices
+        free = snapshot.now(placement.node_id).devices
         shares = zip(placement.device_ids, placement.device_bytes, strict=True)
         if any(free.get(device_id, 0) + count >= least for device_id, count in shares):
             seen.add(placement.node_id)

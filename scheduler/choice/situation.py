@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from scheduler.choice.appraiser import Appraiser
-from scheduler.choice.candidates import Candidate
 from scheduler.choice.eviction import Victims, evictable
-from scheduler.choice.need import Need
-from scheduler.choice.outlook import Outlook
-from scheduler.choice.room import Room
+from scheduler.choice.layouts import LayoutFamily
+from scheduler.choice.snapshot import Snapshot
+from scheduler.choice.workload import Workload
+from scheduler.cluster.free_memory import Room
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.cluster.replicas import Replicas
@@ -21,11 +21,11 @@ from scheduler.config import Policy
 class Situation:
     """`nodes` may be a shortlist of `every_node`. `waited_s`: for so long somebody has waited for the need already."""
 
-    need: Need
+    workload: Workload
     nodes: Sequence[Node]
     every_node: Sequence[Node]
     inventory: Inventory
-    outlook: Outlook
+    snapshot: Snapshot
     replicas: Replicas
     appraiser: Appraiser
     policy: Policy
@@ -47,7 +47,7 @@ class Situation:
         if not self.may_evict:
             return []
         others = (replica for replica in self.there() if replica.replica_id not in self.outgrown)
-        return evictable(others, self.protection, self.now, min_residency_s, self.need.model, self.appraiser.regret)
+        return evictable(others, self.protection, self.now, min_residency_s, self.workload.model, self.appraiser.regret)
 
     def there(self) -> Iterable[Replica]:
         """Replicas on the machines in question; all replicas where the number of loaded models is limited."""
@@ -55,17 +55,17 @@ class Situation:
             return self.replicas.values()
         return (replica for node in self.nodes for replica in self.replicas.on_node(node.facts.node_id))
 
-    def solve(self, candidate: Candidate, room: Room) -> Placement | None:
+    def solve(self, candidate: LayoutFamily, room: Room) -> Placement | None:
         """The candidate's best placement, if it is fast enough for the catalogue."""
         placement = candidate.solve(room)
-        wanted = self.need.wishes.min_tokens_per_s
+        wanted = self.workload.wishes.min_tokens_per_s
         if placement is None or not wanted:
             return placement
         tokens_per_s = self.appraiser.tokens_per_s(placement)
         return placement if tokens_per_s is None or tokens_per_s >= wanted else None
 
-    def feasible(self, candidate: Candidate, room: Room) -> bool:
+    def feasible(self, candidate: LayoutFamily, room: Room) -> bool:
         """Whether the candidate has any placement in the room that would do."""
-        if self.need.wishes.min_tokens_per_s:
+        if self.workload.wishes.min_tokens_per_s:
             return self.solve(candidate, room) is not None
         return candidate.feasible(room)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from scheduler.choice.explain import Rejection
-from scheduler.choice.groups import groups
-from scheduler.choice.need import Need, Wishes
-from scheduler.choice.room import Room
+from scheduler.choice.tiers import tiers_of
+from scheduler.choice.workload import Wishes, Workload
+from scheduler.cluster.free_memory import Room
 from scheduler.cluster.inventory import Node
 from scheduler.units import NodeId, format_bytes
 
@@ -20,30 +20,30 @@ MOST_MACHINES = 16
 """More than llama.cpp has devices for (`llama_max_devices`) would not help anyway."""
 
 
-def over_machines(need: Need, rooms: Sequence[tuple[Node, Room]]) -> tuple[Rejection, ...]:
+def over_machines(workload: Workload, rooms: Sequence[tuple[Node, Room]]) -> tuple[Rejection, ...]:
     """That the model would fit over the fewest machines that hold it together, the roomiest first, if there are such.
     `rooms`: what each machine has for it."""
-    allowed = [(node, _part(need, node, room)) for node, room in rooms if need.wishes.allow(node)]
+    allowed = [(node, _part(workload, node, room)) for node, room in rooms if workload.wishes.allow(node)]
     largest = sorted(allowed, key=lambda each: (-sum(each[1].devices.values()), -each[1].host_bytes))[:MOST_MACHINES]
-    wishes = Wishes(spill=need.wishes.spill, max_gpus=need.wishes.max_gpus)
-    anywhere = replace(need, wishes=wishes, precision="bound", known={})
+    wishes = Wishes(spill=workload.wishes.spill, max_gpus=workload.wishes.max_gpus)
+    anywhere = replace(workload, wishes=wishes, precision="bound", known={})
     for count in range(2, len(largest) + 1):
         some = largest[:count]
         if _fits_together(anywhere, some):
             names = ", ".join(node.facts.hostname for node, _ in some)
-            needs = format_bytes(need.least_bytes())
+            needs = format_bytes(workload.least_bytes())
             why = f"its {needs} would fit over {count} machines together, but a model does not span machines yet"
             return (Rejection(SEVERAL_MACHINES, names, why),)
     return ()
 
 
-def _part(need: Need, node: Node, room: Room) -> Room:
+def _part(workload: Workload, node: Node, room: Room) -> Room:
     """The room on the devices that may be used."""
-    usable = (device.device_id for device in need.wishes.devices(node))
+    usable = (device.device_id for device in workload.wishes.devices(node))
     return replace(room, devices={each: max(0, room.devices.get(each, 0)) for each in usable})
 
 
-def _fits_together(need: Need, some: Sequence[tuple[Node, Room]]) -> bool:
+def _fits_together(workload: Workload, some: Sequence[tuple[Node, Room]]) -> bool:
     """Whether the model fits on one machine that has what all of these have."""
     nodes, rooms = zip(*some, strict=True)
     room = Room(
@@ -52,7 +52,7 @@ def _fits_together(need: Need, some: Sequence[tuple[Node, Room]]) -> bool:
         cpu_seats=sum(each.cpu_seats for each in rooms),
         active=min(each.active for each in rooms),
     )
-    if sum(room.devices.values()) + need.wishes.spill * room.host_bytes < need.least_bytes():
+    if sum(room.devices.values()) + workload.wishes.spill * room.host_bytes < workload.least_bytes():
         return False
     devices = {d: device for node in nodes for d, device in node.devices.items() if d in room.devices}
     facts = replace(
@@ -61,5 +61,5 @@ def _fits_together(need: Need, some: Sequence[tuple[Node, Room]]) -> bool:
         devices=tuple(device.facts for device in devices.values()),
     )
     machine = replace(nodes[0], facts=facts, devices=devices)
-    ways = (each.roomiest(machine, room) for each in groups(need, [machine]) if each.size in (0, len(devices)))
+    ways = (each.roomiest(machine, room) for each in tiers_of(workload, [machine]) if each.size in (0, len(devices)))
     return any(way is not None and way.feasible(room) for way in ways)

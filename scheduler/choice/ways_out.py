@@ -8,11 +8,11 @@ from functools import partial
 from heapq import nlargest
 
 from scheduler.choice.appraiser import ALWAYS_LOADED
-from scheduler.choice.candidates import CONTEXT_STEP
-from scheduler.choice.groups import Group, groups
-from scheduler.choice.need import Precision
-from scheduler.choice.room import Room
+from scheduler.choice.layouts import CONTEXT_STEP
 from scheduler.choice.situation import Situation
+from scheduler.choice.tiers import Tier, tiers_of
+from scheduler.choice.workload import Precision
+from scheduler.cluster.free_memory import Room
 from scheduler.cluster.inventory import Node
 from scheduler.units import MIB, DeviceId, format_bytes
 
@@ -48,7 +48,7 @@ def cleared(here: Situation) -> list[tuple[Node, Room]]:
     for node in here.every_node:
         residents = here.replicas.on_node(node.facts.node_id)
         gone = [replica.replica_id for replica in residents if not here.protection(replica)]
-        rooms.append((node, here.outlook.without(node.facts.node_id, gone)))
+        rooms.append((node, here.snapshot.without(node.facts.node_id, gone)))
     return rooms
 
 
@@ -62,11 +62,11 @@ def _most_room(rooms: Sequence[tuple[Node, Room]]) -> list[tuple[Node, Room]]:
 
 def _context_that_fits(here: Situation, rooms: Sequence[tuple[Node, Room]]) -> int:
     """The largest context per slot below the one asked for that there could be room for, to 256 tokens; 0: none."""
-    context = here.need.context
+    context = here.workload.context
 
     def fits(steps: int, precision: Precision) -> bool:
-        smaller = here.need.with_n_ctx(context, steps * CONTEXT_STEP * context.n_seq_max).at(precision)
-        return any(_fits(here, groups(smaller, [node]), node, room) for node, room in rooms)
+        smaller = here.workload.with_n_ctx(context, steps * CONTEXT_STEP * context.n_seq_max).at(precision)
+        return any(_fits(here, tiers_of(smaller, [node]), node, room) for node, room in rooms)
 
     low, most = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
     if most <= low or not fits(low, "if needed"):
@@ -86,7 +86,7 @@ def _bisected(low: int, high: int, holds: Callable[[int], bool], tries: int = 64
     return low, high
 
 
-def _fits(here: Situation, ways: Sequence[Group], node: Node, room: Room) -> bool:
+def _fits(here: Situation, ways: Sequence[Tier], node: Node, room: Room) -> bool:
     roomiest = (way.roomiest(node, room) for way in ways)
     return any(candidate is not None and here.feasible(candidate, room) for candidate in roomiest)
 
@@ -113,7 +113,9 @@ def _more_memory(here: Situation, rooms: Sequence[tuple[Node, Room]]) -> list[st
     memories: list[tuple[int, str]] = []
     for node, room in rooms:
         on = f" of {node.facts.hostname}" if len(here.every_node) > 1 else ""
-        alike = {(d.product, d.total_bytes, room.devices.get(d.device_id)): d for d in here.need.wishes.devices(node)}
+        alike = {
+            (d.product, d.total_bytes, room.devices.get(d.device_id)): d for d in here.workload.wishes.devices(node)
+        }
         for device in alike.values():
             more = _missing(here, node, partial(_with_device, room, device.device_id))
             if more:
@@ -134,12 +136,12 @@ def _with_host(room: Room, extra: int) -> Room:
 
 def _missing(here: Situation, node: Node, room_with: Callable[[int], Room]) -> int:
     """The least extra bytes, to `STEP_BYTES`, with which the model fits on the node somehow; 0: no amount helps."""
-    drawn, bounded = groups(here.need, [node]), groups(here.need.at("bound"), [node])
+    drawn, bounded = tiers_of(here.workload, [node]), tiers_of(here.workload.at("bound"), [node])
 
-    def fits(steps: int, ways: Sequence[Group]) -> bool:
+    def fits(steps: int, ways: Sequence[Tier]) -> bool:
         return _fits(here, ways, node, room_with(steps * STEP_BYTES))
 
-    enough = -(-2 * here.need.least_bytes() // STEP_BYTES) + _SPARE_STEPS
+    enough = -(-2 * here.workload.least_bytes() // STEP_BYTES) + _SPARE_STEPS
     if not fits(enough, bounded):
         return 0
     _, high = _bisected(0, enough, lambda steps: fits(steps, bounded))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from scheduler import commands as cmd
 from scheduler import events as ev
-from scheduler.choice.candidates import CPU_ONLY, ONE_GPU, SEVERAL_GPUS, SOME_LAYERS_IN_RAM, Candidate
-from scheduler.choice.need import Need
+from scheduler.choice.layouts import CPU_ONLY, ONE_GPU, SEVERAL_GPUS, SOME_LAYERS_IN_RAM, LayoutFamily
+from scheduler.choice.workload import Workload
 from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
 from scheduler.cluster.replica import Placement
 from scheduler.config import Catalogue
@@ -126,17 +126,17 @@ class DescribedCluster:
         shape = self.models[said.model].shape
         there = self.core.inventory.nodes[NodeId(node.name)]
         context = self.core.models.context(self.core.models.by_name[said.model], shape, said.n_ctx)
-        need = Need(said.model, shape, context, self.core.catalogue.reserves, precision="exact")
+        workload = Workload(said.model, shape, context, self.core.catalogue.reserves, precision="exact")
         devices = tuple(device for i, device in enumerate(there.facts.devices) if i in said.gpus)
         room = self.core.rooms.empty(there.facts.node_id)
         tiers = (ONE_GPU if len(devices) == 1 else SEVERAL_GPUS, SOME_LAYERS_IN_RAM) if devices else (CPU_ONLY,)
         for tier in tiers:
-            placement = Candidate(tier, need, there, devices, need.least_bytes()).solve(room)
+            placement = LayoutFamily(tier, workload, there, devices, workload.least_bytes()).solve(room)
             if placement is not None:
                 return placement
         raise Rejected(
             f"replica {said.model} does not fit where it is said to be, on {node.name} "
-            f"{list(said.gpus) or 'in host RAM'}: it takes {format_bytes(need.least_bytes())} at least"
+            f"{list(said.gpus) or 'in host RAM'}: it takes {format_bytes(workload.least_bytes())} at least"
         )
 
     def report(

@@ -120,7 +120,9 @@ def test_a_crowd_of_waiting_models_is_not_decided_about_at_every_event(monkeypat
     decided: list[str] = []
     most = 0
     choose, handle = Chooser.choose, s.core.handle
-    monkeypatch.setattr(Chooser, "choose", lambda self, **more: decided.append(self.need.model) or choose(self, **more))
+    monkeypatch.setattr(
+        Chooser, "choose", lambda self, **more: decided.append(self.workload.model) or choose(self, **more)
+    )
 
     def counted(event: ev.Event, now: float) -> list[cmd.Command]:
         nonlocal most

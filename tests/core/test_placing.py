@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from scenario import LARGE, MEDIUM, MOE, SMALL, Scenario, gpu, shape
 
-import scheduler.choice.need
+import scheduler.choice.workload
 from scheduler.costs.footprint import footprint
 from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
@@ -44,7 +44,7 @@ def test_a_bound_that_is_too_low_is_done_without(monkeypatch: pytest.MonkeyPatch
         tuple(replace(share, compute_bytes=0) for share in footprint(*asked, CHECKED_BUILD).devices),
         footprint(*asked, CHECKED_BUILD).host,
     )
-    monkeypatch.setattr(scheduler.choice.need, "_bounded_footprint", lies)
+    monkeypatch.setattr(scheduler.choice.workload, "_bounded_footprint", lies)
     whole = Layout((DeviceSpec("d0", "rpc"),), -1, (1.0,))
     share = footprint(shape(*SMALL), whole, ContextParams(n_ctx=8192), CHECKED_BUILD).devices[0]
     s = Scenario([gpu(f"{share.total_bytes - 1}B"), gpu("8GiB", "gpu1")], ALL)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenario import MEDIUM, SMALL, Scenario, gpu
 
-from scheduler.choice.queue import RequestQueue, Waiting
+from scheduler.cluster.queue import RequestQueue, Waiting
 from scheduler.config import Policy
 from scheduler.errors import DeadlineExceeded, QueueFull, Rejected
 from scheduler.units import RequestId

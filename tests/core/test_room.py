@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scenario import SMALL, Scenario, gpu
 
-from scheduler.choice.room import Room, View, _estimate
+from scheduler.cluster.free_memory import Room, View, _estimate
 from scheduler.cluster.ledger import host_account
 from scheduler.units import GIB, DeviceId, NodeId, ReplicaId
 

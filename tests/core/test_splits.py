@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from scenario import gpu
 
 from arriero.example_models import Dimensions, write_example_model
-from scheduler.choice.candidates import EXPERTS_IN_RAM, Candidate
-from scheduler.choice.need import Need
-from scheduler.choice.room import Room
+from scheduler.choice.layouts import EXPERTS_IN_RAM, LayoutFamily
 from scheduler.choice.splits import shares, split
+from scheduler.choice.workload import Workload
 from scheduler.cluster.facts import NodeFacts
+from scheduler.cluster.free_memory import Room
 from scheduler.cluster.inventory import Device, Node
 from scheduler.cluster.replica import Placement
 from scheduler.config import Reserves
@@ -71,8 +71,8 @@ class Cards:
 
     def __init__(self, shape: ModelShape, n_cards: int, seed: int) -> None:
         chance = random.Random(seed)
-        self.need = Need("m", shape, ContextParams(n_ctx=chance.choice((4096, 16384))), Reserves())
-        least, most = self.need.least_bytes(self.need.n_layers - 1), self.need.least_bytes()
+        self.workload = Workload("m", shape, ContextParams(n_ctx=chance.choice((4096, 16384))), Reserves())
+        least, most = self.workload.least_bytes(self.workload.n_layers - 1), self.workload.least_bytes()
         besides = 1.25 * n_cards * GIB
         sizes = [chance.uniform(0.2, 1) for _ in range(n_cards)]
         total = chance.uniform(least, 0.9 * most) + besides
@@ -85,29 +85,29 @@ class Cards:
         facts = NodeFacts(NodeId("box"), "box", "", 8, 64 * GIB, devices, llama_build=CHECKED_BUILD)
         self.node = Node(facts, 0.0, devices={device.device_id: Device(device) for device in devices})
         self.room = Room({d.device_id: d.total_bytes for d in devices}, 64 * GIB, 8)
-        self.candidate = Candidate(EXPERTS_IN_RAM, self.need, self.node, devices, least)
+        self.candidate = LayoutFamily(EXPERTS_IN_RAM, self.workload, self.node, devices, least)
 
     def found(self) -> Placement | None:
         return self.candidate.solve(self.room)
 
     def least_experts(self, *, drawn: bool) -> int | None:
         """Of as few layers as can be, whatever the split."""
-        layers = range(1, self.need.n_layers)
+        layers = range(1, self.workload.n_layers)
         return next((n for n in layers if any(self._fits(n, counts, drawn) for counts in self._splits())), None)
 
     def _splits(self) -> Iterator[tuple[int, ...]]:
-        return every_split(self.need.n_layers, len(self.free))
+        return every_split(self.workload.n_layers, len(self.free))
 
     def _fits(self, n_cpu_moe: int, counts: tuple[int, ...], drawn: bool) -> bool:
         specs = tuple(DeviceSpec(f"d{i}", "cuda") for i in range(len(counts)))
         layout = Layout(specs, sum(counts), tuple(map(float, counts)), n_cpu_moe=n_cpu_moe)
         devices = self.candidate.devices
-        cost, _, needs = self.need.shares(self.node, devices, layout, exact=False)
+        cost, _, needs = self.workload.shares(self.node, devices, layout, exact=False)
         if drawn and any(need > there for need, there in zip(needs, self.free, strict=True)):
             held = (need - share.compute_bytes for need, share in zip(needs, cost.devices, strict=True))
             if any(need > there for need, there in zip(held, self.free, strict=True)):
                 return False
-            _, _, needs = self.need.shares(self.node, devices, layout, exact=True)
+            _, _, needs = self.workload.shares(self.node, devices, layout, exact=True)
         return all(need <= there for need, there in zip(needs, self.free, strict=True))
 
 
@@ -126,5 +126,5 @@ def test_nor_does_one_by_its_graph(n_cards: int, seed: int, mixture: ModelShape)
     cards = Cards(mixture, n_cards, seed)
     found = cards.found()
     assert found is not None
-    grown = cards.candidate.grown(cards.need.drawn(found, cards.node), cards.room)
+    grown = cards.candidate.grown(cards.workload.drawn(found, cards.node), cards.room)
     assert grown.layout.n_cpu_moe == cards.least_experts(drawn=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scenario import LARGE, MEDIUM, SMALL, Scenario, gpu, shape
 
-from scheduler.choice.need import Need
+from scheduler.choice.workload import Workload
 from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.models import Models
 from scheduler.config import Reserves, parse_catalogue
@@ -110,7 +110,7 @@ def test_other_contexts_of_an_embedding_model_hold_whole_sequences_in_one_batch(
     contexts = (
         models.context(models.by_name["m"], embeds, None),
         *models.alternatives(models.by_name["m"], embeds, None),
-        Need("m", embeds, ContextParams(), Reserves()).with_n_ctx(ContextParams(), 16384).context,
+        Workload("m", embeds, ContextParams(), Reserves()).with_n_ctx(ContextParams(), 16384).context,
     )
     assert [(each.n_ctx, each.n_batch, each.n_ubatch) for each in contexts] == [
         (n_ctx, n_ctx, n_ctx) for n_ctx in (8192, 2048, 8192, 16384)

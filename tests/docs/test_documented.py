@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from scheduler import commands, config, events
-from scheduler.choice.candidates import TIERS
+from scheduler.choice.layouts import TIERS
 from scheduler.choice.placement import Verdict
 from scheduler.cluster.replica import TRANSITIONS, ReplicaState
 from scheduler.config import Catalogue, parse_catalogue

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenario import LARGE, MEDIUM, MOE, SMALL, gpu, shape
 
-from scheduler.choice.candidates import (
+from scheduler.choice.layouts import (
     CPU_ONLY,
     EXPERTS_IN_RAM,
     ONE_GPU,
@@ -18,13 +18,13 @@ from scheduler.choice.candidates import (
     SEVERAL_GPUS,
     SOME_LAYERS_IN_RAM,
     TIERS,
-    Candidate,
+    LayoutFamily,
     fits,
 )
-from scheduler.choice.groups import groups
-from scheduler.choice.need import Need
-from scheduler.choice.room import Room
+from scheduler.choice.tiers import tiers_of
+from scheduler.choice.workload import Workload
 from scheduler.cluster.facts import NodeFacts
+from scheduler.cluster.free_memory import Room
 from scheduler.cluster.inventory import Device, Node
 from scheduler.config import Reserves
 from scheduler.costs.graph.templates import CHECKED_BUILD
@@ -41,8 +41,8 @@ def node(*sizes: str, kind: str = "rpc", build: str = CHECKED_BUILD) -> Node:
     return Node(facts, 0.0, devices={device.device_id: Device(device) for device in devices})
 
 
-def need(dims: tuple[int, ...], **more: object) -> Need:
-    return Need("m", shape(*dims), CONTEXT, Reserves(), **more)  # type: ignore[arg-type]
+def workload(dims: tuple[int, ...], **more: object) -> Workload:
+    return Workload("m", shape(*dims), CONTEXT, Reserves(), **more)  # type: ignore[arg-type]
 
 
 def room(machine: Node, host: int = 64 * GIB, cpu_seats: int = 8) -> Room:
@@ -50,7 +50,7 @@ def room(machine: Node, host: int = 64 * GIB, cpu_seats: int = 8) -> Room:
 
 
 def tiers(dims: tuple[int, ...], machine: Node) -> list[tuple[str, int]]:
-    return [(g.tier, len(list(g))) for g in groups(need(dims), [machine]) if list(g)]
+    return [(g.name, len(list(g))) for g in tiers_of(workload(dims), [machine]) if list(g)]
 
 
 def test_tiers_come_in_their_order() -> None:
@@ -68,19 +68,19 @@ def test_without_gpus_there_is_the_cpu() -> None:
 
 def test_a_need_counts_overheads() -> None:
     machine = node("8GiB", kind="cuda")
-    plain = Candidate(ONE_GPU, need(SMALL), machine, tuple(d.facts for d in machine.devices.values())).minimum()
-    spec = need(SMALL).footprint(plain.layout, CHECKED_BUILD)
+    plain = LayoutFamily(ONE_GPU, workload(SMALL), machine, tuple(d.facts for d in machine.devices.values())).minimum()
+    spec = workload(SMALL).footprint(plain.layout, CHECKED_BUILD)
     assert plain.device_bytes[0] == spec.devices[0].total_bytes + 600 * MIB
     assert plain.host_bytes > spec.host.total_bytes + plain.host_outside_bytes > spec.host.total_bytes + 128 * MIB
-    grown = Candidate(ONE_GPU, need(SMALL, extra_bytes=MIB), machine, plain_devices(machine)).minimum()
+    grown = LayoutFamily(ONE_GPU, workload(SMALL, extra_bytes=MIB), machine, plain_devices(machine)).minimum()
     assert grown.device_bytes[0] == plain.device_bytes[0] + MIB
 
 
 @pytest.mark.parametrize("tier", [ONE_GPU, CPU_ONLY])
 def test_each_machine_is_judged_by_its_own_llama_cpp(tier: str) -> None:
     """Graphs were drawn after one release; under others, and where it is not known, the bound holds."""
-    wanted = need(LARGE)
-    layout = Candidate(tier, wanted, node("16GiB"), plain_devices(node("16GiB"))[: tier == ONE_GPU]).minimum().layout
+    wanted = workload(LARGE)
+    layout = LayoutFamily(tier, wanted, node("16GiB"), plain_devices(node("16GiB"))[: tier == ONE_GPU]).minimum().layout
 
     def taken(build: str, *, exact: bool) -> tuple[int, ...]:
         machine = node("16GiB", build=build)
@@ -100,9 +100,9 @@ def plain_devices(machine: Node) -> tuple:  # type: ignore[type-arg]
 
 
 def test_repacked_weights_take_their_memory_again_and_mapped_ones_are_file_backed() -> None:
-    mapped = Candidate(CPU_ONLY, need(SMALL), node(), ()).minimum()
-    read = Candidate(CPU_ONLY, need(SMALL, use_mmap=False), node(), ()).minimum()
-    repacked = Candidate(CPU_ONLY, need(SMALL, use_extra_bufts=True), node(), ()).minimum()
+    mapped = LayoutFamily(CPU_ONLY, workload(SMALL), node(), ()).minimum()
+    read = LayoutFamily(CPU_ONLY, workload(SMALL, use_mmap=False), node(), ()).minimum()
+    repacked = LayoutFamily(CPU_ONLY, workload(SMALL, use_extra_bufts=True), node(), ()).minimum()
     assert mapped.host_bytes == read.host_bytes and read.host_mapped_bytes == 0
     assert repacked.host_bytes == mapped.host_bytes + mapped.host_mapped_bytes
 
@@ -113,34 +113,34 @@ def test_repacked_weights_take_their_memory_again_and_mapped_ones_are_file_backe
 )
 def test_fits_looks_at_everything(changed: dict[str, object]) -> None:
     machine = node("3GiB")
-    placement = Candidate(EXPERTS_IN_RAM, need(MOE), machine, plain_devices(machine)).minimum()
+    placement = LayoutFamily(EXPERTS_IN_RAM, workload(MOE), machine, plain_devices(machine)).minimum()
     assert fits(placement, room(machine))
     assert not fits(placement, replace(room(machine), **changed))  # type: ignore[arg-type]
 
 
 def test_layers_move_off_the_fullest_device() -> None:
     machine = node("9GiB", "3500MiB")
-    [candidate] = next(g for g in groups(need(LARGE), [machine]) if g.tier == SEVERAL_GPUS)
+    [candidate] = next(g for g in tiers_of(workload(LARGE), [machine]) if g.name == SEVERAL_GPUS)
     placement = candidate.solve(room(machine))
     assert placement is not None and sum(placement.layers) == 33 and fits(placement, room(machine))
 
 
 def test_too_little_in_all_is_seen_at_once() -> None:
     machine = node("1GiB", "1GiB")
-    [candidate] = next(g for g in groups(need(LARGE), [machine]) if g.tier == SEVERAL_GPUS)
+    [candidate] = next(g for g in tiers_of(workload(LARGE), [machine]) if g.name == SEVERAL_GPUS)
     assert candidate.solve(room(machine)) is None
 
 
 def test_more_devices_than_layers_is_no_spread() -> None:
     machine = node(*["100MiB"] * 10)
-    found = groups(need((8, 1024, 2816)), [machine])
-    ten = [c for group in found for c in group if len(c.devices) == 10 and c.tier == SEVERAL_GPUS]
+    found = tiers_of(workload((8, 1024, 2816)), [machine])
+    ten = [c for tier in found for c in tier if len(c.devices) == 10 and c.tier == SEVERAL_GPUS]
     assert len(ten) == 1 and ten[0].solve(room(machine)) is None
 
 
 def test_a_partial_offload_needs_the_host_for_the_rest() -> None:
     machine = node("8GiB")
-    [candidate] = next(g for g in groups(need(LARGE), [machine]) if g.tier == SOME_LAYERS_IN_RAM)
+    [candidate] = next(g for g in tiers_of(workload(LARGE), [machine]) if g.name == SOME_LAYERS_IN_RAM)
     assert candidate.solve(room(machine, host=GIB)) is None
     tight = candidate.solve(room(machine, host=6 * GIB))
     roomy = candidate.solve(room(machine))
@@ -149,7 +149,7 @@ def test_a_partial_offload_needs_the_host_for_the_rest() -> None:
 
 def test_a_partial_offload_uses_a_second_device_only_for_more_layers() -> None:
     machine = node("8GiB", "100MiB")
-    [candidate] = next(g for g in groups(need(LARGE), [machine]) if g.tier == SOME_LAYERS_IN_RAM)
+    [candidate] = next(g for g in tiers_of(workload(LARGE), [machine]) if g.name == SOME_LAYERS_IN_RAM)
     placement = candidate.solve(room(machine))
     assert placement is not None and len(placement.device_ids) == 1
 
@@ -160,16 +160,18 @@ def test_drawing_only_where_the_bound_does_not_decide_changes_no_layout(dims: tu
     for _ in range(12):
         machine = node(*(f"{chance.randint(500, 9000)}MiB" for _ in range(chance.randint(1, 4))))
         space = room(machine, chance.randint(2, 30) * GIB)
-        pairs = zip(groups(need(dims), [machine]), groups(need(dims, precision="exact"), [machine]), strict=True)
-        for quick, drawn in ((a, b) for group, other in pairs for a, b in zip(group, other, strict=True)):
+        pairs = zip(
+            tiers_of(workload(dims), [machine]), tiers_of(workload(dims, precision="exact"), [machine]), strict=True
+        )
+        for quick, drawn in ((a, b) for tier, other in pairs for a, b in zip(tier, other, strict=True)):
             found, truth = quick.solve(space), drawn.solve(space)
             if quick.tier in PARTIAL and found and truth:
-                grown = quick.grown(quick.need.drawn(found, machine), space)
+                grown = quick.grown(quick.workload.drawn(found, machine), space)
                 assert fits(grown, space)
                 assert truth.n_resident_layers - grown.n_resident_layers <= 1
                 continue
             assert (found and found.layout) == (truth and truth.layout), quick.tier
-            assert truth is None or found is None or quick.need.drawn(found, machine) == truth
+            assert truth is None or found is None or quick.workload.drawn(found, machine) == truth
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -181,8 +183,8 @@ def test_drawing_only_where_the_bound_does_not_decide_changes_no_layout(dims: tu
 def test_whatever_is_found_fits_and_is_complete(sizes: list[int], host_mib: int, dims: tuple[int, ...]) -> None:
     machine = node(*(f"{size}MiB" for size in sizes))
     free = room(machine, host=host_mib * MIB)
-    for group in groups(need(dims), [machine]):
-        for candidate in group:
+    for tier in tiers_of(workload(dims), [machine]):
+        for candidate in tier:
             placement = candidate.solve(free)
             if placement is None:
                 continue
@@ -202,8 +204,8 @@ def test_a_runner_is_charged_what_the_command_line_says() -> None:
 @pytest.mark.parametrize("gib", [2, 4, 8, 12])
 def test_as_many_experts_as_fit_stay_on_the_gpu(gib: int) -> None:
     """One layer's experts more would not fit."""
-    machine, wanted = node(f"{gib}GiB"), need(MOE, precision="exact")
-    (experts,) = (c for group in groups(wanted, [machine]) for c in group if c.tier == EXPERTS_IN_RAM)
+    machine, wanted = node(f"{gib}GiB"), workload(MOE, precision="exact")
+    (experts,) = (c for tier in tiers_of(wanted, [machine]) for c in tier if c.tier == EXPERTS_IN_RAM)
     found = experts.solve(room(machine))
     assert found is not None and found.computes_on_cpu and found.layout.n_gpu_layers == wanted.n_layers
     assert found.n_resident_layers == wanted.n_layers - found.layout.n_cpu_moe
@@ -217,9 +219,9 @@ def test_the_fastest_gpu_is_filled_first() -> None:
     slow, fast = (replace(gpu("8GiB", f"gpu{i}"), rates=Rates(r, 1e13)) for i, r in enumerate((300e9, 900e9)))
     facts = NodeFacts(NodeId("box"), "box", "127.0.0.1", 8, 64 * GIB, (slow, fast), llama_build=CHECKED_BUILD)
     machine = Node(facts, 0.0, devices={device.device_id: Device(device) for device in (slow, fast)})
-    both = next(c for group in groups(need(LARGE), [machine]) for c in group if c.tier == SEVERAL_GPUS)
+    both = next(c for tier in tiers_of(workload(LARGE), [machine]) for c in tier if c.tier == SEVERAL_GPUS)
     found = both.solve(room(machine))
     assert found is not None
     share = dict(zip(found.device_ids, found.device_bytes, strict=True))
-    layer_bytes = both.least_bytes // both.need.n_layers
+    layer_bytes = both.least_bytes // both.workload.n_layers
     assert 8 * GIB - share[fast.device_id] < 2 * layer_bytes

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from scheduler.choice.need import Need
-from scheduler.choice.room import Room
 from scheduler.choice.splits import Sums, shares, split
+from scheduler.choice.workload import Workload
 from scheduler.cluster.facts import DeviceFacts
+from scheduler.cluster.free_memory import Room
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement
 from scheduler.costs.params import DeviceSpec, Layout
@@ -51,11 +51,11 @@ def fits(placement: Placement, room: Room) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """One layout family on concrete devices of one node. `least_bytes` as `Need.least_bytes` says."""
+class LayoutFamily:
+    """One layout family on concrete devices of one node. `least_bytes` as `Workload.least_bytes` says."""
 
     tier: str
-    need: Need
+    workload: Workload
     node: Node
     devices: tuple[DeviceFacts, ...]
     least_bytes: int = 0
@@ -76,21 +76,21 @@ class Candidate:
         elif self.devices:
             found = self._spread(room)
         else:
-            found = self._placement((), (), exact=self.need.precision == "exact")
-        if found and not fits(found, room) and self.need.precision != "bound" and self._may_do_drawn(found, room):
-            found = self.need.drawn(found, self.node)
+            found = self._placement((), (), exact=self.workload.precision == "exact")
+        if found and not fits(found, room) and self.workload.precision != "bound" and self._may_do_drawn(found, room):
+            found = self.workload.drawn(found, self.node)
         return found if found and fits(found, room) else None
 
     def _may_do_drawn(self, bounded: Placement, room: Room) -> bool:
         """Whether it could fit `room` with a graph that takes less than the bound: nothing is drawn in vain."""
-        most_bytes = self.need.bounded_footprint(bounded.layout).host.compute_bytes
+        most_bytes = self.workload.bounded_footprint(bounded.layout).host.compute_bytes
         return fits(replace(bounded, host_bytes=max(0, bounded.host_bytes - most_bytes)), room)
 
     def feasible(self, room: Room) -> bool:
         """Whether it fits `room` somehow, the best way or not."""
         if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
-            most = self.need.n_layers - 1
-            if self._spilling(most, self.need).solve(room) is not None:
+            most = self.workload.n_layers - 1
+            if self._spilling(most, self.workload).solve(room) is not None:
                 return True  # without looking for the best way
         return self.solve(room) is not None
 
@@ -99,12 +99,12 @@ class Candidate:
         if not self.devices:
             return self._placement((), ())
         if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
-            return replace(self, n_cpu_moe=self.need.n_layers - 1).minimum()
-        counts = _proportional([device.total_bytes for device in self.devices], self.need.n_layers)
+            return replace(self, n_cpu_moe=self.workload.n_layers - 1).minimum()
+        counts = _proportional([device.total_bytes for device in self.devices], self.workload.n_layers)
         return self._placement(self.devices, counts, exact=self.tier not in PARTIAL)
 
     def _placement(self, devices: Sequence[DeviceFacts], counts: Sequence[int], *, exact: bool = True) -> Placement:
-        return self.need.placement(self.tier, self.node, devices, self._layout(devices, counts), exact=exact)
+        return self.workload.placement(self.tier, self.node, devices, self._layout(devices, counts), exact=exact)
 
     def _layout(self, devices: Sequence[DeviceFacts], counts: Sequence[int]) -> Layout:
         return Layout(
@@ -121,13 +121,13 @@ class Candidate:
         least so much is missing). The graph is drawn only if weights and cache fit and the bound does not; of partial
         offloads not at all, which would cost much where CUDA copies weights over: see `grown`."""
         layout = self._layout(devices, counts)
-        spills = self.tier == SOME_LAYERS_IN_RAM or 0 < self.n_cpu_moe < self.need.n_layers - 1
-        bound_only = spills or self.need.precision == "bound"
-        for exact in (True,) if self.need.precision == "exact" else (False,) if bound_only else (False, True):
-            cost, _, needs = self.need.shares(self.node, devices, layout, exact=exact)
+        spills = self.tier == SOME_LAYERS_IN_RAM or 0 < self.n_cpu_moe < self.workload.n_layers - 1
+        bound_only = spills or self.workload.precision == "bound"
+        for exact in (True,) if self.workload.precision == "exact" else (False,) if bound_only else (False, True):
+            cost, _, needs = self.workload.shares(self.node, devices, layout, exact=exact)
             slack = [there - need for there, need in zip(free, needs, strict=True)]
             if min(slack) >= 0:
-                return self.need.placement(self.tier, self.node, devices, layout, exact=exact), slack
+                return self.workload.placement(self.tier, self.node, devices, layout, exact=exact), slack
             if not exact and not bound_only:
                 slack = [left + share.compute_bytes for left, share in zip(slack, cost.devices, strict=True)]
             if min(slack) < 0:
@@ -141,7 +141,7 @@ class Candidate:
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
         if sum(free) < self.least_bytes or min(free) <= 0:
             return None
-        sums = [self.need.layer_sums(device.kind, self.n_cpu_moe) for device in self.devices]
+        sums = [self.workload.layer_sums(device.kind, self.n_cpu_moe) for device in self.devices]
         besides = besides or [0] * len(free)
         seen: set[tuple[int, ...]] = set()
         while True:
@@ -165,9 +165,9 @@ class Candidate:
         """The experts of as few layers as possible in host RAM."""
 
         def without(n_cpu_moe: int) -> Placement | None:
-            return self._spilling(n_cpu_moe, self.need)._spread(room)
+            return self._spilling(n_cpu_moe, self.workload)._spread(room)
 
-        most = self.need.n_layers - 1
+        most = self.workload.n_layers - 1
         best = without(most)
         if best is None:
             return None
@@ -176,33 +176,33 @@ class Candidate:
             middle = (few + many) // 2
             found = without(middle)
             few, many, best = (few, middle, found) if found else (middle, many, best)
-        return self._less_spilled(best, room, self.need)
+        return self._less_spilled(best, room, self.workload)
 
-    def _less_spilled(self, best: Placement, room: Room, need: Need) -> Placement:
+    def _less_spilled(self, best: Placement, room: Room, workload: Workload) -> Placement:
         """With the experts of fewer layers in host RAM, while there is room: layers are split anew each time. Devices
         should need as much besides as they did; if that is too much, layers with and without experts are kept apart."""
         while (n_cpu_moe := best.layout.n_cpu_moe - 1) > 0:
-            sums = [need.layer_sums(device.kind, n_cpu_moe + 1) for device in self.devices]
+            sums = [workload.layer_sums(device.kind, n_cpu_moe + 1) for device in self.devices]
             besides = [taken - share for taken, share in zip(best.device_bytes, shares(sums, best.layers), strict=True)]
             tries = ((besides, None), *((best.overhead_bytes, nth) for nth in range(min(2, len(self.devices) - 1))))
-            found = (self._spilling(n_cpu_moe, need)._spread(room, least, apart=apart) for least, apart in tries)
+            found = (self._spilling(n_cpu_moe, workload)._spread(room, least, apart=apart) for least, apart in tries)
             more = next((placement for placement in found if placement and fits(placement, room)), None)
             if more is None:
                 return best
             best = more
         return best
 
-    def _spilling(self, n_cpu_moe: int, need: Need) -> Candidate:
+    def _spilling(self, n_cpu_moe: int, workload: Workload) -> LayoutFamily:
         """With the experts of so many layers in host RAM."""
-        return replace(self, need=need, n_cpu_moe=n_cpu_moe, least_bytes=need.least_bytes(n_cpu_moe))
+        return replace(self, workload=workload, n_cpu_moe=n_cpu_moe, least_bytes=workload.least_bytes(n_cpu_moe))
 
     def _wanted(self, free: Sequence[int], rooms: Sequence[int], sums: Sequence[Sums]) -> list[int]:
         """Layers after which the shares of the devices should end, but for the last: as many layers as will fit where
         they are read fastest; in proportion to the free memory where all are equally fast."""
         if len({device.rates.bytes_per_s for device in self.devices}) == 1:
-            if self.need.n_layers < len(free):
+            if self.workload.n_layers < len(free):
                 return []
-            return list(accumulate(_proportional(free, self.need.n_layers)))[:-1]
+            return list(accumulate(_proportional(free, self.workload.n_layers)))[:-1]
         left, taken = self.least_bytes, [0] * len(free)
         for i in self._fastest_first(free):
             taken[i] = max(0, min(left, rooms[i], free[i] - self._overhead_bytes(i)))
@@ -215,7 +215,7 @@ class Candidate:
         The average layer says how many to begin with; then single layers are taken off or added.
         """
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
-        most = self.need.n_layers - 1
+        most = self.workload.n_layers - 1
         counts = [0] * len(free)
         for i in self._fastest_first(free):
             there = max(0, free[i] - self._overhead_bytes(i))
@@ -226,7 +226,7 @@ class Candidate:
         return self._filled_up(best, free) if best else None
 
     def _overhead_bytes(self, device: int) -> int:
-        return self.need.overhead_bytes(self.devices[device], self.node.facts.llama_build)
+        return self.workload.overhead_bytes(self.devices[device], self.node.facts.llama_build)
 
     def _fastest_first(self, free: Sequence[int]) -> list[int]:
         """Numbers of the devices: whoever reads its memory fastest first, then the roomiest."""
@@ -234,16 +234,16 @@ class Candidate:
 
     def grown(self, placement: Placement, room: Room) -> Placement:
         """A partial offload, with the layers (or their experts) more that the drawn graph leaves room for."""
-        need = self.need.at("exact")
+        workload = self.workload.at("exact")
         if self.tier == EXPERTS_IN_RAM:
-            return self._less_spilled(placement, room, need)
+            return self._less_spilled(placement, room, workload)
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
-        more = replace(self, need=need)._filled_up(placement, free)
+        more = replace(self, workload=workload)._filled_up(placement, free)
         return more if fits(more, room) else placement
 
     def _filled_up(self, best: Placement, free: Sequence[int]) -> Placement:
         """Layers are added one by one, each to the roomiest device."""
-        most = self.need.n_layers - 1
+        most = self.workload.n_layers - 1
         while best.layout.n_gpu_layers < most:
             taken = dict(zip(best.device_ids, best.device_bytes, strict=True))
             layers = dict(zip(best.device_ids, best.layers, strict=True))
@@ -272,7 +272,7 @@ class Candidate:
 
     def _layer_bytes(self) -> int:
         """What an average layer takes on a device."""
-        return max(1, self.least_bytes // self.need.n_layers)
+        return max(1, self.least_bytes // self.workload.n_layers)
 
     def may_hold(self, n_gpu_layers: float, room: Room) -> bool:
         """Whether so many layers could be on devices at all: a quick look before `solve`. Layers that are less than

@@ -77,7 +77,7 @@ class Wishes:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class Workload:
     """What is to be placed."""
 
     model: str
@@ -113,7 +113,7 @@ class Need:
     def layer_sums(self, kind: DeviceKind, n_cpu_moe: int = 0) -> Sums:
         """Bytes of weights and cache on such a device, with the experts of the first `n_cpu_moe` layers in host RAM."""
         key = "layers", kind, n_cpu_moe
-        return self._once(
+        return self.once(
             key, lambda: tuple(accumulate(layer_bytes(self.shape, self.context, kind, n_cpu_moe), initial=0))
         )
 
@@ -132,9 +132,10 @@ class Need:
         """What the buffers of the layout take; per device, the overhead, and bytes in all."""
         products = tuple(device.product for device in devices)
         key = "shares", node.facts.llama_build, products, layout, exact
-        return self._once(key, lambda: self._shares(node, devices, layout, exact))
+        return self.once(key, lambda: self._shares(node, devices, layout, exact))
 
-    def _once(self, key: Hashable, work: Callable[[], _T]) -> _T:
+    def once(self, key: Hashable, work: Callable[[], _T]) -> _T:
+        """What `work` returned when it was asked for with this key first."""
         if key not in self.known:
             if len(self.known) >= REMEMBERED:
                 self.known.clear()
@@ -166,7 +167,7 @@ class Need:
         """The layout on these devices with all that it needs, overheads included; not `exact`: or a little more."""
         there = node.facts.node_id, node.facts.llama_build, tuple(device.device_id for device in devices)
         key = "placement", tier, there, layout, exact
-        return self._once(key, lambda: self._placement(tier, node, devices, layout, exact))
+        return self.once(key, lambda: self._placement(tier, node, devices, layout, exact))
 
     def drawn(self, placement: Placement, node: Node) -> Placement:
         """The same placement, with the graph drawn."""
@@ -204,22 +205,22 @@ class Need:
             grows=grows(self.shape),
         )
 
-    def with_context(self, context: ContextParams) -> Need:
-        return self._once(("with", context), lambda: replace(self, context=context, known={}))
+    def with_context(self, context: ContextParams) -> Workload:
+        return self.once(("with", context), lambda: replace(self, context=context, known={}))
 
-    def with_n_ctx(self, context: ContextParams, n_ctx: int) -> Need:
+    def with_n_ctx(self, context: ContextParams, n_ctx: int) -> Workload:
         """The same with `context`, but for so many tokens."""
         longer = replace(context, n_ctx=n_ctx)
         return self.with_context(longer.for_whole_sequences() if self.shape.is_embedding_only else longer)
 
-    def elsewhere(self, taken: frozenset[DeviceId]) -> Need:
+    def elsewhere(self, taken: frozenset[DeviceId]) -> Workload:
         """The same on other GPUs than those, and nothing of it in host RAM."""
         wishes = replace(self.wishes, spill=False, not_on=taken)
-        return self._once(("elsewhere", taken), lambda: replace(self, wishes=wishes, known={}))
+        return self.once(("elsewhere", taken), lambda: replace(self, wishes=wishes, known={}))
 
-    def at(self, precision: Precision) -> Need:
+    def at(self, precision: Precision) -> Workload:
         """The same, judged so."""
-        return self._once(("at", precision), lambda: replace(self, precision=precision, known={}))
+        return self.once(("at", precision), lambda: replace(self, precision=precision, known={}))
 
     def overhead_bytes(self, device: DeviceFacts, build: str) -> int:
         """What a replica takes on the device besides llama.cpp's buffers: as seen there, or as the reserves say."""

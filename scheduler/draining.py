@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from scheduler.choice.queue import RequestQueue, Waiting
 from scheduler.cluster.leases import Lease
+from scheduler.cluster.queue import RequestQueue, Waiting
 from scheduler.cluster.replica import Replica
 from scheduler.fleet import Fleet
 from scheduler.outbox import Outbox
@@ -19,7 +19,7 @@ LOAD_TIMES_BEFORE_DRAIN = 3.0  # a replica serves for so many times its load tim
 LONGEST_TURN_S = 60.0  # but not longer than this (or the minimum residency)
 
 
-class Turns:
+class Draining:
     """Draining replicas, by what they make room for. `Replica.drain_for` is changed here only."""
 
     def __init__(self, queue: RequestQueue, fleet: Fleet, outbox: Outbox) -> None:
@@ -27,28 +27,28 @@ class Turns:
         self._fleet = fleet
         self._policy = fleet.policy
         self._out = outbox
-        self._draining: dict[ReplicaId, Replica] = {}
+        self._replicas: dict[ReplicaId, Replica] = {}
 
     def __len__(self) -> int:
-        return len(self._draining)
+        return len(self._replicas)
 
     def reopen_unwanted(self) -> list[Replica]:
         """Those for whom nobody waits any more take requests again."""
         replicas = self._fleet.replicas
         return [
             self._reopen(replica)
-            for replica in list(self._draining.values())
+            for replica in list(self._replicas.values())
             if replica.replica_id not in replicas or not self._queue.length(replica.drain_for)
         ]
 
     def drain(self, head: Waiting, victims: frozenset[ReplicaId], now: float) -> list[Replica]:
         """Let those `victims` that have served long enough take nothing new until they have made room; others that
         were to make room for this request are open again, and returned."""
-        if not victims and not self._draining:
+        if not victims and not self._replicas:
             return []
         reopened = [
             self._reopen(replica)
-            for replica in list(self._draining.values())
+            for replica in list(self._replicas.values())
             if replica.drain_for == head.model and replica.replica_id not in victims
         ]
         ours = self._fleet.replicas.of_model(head.model)
@@ -59,7 +59,7 @@ class Turns:
             turn_s = 0.0 if self._may_preempt(head, replica) else self._turn_s(replica)
             if replica.busy and not replica.drain_for and now - replica.ready_at >= turn_s:
                 replica.drain_for, replica.drained_at = head.model, now
-                self._draining[replica_id] = replica
+                self._replicas[replica_id] = replica
                 message = f"{replica.model} accepts no new requests, to make room for {head.model}"
                 self._out.announce("replica_draining", message, replica=replica)
         return reopened
@@ -75,7 +75,7 @@ class Turns:
     def preempted(self, now: float) -> Iterator[Lease]:
         """Leases to be taken back: of draining replicas that take too long for somebody of higher priority."""
         after_s = self._policy.preempt_after_s
-        for replica in list(self._draining.values()) if after_s is not None else ():
+        for replica in list(self._replicas.values()) if after_s is not None else ():
             head = self._queue.head(replica.drain_for)
             late = head is not None and now - replica.drained_at >= (after_s or 0.0)
             if head is not None and late and replica.busy and self._may_preempt(head, replica):
@@ -94,5 +94,5 @@ class Turns:
 
     def _reopen(self, replica: Replica) -> Replica:
         replica.drain_for = ""
-        del self._draining[replica.replica_id]
+        del self._replicas[replica.replica_id]
         return replica

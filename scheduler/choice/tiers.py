@@ -1,7 +1,7 @@
-"""The candidates for a need on some machines, in groups of equally good ones, best group first.
+"""The tiers of a workload on some machines: candidates that are equally good, the best tier first.
 
-A machine's candidates are remembered with the need; whether any of a group may fit on a machine is known from its free
-memory alone, so that most of them are never looked at.
+A machine's candidates are remembered with the workload. Free memory alone tells whether any candidate of a tier may fit
+on a machine. So most candidates are never looked at.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from heapq import nlargest
 from itertools import combinations
 from math import comb
 
-from scheduler.choice.candidates import (
+from scheduler.choice.layouts import (
     CPU_ONLY,
     EXPERTS_IN_RAM,
     ONE_GPU,
     SEVERAL_GPUS,
     SOME_LAYERS_IN_RAM,
-    Candidate,
+    LayoutFamily,
 )
-from scheduler.choice.need import Need
-from scheduler.choice.room import Room
+from scheduler.choice.workload import Workload
 from scheduler.cluster.facts import DeviceFacts
+from scheduler.cluster.free_memory import Room
 from scheduler.cluster.inventory import Node
 
 MOST_SORTED = 4096  # device combinations of one size that are looked through
@@ -31,43 +31,43 @@ MOST_SUBSETS = 64  # device combinations tried per size: C(8, 4) = 70, so eight 
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Candidates of one tier on `size` devices each (0: as many as there are)."""
+class Tier:
+    """The candidates of one tier on `size` devices each (0: as many as there are)."""
 
-    tier: str
+    name: str
     size: int
-    need: Need
+    workload: Workload
     nodes: tuple[Node, ...]
     least_bytes: int = 0
 
-    def __iter__(self) -> Iterator[Candidate]:
+    def __iter__(self) -> Iterator[LayoutFamily]:
         return (candidate for node in self.nodes for candidate in self.on(node))
 
-    def on(self, node: Node) -> Sequence[Candidate]:
-        key = "group", self.tier, self.size, node.facts.node_id
-        if key not in self.need.known:
-            self.need.known[key] = self._on(node)
-        found: Sequence[Candidate] = self.need.known[key]
-        return found
+    def on(self, node: Node) -> Sequence[LayoutFamily]:
+        key = "tier", self.name, self.size, node.facts.node_id
+        return self.workload.once(key, lambda: self._on(node))
 
-    def _on(self, node: Node) -> Sequence[Candidate]:
-        devices = self.need.wishes.devices(node)
-        if self.tier == CPU_ONLY:
-            return [Candidate(CPU_ONLY, self.need, node, ())]
-        if self.tier == SOME_LAYERS_IN_RAM:
-            return [spilling(self.need, node)] if devices else []
-        return [Candidate(self.tier, self.need, node, each, self.least_bytes) for each in _subsets(devices, self.size)]
+    def _on(self, node: Node) -> Sequence[LayoutFamily]:
+        devices = self.workload.wishes.devices(node)
+        if self.name == CPU_ONLY:
+            return [LayoutFamily(CPU_ONLY, self.workload, node, ())]
+        if self.name == SOME_LAYERS_IN_RAM:
+            return [spilling(self.workload, node)] if devices else []
+        return [
+            LayoutFamily(self.name, self.workload, node, each, self.least_bytes)
+            for each in _subsets(devices, self.size)
+        ]
 
-    def roomiest(self, node: Node, room: Room) -> Candidate | None:
+    def roomiest(self, node: Node, room: Room) -> LayoutFamily | None:
         """The candidate on the machine's devices with the most free memory."""
         every = self.on(node)
         if not self.size:
             return every[0] if every else None
-        devices = sorted(self.need.wishes.devices(node), key=lambda facts: -room.devices.get(facts.device_id, 0))
+        devices = sorted(self.workload.wishes.devices(node), key=lambda facts: -room.devices.get(facts.device_id, 0))
         if len(devices) < self.size:
             return None
         most = sorted(devices[: self.size], key=lambda facts: facts.total_bytes)
-        return Candidate(self.tier, self.need, node, tuple(most), self.least_bytes)
+        return LayoutFamily(self.name, self.workload, node, tuple(most), self.least_bytes)
 
     def may_fit(self, node: Node, room: Room) -> bool:
         """Whether the most memory that so many devices of the machine have free is enough at all."""
@@ -77,37 +77,39 @@ class Group:
             return True
         if sum(nlargest(self.size, room.devices.values())) < self.least_bytes:
             return False
-        if self.tier != EXPERTS_IN_RAM:
+        if self.name != EXPERTS_IN_RAM:
             return True
         roomiest = self.roomiest(node, room)  # else the host RAM for the experts would be found short again and again
         return roomiest is not None and roomiest.feasible(room)
 
 
-def groups(need: Need, nodes: Sequence[Node]) -> list[Group]:
+def tiers_of(workload: Workload, nodes: Sequence[Node]) -> list[Tier]:
     """By tier, then by number of devices.
 
     Devices that cannot be used now are candidates too (a `Room` has no bytes for them), so that "not now" and "never"
     are told apart.
     """
-    wishes = need.wishes
+    wishes = workload.wishes
     allowed = tuple(node for node in nodes if wishes.allow(node))
     most = max((len(wishes.devices(node)) for node in allowed), default=0)
     most = min(most, wishes.max_gpus or most)
-    least = need.least_bytes()
-    found = [Group(ONE_GPU, 1, need, allowed, least)]
-    found += [Group(SEVERAL_GPUS, size, need, allowed, least) for size in range(2, most + 1)]
-    if need.shape.is_moe and wishes.spill:
-        without_experts = need.least_bytes(need.n_layers - 1)
-        found += [Group(EXPERTS_IN_RAM, size, need, allowed, without_experts) for size in range(1, most + 1)]
+    least = workload.least_bytes()
+    found = [Tier(ONE_GPU, 1, workload, allowed, least)]
+    found += [Tier(SEVERAL_GPUS, size, workload, allowed, least) for size in range(2, most + 1)]
+    if workload.shape.is_moe and wishes.spill:
+        without_experts = workload.least_bytes(workload.n_layers - 1)
+        found += [Tier(EXPERTS_IN_RAM, size, workload, allowed, without_experts) for size in range(1, most + 1)]
     if wishes.spill:
-        found += [Group(tier, 0, need, allowed) for tier in (SOME_LAYERS_IN_RAM, CPU_ONLY)]
+        found += [Tier(tier, 0, workload, allowed) for tier in (SOME_LAYERS_IN_RAM, CPU_ONLY)]
     return found
 
 
-def spilling(need: Need, node: Node) -> Candidate:
+def spilling(workload: Workload, node: Node) -> LayoutFamily:
     """As many layers on the node's devices as fit."""
-    most = need.wishes.max_gpus or len(node.devices)
-    return Candidate(SOME_LAYERS_IN_RAM, need, node, need.wishes.devices(node)[-most:], need.least_bytes())
+    most = workload.wishes.max_gpus or len(node.devices)
+    return LayoutFamily(
+        SOME_LAYERS_IN_RAM, workload, node, workload.wishes.devices(node)[-most:], workload.least_bytes()
+    )
 
 
 def _subsets(devices: Sequence[DeviceFacts], size: int) -> list[tuple[DeviceFacts, ...]]:

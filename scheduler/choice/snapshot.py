@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from scheduler.choice.eviction import Victims
-from scheduler.choice.room import Room, Rooms, View
+from scheduler.cluster.free_memory import Room, Rooms, View
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Replica
 from scheduler.cluster.replicas import Replicas
@@ -18,7 +18,7 @@ from scheduler.units import NodeId, ReplicaId
 
 
 @dataclass(slots=True)
-class Outlook:
+class Snapshot:
     """`apart`: replicas with which no GPU is shared."""
 
     rooms: Rooms
