@@ -1,1 +1,1 @@
-"""What to do about it: candidate layouts, the place for them, and who makes room."""
+"""Chooses places for models, and the replicas that are evicted for them. Holds no state."""

@@ -1,7 +1,6 @@
-"""From a request to a need: what may be asked of a model, and whether enough is known to decide.
+"""From a request to a workload: what may be asked of a model, and whether enough is known to decide.
 
-Raises the errors that concern the request alone (`Rejected`) or the model as a whole (`InvalidGGUF`, `Unavailable`);
-whether there is room is not asked here.
+Raises errors of the request (`Rejected`) and of the model (`InvalidGGUF`, `Unavailable`). Room is not asked for here.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ MOST_NEEDS = 1024  # that are remembered, with what was worked out for them
 
 
 class Admission:
-    """Reads inventory and models, changes neither."""
+    """Reads inventory and models. Changes neither."""
 
     def __init__(self, catalogue: Catalogue, inventory: Inventory, models: Models, measurements: Measurements) -> None:
         self._measurements = measurements
@@ -33,7 +32,7 @@ class Admission:
         self._needs: dict[tuple[str, int | None], tuple[tuple[ModelShape, int, int, int], Workload]] = {}
 
     def check(self, model: Model, waiting: Waiting) -> None:
-        """Raise Rejected when the model cannot do what is asked; nothing is said before its header has been read."""
+        """Raise Rejected when the model cannot do what is asked. Before its header has been read, nothing is raised."""
         if model.shape is not None:
             self._context(model, model.shape, waiting)
 
@@ -53,10 +52,10 @@ class Admission:
         return min(each.n_ctx if each.kv_unified else each.n_ctx // each.n_seq_max for each in contexts)
 
     def workload(self, model: Model, waiting: Waiting, now: float) -> Workload | None:
-        """What the request needs; None while headers or machines have not been read yet.
+        """The workload of the request. None while headers or machines have not been read yet.
 
-        Raises Rejected for what no such model can do, InvalidGGUF for a file that is none, and Unavailable while
-        repeated failures are being sat out or when no machine has the file.
+        Raises Rejected for what the model cannot do, InvalidGGUF for a broken file, and Unavailable while the model is
+        paused after failures or when no machine has the file.
         """
         if model.copies and model.invalid:
             raise InvalidGGUF(f"{model.name}: {model.invalid}", model=model.name)
@@ -108,7 +107,7 @@ class Admission:
         )
 
     def nodes(self, model: Model) -> list[Node]:
-        """Nodes with the same file: copies of another size under the same name are another model."""
+        """Nodes with the same file. A copy of another size under the same name is another model."""
         return list(self._nodes(model))
 
     def _nodes(self, model: Model) -> Iterator[Node]:
@@ -122,7 +121,7 @@ class Admission:
                 yield node
 
     def final(self, model: Model) -> bool:
-        """Whether all machines and headers are known, so that "nowhere" is an answer."""
+        """Whether all machines and headers are known. Only then "nowhere" is an answer."""
         return self._inventory.complete and not model.undecided
 
     def why_not_yet(self, model: Model) -> str:

@@ -1,10 +1,12 @@
-"""Who makes room: of all sets of idle replicas that would be enough, the one that is regretted least.
+"""Which replicas are evicted: of all sets of idle replicas that free enough, the least regretted set.
 
-Regret is how likely a replica is wanted soon, or what stopping it will cost (`Prices.worth`); of a set, the sum. With
-replicas of one size on one device, the set is the least recently used ones. Never a busy, pinned or loading replica; a
-fresh one only when nothing else helps. Sets are tried in the order of their regret, so that the first that is enough is
-the one: exact, up to a thousand sets; beyond that the least regretted go one by one until it is enough, then whoever
-was not needed stays.
+The regret of a replica says how likely it is wanted soon, or what its eviction will cost (`Prices.worth`). The regret
+of a set is the sum. For replicas of one size on one device this is least recently used. Busy, pinned and loading replicas
+are never evicted. A fresh replica is evicted only when nothing else helps.
+
+Sets are tried in the order of their regret, so the first set that frees enough is the best. This is exact up to a
+thousand sets. Beyond that, replicas are evicted one by one, the least regretted first, until there is enough room; then
+those that turn out not to be needed stay.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ def evictable(
     claimant: str,
     regret: Callable[[Replica], float],
 ) -> list[Replica]:
-    """Replicas that may be stopped now for the model `claimant`, the least regretted first.
+    """Replicas that may be evicted now for the model `claimant`, the least regretted first.
 
-    One that was drained for another model that waits longer is spoken for.
+    A replica that drains for another model is left out: its room is promised.
     """
     return sorted(
         (
@@ -51,9 +53,9 @@ def cheapest_victims(
     regret: Callable[[Replica], float],
     solve: Callable[[Victims], Placement | None],
 ) -> tuple[Placement, Victims] | None:
-    """The set of the given replicas with the least regret without which `solve` finds a placement, and that placement.
+    """The placement that `solve` finds without some of the replicas, and these: the set with the least regret.
 
-    Among sets that are regretted alike, the smallest. None when even all are not enough.
+    Of sets with equal regret, the smallest. None when even all replicas are not enough.
     """
     least_first = sorted(replicas, key=regret)
     ids = [replica.replica_id for replica in least_first]

@@ -1,4 +1,4 @@
-"""Reasons with numbers. No "no" without them."""
+"""Says why: every refusal has its numbers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Rejection:
 def rejections(
     here: Situation, found: Sequence[Tier], chosen: Placement | None, *, waits: bool
 ) -> tuple[Rejection, ...]:
-    """Why each candidate as good as the chosen one or better was passed over, or has to wait, as the chosen one may
-    (`waits`). Of several GPUs, all together speak for every smaller combination."""
+    """Why each candidate that is as good as the chosen one, or better, was not taken. `waits`: the chosen one has to
+    wait, so its own reason is told too. Of several GPUs, only the largest combination is told."""
     taken = None if waits else chosen
     speakers: dict[tuple[str, NodeId, object], LayoutFamily] = {}
     for candidate in (c for tier in found for c in tier):
@@ -55,8 +55,8 @@ def _same_place(candidate: LayoutFamily, placement: Placement) -> bool:
 
 
 def _explained(candidate: LayoutFamily, here: Situation, idle: Mapping[ReplicaId, float]) -> Rejection:
-    """What the candidate needs, what is free now, what would be free without the `idle` replicas (idle seconds by id),
-    who holds the rest or must be kept apart; or that it would be too slow."""
+    """What the candidate needs, and what is free: now, and without the `idle` replicas (idle seconds by id). Then who
+    holds the rest, who must not share a GPU with it, and whether it would be too slow."""
     now = here.snapshot.now(candidate.node_id)
     later = here.snapshot.without(candidate.node_id, idle)
     residents, apart = list(here.replicas.on_node(candidate.node_id)), here.snapshot.apart
@@ -157,14 +157,14 @@ def describe_placement(
 
 
 def explain_coming(replica: Replica) -> str:
-    """What a request waits for whose replica is there or coming."""
+    """What a request waits for when its replica is there or on its way."""
     if replica.state is ReplicaState.READY:
         return "all slots are taken"
     return "loading" if replica.state is ReplicaState.LOADING else "waiting for evicted memory to come back"
 
 
 def explain_waiting(victims: Iterable[Replica]) -> str:
-    """What a request waits for that has no replica."""
+    """What a request waits for when it has no replica."""
     names = ", ".join(f"{r.model} ({_doing(r)})" for r in victims)
     return f"waiting for {names}" if names else "waiting for memory that is in use by others"
 

@@ -1,4 +1,4 @@
-"""Ways to lay a model out on a node, best first, each able to find its best placement in a given `Room`.
+"""Ways to lay a model out on a node, best first. Each finds its best placement in a given `Room`.
 
     one GPU            all layers on one device
     several GPUs       all layers over 2, 3, ... devices
@@ -82,12 +82,12 @@ class LayoutFamily:
         return found if found and fits(found, room) else None
 
     def _may_do_drawn(self, bounded: Placement, room: Room) -> bool:
-        """Whether it could fit `room` with a graph that takes less than the bound: nothing is drawn in vain."""
+        """Whether it may fit `room` once its graph is drawn. If not, it need not be drawn."""
         most_bytes = self.workload.bounded_footprint(bounded.layout).host.compute_bytes
         return fits(replace(bounded, host_bytes=max(0, bounded.host_bytes - most_bytes)), room)
 
     def feasible(self, room: Room) -> bool:
-        """Whether it fits `room` somehow, the best way or not."""
+        """Whether it fits `room` at all."""
         if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
             most = self.workload.n_layers - 1
             if self._spilling(most, self.workload).solve(room) is not None:
@@ -95,7 +95,7 @@ class LayoutFamily:
         return self.solve(room) is not None
 
     def minimum(self) -> Placement:
-        """The family's plainest placement, whether or not it fits: what the numbers in a refusal are taken from."""
+        """The plainest placement of the family, whether it fits or not. Refusals take their numbers from it."""
         if not self.devices:
             return self._placement((), ())
         if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
@@ -117,9 +117,9 @@ class LayoutFamily:
     def _fitting(
         self, devices: Sequence[DeviceFacts], counts: Sequence[int], free: Sequence[int]
     ) -> tuple[Placement | None, list[int]]:
-        """The placement with `counts` layers per device, if it fits in `free`, and the bytes left there (negative: at
-        least so much is missing). The graph is drawn only if weights and cache fit and the bound does not; of partial
-        offloads not at all, which would cost much where CUDA copies weights over: see `grown`."""
+        """The placement with `counts` layers per device, if it fits in `free`; and the bytes that are left there
+        (negative: at least so many are missing). The graph is drawn only if weights and cache fit, and the bound does
+        not. For partial offloads it is not drawn here: that takes long where CUDA copies weights. See `grown`."""
         layout = self._layout(devices, counts)
         spills = self.tier == SOME_LAYERS_IN_RAM or 0 < self.n_cpu_moe < self.workload.n_layers - 1
         bound_only = spills or self.workload.precision == "bound"
@@ -135,9 +135,9 @@ class LayoutFamily:
         return None, slack
 
     def _spread(self, room: Room, besides: Sequence[int] = (), *, apart: int | None = None) -> Placement | None:
-        """All layers over all devices. `besides`: what each device is taken to need besides weights and cache, until a
-        split was tried that did not fit and tells. `apart`: a device that has layers with and without experts needs
-        more; so the share that ends nearest to where experts begin (0), or second nearest (1), is to end there."""
+        """All layers over all devices. `besides`: a guess at what each device needs besides weights and cache. A split
+        that does not fit corrects it. `apart`: a device that has layers with and without experts needs more. So the
+        share that ends nearest to where experts begin (0), or second nearest (1), is made to end there."""
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
         if sum(free) < self.least_bytes or min(free) <= 0:
             return None
@@ -179,8 +179,9 @@ class LayoutFamily:
         return self._less_spilled(best, room, self.workload)
 
     def _less_spilled(self, best: Placement, room: Room, workload: Workload) -> Placement:
-        """With the experts of fewer layers in host RAM, while there is room: layers are split anew each time. Devices
-        should need as much besides as they did; if that is too much, layers with and without experts are kept apart."""
+        """With the experts of fewer layers in host RAM, while there is room. Layers are split anew each time. First the
+        devices are taken to need as much besides as before. If that is too much, layers with and without experts are
+        kept apart."""
         while (n_cpu_moe := best.layout.n_cpu_moe - 1) > 0:
             sums = [workload.layer_sums(device.kind, n_cpu_moe + 1) for device in self.devices]
             besides = [taken - share for taken, share in zip(best.device_bytes, shares(sums, best.layers), strict=True)]
@@ -197,8 +198,8 @@ class LayoutFamily:
         return replace(self, workload=workload, n_cpu_moe=n_cpu_moe, least_bytes=workload.least_bytes(n_cpu_moe))
 
     def _wanted(self, free: Sequence[int], rooms: Sequence[int], sums: Sequence[Sums]) -> list[int]:
-        """Layers after which the shares of the devices should end, but for the last: as many layers as will fit where
-        they are read fastest; in proportion to the free memory where all are equally fast."""
+        """Layers after which each device's share should end; the last device is left out. The fastest devices are
+        filled first. Where all are equally fast, shares are in proportion to the free memory."""
         if len({device.rates.bytes_per_s for device in self.devices}) == 1:
             if self.workload.n_layers < len(free):
                 return []
@@ -210,9 +211,9 @@ class LayoutFamily:
         return [bisect_right(of, end) - 1 for of, end in zip(sums, accumulate(taken[:-1]), strict=False)]
 
     def _most_layers(self, room: Room) -> Placement | None:
-        """As many layers on devices as fit, the fastest device first; fewer would only need more host RAM.
+        """As many layers on devices as fit, the fastest device first.
 
-        The average layer says how many to begin with; then single layers are taken off or added.
+        The first guess takes the average layer. Then single layers are taken off or added.
         """
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
         most = self.workload.n_layers - 1
@@ -229,11 +230,11 @@ class LayoutFamily:
         return self.workload.overhead_bytes(self.devices[device], self.node.facts.llama_build)
 
     def _fastest_first(self, free: Sequence[int]) -> list[int]:
-        """Numbers of the devices: whoever reads its memory fastest first, then the roomiest."""
+        """Numbers of the devices: the fastest memory first, then the most free memory."""
         return sorted(range(len(free)), key=lambda i: (-self.devices[i].rates.bytes_per_s, -free[i]))
 
     def grown(self, placement: Placement, room: Room) -> Placement:
-        """A partial offload, with the layers (or their experts) more that the drawn graph leaves room for."""
+        """A partial offload with more layers (or their experts) on devices, where the drawn graph leaves room."""
         workload = self.workload.at("exact")
         if self.tier == EXPERTS_IN_RAM:
             return self._less_spilled(placement, room, workload)
@@ -257,7 +258,7 @@ class LayoutFamily:
         return best
 
     def _shrunk(self, counts: Sequence[int], free: Sequence[int]) -> Placement | None:
-        """The placement with `counts` layers per device, less what does not fit there."""
+        """The placement with `counts` layers per device, without the layers that do not fit."""
         used = [
             (device, count, there) for device, count, there in zip(self.devices, counts, free, strict=True) if count
         ]
@@ -275,8 +276,8 @@ class LayoutFamily:
         return max(1, self.least_bytes // self.workload.n_layers)
 
     def may_hold(self, n_gpu_layers: float, room: Room) -> bool:
-        """Whether so many layers could be on devices at all: a quick look before `solve`. Layers that are less than
-        three quarters of the average may be overlooked."""
+        """A quick look before `solve`: whether so many layers may fit on the devices. It is wrong only for layers of
+        less than three quarters of the average size."""
         if self.tier == EXPERTS_IN_RAM:
             return True
         there = sum(max(0, room.devices.get(device.device_id, 0)) for device in self.devices)

@@ -1,8 +1,8 @@
-"""The place for a model: the cheapest that fits, now or after evictions; else what it waits for; else why never.
+"""The place for a model: the cheapest that fits, now or after evictions. Or what it waits for. Or why it never fits.
 
-Each tier makes its best offer (`search`), and the cheapest is taken. Where speeds are known, costs are seconds, and a
-wait competes with what can be had now. Where they are not, the tiers decide in their order, and a place in host RAM is
-not taken before `spill_after_s`. `benchmarks/decisions.py` has the times.
+Each tier makes its best offer (`search`), and the cheapest offer is taken. Where speeds are known, costs are seconds,
+and a wait competes with the offers of now. Where speeds are not known, the tiers decide in their order, and a place in host
+RAM is not taken before `spill_after_s`. `benchmarks/decisions.py` measures how long a decision takes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Tiers = Sequence[Tier]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to do. `placement` for "free" and "evict" is to be carried out; for "wait" it is what is waited for, None
-    when that is memory of others or a device that cannot be used now.
+    """What to do. For "free" and "evict", `placement` is to be carried out. For "wait", it is what is waited for; None:
+    memory of others, or a device that cannot be used now.
 
-    `victims` are replicas to stop (for "wait": the ones that are in the way, busy now). `rejections` say, per
-    candidate that was passed over, why; `would_fit_if` are the smallest changes that help where there is no place, each
-    by itself. Both are there when asked for.
+    `victims`: replicas to evict; for "wait", the busy replicas that are in the way. `rejections`: why each better
+    candidate was not taken. `would_fit_if`: the smallest changes, each of which alone would make room. Both are there
+    when asked for.
     """
 
     verdict: Verdict
@@ -105,7 +105,7 @@ class Chooser:
         return self.when(unprotected=names, may_evict=True).choose().placement is not None
 
     def _lengthened(self, choice: Choice) -> Placement | None:
-        """The same layout with the longest context that there is room for, up to what the need says."""
+        """The same layout with the longest context that there is room for, up to what the workload says."""
         here, offer, most = self.situation, choice.offer, self.situation.workload.rounded_n_ctx
         if offer is None:
             return None
@@ -122,8 +122,8 @@ class Chooser:
         return placement
 
     def with_alternatives(self, *, explain: bool = False) -> Choice:
-        """The choice for the need itself; where that is not on GPUs now, for the first alternative that is, and where
-        it cannot be had at all, for the first that can. Raises as `choose`."""
+        """The choice for the workload itself. If that is not on GPUs now: for the first alternative that is. If it has
+        no place at all: for the first alternative that has one. Raises as `choose`."""
         choice, workload = self.choose(explain=explain), self.situation.workload
         if not workload.alternatives or choice.is_on_gpus_now:
             return choice
@@ -137,8 +137,7 @@ class Chooser:
         return better[0] if better else choice
 
     def options(self) -> list[Offer]:
-        """The best offer of each tier that could be had now, with any idle replica evicted: what is chosen among, in
-        the order of preference. Raises as `choose`."""
+        """The best offer of each tier, with any idle replica evicted, in the order of the tiers. Raises as `choose`."""
         return list(self._search.offers(self._tiers(), self.situation.evictable(0.0), worse_too=True))
 
     def _choose(self, tiers: Tiers) -> Choice:
@@ -161,8 +160,8 @@ class Chooser:
         return Choice("free" if free else "evict", offer.placement, offer.victims)
 
     def _is_feasible(self, tiers: Tiers, keeping: Sequence[Replica]) -> bool:
-        """Whether the model fits on some machine with only the replicas `keeping` on it. On the devices with the most
-        memory it does, if it does on as many others."""
+        """Whether the model fits on some machine with only the replicas `keeping` on it. Only the devices with the most
+        memory are looked at: if it fits on others, it fits there."""
         here = self.situation
         for node, room in here.snapshot.unlike(here.nodes, keeping):
             roomiest = (tier.roomiest(node, room) for tier in tiers if node in tier.nodes)
@@ -191,8 +190,8 @@ class Chooser:
         return self._search.cheapest(self._search.offers(tiers, self.situation.evictable(min_residency_s)))
 
     def _later(self, tiers: Tiers) -> Offer | None:
-        """The cheapest offer once replicas that are busy, loading or waiting themselves have ended. Those that make
-        room for another model already are asked last."""
+        """The cheapest offer once replicas that are busy, loading or pending have ended. Replicas that make room for
+        another model already are asked last."""
         here = self.situation
         if not here.may_evict:
             return None
@@ -220,7 +219,7 @@ class Chooser:
     # ------------------------------------------------------------------ waiting
 
     def _is_out_of_patience(self) -> bool:
-        """To settle for host RAM, whatever may come later. Where costs are seconds, they say what is worth a wait."""
+        """Whether host RAM is taken now, whatever may come later. Where costs are seconds, they decide instead."""
         here = self.situation
         return not here.appraiser.in_seconds and here.waited_s >= here.policy.spill_after_s
 

@@ -1,4 +1,4 @@
-"""What a placement costs, in seconds: the one currency in which plans are compared with each other.
+"""What a placement costs, in seconds: the currency in which placements are compared.
 
     wait      until the replicas in the way have finished what they are doing
     release   until their memory is really back

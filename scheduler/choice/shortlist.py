@@ -1,9 +1,9 @@
-"""Which machines of many are looked at closely: a decision must not cost what the cluster is large.
+"""Which machines of many are looked at closely. A decision must not take longer the larger the cluster is.
 
-One quick pass over free memory picks the machines on which the model fits most tightly and most quickly, those with the
-most memory free together and the most host RAM; the replicas that were used longest ago name the machines where room is
-made; the page cache, and earlier replicas of the model, name some as well. Up to `ALL` machines are all looked at. When
-no place on GPUs is found on them, others are looked at too: all up to `MANY`, of more the largest of each kind.
+One quick pass over free memory names the machines on which the model fits most tightly, those where it is fastest, and
+those with the most free VRAM and the most free host RAM. The least recently used replicas name machines where evictions
+make room. The page cache and other replicas of the model name machines too. Up to `ALL` machines are all looked at. If
+they have no place on GPUs, more are looked at: up to `MANY` all of them, else the largest of each kind.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def shortlist(
     protected: Callable[[Replica], str],
     cached: Callable[[NodeId], float],
 ) -> list[Node]:
-    """The machines of `nodes` that are worth a look. `cached`: the share of the model's file in a machine's page
-    cache."""
+    """The machines of `nodes` to look at closely. `cached`: the share of the model's file in a machine's page cache."""
     if len(nodes) <= ALL:
         return list(nodes)
     least, replicas = workload.least_bytes(), snapshot.replicas
@@ -64,8 +63,8 @@ def shortlist(
 
 
 def wider(workload: Workload, nodes: Sequence[Node], snapshot: Snapshot) -> list[Node]:
-    """Machines among which one is that the model fits on, if there is any among `nodes`: all of them, or of many the
-    two of each kind that would have the most memory free."""
+    """Machines to look at next: all of `nodes`; of many, the two of each kind with the most memory free. If the model
+    fits on any of `nodes`, it fits on one of these."""
     if len(nodes) <= MANY:
         return list(nodes)
     kinds: dict[tuple[object, ...], list[tuple[int, int, Node]]] = {}
@@ -81,7 +80,7 @@ def wider(workload: Workload, nodes: Sequence[Node], snapshot: Snapshot) -> list
 def _with_victims(
     workload: Workload, by_id: dict[NodeId, Node], snapshot: Snapshot, protected: Callable[[Replica], str]
 ) -> Iterable[NodeId]:
-    """Machines on which one replica that is idle would make enough room on one GPU; who was used longest ago first."""
+    """Machines where the eviction of one idle replica frees enough of one GPU, the least recently used first."""
     seen: set[NodeId] = set()
     least = workload.least_bytes()
     for replica in islice(snapshot.replicas.least_recently_used(), LOOKED_THROUGH):

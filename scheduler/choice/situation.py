@@ -1,4 +1,4 @@
-"""What one decision sees: the model's need, the machines in question, and everything known of them at that moment."""
+"""What one decision sees: the workload, the machines in question, and what is known of them at that moment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scheduler.config import Policy
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """`nodes` may be a shortlist of `every_node`. `waited_s`: for so long somebody has waited for the need already."""
+    """`nodes` may be a shortlist of `every_node`. `waited_s`: how long the request has waited already."""
 
     workload: Workload
     nodes: Sequence[Node]
@@ -32,7 +32,7 @@ class Situation:
     now: float
     waited_s: float = 0.0
     outgrown: Victims = frozenset()
-    """Smaller replicas of the same model: evicted first, whatever they are regretted."""
+    """Smaller replicas of the same model. They are evicted first, whatever their regret."""
     may_evict: bool = True
     """False: only `outgrown` replicas are evicted."""
     unprotected: frozenset[str] = frozenset()

@@ -1,7 +1,7 @@
-"""What each machine has room for as one decision sees it: now, without some replicas, and empty.
+"""The room on each machine as one decision sees it: now, without some replicas, and empty.
 
-Devices on which a replica lies that the model must not share them with have no room while that replica stays. Every
-room is worked out once in a decision.
+A model may have to be kept apart from others: a device with such a replica has no room while the replica stays. Every
+room is computed once in a decision.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Snapshot:
         return self._now[node_id]
 
     def without(self, node_id: NodeId, victims: Iterable[ReplicaId]) -> Room:
-        """When the `victims` are gone, and everybody who is stopping already."""
+        """When the `victims` are gone, and all replicas that are stopping already."""
         if node_id not in self._views:
             self._views[node_id] = self.rooms.view(node_id)
         view = self._views[node_id]
@@ -45,7 +45,7 @@ class Snapshot:
         return self._open(view.without(gone), staying, gone)
 
     def empty(self, node_id: NodeId, keeping: Iterable[Replica] = ()) -> Room:
-        """With only the replicas `keeping` on it, nothing of others, and every device well."""
+        """With only the replicas `keeping` on it, no memory of others, and every device usable."""
         keeping = tuple(keeping)
         if not keeping and node_id in self._empty:
             return self._empty[node_id]
@@ -55,7 +55,7 @@ class Snapshot:
         return room
 
     def unlike(self, nodes: Iterable[Node], keeping: Iterable[Replica] = ()) -> Iterator[tuple[Node, Room]]:
-        """Machines and their rooms with only the replicas `keeping` on them, one of all that are alike."""
+        """Machines and their rooms with only the replicas `keeping` on them. Of machines that are alike, one."""
         seen = set()
         for node in nodes:
             room = self.empty(node.facts.node_id, keeping)
@@ -65,7 +65,7 @@ class Snapshot:
                 yield node, room
 
     def _open(self, room: Room, staying: Iterable[Replica], gone: Victims) -> Room:
-        """The room on devices that are not closed to this model."""
+        """The room without the devices that are closed to this model."""
         if not self.apart:
             return room
         there = (r for r in staying if r.replica_id in self.apart and r.replica_id not in gone)

@@ -1,6 +1,6 @@
-"""For a model that has no place: whether machines together would have the memory that none of them has alone.
+"""For a model that has no place: whether several machines together have the memory that no machine has alone.
 
-Arriero does not spread a model over machines. Whoever adds up what is free should be told so.
+Arriero does not spread a model over machines. A refusal says so, because people add up what is free.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ MOST_MACHINES = 16
 
 
 def over_machines(workload: Workload, rooms: Sequence[tuple[Node, Room]]) -> tuple[Rejection, ...]:
-    """That the model would fit over the fewest machines that hold it together, the roomiest first, if there are such.
-    `rooms`: what each machine has for it."""
+    """Says that the model would fit over several machines, the fewest that hold it; empty if it would not. `rooms`: what
+    each machine has for it."""
     allowed = [(node, _part(workload, node, room)) for node, room in rooms if workload.wishes.allow(node)]
     largest = sorted(allowed, key=lambda each: (-sum(each[1].devices.values()), -each[1].host_bytes))[:MOST_MACHINES]
     wishes = Wishes(spill=workload.wishes.spill, max_gpus=workload.wishes.max_gpus)

@@ -1,8 +1,8 @@
-"""A row of layers, split over devices: each takes the next so many, one at least.
+"""A row of layers, split over devices. Each device takes the next layers in the row, at least one.
 
-Layers differ in size: experts of the first ones may be in host RAM, windows take less cache. So what a device can take
-depends on where its share begins, and sums over the real layers decide, not an average. A device that holds some layers
-in a row holds any part of them; so to fill devices up from the end finds a split if there is one.
+Layers differ in size: the experts of the first layers may be in host RAM, and layers with windows take less cache. So
+sums over the real layers decide, not an average. A device that holds some layers in a row also holds any part of them.
+So filling the devices from the end finds a split if there is one.
 """
 
 from __future__ import annotations

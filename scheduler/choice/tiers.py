@@ -59,7 +59,7 @@ class Tier:
         ]
 
     def roomiest(self, node: Node, room: Room) -> LayoutFamily | None:
-        """The candidate on the machine's devices with the most free memory."""
+        """The candidate on the devices of the machine with the most free memory."""
         every = self.on(node)
         if not self.size:
             return every[0] if every else None
@@ -70,7 +70,7 @@ class Tier:
         return LayoutFamily(self.name, self.workload, node, tuple(most), self.least_bytes)
 
     def may_fit(self, node: Node, room: Room) -> bool:
-        """Whether the most memory that so many devices of the machine have free is enough at all."""
+        """A quick look: whether the `size` devices with the most free memory may be enough."""
         if room.active < 1:
             return False
         if not self.size:
@@ -84,10 +84,10 @@ class Tier:
 
 
 def tiers_of(workload: Workload, nodes: Sequence[Node]) -> list[Tier]:
-    """By tier, then by number of devices.
+    """In the order of the tiers, then by number of devices.
 
-    Devices that cannot be used now are candidates too (a `Room` has no bytes for them), so that "not now" and "never"
-    are told apart.
+    Devices that cannot be used now are candidates too; a `Room` has no bytes for them. So "not now" and "never" are told
+    apart.
     """
     wishes = workload.wishes
     allowed = tuple(node for node in nodes if wishes.allow(node))
@@ -113,8 +113,8 @@ def spilling(workload: Workload, node: Node) -> LayoutFamily:
 
 
 def _subsets(devices: Sequence[DeviceFacts], size: int) -> list[tuple[DeviceFacts, ...]]:
-    """Combinations of `size` devices, the least memory first: big cards stay free for big models. Of many, the smallest
-    and some of the largest; of very many, those of neighbours in size."""
+    """Combinations of `size` devices, the least memory first, so that large GPUs stay free for large models. Of many, the
+    smallest and some of the largest. Of very many, only devices that are neighbours in size."""
     if comb(len(devices), size) > MOST_SORTED:
         return [tuple(devices[i : i + size]) for i in range(len(devices) - size + 1)]
     sized = sorted(combinations(devices, size), key=lambda subset: sum(facts.total_bytes for facts in subset))

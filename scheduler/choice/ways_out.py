@@ -1,4 +1,4 @@
-"""For a model that has no place: the smallest changes each of which alone would give it one."""
+"""For a model that has no place: the smallest changes, each of which alone would make room."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _SPARE_STEPS = 128
 def ways_out(
     here: Situation, every: Sequence[tuple[Node, Room]], fits_unpinned: Callable[[frozenset[str]], bool]
 ) -> tuple[str, ...]:
-    """A shorter context, models that are protected, memory on the GPU for which it is least, and host RAM. `every`: as
-    `cleared`. `fits_unpinned`: whether there would be a place if such models were not protected."""
+    """A shorter context, fewer protected models, more memory on one GPU, more host RAM. `every`: as `cleared`.
+    `fits_unpinned`: whether there would be a place if these models were not protected."""
     rooms = _most_room(every)
     n_ctx = _context_that_fits(here, rooms)
     ways = [f"n_ctx <= {n_ctx}"] if n_ctx else []
@@ -43,7 +43,7 @@ def ways_out(
 
 
 def cleared(here: Situation) -> list[tuple[Node, Room]]:
-    """All machines, with what could be had there with everybody gone who may be stopped."""
+    """All machines, with the room there when every replica that may be evicted is gone."""
     rooms = []
     for node in here.every_node:
         residents = here.replicas.on_node(node.facts.node_id)
@@ -61,7 +61,7 @@ def _most_room(rooms: Sequence[tuple[Node, Room]]) -> list[tuple[Node, Room]]:
 
 
 def _context_that_fits(here: Situation, rooms: Sequence[tuple[Node, Room]]) -> int:
-    """The largest context per slot below the one asked for that there could be room for, to 256 tokens; 0: none."""
+    """The largest context per slot, below the one asked for, that may have room; in steps of 256 tokens. 0: none."""
     context = here.workload.context
 
     def fits(steps: int, precision: Precision) -> bool:
@@ -77,8 +77,7 @@ def _context_that_fits(here: Situation, rooms: Sequence[tuple[Node, Room]]) -> i
 
 
 def _bisected(low: int, high: int, holds: Callable[[int], bool], tries: int = 64) -> tuple[int, int]:
-    """Neighbours of which the higher one `holds` and the lower one does not, as these two do; or what is left of the
-    span after so many `tries`."""
+    """Bisects: `high` holds and `low` does not. Returns neighbours with that property, or what is left after `tries`."""
     while high - low > 1 and tries:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
@@ -92,7 +91,7 @@ def _fits(here: Situation, ways: Sequence[Tier], node: Node, room: Room) -> bool
 
 
 def _unpinned(here: Situation, fits_unpinned: Callable[[frozenset[str]], bool]) -> list[str]:
-    """Single protected models, or all of them, without whose protection there would be a place."""
+    """Protected models that are in the way: each that alone would do, or all of them."""
     kept = {each.model: why for each in here.replicas.values() if (why := here.protection(each))}
     helped = [name for name in sorted(kept) if fits_unpinned(frozenset({name}))]
     if helped or len(kept) < 2:
@@ -135,7 +134,7 @@ def _with_host(room: Room, extra: int) -> Room:
 
 
 def _missing(here: Situation, node: Node, room_with: Callable[[int], Room]) -> int:
-    """The least extra bytes, to `STEP_BYTES`, with which the model fits on the node somehow; 0: no amount helps."""
+    """The least extra bytes, in steps of `STEP_BYTES`, with which the model fits on the node. 0: no amount helps."""
     drawn, bounded = tiers_of(here.workload, [node]), tiers_of(here.workload.at("bound"), [node])
 
     def fits(steps: int, ways: Sequence[Tier]) -> bool:

@@ -1,7 +1,7 @@
 """What is to be placed: a model with its context and the wishes of the catalogue, and what each layout of it takes.
 
-Shares and placements are remembered with the need, which is asked about with every decision. One that was not tried
-lately costs one footprint: 0.2 ms by the bound on compute buffers, some milliseconds where the graph has to be drawn.
+Shares and placements are remembered with the workload, because every decision asks for them. A new one costs one
+footprint: 0.2 ms by the bound on compute buffers, some milliseconds when the graph is drawn.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _bounded_footprint = lru_cache(maxsize=4 * REMEMBERED)(bounded_footprint)
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """Where a model may be. `gpus`: UUIDs, labels or node/label; none: all, but for those it is `not_on`. `nodes`: host
-    names; `labels`: what they must be labelled with."""
+    """Where a model may be. `gpus`: UUIDs, labels or node/label; empty: all GPUs. `not_on`: GPUs that are left out. `nodes`:
+    host names. `labels`: labels that the machines must have."""
 
     spill: bool = True
     max_gpus: int | None = None
@@ -54,7 +54,7 @@ class Wishes:
         return named and all(facts.labels.get(label) == value for label, value in self.labels)
 
     def devices(self, node: Node) -> tuple[DeviceFacts, ...]:
-        """The devices of the node that may be used, the least memory first."""
+        """The devices of the node that may be used, the smallest memory first."""
         return tuple(
             sorted(
                 (each.facts for each in node.devices.values() if self._allows(node, each.facts)),
@@ -92,22 +92,22 @@ class Workload:
     alternatives: tuple[ContextParams, ...] = ()
     """Other contexts that would do, in order of preference."""
     longest_n_ctx: int = 0
-    """Up to so much context is given where GPUs have room for it; 0: what `context` says."""
+    """The context grows up to this where GPUs have room for it. 0: it stays as `context` says."""
     rounded_n_ctx: int = 0
-    """Up to so much wherever there is room."""
+    """The context grows up to this wherever there is room."""
     precision: Precision = "if needed"
     """How compute buffers are judged."""
     known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
-    """Shares and placements that were worked out before, for the same need is asked about with every decision."""
+    """Shares and placements that were computed before."""
 
     @property
     def n_layers(self) -> int:
-        """Layers that can be put somewhere; llama.cpp counts the output as one."""
+        """Layers that can be placed; llama.cpp counts the output as one."""
         return self.shape.n_layer_all + 1
 
     def least_bytes(self, n_cpu_moe: int = 0) -> int:
-        """What all layers take on devices at the very least, however they are spread, but for the experts of the first
-        `n_cpu_moe`: no use in trying with less."""
+        """The least that all layers take on devices, however they are spread, without the experts of the first `n_cpu_moe`
+        layers. With less memory it is not worth trying."""
         return self.layer_sums("rpc", n_cpu_moe)[-1]
 
     def layer_sums(self, kind: DeviceKind, n_cpu_moe: int = 0) -> Sums:
