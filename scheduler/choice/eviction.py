@@ -1,8 +1,8 @@
 """Which replicas are evicted: of all sets of idle replicas that free enough, the least regretted set.
 
 The regret of a replica says how likely it is wanted soon, or what its eviction will cost (`Prices.worth`). The regret
-of a set is the sum. For replicas of one size on one device this is least recently used. Busy, pinned and loading replicas
-are never evicted. A fresh replica is evicted only when nothing else helps.
+of a set is the sum. For replicas of one size on one device this is least recently used. Busy, pinned and loading
+replicas are never evicted. A fresh replica is evicted only when nothing else helps.
 
 Sets are tried in the order of their regret, so the first set that frees enough is the best. This is exact up to a
 thousand sets. Beyond that, replicas are evicted one by one, the least regretted first, until there is enough room; then

@@ -1,8 +1,8 @@
 """The place for a model: the cheapest that fits, now or after evictions. Or what it waits for. Or why it never fits.
 
 Each tier makes its best offer (`search`), and the cheapest offer is taken. Where speeds are known, costs are seconds,
-and a wait competes with the offers of now. Where speeds are not known, the tiers decide in their order, and a place in host
-RAM is not taken before `spill_after_s`. `benchmarks/decisions.py` measures how long a decision takes.
+and a wait competes with the offers of now. Where speeds are not known, the tiers decide in their order, and a place in
+host RAM is not taken before `spill_after_s`. `benchmarks/decisions.py` measures how long a decision takes.
 """
 
 from __future__ import annotations
