@@ -21,8 +21,8 @@ MOST_MACHINES = 16
 
 
 def over_machines(workload: Workload, rooms: Sequence[tuple[Node, Room]]) -> tuple[Rejection, ...]:
-    """Says that the model would fit over several machines, the fewest that hold it; empty if it would not. `rooms`: what
-    each machine has for it."""
+    """Says that the model would fit over several machines: the fewest that hold it. Empty if it would not. `rooms`:
+    what each machine has for it."""
     allowed = [(node, _part(workload, node, room)) for node, room in rooms if workload.wishes.allow(node)]
     largest = sorted(allowed, key=lambda each: (-sum(each[1].devices.values()), -each[1].host_bytes))[:MOST_MACHINES]
     wishes = Wishes(spill=workload.wishes.spill, max_gpus=workload.wishes.max_gpus)

@@ -86,8 +86,8 @@ class Tier:
 def tiers_of(workload: Workload, nodes: Sequence[Node]) -> list[Tier]:
     """In the order of the tiers, then by number of devices.
 
-    Devices that cannot be used now are candidates too; a `Room` has no bytes for them. So "not now" and "never" are told
-    apart.
+    Devices that cannot be used now are candidates too; a `Room` has no bytes for them. So "not now" and "never" are
+    told apart.
     """
     wishes = workload.wishes
     allowed = tuple(node for node in nodes if wishes.allow(node))
@@ -113,8 +113,8 @@ def spilling(workload: Workload, node: Node) -> LayoutFamily:
 
 
 def _subsets(devices: Sequence[DeviceFacts], size: int) -> list[tuple[DeviceFacts, ...]]:
-    """Combinations of `size` devices, the least memory first, so that large GPUs stay free for large models. Of many, the
-    smallest and some of the largest. Of very many, only devices that are neighbours in size."""
+    """Combinations of `size` devices, the least memory first, so that large GPUs stay free for large models. Of many,
+    the smallest and some of the largest. Of very many, only devices that are neighbours in size."""
     if comb(len(devices), size) > MOST_SORTED:
         return [tuple(devices[i : i + size]) for i in range(len(devices) - size + 1)]
     sized = sorted(combinations(devices, size), key=lambda subset: sum(facts.total_bytes for facts in subset))

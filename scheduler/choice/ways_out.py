@@ -77,7 +77,7 @@ def _context_that_fits(here: Situation, rooms: Sequence[tuple[Node, Room]]) -> i
 
 
 def _bisected(low: int, high: int, holds: Callable[[int], bool], tries: int = 64) -> tuple[int, int]:
-    """Bisects: `high` holds and `low` does not. Returns neighbours with that property, or what is left after `tries`."""
+    """Bisects: `high` holds, `low` does not. Returns neighbours with that property, or what is left after `tries`."""
     while high - low > 1 and tries:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)

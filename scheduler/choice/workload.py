@@ -36,8 +36,8 @@ _bounded_footprint = lru_cache(maxsize=4 * REMEMBERED)(bounded_footprint)
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """Where a model may be. `gpus`: UUIDs, labels or node/label; empty: all GPUs. `not_on`: GPUs that are left out. `nodes`:
-    host names. `labels`: labels that the machines must have."""
+    """Where a model may be. `gpus`: UUIDs, labels or node/label; empty: all GPUs. `not_on`: GPUs that are left out.
+    `nodes`: host names. `labels`: labels that the machines must have."""
 
     spill: bool = True
     max_gpus: int | None = None
@@ -106,8 +106,8 @@ class Workload:
         return self.shape.n_layer_all + 1
 
     def least_bytes(self, n_cpu_moe: int = 0) -> int:
-        """The least that all layers take on devices, however they are spread, without the experts of the first `n_cpu_moe`
-        layers. With less memory it is not worth trying."""
+        """The least that all layers take on devices, however they are spread, without the experts of the first
+        `n_cpu_moe` layers. With less memory it is not worth trying."""
         return self.layer_sums("rpc", n_cpu_moe)[-1]
 
     def layer_sums(self, kind: DeviceKind, n_cpu_moe: int = 0) -> Sums:
