@@ -13,215 +13,28 @@ import asyncio
 import inspect
 import itertools
 import pickle
-from collections.abc import Awaitable, Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Generator
 from types import SimpleNamespace
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
+from fake_machines import FakeGpu, FakeNode, FakeRunner, Machine
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ActorUnschedulableError, RayTaskError
-from virtual_time import now_s
 
 from actors.devices.gpu import GpuActor
 from actors.devices.node import NodeActor
-from actors.devices.processes import Process
 from actors.names import gpu_name, node_name
-from actors.serving.protocol import BufferSizes, LoadFailure, LoadReport, LoadSpec, RunnerState, RunnerStatus
 from actors.serving.runner import RunnerActor
-from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
-from scheduler.costs.params import DeviceBytes, HostBytes
-from scheduler.costs.shape import ModelShape
-from scheduler.errors import ArrieroError
-from scheduler.units import GIB, DeviceId, NodeId
+from scheduler.cluster.facts import DeviceFacts
+from scheduler.units import NodeId
 
 HOP_S = 0.001  # a message's way
 START_S = 1.0  # an actor's process
 RESTART_S = 3.0  # until Ray has started one again
 KILL_S = 0.02  # from ray.kill to the end of the process
-LOAD_S = 1.2  # a model
 REPORT_S = 1.0
 
 Outcome = Exception | float | None
-
-# ---------------------------------------------------------------------- machines
-
-
-@dataclass(eq=False)
-class FakeProcess:
-    """A runner's process. `obeys`: it ends by ray.kill; `mortal`: by SIGKILL too."""
-
-    process: Process
-    obeys: bool = True
-    mortal: bool = True
-    holds: dict[DeviceId, int] = field(default_factory=dict)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def alive(self) -> bool:
-        return not self.ended.is_set()
-
-    def end(self) -> None:
-        self.holds = {}
-        self.ended.set()
-
-
-@dataclass(eq=False)
-class Machine:
-    """One node: its cards, its files, what their headers say, and its runners' processes."""
-
-    node_id: NodeId
-    devices: tuple[DeviceFacts, ...] = ()
-    headers: dict[str, ModelShape | ArrieroError] = field(default_factory=dict)
-    last_words: str = ""  # of every process that ends here
-    processes: dict[int, FakeProcess] = field(default_factory=dict)
-
-    @property
-    def facts(self) -> NodeFacts:
-        return NodeFacts(self.node_id, f"host-{self.node_id}", "127.0.0.1", 8, 64 * GIB, self.devices)
-
-    def read(self) -> NodeReading:
-        files = tuple(ModelFile(path, (path,), 1000, 1.0) for path in self.headers)
-        return NodeReading(self.node_id, 60 * GIB, now_s(), files)
-
-    def read_device(self, device: DeviceFacts) -> DeviceReading:
-        used = sum(process.holds.get(device.device_id, 0) for process in self.processes.values())
-        return DeviceReading(device.device_id, device.total_bytes, device.total_bytes - used, used, now_s())
-
-
-# ---------------------------------------------------------------------- what runs in the actors' processes
-
-
-class FakeRunner:
-    """See `RunnerActor`. `ray.failure` is what loads fail with."""
-
-    def __init__(self, ray: FakeRay, machine: Machine) -> None:
-        pid = next(ray.pids)
-        self.body = machine.processes[pid] = FakeProcess(Process(pid, float(pid), f"/log/{pid}"))
-        self._ray = ray
-        self._replica_id = ""
-        self._spec: LoadSpec | None = None
-        self._report: LoadReport | None = None
-        self.state: RunnerState = "idle"
-        self.reason = ""
-        self.n_threads = 0
-        self.cancelled: list[str] = []
-        self.answering: tuple[str, ...] = ()
-        self._broken = asyncio.Event()
-
-    def process(self) -> Process:
-        return self.body.process
-
-    async def load(self, replica_id: str, spec: LoadSpec) -> LoadReport | LoadFailure:
-        if self.state != "idle":
-            return LoadFailure("failed", f"runner of replica {self._replica_id} is {self.state}; it loads once")
-        self._replica_id, self._spec, self.state, self.n_threads = replica_id, spec, "loading", spec.n_threads
-        self.body.holds = {DeviceId(device.device_id): device.required_bytes for device in spec.devices}
-        await asyncio.sleep(LOAD_S)
-        if self._ray.failure is not None:
-            self.break_down(self._ray.failure.message)
-            return self._ray.failure
-        return self.hold(replica_id, spec)
-
-    def hold(self, replica_id: str, spec: LoadSpec) -> LoadReport:
-        """It is loaded."""
-        self._replica_id, self._spec, self.state, self.n_threads = replica_id, spec, "ready", spec.n_threads
-        self.body.holds = {DeviceId(device.device_id): device.required_bytes for device in spec.devices}
-        devices = tuple(DeviceBytes(device.required_bytes) for device in spec.devices)
-        buffers = BufferSizes(devices, HostBytes(), spec.context.n_ctx // spec.context.n_seq_max)
-        self._report = LoadReport(buffers, self.body.process.pid, self.body.process.started_at_s, LOAD_S)
-        return self._report
-
-    def break_down(self, reason: str) -> None:
-        """It can serve no longer, but its process lives."""
-        self.state, self.reason = "broken", reason
-        self._broken.set()
-
-    def progress(self) -> float:
-        return 0.5
-
-    def describe(self) -> RunnerStatus:
-        return RunnerStatus(
-            replica_id=self._replica_id,
-            spec=self._spec,
-            state=self.state,
-            reason=self.reason,
-            report=self._report,
-            progress=1.0,
-            n_threads=self.n_threads,
-            active_requests=self.answering,
-        )
-
-    async def watch(self) -> str:
-        await self._broken.wait()
-        return self.reason
-
-    def set_threads(self, n_threads: int) -> None:
-        self.n_threads = n_threads
-
-    def cancel(self, request_id: str) -> bool:
-        self.cancelled.append(request_id)
-        return True
-
-
-class FakeNode:
-    """See `NodeActor`."""
-
-    def __init__(self, ray: FakeRay, machine: Machine, scheduler: Any) -> None:
-        self._ray, self._machine, self._scheduler = ray, machine, scheduler
-
-    def report(self) -> None:
-        if self._scheduler is not None:
-            self._scheduler.report_node.remote(self._machine.read())
-
-    def facts(self) -> NodeFacts:
-        return self._machine.facts
-
-    def sample_now(self) -> NodeReading:
-        return self._machine.read()
-
-    async def read_shape(self, path: str) -> ModelShape | ArrieroError:
-        await asyncio.sleep(0.1)
-        return self._machine.headers[path]
-
-    async def read_ahead(self, path: str) -> None:
-        await asyncio.sleep(5.0)
-
-    def stop_reading_ahead(self) -> None: ...
-
-    async def wait_gone(self, runners: Sequence[tuple[int, float]], timeout_s: float) -> tuple[int, ...]:
-        bodies = [self._machine.processes[pid] for pid, _ in runners]
-        waiting = [asyncio.ensure_future(body.ended.wait()) for body in bodies]
-        await asyncio.wait(waiting, timeout=timeout_s)
-        for each in waiting:
-            each.cancel()
-        return tuple(body.process.pid for body in bodies if body.alive)
-
-    def kill_process(self, pid: int, started_at_s: float) -> bool:
-        body = self._machine.processes[pid]
-        if body.mortal:
-            body.end()
-            self._ray.process_ended(body)
-        return True
-
-    def last_words(self, runner: Process) -> str:
-        return "" if self._machine.processes[runner.pid].alive else self._machine.last_words
-
-
-class FakeGpu:
-    """See `GpuActor`."""
-
-    def __init__(self, machine: Machine, facts: DeviceFacts, scheduler: Any) -> None:
-        self._machine, self._facts, self._scheduler = machine, facts, scheduler
-
-    def report(self) -> None:
-        if self._scheduler is not None:
-            self._scheduler.report_device.remote(self.sample_now())
-
-    def sample_now(self) -> DeviceReading:
-        return self._machine.read_device(self._facts)
-
-
-# ---------------------------------------------------------------------- actors and their handles
 
 Kind = Literal["runner", "node", "gpu", "scheduler"]
 
@@ -253,6 +66,8 @@ class Actor:
     def start(self) -> None:
         if self.dead is None and self.inside is None:
             self.inside = self.make()
+            if isinstance(self.inside, FakeRunner):
+                self.inside.body.on_end = self.end
             self._started.set()
 
     async def started(self) -> None:
@@ -354,8 +169,6 @@ class FakeRay:
         self.actors: list[Actor] = []
         self.steps: list[str] = []
         self.on_step: Callable[[str, Actor | None], Outcome] = lambda step, actor: None
-        self.failure: LoadFailure | None = None
-        self.pids = itertools.count(100)
         self.restarted = False  # whether the scheduler is one that Ray has started again
         self.util = SimpleNamespace(list_named_actors=self._list_named_actors)
         self._serving: set[asyncio.Task[None]] = set()
@@ -397,12 +210,6 @@ class FakeRay:
         """The names of those that live."""
         return [actor.name for actor in self.actors if actor.kind == "runner" and actor.dead is None]
 
-    def process_ended(self, body: FakeProcess) -> None:
-        """A process has ended without Ray; that notices at once."""
-        for actor in self.actors:
-            if isinstance(actor.inside, FakeRunner) and actor.inside.body is body:
-                actor.end()
-
     # ------------------------------------------------------------------ what `ray` has
 
     def get_actor(self, name: str, namespace: str) -> Handle:
@@ -442,21 +249,23 @@ class FakeRay:
 
     def add_runner(self, name: str, node_id: NodeId) -> Handle:
         machine = self.machines.get(node_id)
-        return self._create("runner", name, node_id, plain(RunnerActor), False, lambda: FakeRunner(self, machine))
+        return self._create("runner", name, node_id, plain(RunnerActor), False, lambda: FakeRunner(machine))
 
     def add_node(self, node_id: NodeId, scheduler: Any = None) -> Handle:
         """The node's actor; the one that is there when there is one."""
         machine, name = self.machines.get(node_id), node_name(node_id)
-        make = lambda: FakeNode(self, machine, scheduler)  # noqa: E731
-        return self._create("node", name, node_id, plain(NodeActor), True, make)
+        make = lambda: FakeNode(machine, scheduler)  # noqa: E731
+        return self._create("node", name, node_id, plain(NodeActor), True, make, reports=scheduler is not None)
 
     def add_gpu(self, facts: DeviceFacts, scheduler: Any = None) -> Handle:
         """Likewise."""
         machine, name = self.machines.get(facts.node_id), gpu_name(facts.device_id)
         make = lambda: FakeGpu(machine, facts, scheduler)  # noqa: E731
-        return self._create("gpu", name, facts.node_id, plain(GpuActor), True, make)
+        return self._create("gpu", name, facts.node_id, plain(GpuActor), True, make, reports=scheduler is not None)
 
-    def _create(self, kind: Kind, name: str, node_id: NodeId, real: type, restarts: bool, make: Any) -> Handle:
+    def _create(
+        self, kind: Kind, name: str, node_id: NodeId, real: type, restarts: bool, make: Any, *, reports: bool = False
+    ) -> Handle:
         if (present := self._named(name)) is not None:
             if kind == "runner":
                 raise ValueError(f"the name {name} is taken")
@@ -469,6 +278,8 @@ class FakeRay:
         if isinstance(outcome, Exception):
             actor.end(for_good=True)
             raise outcome
+        if reports:
+            self._keep(self._report(actor))
         return Handle(self, actor)
 
     def host(self, real: type, make: Callable[[], Any]) -> Handle:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_ray import Actor, FakeRay, FakeRunner, Handle, Machine, Outcome, raised
+from fake_machines import FakeRunner, Machine
+from fake_ray import Actor, FakeRay, Handle, Outcome, raised
 from ray.exceptions import ActorUnavailableError, RaySystemError
 from virtual_time import play
 
@@ -226,7 +227,7 @@ def start_without_a_spare(stage: Stage) -> None:
 
 
 def start_that_fails(stage: Stage) -> None:
-    stage.ray.failure = LoadFailure("out_of_memory", "there was not enough")
+    stage.machine.failure = LoadFailure("out_of_memory", "there was not enough")
     stage.carry_out(START)
 
 

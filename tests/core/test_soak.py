@@ -1,0 +1,43 @@
+"""A soak of 50,000 random events: every policy for a while, with every invariant checked after each event.
+
+The same as `python -m benchmarks.soak`, shorter and from one seed. A violation ends it: `run_phase` prints what came
+before, and how to repeat it.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.soak.__main__ import run_phase
+from benchmarks.soak.stage import POLICIES
+from scheduler import commands as cmd
+from scheduler import events as ev
+from scheduler.core import SchedulerCore
+
+EVENTS = 50_000
+SEED = 7
+
+
+@pytest.mark.parametrize("phase", range(len(POLICIES)))
+def test_no_invariant_breaks(phase: int) -> None:
+    tally = run_phase(SEED, phase, EVENTS // len(POLICIES))
+    assert tally.events >= EVENTS // len(POLICIES)
+    assert tally.grants and tally.refused and tally.cold_loads and tally.evictions, "it has tried too little"
+
+
+def test_a_core_that_forgets_a_request_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The soak would see it: else nothing that it says is worth anything."""
+    handle, refusals = SchedulerCore.handle, 0
+
+    def forgetful(core: SchedulerCore, event: ev.Event, now: float) -> list[cmd.Command]:
+        nonlocal refusals
+        commands = handle(core, event, now)
+        refusals += sum(isinstance(command, cmd.RefuseRequest) for command in commands)
+        if refusals >= 5:
+            commands = [command for command in commands if not isinstance(command, cmd.RefuseRequest)]
+        return commands
+
+    monkeypatch.setattr(SchedulerCore, "handle", forgetful)
+    with pytest.raises(SystemExit) as ended:
+        run_phase(SEED, 0, 5_000)
+    assert ended.value.code == 1
