@@ -78,10 +78,27 @@ def grows(shape: ModelShape) -> bool:
 
 
 def filled_footprint(shape: ModelShape, layout: Layout, context: ContextParams, build: str) -> Footprint:
-    """`footprint` once every cell of the cache is in use: larger than after the load where a model's buffers `grow`."""
+    """`footprint` once every cell of the cache is in use: larger than after the load where a model's buffers `grow`.
+
+    The bound knows nothing of that growth, so where it is what counts, it is no less than what the template draws.
+    """
     if not grows(shape):
         return footprint(shape, layout, context, build)
-    return footprint(replace(shape, graph=filled_graph_model(shape.graph)), layout, context, build)
+    filled = replace(shape, graph=filled_graph_model(shape.graph))
+    if computes_exactly(shape, build):
+        return footprint(filled, layout, context, build)
+    bound, drawn = bounded_footprint(shape, layout, context), drawn_footprint(filled, layout, context)
+    return _larger(bound, drawn) if drawn else bound
+
+
+def _larger(cost: Footprint, other: Footprint) -> Footprint:
+    """`cost` with the larger compute buffer of both in each place."""
+    devices = (
+        replace(ours, compute_bytes=max(ours.compute_bytes, theirs.compute_bytes))
+        for ours, theirs in zip(cost.devices, other.devices, strict=True)
+    )
+    host_bytes = max(cost.host.compute_bytes, other.host.compute_bytes)
+    return Footprint(tuple(devices), replace(cost.host, compute_bytes=host_bytes))
 
 
 def footprint(shape: ModelShape, layout: Layout, context: ContextParams, build: str) -> Footprint:

@@ -16,6 +16,7 @@ from comparison import (
     EVERY_CASES,
     LOOSE,
     MANY_SEQUENCES,
+    ONE_OF_THREE,
     STREAMS,
     TARGETS,
     WIDE,
@@ -32,7 +33,7 @@ from gguf_file import U32, Gguf
 from test_against_llama_cpp import compare
 
 from scheduler.costs.checked import CHECKED
-from scheduler.costs.footprint import computes_exactly, footprint
+from scheduler.costs.footprint import bounded_footprint, computes_exactly, filled_footprint, footprint
 from scheduler.costs.graph.buffers import has_template
 from scheduler.costs.graph.templates import CHECKED_BUILD, TEMPLATES
 from scheduler.costs.header import read_header
@@ -116,6 +117,22 @@ def test_many_sequences_over_host_and_device(paths: dict[str, Path], shapes: dic
     for case, truth in zip(cases, ask(paths, cases, devices=1, real=True), strict=True):
         shape = shapes[case[0]]
         compare(case, shape, truth, "equal" if computes_exactly(shape, CHECKED_BUILD) else "not below")
+
+
+@pytest.mark.parametrize("layout", [Layout(), on_devices(1, 1), ONE_OF_THREE], ids=["CPU", "two", "split"])
+def test_buffers_that_grow_are_booked_whole_where_they_are_bounded_too(
+    layout: Layout, shapes: dict[str, ModelShape]
+) -> None:
+    """The bound alone holds for an empty cache."""
+    shape, context = shapes["minimax-m3-moe"], ContextParams(n_ctx=4096)
+    filled, bounded = (filled_footprint(shape, layout, context, build) for build in (CHECKED_BUILD, "9.8.7"))
+    empty = bounded_footprint(shape, layout, context)
+    for whole, bound, now in zip(
+        (*filled.devices, filled.host), (*bounded.devices, bounded.host), (*empty.devices, empty.host), strict=True
+    ):
+        assert bound.compute_bytes == max(whole.compute_bytes, now.compute_bytes)
+        assert (bound.weights_bytes, bound.kv_bytes) == (now.weights_bytes, now.kv_bytes)
+    assert filled.host.compute_bytes > footprint(shape, layout, context, CHECKED_BUILD).host.compute_bytes
 
 
 def with_key(model: Path, key: str, value: int, path: Path) -> Path:
