@@ -79,7 +79,7 @@ class ModelParams(_Strict):
         le=10,
         description="of its requests that name none; also protects from eviction: each step doubles its regret (0)",
     )
-    min_replicas: int | None = Field(None, ge=0, le=64, description="always loaded, so many times (0)")
+    min_replicas: int | None = Field(None, ge=0, le=64, description="number of replicas that are always loaded (0)")
     max_replicas: int | None = Field(
         None,
         ge=1,
@@ -88,7 +88,7 @@ class ModelParams(_Strict):
         "twice the load time; none: as many as have room",
     )
     keep_alive_s: float | None = Field(
-        None, ge=0, description="unload after so many idle seconds; none: when its memory is needed"
+        None, ge=0, description="unload after this many idle seconds; none: when its memory is needed"
     )
 
     @field_validator("flash_attn", mode="before")
@@ -125,7 +125,7 @@ class Policy(_Strict):
         None,
         ge=0,
         description="a request that has waited drain_after_s drains busy replicas that serve only lower priorities; "
-        "their answers end after so many seconds; none: it waits for its turn",
+        "their answers end after this many seconds; none: it waits for its turn",
     )
     prefetch: Literal["read_ahead", "preload"] | None = Field(
         None,
@@ -139,7 +139,7 @@ class Policy(_Strict):
         2.0, ge=0, description="after this wait, busy replicas in a request's way accept no new requests"
     )
     spill_after_s: float = Field(
-        30.0, ge=0, description="wait so long for room on GPUs before host RAM is used, where speeds are not known"
+        30.0, ge=0, description="wait this long for room on GPUs before host RAM is used, where speeds are not known"
     )
     queue_limit: int = Field(256, ge=1, description="maximum number of waiting requests")
     request_priority_max: int = Field(
@@ -149,7 +149,7 @@ class Policy(_Strict):
         description="highest priority that a request may name; its model's priority if that is higher",
     )
     priority_s: float = Field(
-        60.0, ge=0, description="one step of priority is worth so many seconds of waiting, so no request starves"
+        60.0, ge=0, description="one step of priority is worth this many seconds of waiting, so no request starves"
     )
     fair_share_s: float = Field(
         10.0, ge=0, description="a request counts as this much later for each waiting request of the same API key"

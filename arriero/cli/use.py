@@ -16,7 +16,7 @@ from arriero.cli.printing import AsJson, console, errors, print_json, print_piec
 from arriero.cli.service import Url, client
 from arriero.client import Client, TextStream
 
-MaxTokens = Annotated[int | None, typer.Option(help="Stop after so many tokens.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Maximum number of tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0: always the most probable token.")]
 LOOK_EVERY_S = 0.3
 
