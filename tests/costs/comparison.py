@@ -21,7 +21,7 @@ from typing import Any
 
 from gguf_shapes import SMALL, write_model
 
-from scheduler.costs.families import ROWS, row_of
+from scheduler.costs.families import ROWS, Row, row_of
 from scheduler.costs.footprint import bounded_footprint, drawn_footprint, effective_context
 from scheduler.costs.ggml_types import KV_TYPES
 from scheduler.costs.params import ContextParams, DeviceSpec, Footprint, Layout
@@ -244,7 +244,7 @@ class Finding:
     compared: int = 0
     drawn: int = 0
 
-    def outcome(self) -> tuple[str, str]:
+    def outcome(self, row: Row) -> tuple[str, str]:
         """(outcome, why): exact, bounded, or what is in the way: too low, wrong, not asked."""
         if self.failed or not self.compared:
             return "not asked", self.failed or "there is no model of it"
@@ -253,6 +253,8 @@ class Finding:
         if self.drawn and not self.drifted:
             return ("too low", self.low_undrawn) if self.low_undrawn else ("exact", "")
         low = self.low_undrawn or self.low
+        if not low and row.leaks:
+            low = f"its bound misses a part in some layouts, and the template has drifted: {self.drifted}"
         return ("too low", low) if low else ("bounded", self.drifted)
 
 
@@ -382,7 +384,7 @@ def outcomes(findings: Findings, made: Sequence[Mapping[str, Any]]) -> dict[str,
         elif errors:
             found[name] = "not asked", f"no model can be made: {errors[0]}"
         else:
-            found[name] = findings.of.get(name, Finding()).outcome()
+            found[name] = findings.of.get(name, Finding()).outcome(row_of(name))
     return found
 
 

@@ -116,10 +116,18 @@ def test_one_device_that_drifted_is_enough(shapes: dict[str, ModelShape]) -> Non
 
 def test_the_bound_counts_where_the_template_draws_nothing() -> None:
     """Models that are drawn make no architecture exact of which another model takes more than its bound."""
-    assert Finding(compared=2, drawn=1).outcome() == ("exact", "")
-    assert Finding(compared=2, drawn=1, low_undrawn="there").outcome() == ("too low", "there")
-    assert Finding(compared=2, drawn=1, low="drawn, so nobody asks the bound").outcome() == ("exact", "")
-    assert Finding().outcome()[0] == "not asked"
+    row = ROWS["llama"]
+    assert Finding(compared=2, drawn=1).outcome(row) == ("exact", "")
+    assert Finding(compared=2, drawn=1, low_undrawn="there").outcome(row) == ("too low", "there")
+    assert Finding(compared=2, drawn=1, low="drawn, so nobody asks the bound").outcome(row) == ("exact", "")
+    assert Finding().outcome(row)[0] == "not asked"
+
+
+def test_drift_of_an_architecture_whose_bound_leaks_does_not_pass() -> None:
+    found = Finding(compared=2, drawn=2, drifted="there")
+    assert found.outcome(ROWS["llama"]) == ("bounded", "there")
+    assert found.outcome(ROWS["deepseek2"])[0] == "too low"
+    assert Finding(compared=2, drawn=2).outcome(ROWS["deepseek2"]) == ("exact", "")
 
 
 def test_a_process_that_ends_costs_the_answers_about_one_model(paths: dict[str, Path]) -> None:
