@@ -26,21 +26,16 @@ from typing import Any
 import llama_cpp
 from gguf_file import ARRAY, U64, Gguf, add_vocabulary
 
+from scheduler.costs.families import ROWS
 from scheduler.costs.ggml_types import TYPES
 
 LIBRARY = llama_cpp.llama_cpp._lib
 N_CTX, N_LAYER = 4096, 4
 
-_LATENT = frozenset(
-    "deepseek2 deepseek32 glm-dsa dots3note kimi-linear bailingmoe3 kimi-k3 glm5-next mistral4 hy_v4".split()
-)
-_HYBRID_BY_HEADS = frozenset(
-    """
-    plamo2 jamba nemotron_h nemotron_h_moe granitehybrid lfm2 lfm2moe kimi-linear bailingmoe3 kimi-k3 glm5-next
-    """.split()
-)
-_LISTED_WINDOWS = frozenset("mimo2 step35 spark2_5 granite_swa dots3note maple gemma4-assistant gemma4 dflash".split())
-_DELTA_NETS = frozenset("qwen3next qwen35 qwen35moe qwen4exp".split())
+_LATENT = {name for name, row in ROWS.items() if row.latent}
+_HYBRID_BY_HEADS = {name for name, row in ROWS.items() if row.family in ("by heads", "by width")}
+_LISTED_WINDOWS = {name for name, row in ROWS.items() if row.window and row.window.period is None}
+_DELTA_NETS = {name for name, row in ROWS.items() if row.family == "by interval" and row.state == "grouped ssm"}
 _MANY_KV_HEADS = frozenset(
     "rwkv6 rwkv7 arwkv7 rwkv6qwen2 phi2 mpt gpt2 bloom baichuan qwen plm deepseek2-ocr minicpm3 t5 t5encoder".split()
 )
