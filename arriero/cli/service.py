@@ -11,7 +11,7 @@ from arriero.client import Client
 from arriero.machine import recall
 
 Url = Annotated[
-    str | None, typer.Option("--url", envvar="ARRIERO_URL", help="The gateway; default: the last one brought up here.")
+    str | None, typer.Option("--url", envvar="ARRIERO_URL", help="The gateway; default: the last one started here.")
 ]
 
 
