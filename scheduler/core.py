@@ -187,7 +187,7 @@ class SchedulerCore:
         if device is None:
             return
         self.rooms.attribute_device(device, self._now)
-        self.fleet.learn_overhead(device)
+        self.fleet.charges.learn_overhead(device)
         if (device.trouble, device.foreign_bytes) != (trouble, foreign_bytes):
             self._dispatch.look_again()
         label = self.inventory.label(device.facts.device_id)

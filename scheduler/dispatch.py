@@ -315,7 +315,7 @@ class Dispatch:
                 model = self._models.by_name[head.model]
                 if pauses:
                     model.history.pause(self._policy, now)
-                    self._fleet.remember_extra(model)
+                    self._fleet.charges.remember_extra(model)
                 return self._refusal(kind, model, chooser)
             case Refuse(error):
                 return error

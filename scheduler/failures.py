@@ -35,7 +35,7 @@ class Failures:
         if model is None:
             return
         if event.kind == "underestimated" and event.buffers is not None:
-            self._fleet.learn_prediction(replica, event.buffers)
+            self._fleet.charges.learn_prediction(replica, event.buffers)
             return  # no failure of the model: the next plan reserves what llama.cpp wants
         if event.kind == "invalid_model":
             self._models.shaped(replica.placement.node_id, replica.path, None, invalid=event.message)
@@ -43,7 +43,7 @@ class Failures:
         if event.kind == "out_of_memory":
             model.history.out_of_memory(max(replica.placement.device_bytes, default=0))
         self._count(model, event.message, now)
-        self._fleet.remember_extra(model)
+        self._fleet.charges.remember_extra(model)
 
     def died(self, event: ev.ReplicaDied, now: float) -> None:
         """A replica can serve no longer; nothing happens for one that is being stopped."""

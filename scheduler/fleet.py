@@ -7,31 +7,30 @@ lease; the threads of loading and ready replicas never exceed their node's cores
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable
 
 from scheduler import commands as cmd
 from scheduler import events as ev
+from scheduler.charges import Charges
 from scheduler.choice.explain import describe_placement
 from scheduler.choice.layouts import fits
 from scheduler.choice.placement import Choice
 from scheduler.cluster.cores import CoreShares
 from scheduler.cluster.free_memory import NO_LIMIT, SETTLING_S, Rooms
-from scheduler.cluster.inventory import Device, Inventory, Node
+from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.leases import Leases
-from scheduler.cluster.ledger import ACTIVE, AccountId, Ledger, cores_account, device_account, host_account
+from scheduler.cluster.ledger import ACTIVE, Ledger, cores_account, device_account, host_account
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.cluster.replicas import Replicas
 from scheduler.cluster.suspects import Suspects
 from scheduler.config import Catalogue
 from scheduler.costs.footprint import is_verified
-from scheduler.costs.measurements import ROUNDING_BYTES, Measurements, load_key
-from scheduler.costs.params import Footprint
+from scheduler.costs.measurements import Measurements
 from scheduler.errors import InvariantBroken
 from scheduler.outbox import Outbox
-from scheduler.units import NodeId, ReplicaId, format_bytes
+from scheduler.units import NodeId, ReplicaId
 
 
 class Fleet:
@@ -50,6 +49,7 @@ class Fleet:
         self.ledger = Ledger()
         self.ledger.open(ACTIVE, catalogue.policy.max_active_models or NO_LIMIT)
         self.rooms = Rooms(inventory, self.ledger, self.replicas, catalogue.policy, catalogue.reserves)
+        self.charges = Charges(self.ledger, self.rooms, self.replicas, inventory, models, measurements, outbox)
         self.cores = CoreShares(self.ledger, self.replicas)
         self.leases = Leases(catalogue.policy.lease_ttl_s, tag)
         self.suspects = Suspects()
@@ -114,7 +114,7 @@ class Fleet:
         if placement.computes_on_cpu:
             self._balance_threads(placement.node_id)
             replica.n_threads = self.cores.share(placement.node_id)
-        self.ledger.promise(replica.replica_id, self._amounts(replica))
+        self.ledger.promise(replica.replica_id, self.charges.predicted(replica))
         self.rooms.changed(placement.node_id)
         return replica
 
@@ -179,10 +179,7 @@ class Fleet:
         replica.ready_at = replica.last_used_at = now
         self.replicas.used(replica)
         replica.load_s, replica.pid, replica.n_ctx, replica.progress = event.load_s, event.pid, event.n_ctx, 1.0
-        replica.measured = event.buffers
-        self._learn(replica)
-        for account, amount in self._measured(replica.placement, event).items():
-            self._book_measured(replica, account, amount)
+        self.charges.settle(replica, event)
         slower = self.replicas.get(replica.supersedes) if replica.supersedes else None
         if slower is not None and slower.state is ReplicaState.READY:
             self.retire(slower, f"{replica.model} moved to {replica.placement.tier}")
@@ -191,86 +188,15 @@ class Fleet:
             "replica_ready",
             f"{replica.model} is ready after {event.load_s:.1f} s",
             replica=replica,
-            buffers=self._prediction_and_truth(replica, event.buffers),
+            buffers=self.charges.predicted_and_true(replica, event.buffers),
         )
-
-    def _prediction_and_truth(self, replica: Replica, measured: Footprint) -> dict[str, tuple[int, int]]:
-        """Bytes of llama.cpp's buffers as predicted and as reported, per device."""
-        placement = replica.placement
-        shares = zip(placement.device_ids, placement.device_bytes, placement.overhead_bytes, strict=True)
-        return {
-            self._inventory.label(device_id): (need - overhead, truth.total_bytes)
-            for (device_id, need, overhead), truth in zip(shares, measured.devices, strict=True)
-        }
-
-    def _measured(self, placement: Placement, event: ev.ReplicaReady) -> dict[AccountId, int]:
-        """What the load took, with what llama.cpp does not report."""
-        host_bytes = event.buffers.host.total_bytes + placement.host_outside_bytes
-        if placement.host_mapped_bytes:  # llama.cpp reports the mapped span, tensors on GPUs in between included
-            host_bytes = min(host_bytes, placement.host_bytes)
-        amounts = {host_account(placement.node_id): host_bytes}
-        for device_id, share, overhead in zip(
-            placement.device_ids, event.buffers.devices, placement.overhead_bytes, strict=True
-        ):
-            amounts[device_account(device_id)] = share.total_bytes + overhead
-        return amounts
-
-    def _learn(self, replica: Replica, times: int = 1) -> None:
-        """Remember what the load took, for the next time and after a restart."""
-        model, placement = self._models.by_name.get(replica.model), replica.placement
-        if model is None or model.shape is None or replica.measured is None:
-            return
-        build = self._inventory.nodes[placement.node_id].facts.llama_build
-        what = model.shape, placement.layout, placement.context, build
-        replica.load_key = load_key(*what)
-        self._out.remember(self._measurements.loaded(*what, replica.measured, times=times))
-
-    def learn_prediction(self, replica: Replica, buffers: Footprint) -> None:
-        """Remember what llama.cpp would have allocated, so that the next plan is made with it."""
-        replica.measured = buffers
-        self._learn(replica, times=0)
-
-    def remember_extra(self, model: Model) -> None:
-        """Keep what the model is given on top of its prediction, also when that is nothing any more."""
-        if model.shape is not None:
-            self._out.remember(self._measurements.missed(model.shape, model.history.extra_bytes))
-
-    def learn_overhead(self, device: Device) -> None:
-        """From a new reading: what replicas that have served hold on a CUDA device besides llama.cpp's buffers."""
-        reading, facts = device.reading, device.facts
-        if reading is None or reading.processes is None or facts.kind != "cuda":
-            return
-        build = self._inventory.nodes[facts.node_id].facts.llama_build
-        here = self.replicas.on_node(facts.node_id)
-        for replica in [r for r in here if facts.device_id in r.placement.device_ids]:
-            seen, served = reading.processes.get(replica.pid, 0), replica.last_used_at > replica.ready_at
-            if seen and served and replica.measured is not None and replica.load_key is not None:
-                index = replica.placement.device_ids.index(facts.device_id)
-                outside = seen - replica.measured.devices[index].total_bytes
-                self._out.remember(self._measurements.held(replica.load_key, index, outside))
-                self._out.remember(self._measurements.lost(facts.product, build, outside))
-
-    def _book_measured(self, replica: Replica, account: AccountId, amount: int) -> None:
-        predicted = self.ledger.amount(replica.replica_id, account)
-        if amount > predicted + ROUNDING_BYTES:
-            self._out.announce(
-                "footprint_exceeded",
-                f"{replica.model} took {format_bytes(amount)} on {account}; {format_bytes(predicted)} were predicted",
-                replica=replica,
-            )
-        # What the books have no room for cannot be booked; live readings show it as foreign, which is as good.
-        with contextlib.suppress(InvariantBroken):
-            self.ledger.rebook(replica.replica_id, account, _to_book(replica.placement, predicted, amount))
-            self.rooms.changed(replica.placement.node_id)
 
     def adopt(self, event: ev.ReplicaAdopted, now: float) -> bool:
         """Take a runner into the books that outlived a restart; False when they have no room for it."""
         replica = self._new(event.replica_id, event.model, event.path, event.placement, now)
         replica.n_threads, replica.pid = event.n_threads, event.ready.pid
         try:
-            measured, predicted = self._measured(event.placement, event.ready), self._amounts(replica)
-            measured = {a: _to_book(event.placement, predicted[a], amount) for a, amount in measured.items()}
-            self.ledger.promise(replica.replica_id, predicted | measured)
+            self.ledger.promise(replica.replica_id, self.charges.adopted(replica, event.ready))
             self.ledger.hold(replica.replica_id)
         except InvariantBroken:
             if self.ledger.state(replica.replica_id) is not None:
@@ -283,15 +209,8 @@ class Fleet:
         self.ready(replica, event.ready, now)
         self.leases.adopt(event.lease_ids, replica, now)
         replica.ready_at = now - SETTLING_S  # long loaded: the readings at hand show all of it
-        self._attribute(event.placement, now)
+        self.charges.attribute(event.placement, now)
         return True
-
-    def _attribute(self, placement: Placement, now: float) -> None:
-        self.rooms.attribute_host(self._inventory.nodes[placement.node_id], now)
-        for device_id in placement.device_ids:
-            device = self._inventory.device(device_id)
-            if device is not None:
-                self.rooms.attribute_device(device, now)
 
     # ------------------------------------------------------------------ ending
 
@@ -331,7 +250,7 @@ class Fleet:
     def gone(self, replica: Replica, now: float) -> None:
         """Its process has ended, and everything was read again since: what is in use now is not its own."""
         self.forget(replica)
-        self._attribute(replica.placement, now)
+        self.charges.attribute(replica.placement, now)
 
     def forget(self, replica: Replica) -> None:
         """Its memory is back, or was never taken."""
@@ -367,26 +286,8 @@ class Fleet:
         self.replicas.become(replica, state)
         self.rooms.changed(replica.placement.node_id)
 
-    def _amounts(self, replica: Replica) -> dict[AccountId, int]:
-        placement = replica.placement
-        amounts = {host_account(placement.node_id): placement.host_bytes, ACTIVE: 1}
-        for device_id, need in zip(placement.device_ids, placement.device_bytes, strict=True):
-            amounts[device_account(device_id)] = need
-        if placement.computes_on_cpu:
-            amounts[cores_account(placement.node_id)] = replica.n_threads
-        return amounts
-
     def _balance_threads(self, node_id: NodeId) -> None:
         """Share the node's cores anew."""
         for replica in self.cores.balance(node_id):
             if replica.state in (ReplicaState.READY, ReplicaState.LOADING):
                 self._out.post(cmd.SetThreads(replica.replica_id, replica.n_threads))
-
-
-def _to_book(placement: Placement, predicted: int, measured: int) -> int:
-    """What is kept for a loaded replica: what was measured, to the report's rounding, unless less was predicted; all
-    that was predicted where buffers have yet to grow."""
-    most = measured + ROUNDING_BYTES
-    if measured <= predicted + ROUNDING_BYTES:
-        return predicted if placement.grows else min(predicted, most)
-    return most
