@@ -22,7 +22,7 @@ from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.errors import ArrieroError, Impossible, Rejected, Unavailable, UnknownModel
 from scheduler.fleet import Fleet
 from scheduler.forecast import Forecast
-from scheduler.upkeep import Upkeep
+from scheduler.replication import Replication
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Ladder:
         admission: Admission,
         models: Models,
         choosers: Choosers,
-        upkeep: Upkeep,
+        replication: Replication,
         forecast: Forecast,
     ) -> None:
         self._queue = queue
@@ -104,7 +104,7 @@ class Ladder:
         self._admission = admission
         self._models = models
         self._choosers = choosers
-        self._upkeep = upkeep
+        self._replication = replication
         self._forecast = forecast
         self._policy = fleet.policy
 
@@ -117,7 +117,7 @@ class Ladder:
         """What to do when `ready` has a free slot for the request."""
         better = None
         if ready.placement.tier not in ON_GPU:
-            better = self._upkeep.better_place(head, ready, now)
+            better = self._replication.better_place(head, ready, now)
         return Serve(ready, better) if better is None or ready.busy else Move(ready, better)
 
     def without_a_slot(self, head: Waiting, now: float, *, explain: bool = False) -> WithoutSlot:
@@ -140,7 +140,7 @@ class Ladder:
         draining = next((r for r in ours if r.drain_for not in ("", head.model)), None)
         if draining is not None:  # a second replica beside it would stay where there happens to be room now
             return Wait(f"{head.model} is drained to make room for {draining.drain_for}; it is loaded again after that")
-        too_many = self._upkeep.more_than_allowed(head)
+        too_many = self._replication.more_than_allowed(head)
         if too_many:  # they do not hold what is asked for, and one of them has to go first
             return self._wait_for(too_many)
         model = self._models.by_name.get(head.model)

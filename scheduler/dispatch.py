@@ -23,13 +23,15 @@ from scheduler.cluster.models import Model, Models
 from scheduler.cluster.queue import RequestQueue, Waiting
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.decide import Ladder, Move, NoRoom, Place, Refuse, Serve, Wait, WithoutSlot
+from scheduler.disks import Disks
 from scheduler.draining import Draining
 from scheduler.errors import ArrieroError, DeadlineExceeded, Unavailable
 from scheduler.fleet import Fleet
 from scheduler.forecast import Forecast
 from scheduler.outbox import Outbox
+from scheduler.prefetch import Prefetch
+from scheduler.replication import Replication
 from scheduler.units import LeaseId, NodeId
-from scheduler.upkeep import Upkeep
 
 MOST_DECISIONS = 8  # per event, the longest waits first: with dozens of models waiting, the others' turn comes later
 LOOK_AGAIN_S = 1.0  # a request for which no place was found is looked at again after so long, facts changed or not,
@@ -66,9 +68,11 @@ class Dispatch:
         choosers = Choosers(fleet, admission, inventory, models, prices)
         self._choosers = choosers
         self._draining = Draining(queue, fleet, outbox)
-        self._upkeep = Upkeep(queue, fleet, choosers, inventory, models, outbox)
+        self._disks = Disks(inventory, outbox)
+        self._replication = Replication(queue, fleet, choosers, inventory, models, outbox, self._disks)
+        self._prefetch = Prefetch(queue, fleet, choosers, models, self._replication, self._disks)
         self._forecast = Forecast(queue, models, prices)
-        self._ladder = Ladder(queue, fleet, admission, models, choosers, self._upkeep, self._forecast)
+        self._ladder = Ladder(queue, fleet, admission, models, choosers, self._replication, self._forecast)
         self._queue = queue
         self._fleet = fleet
         self._admission = admission
@@ -142,8 +146,8 @@ class Dispatch:
             self.reclaim(lease, now)
         self._reopened(self._draining.drain_who_is_due(now))
         self._refuse_late(now)
-        self._upkeep.keep_minimum(now)
-        self._upkeep.prefetch(now)
+        self._replication.keep_minimum(now)
+        self._prefetch.fetch(now)
 
     def _reopened(self, replicas: Iterable[Replica]) -> None:
         self._touched.update(replica.model for replica in replicas)
@@ -233,7 +237,7 @@ class Dispatch:
 
     def _waiting_plan(self, model: Model, waiting: Waiting, decision: Wait, now: float) -> Plan:
         if decision.coming:
-            beside = self._upkeep.beside(model, waiting, now)
+            beside = self._replication.beside(model, waiting, now)
             return Plan(decision.coming[0], None, beside, decision.reason)
         choice = decision.choice or Choice("wait", None, decision.in_the_way)
         options = tuple(decision.chooser.options()) if decision.chooser else ()
@@ -264,11 +268,11 @@ class Dispatch:
     def _serve_from(self, head: Waiting, ready: Replica, now: float) -> bool:
         """Give the request a slot of a replica that has one free; False when it is loaded anew elsewhere instead."""
         decision = self._ladder.serve(head, ready, now)
-        if self._upkeep.compares(ready, now):
+        if self._replication.compares(ready, now):
             ready.compared_at = now
         better = decision.choice if isinstance(decision, Move) else decision.better
         if better is not None:
-            self._upkeep.move(ready, better, now)
+            self._replication.move(ready, better, now)
             self._fleet.start_pending(self._queue.length, now)
         if isinstance(decision, Move):
             self._waits(head, "its model moves to a faster place", now)
@@ -306,9 +310,8 @@ class Dispatch:
                 self._make_room(head, decision.in_the_way, now)
                 return decision.reason
             case Place(choice):
-                replica = self._fleet.place(self._models.by_name[head.model], choice, now)
+                replica = self._replication.place(self._models.by_name[head.model], choice, now)
                 self._make_room(head, frozenset(), now)
-                self._upkeep.stop_reading_ahead(replica.placement.node_id)
                 self._fleet.start_pending(self._queue.length, now)
                 return explain_coming(replica)
             case NoRoom(kind, _, chooser, pauses):
@@ -324,7 +327,7 @@ class Dispatch:
         """The request waits for these. Would one more be sooner?"""
         for replica in coming:
             replica.preloaded = False  # now somebody has asked for it
-        if self._decisions < MOST_DECISIONS and self._upkeep.spread(head, coming, now):
+        if self._decisions < MOST_DECISIONS and self._replication.spread(head, coming, now):
             self._decisions += 1
             self._fleet.start_pending(self._queue.length, now)
 
@@ -382,4 +385,4 @@ class Dispatch:
         return bool(self._choosers.protection(replica))
 
     def read_ahead_ended(self, node_id: NodeId) -> None:
-        self._upkeep.read_ahead_ended(node_id)
+        self._disks.ended(node_id)

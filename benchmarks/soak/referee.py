@@ -243,7 +243,7 @@ class Referee:
             "replicas": list(core.replicas),
             "draining": list(core._dispatch._draining._replicas),
             "retiring": list(core.fleet._retiring),
-            "read ahead": core._dispatch._upkeep._ahead,
+            "read ahead": core._dispatch._disks._ahead,
             "bookings": {
                 account: core.ledger.booked(account, *STATES)
                 for account in core.ledger.accounts()

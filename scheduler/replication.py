@@ -1,12 +1,12 @@
-"""What is loaded although no request waits for a first replica: copies that a model shall always have, second ones of a
-busy model, and what will probably be asked for next. None of it takes room from anybody who is used.
+"""Replicas beyond the first: those that a model must always have, more of a busy model, and one in a faster place.
+
+Only idle replicas are evicted for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scheduler import commands as cmd
 from scheduler.choice.layouts import ON_GPU
 from scheduler.choice.offer import Offer
 from scheduler.choice.placement import Choice
@@ -15,25 +15,24 @@ from scheduler.choice.workload import Workload
 from scheduler.choosers import Choosers
 from scheduler.cluster.free_memory import STAYING
 from scheduler.cluster.inventory import Inventory
-from scheduler.cluster.models import Copy, Model, Models
+from scheduler.cluster.models import Model, Models
 from scheduler.cluster.queue import RequestQueue, Waiting
 from scheduler.cluster.replica import Replica, ReplicaState
+from scheduler.disks import Disks
 from scheduler.errors import ArrieroError
 from scheduler.fleet import Fleet
 from scheduler.outbox import Outbox
-from scheduler.units import NodeId, ReplicaId, RequestId
+from scheduler.units import ReplicaId, RequestId
 
 LOAD_TIMES_BEFORE_SPREADING = 2.0  # a wait so many times as long as a load is worth another replica
 SPREAD_EVERY_S = 1.0  # and is thought about so often
 TRY_AGAIN_S = 5.0  # a copy that shall be there and has no place is looked at again
 COMPARE_EVERY_S = 10.0  # a better place is looked for so often
 CLEARLY_FASTER = 1.25  # what it must be at the least
-READ_AGAIN_S = 120.0  # readings take a while to show what is in the page cache
-CACHED = 0.9  # from this share in the page cache on, a file need not be read ahead
 ON_ITS_WAY = (ReplicaState.PENDING, ReplicaState.LOADING, ReplicaState.STOPPING)
 
 
-class Upkeep:
+class Replication:
     """Belongs to the dispatch, which says when."""
 
     def __init__(
@@ -44,6 +43,7 @@ class Upkeep:
         inventory: Inventory,
         models: Models,
         outbox: Outbox,
+        disks: Disks,
     ) -> None:
         self._queue = queue
         self._fleet = fleet
@@ -51,11 +51,9 @@ class Upkeep:
         self._inventory = inventory
         self._models = models
         self._out = outbox
-        self._prefetch = fleet.policy.prefetch
+        self._disks = disks
         self._some_are_kept = models.some_are_kept
-        self._kept_again_at = self._prefetch_again_at = 0.0
-        self._ahead: dict[NodeId, str] = {}  # paths that are read ahead
-        self._read_at: dict[tuple[NodeId, str], float] = {}
+        self._kept_again_at = 0.0
 
     # ------------------------------------------------------------------ more of what is loaded
 
@@ -78,17 +76,18 @@ class Upkeep:
         workload = self._choosers.admission.workload(model, head, now)
         if workload is None or not self._inventory.nodes[beside.node_id].tells_speeds:
             return False
-        choice = self._free_place(model, head, workload, ours, now)
+        choice = self.free_place(model, head, workload, ours, now)
         if choice is not None:
-            self._place(model, choice, now)
+            self.place(model, choice, now)
         elif (better := self.better_place(head, coming[0], now)) is not None:
             coming[0].compared_at = now
             self.move(coming[0], better, now)
         return True
 
-    def _place(self, model: Model, choice: Choice, now: float) -> Replica:
+    def place(self, model: Model, choice: Choice, now: float) -> Replica:
+        """Load the model where the choice says."""
         replica = self._fleet.place(model, choice, now)
-        self.stop_reading_ahead(replica.placement.node_id)
+        self._disks.stop(replica.placement.node_id)
         return replica
 
     def beside(self, model: Model, waiting: Waiting, now: float) -> tuple[Offer, ...]:
@@ -101,10 +100,10 @@ class Upkeep:
             return ()
         if workload is None or (most is not None and len(ours) >= most):
             return ()
-        choice = self._free_place(model, waiting, workload, ours, now)
+        choice = self.free_place(model, waiting, workload, ours, now)
         return (choice.offer,) if choice and choice.offer else ()
 
-    def _free_place(
+    def free_place(
         self, model: Model, waiting: Waiting, workload: Workload, ours: Sequence[Replica], now: float
     ) -> Choice | None:
         """A place on free GPUs on which none of `ours` lies, if there is one."""
@@ -159,7 +158,7 @@ class Upkeep:
         assert choice.placement is not None
         message = f"{replica.model} moves from {replica.placement.tier} to {choice.placement.tier}, which is faster"
         self._out.announce("replica_moved", message, replica=replica)
-        moved = self._place(self._models.by_name[replica.model], choice, now)
+        moved = self.place(self._models.by_name[replica.model], choice, now)
         moved.supersedes = replica.replica_id if replica.busy else None
 
     def more_than_allowed(self, head: Waiting) -> frozenset[ReplicaId]:
@@ -195,87 +194,26 @@ class Upkeep:
                 self._kept_again_at = now + TRY_AGAIN_S
                 choice = self._place_to_keep(model, ours, now)
                 if choice is not None:
-                    self._place(model, choice, now).kept = True
+                    self.place(model, choice, now).kept = True
 
     def _place_to_keep(self, model: Model, ours: Sequence[Replica], now: float) -> Choice | None:
-        waiting = _nobody(model, now)
+        waiting = of_nobody(model, now)
         try:
             workload = self._choosers.admission.workload(model, waiting, now)
             if workload is None:
                 return None
             if ours:
-                return self._free_place(model, waiting, workload, ours, now)
+                return self.free_place(model, waiting, workload, ours, now)
             choice = self._choosers.of(model, waiting, workload, now).with_alternatives()
         except ArrieroError:
             return None  # whoever asks for it is told
         return choice if choice.verdict in ("free", "evict") else None
-
-    # ------------------------------------------------------------------ what may come next
-
-    def prefetch(self, now: float) -> None:
-        """While nobody waits: read ahead, or load, what is asked for most often of all that is not loaded."""
-        if self._prefetch is None or now < self._prefetch_again_at or len(self._queue):
-            return
-        if self._fleet.replicas.count(*ON_ITS_WAY):
-            return
-        self._prefetch_again_at = now + TRY_AGAIN_S
-        likely = sorted(
-            (gap_s, model.name)
-            for model in self._models.by_name.values()
-            if model.popularity.count
-            and not self._fleet.replicas.of_model(model.name)
-            and not model.dismissed
-            and self._models.params(model).keep_alive_s is None  # it is to go when nobody uses it
-            and (gap_s := model.popularity.mean_gap_s(now)) < SOON_S
-        )
-        self._read_at = {what: at for what, at in self._read_at.items() if now - at < READ_AGAIN_S}
-        models = [self._models.by_name[name] for _, name in likely]
-        if self._prefetch == "preload" and any(self._preload(model, now) for model in models):
-            return
-        for model in models:
-            self._read_ahead(model, now)
-
-    def _preload(self, model: Model, now: float) -> bool:
-        waiting = _nobody(model, now)
-        try:
-            workload = self._choosers.admission.workload(model, waiting, now)
-            choice = self._free_place(model, waiting, workload, (), now) if workload else None
-        except ArrieroError:
-            return False
-        if choice is None or choice.placement is None or choice.placement.tier not in ON_GPU:
-            return False
-        self._place(model, choice, now).preloaded = True
-        return True
-
-    def _read_ahead(self, model: Model, now: float) -> None:
-        """On every machine with an idle disk that has the file and room for it in the page cache."""
-        for node_id, copy in model.copies.items():
-            lately = (node_id, copy.file.path) in self._read_at
-            if node_id not in self._ahead and not lately and self._fits_in_cache(node_id, copy):
-                self._ahead[node_id] = copy.file.path
-                self._read_at[node_id, copy.file.path] = now
-                self._out.post(cmd.ReadAhead(node_id, copy.file.path))
-
-    def _fits_in_cache(self, node_id: NodeId, copy: Copy) -> bool:
-        node = self._inventory.nodes.get(node_id)
-        if node is None or node.reading is None or copy.file.cached_fraction is None:
-            return False
-        missing = (1 - copy.file.cached_fraction) * copy.file.size_bytes
-        return copy.file.cached_fraction < CACHED and missing <= node.reading.memory_available_bytes / 2
-
-    def stop_reading_ahead(self, node_id: NodeId) -> None:
-        """A load there needs the disk."""
-        if node_id in self._ahead:
-            self._out.post(cmd.StopReadAhead(node_id, self._ahead[node_id]))
-
-    def read_ahead_ended(self, node_id: NodeId) -> None:
-        self._ahead.pop(node_id, None)
 
 
 def _size(model: Model) -> int:
     return model.shape.file_bytes if model.shape else 0
 
 
-def _nobody(model: Model, now: float) -> Waiting:
+def of_nobody(model: Model, now: float) -> Waiting:
     """A request for the model itself, by nobody in particular."""
     return Waiting(RequestId(""), model.name, "load", None, now, now)
