@@ -263,7 +263,9 @@ class SchedulerCore:
 
     def _clients_lost(self) -> None:
         for waiting in list(self.queue):
-            self._dispatch.refuse(waiting, Unavailable("the gateway was restarted; ask again", retry_after_s=1.0))
+            self._dispatch.refusals.refuse(
+                waiting, Unavailable("the gateway was restarted; ask again", retry_after_s=1.0)
+            )
         for lease in self.fleet.leases.all():
             self._dispatch.reclaim(lease, self._now)
 
@@ -280,7 +282,7 @@ class SchedulerCore:
         if name in self.models.by_name or not replicas:
             self.models.find(name).dismissed = True
         for waiting in self.queue.of_model(name):
-            self._dispatch.refuse(
+            self._dispatch.refusals.refuse(
                 waiting, Unavailable(f"{name} was unloaded on request", retry_after_s=1.0, model=name)
             )
         for replica in replicas:

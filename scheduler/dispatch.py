@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from scheduler import commands as cmd
 from scheduler.choice.admission import Admission
 from scheduler.choice.eviction import Victims
-from scheduler.choice.explain import explain_coming, explain_refusal
+from scheduler.choice.explain import explain_coming
 from scheduler.choice.offer import Offer
-from scheduler.choice.placement import Choice, Chooser
+from scheduler.choice.placement import Choice
 from scheduler.choice.price import Prices
 from scheduler.choosers import Choosers
 from scheduler.cluster.inventory import Inventory
@@ -30,6 +30,7 @@ from scheduler.fleet import Fleet
 from scheduler.forecast import Forecast
 from scheduler.outbox import Outbox
 from scheduler.prefetch import Prefetch
+from scheduler.refusals import Refusals
 from scheduler.replication import Replication
 from scheduler.units import LeaseId, NodeId
 
@@ -73,6 +74,7 @@ class Dispatch:
         self._prefetch = Prefetch(queue, fleet, choosers, models, self._replication, self._disks)
         self._forecast = Forecast(queue, models, prices)
         self._ladder = Ladder(queue, fleet, admission, models, choosers, self._replication, self._forecast)
+        self.refusals = Refusals(queue, fleet.suspects, self._ladder, self._forecast, outbox)
         self._queue = queue
         self._fleet = fleet
         self._admission = admission
@@ -128,7 +130,7 @@ class Dispatch:
         self._touched.clear()
         if self._newcomer is not None:
             if self._newcomer is not self._queue.head(self._newcomer.model):  # or it has just been looked at
-                self._refuse_if_late(self._newcomer, now)
+                self.refusals.refuse_if_late(self._newcomer, now)
             self._newcomer = None
 
     def _to_serve(self, now: float) -> list[str]:
@@ -145,62 +147,12 @@ class Dispatch:
         for lease in list(self._draining.preempted(now)):
             self.reclaim(lease, now)
         self._reopened(self._draining.drain_who_is_due(now))
-        self._refuse_late(now)
+        self.refusals.refuse_late(now)
         self._replication.keep_minimum(now)
         self._prefetch.fetch(now)
 
     def _reopened(self, replicas: Iterable[Replica]) -> None:
         self._touched.update(replica.model for replica in replicas)
-
-    # ------------------------------------------------------------------ deadlines and refusals
-
-    def _refuse_late(self, now: float) -> None:
-        """Requests whose deadline has passed, or cannot be met any more."""
-        for waiting in self._queue.expired(now):
-            waited = f"{waiting.model}: waited {now - waiting.arrived_at:.0f} s; {waiting.reason or 'no free slot'}"
-            self._refuse_as_late(waiting, DeadlineExceeded(waited, retry_after_s=10.0, model=waiting.model))
-        for head in tuple(self._queue.heads()):
-            self._refuse_if_late(head, now)
-
-    def _refuse_if_late(self, waiting: Waiting, now: float) -> None:
-        """Refuse a request that waits if it cannot be served in time, in its place in the queue."""
-        if waiting.request_id in self._queue:
-            try:
-                self._forecast.check(waiting, self._ladder.coming(waiting), now)
-            except DeadlineExceeded as error:
-                self._refuse_as_late(waiting, error)
-
-    def _refuse_as_late(self, waiting: Waiting, error: DeadlineExceeded) -> None:
-        self._out.announce("request_expired", f"a request's deadline cannot be met: {error.message}", waiting.model)
-        self.refuse(waiting, error)
-
-    def refuse(self, waiting: Waiting, error: ArrieroError) -> None:
-        self._queue.remove(waiting.request_id)
-        self._out.post(cmd.RefuseRequest(waiting.request_id, error))
-
-    def refuse_condemned(self, model: str, fingerprint: str, now: float) -> None:
-        """Nobody waits any more with a request under which runners end."""
-        verdict = self._fleet.suspects.verdict(model, fingerprint, now)
-        for waiting in self._queue.of_model(model):
-            if verdict is not None and waiting.fingerprint == fingerprint:
-                self.refuse(waiting, verdict)
-
-    def _refuse_alike(self, head: Waiting, error: ArrieroError) -> None:
-        """Refuse the request and those behind it that want the same."""
-        for waiting in self._queue.of_model(head.model):
-            if (waiting.kind, waiting.n_ctx) == (head.kind, head.n_ctx):
-                self.refuse(waiting, error)
-        told = {key: error.details[key] for key in ("reasons", "would_fit_if") if key in error.details}
-        self._out.announce("request_refused", error.message, head.model, **told)
-
-    def _refusal(self, kind: type[ArrieroError], model: Model, chooser: Chooser) -> ArrieroError:
-        choice = chooser.choose(explain=True)
-        history = model.history
-        because = ""
-        if history.pauses:
-            because = f"and nothing is evicted for it after repeated failures (last: {history.last_failure})"
-        because = ", ".join(filter(None, (str(chooser.workload.wishes), because)))
-        return explain_refusal(kind, model.name, choice.rejections, choice.would_fit_if, because)
 
     # ------------------------------------------------------------------ what is asked without a request
 
@@ -289,9 +241,9 @@ class Dispatch:
         refused = self._carry_out(head, decision, now)
         if isinstance(refused, ArrieroError):
             if isinstance(refused, DeadlineExceeded):  # its own, not that of those behind it
-                self._refuse_as_late(head, refused)
+                self.refusals.refuse_as_late(head, refused)
             else:
-                self._refuse_alike(head, refused)
+                self.refusals.refuse_alike(head, refused)
             return True
         self._waits(head, refused, now)
         return False
@@ -319,7 +271,7 @@ class Dispatch:
                 if pauses:
                     model.history.pause(self._policy, now)
                     self._fleet.charges.remember_extra(model)
-                return self._refusal(kind, model, chooser)
+                return self.refusals.of_no_room(kind, model, chooser)
             case Refuse(error):
                 return error
 

@@ -62,7 +62,7 @@ class Failures:
         self._dispatch.look_again()
         for name, fingerprint in guilty:
             self._out.announce("request_condemned", f"a request for {name} is refused from now on: {reason}", name)
-            self._dispatch.refuse_condemned(name, fingerprint, now)
+            self._dispatch.refusals.refuse_condemned(name, fingerprint, now)
         model = self._models.by_name.get(replica.model)
         if model is not None and not guilty:
             self._count(model, reason, now)
