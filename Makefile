@@ -1,5 +1,6 @@
 # make demo        the main job, with no card and no network
-# make test        every test
+# make test        every test, and which took longest
+# make quick       the tests that need neither Ray nor llama.cpp, in less than two minutes
 # make check       style, types, import contracts, documentation
 # make bench       the figures of docs/benchmarks.md
 # make setup       only the environment (.venv); the others imply it, and a second run starts at once
@@ -16,7 +17,7 @@ BIN := .venv/bin
 installed := $(shell cat .venv/ready 2>/dev/null)
 variant := $(if $(CUDA),$(if $(filter 0,$(CUDA)),cpu,cuda),$(installed))
 
-.PHONY: setup demo test check bench lock bump clean FORCE
+.PHONY: setup demo test quick check bench lock bump clean FORCE
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -32,7 +33,10 @@ demo: .venv/ready
 	@$(BIN)/python -m arriero demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=15
+
+quick: .venv/ready
+	$(BIN)/python -m pytest -q -m "not ray and not llama and not slow"
 
 check: .venv/ready
 	$(BIN)/ruff check
