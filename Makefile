@@ -17,7 +17,7 @@ BIN := .venv/bin
 installed := $(shell cat .venv/ready 2>/dev/null)
 variant := $(if $(CUDA),$(if $(filter 0,$(CUDA)),cpu,cuda),$(installed))
 
-.PHONY: setup demo test quick check bench lock bump clean FORCE
+.PHONY: setup demo test quick quick-half quick-rest check bench lock bump clean FORCE
 .DELETE_ON_ERROR:
 
 setup: .venv/ready
@@ -35,8 +35,17 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest --durations=15
 
+# Two processes for two cores; HALF takes about as long as all the rest.
+QUICK := $(BIN)/python -m pytest -q -m "not ray and not llama and not slow"
+HALF := tests/core tests/actors
 quick: .venv/ready
-	$(BIN)/python -m pytest -q -m "not ray and not llama and not slow"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync quick-half quick-rest
+
+quick-half:
+	$(QUICK) $(HALF)
+
+quick-rest:
+	$(QUICK) $(HALF:%=--ignore=%)
 
 check: .venv/ready
 	$(BIN)/ruff check

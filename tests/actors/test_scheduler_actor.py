@@ -327,6 +327,31 @@ def test_one_that_closes_refuses_who_waits_and_starts_nothing_more() -> None:
     perform(scene)
 
 
+def test_one_that_closes_during_a_load_starts_no_runner_after_it() -> None:
+    async def scene(stage: Stage) -> None:
+        asked = stage.ask()
+        while not any(stage.state(actor) == "loading" for actor in stage.ray.actors):
+            await asyncio.sleep(0.1)
+        runners = stage.ray.runners()
+        await stage.scheduler.close.remote()
+        assert isinstance(await asked, Unavailable)
+        await asyncio.sleep(100.0)
+        assert stage.ray.runners() == runners
+
+    perform(scene)
+
+
+def test_one_that_has_closed_lets_the_actors_of_nodes_and_gpus_end() -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.scheduler.close.remote()
+        for actor in stage.ray.living(BOX):
+            stage.ray.kill(Handle(stage.ray, actor))
+        await asyncio.sleep(100.0)
+        assert stage.ray.living(BOX) == []
+
+    perform(scene)
+
+
 # ---------------------------------------------------------------------- what the core raises
 
 
@@ -402,8 +427,10 @@ def test_a_model_is_loaded_pinned_and_unloaded_by_hand() -> None:
 def test_to_load_what_is_loaded_and_busy_does_not_wait() -> None:
     async def scene(stage: Stage) -> None:
         lease = await stage.lease()
+        asked_at = now_s()
         loaded = await stage.scheduler.load.remote(AcquireRequest(RequestId("load"), "ant", kind="load"))
         assert (loaded.replica_id, loaded.load_s) == (lease.replica_id, 0.0)
+        assert now_s() - asked_at < 1.0
 
     perform(scene)
 
