@@ -1,7 +1,7 @@
-"""Serving whoever waits: free slots first, then places for the models that have none, the longest wait first.
+"""Serves the requests that wait: first free slots, then places for models that have none, the longest wait first.
 
-What is to be done for a request says the ladder (`decide`); it is carried out here. A decision costs some milliseconds.
-It is made anew when facts have changed (`look_again`), and once a second while somebody waits.
+The ladder (`decide`) says what is to be done for a request. It is carried out here. A decision takes some milliseconds.
+It is made again when facts have changed (`look_again`), and once a second while requests wait.
 """
 
 from __future__ import annotations

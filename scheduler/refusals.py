@@ -35,7 +35,7 @@ class Refusals:
             self.refuse_if_late(head, now)
 
     def refuse_if_late(self, waiting: Waiting, now: float) -> None:
-        """Refuse a request that waits if it cannot be served in time, in its place in the queue."""
+        """Refuse a waiting request if its place in the queue is too far back for its deadline."""
         if waiting.request_id in self._queue:
             try:
                 self._forecast.check(waiting, self._ladder.coming(waiting), now)
@@ -47,18 +47,19 @@ class Refusals:
         self.refuse(waiting, error)
 
     def refuse(self, waiting: Waiting, error: ArrieroError) -> None:
+        """Take the request out of the queue, with this error."""
         self._queue.remove(waiting.request_id)
         self._out.post(cmd.RefuseRequest(waiting.request_id, error))
 
     def refuse_condemned(self, model: str, fingerprint: str, now: float) -> None:
-        """Nobody waits any more with a request under which runners end."""
+        """Refuse all requests like the one under which runners end."""
         verdict = self._suspects.verdict(model, fingerprint, now)
         for waiting in self._queue.of_model(model):
             if verdict is not None and waiting.fingerprint == fingerprint:
                 self.refuse(waiting, verdict)
 
     def refuse_alike(self, head: Waiting, error: ArrieroError) -> None:
-        """Refuse the request and those behind it that want the same."""
+        """Refuse the request, and those behind it that want the same."""
         for waiting in self._queue.of_model(head.model):
             if (waiting.kind, waiting.n_ctx) == (head.kind, head.n_ctx):
                 self.refuse(waiting, error)
@@ -66,6 +67,7 @@ class Refusals:
         self._out.announce("request_refused", error.message, head.model, **told)
 
     def of_no_room(self, kind: type[ArrieroError], model: Model, chooser: Chooser) -> ArrieroError:
+        """The error for a model that has no place."""
         choice = chooser.choose(explain=True)
         history = model.history
         because = ""
