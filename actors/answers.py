@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from actors.gateway.backend import Lease
+from actors.leasing import Grant
 from scheduler import events as ev
 from scheduler.errors import ArrieroError, Unavailable
 from scheduler.units import RequestId
 
-Answer = Lease | ArrieroError
+Answer = Grant | ArrieroError
 
 
 class Answers:

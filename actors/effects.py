@@ -19,8 +19,8 @@ from ray.exceptions import RayActorError, RayError
 from actors.devices.processes import Process
 from actors.devices.watchdog import STOOD_STILL
 from actors.names import gpu_name, node_name
-from actors.runners import Runner, Spares
 from actors.serving.protocol import LoadDevice, LoadFailure, LoadReport, LoadSpec, RunnerStatus
+from actors.spares import RunnerHandle, Spares
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.inventory import Inventory
@@ -59,7 +59,7 @@ class Effects:
         self._namespace = namespace
         self._post = post
         self._spares = Spares(namespace)
-        self._runners: dict[ReplicaId, Runner] = {}
+        self._runners: dict[ReplicaId, RunnerHandle] = {}
         self._actors: dict[str, Any] = {}  # of nodes and GPUs: a handle outlives the restarts of its actor
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -83,7 +83,7 @@ class Effects:
             case cmd.StopReadAhead():
                 self._spawn(self._stop_reading_ahead(command))
 
-    def adopt(self, replica_id: ReplicaId, runner: Runner) -> None:
+    def adopt(self, replica_id: ReplicaId, runner: RunnerHandle) -> None:
         """Take over a runner that outlived a restart of the scheduler."""
         self._runners[replica_id] = runner
         self._spawn(self._watch(replica_id, runner))
@@ -227,7 +227,7 @@ class Effects:
                 await asyncio.sleep(PROGRESS_EVERY_S)
                 self._post(ev.ReplicaProgressed(replica_id, await actor.progress.remote()))
 
-    async def _watch(self, replica_id: ReplicaId, runner: Runner) -> None:
+    async def _watch(self, replica_id: ReplicaId, runner: RunnerHandle) -> None:
         """Notice the end of a ready runner within milliseconds: the call returns only when the replica is broken."""
         try:
             reason = await runner.actor.watch.remote()
@@ -238,13 +238,13 @@ class Effects:
         if self._runners.get(replica_id) is runner:
             self._post(died)
 
-    async def _end_of(self, replica_id: ReplicaId, runner: Runner, error: RayError) -> ev.ReplicaDied:
+    async def _end_of(self, replica_id: ReplicaId, runner: RunnerHandle, error: RayError) -> ev.ReplicaDied:
         """How a runner's process ended, by its own last words where it left any."""
         words = await self._last_words(runner)
         reason = f"its process ended: {words}" if words else f"its process ended without a word ({brief(error)})"
         return ev.ReplicaDied(replica_id, reason, _by_itself(words))
 
-    async def _last_words(self, runner: Runner | None) -> str:
+    async def _last_words(self, runner: RunnerHandle | None) -> str:
         if runner is None or runner.process is None:
             return ""
         try:
@@ -284,7 +284,7 @@ class Effects:
             await self._read_again(runner)
         self._post(ev.ReplicaGone(command.replica_id))
 
-    async def _await_end(self, replica_id: ReplicaId, runner: Runner) -> None:
+    async def _await_end(self, replica_id: ReplicaId, runner: RunnerHandle) -> None:
         """Return when the process is gone, or its node: a lost node frees its memory by itself."""
         while runner.process is not None and runner.node_id in self._inventory.nodes:
             try:
@@ -305,7 +305,7 @@ class Effects:
         await self._ask(node, "kill_process", *process.identity)
         return not await self._ask(node, "wait_gone", (process.identity,), wait_s, timeout_s=patience_s)
 
-    async def _read_again(self, runner: Runner) -> None:
+    async def _read_again(self, runner: RunnerHandle) -> None:
         """Fresh readings, so that what was freed can be given away at once; else the next report brings them."""
         for device_id in runner.device_ids:
             if (reading := await self._sample(gpu_name(device_id))) is not None:

@@ -23,7 +23,7 @@ from actors.devices.gpu import GpuActor
 from actors.devices.node import NodeActor, NodeSettings
 from actors.effects import brief
 from actors.names import gpu_name, node_name
-from actors.runners import remote
+from actors.spares import remote
 from scheduler.cluster.facts import DeviceFacts, DeviceReading, NodeFacts, NodeReading
 from scheduler.units import NodeId
 

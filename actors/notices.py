@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 
-from actors.gateway.wire import Notice
+from actors.records import Notice
 from scheduler.commands import Announce
 
 REMEMBERED = 5000

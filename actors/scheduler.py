@@ -30,13 +30,13 @@ from actors.answers import Answers
 from actors.devices.node import NodeSettings
 from actors.devices.pulse import LOOP_WITHIN_S, sign_in
 from actors.effects import Effects
-from actors.gateway.backend import AcquireRequest, Lease, TokenCounts
-from actors.gateway.wire import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
+from actors.leasing import AcquireRequest, Grant, TokenCounts
 from actors.measurements import MeasurementStore, measurements_path
 from actors.metrics import FootprintMetrics
 from actors.names import NAMESPACE
 from actors.nodes import Joined, NodeWatch
 from actors.notices import NoticeBoard
+from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from actors.survivors import Survivor, find_survivors
 from scheduler import commands as cmd
 from scheduler import events as ev
@@ -130,7 +130,7 @@ class SchedulerActor:
 
     def _granted(self, grant: cmd.GrantLease) -> None:
         runner = self._effects.runner_name(grant.replica_id)
-        lease = Lease(grant.lease_id, grant.replica_id, runner, grant.model, grant.ttl_s, grant.n_ctx)
+        lease = Grant(grant.lease_id, grant.replica_id, runner, grant.model, grant.ttl_s, grant.n_ctx)
         if not self._answers.give(grant.request_id, lease):  # whoever asked has left
             asyncio.get_running_loop().call_soon(self._post, ev.LeaseReleased(grant.lease_id))
 
@@ -202,7 +202,7 @@ class SchedulerActor:
 
     # ------------------------------------------------------------------ what the gateway asks
 
-    async def acquire(self, request: AcquireRequest) -> Lease | ArrieroError:
+    async def acquire(self, request: AcquireRequest) -> Grant | ArrieroError:
         return await self._answers.ask(
             ev.RequestArrived(
                 request.request_id,

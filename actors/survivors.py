@@ -16,8 +16,8 @@ from ray.exceptions import RayError
 from actors.devices.processes import Process
 from actors.effects import brief, ready_event
 from actors.names import RUNNER_PREFIX
-from actors.runners import Runner
 from actors.serving.protocol import RunnerStatus
+from actors.spares import RunnerHandle
 from scheduler import events as ev
 from scheduler.units import LeaseId, ReplicaId
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class Survivor:
     """A ready runner and the event that tells the core of it."""
 
-    runner: Runner
+    runner: RunnerHandle
     adopted: ev.ReplicaAdopted
 
 
@@ -70,4 +70,4 @@ async def _ask(name: str, namespace: str) -> Survivor | None:
         ready=ready_event(replica_id, report),
         lease_ids=tuple(map(LeaseId, status.active_requests)),
     )
-    return Survivor(Runner(name, actor, placement.node_id, placement.device_ids, process), adopted)
+    return Survivor(RunnerHandle(name, actor, placement.node_id, placement.device_ids, process), adopted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from actors.gateway import wire
+from actors import records
 from scheduler.choice.offer import Offer
 from scheduler.choice.placement import Choice
 from scheduler.cluster.inventory import Device, Node
@@ -13,7 +13,7 @@ from scheduler.cluster.models import Model
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.core import SchedulerCore
 from scheduler.costs.paces import Estimate
-from scheduler.dispatch import Plan
+from scheduler.dispatch import Preview
 from scheduler.errors import Rejected
 from scheduler.units import DeviceId, ReplicaId
 
@@ -27,11 +27,11 @@ def status(
     started_at: float,
     last_notice_seq: int,
     pid_of: Callable[[ReplicaId], int | None],
-) -> wire.Status:
+) -> records.Status:
     """Everything at one moment; `now` and `started_at` on the core's clock."""
     limit = core.policy.max_active_models
     nodes = core.inventory.nodes.values()
-    return wire.Status(
+    return records.Status(
         version=version,
         uptime_s=now - started_at,
         mode=f"at most {limit} active" if limit and limit > 1 else "single active model" if limit else "shared",
@@ -39,7 +39,7 @@ def status(
         gpus=[_gpu(core, node, device) for node in nodes for device in node.devices.values()],
         replicas=[_replica(core, replica, now, pid_of) for replica in core.replicas.values()],
         queue=[
-            wire.QueueEntry(
+            records.QueueEntry(
                 request_id=waiting.request_id,
                 model=waiting.model,
                 waited_s=now - waiting.arrived_at,
@@ -51,28 +51,30 @@ def status(
     )
 
 
-def health(core: SchedulerCore, version: str, uptime_s: float) -> wire.Health:
+def health(core: SchedulerCore, version: str, uptime_s: float) -> records.Health:
     """ "failing" without any machine; "degraded" while a GPU is lost or a machine silent. Names no models."""
     reasons = []
     if not core.inventory.nodes:
-        return wire.Health(status="failing", version=version, uptime_s=uptime_s, reasons=["no machine has joined yet"])
+        return records.Health(
+            status="failing", version=version, uptime_s=uptime_s, reasons=["no machine has joined yet"]
+        )
     for node in core.inventory.nodes.values():
         if node.reading is None:
             reasons.append("a machine has not reported yet")
         reasons += [
             "a GPU is lost" for device in node.devices.values() if device.reading and device.reading.lost_reason
         ]
-    return wire.Health(status="degraded" if reasons else "ok", version=version, uptime_s=uptime_s, reasons=reasons)
+    return records.Health(status="degraded" if reasons else "ok", version=version, uptime_s=uptime_s, reasons=reasons)
 
 
-def models(core: SchedulerCore) -> list[wire.ModelInfo]:
+def models(core: SchedulerCore) -> list[records.ModelInfo]:
     return [_model(core, model) for _, model in sorted(core.models.by_name.items())]
 
 
-def load_result(core: SchedulerCore, replica_id: ReplicaId, began: float) -> wire.LoadResult:
+def load_result(core: SchedulerCore, replica_id: ReplicaId, began: float) -> records.LoadResult:
     """What a load came to; 0 seconds when the replica had been ready before `began`."""
     replica = core.replicas[replica_id]
-    return wire.LoadResult(
+    return records.LoadResult(
         model=replica.model,
         replica_id=replica_id,
         node=_hostname(core, replica.placement),
@@ -82,11 +84,11 @@ def load_result(core: SchedulerCore, replica_id: ReplicaId, began: float) -> wir
     )
 
 
-def plan(core: SchedulerCore, model: str, found: Plan, now: float) -> wire.Plan:
+def plan(core: SchedulerCore, model: str, found: Preview, now: float) -> records.Plan:
     """The plan in numbers per device, with free bytes before and after."""
     if found.serving is not None:
         replica = found.serving
-        return wire.Plan(
+        return records.Plan(
             model=model,
             verdict="ready",
             tier=replica.placement.tier,
@@ -105,31 +107,31 @@ def plan(core: SchedulerCore, model: str, found: Plan, now: float) -> wire.Plan:
     return _choice_plan(core, model, found, found.choice, now)
 
 
-def _speed(core: SchedulerCore, name: str, placement: Placement) -> wire.PlanSpeed | None:
+def _speed(core: SchedulerCore, name: str, placement: Placement) -> records.PlanSpeed | None:
     model = core.models.by_name.get(name)
     copy = model.copies.get(placement.node_id) if model else None
     if model is None or model.shape is None or copy is None:
         return None
     found = core.speeds.predict(model.shape, placement, copy.file.cached_fraction)
-    return wire.PlanSpeed(answer=_rate(found.answer), prompt=_rate(found.prompt), load=_duration(found.load))
+    return records.PlanSpeed(answer=_rate(found.answer), prompt=_rate(found.prompt), load=_duration(found.load))
 
 
-def _rate(estimate: Estimate | None) -> wire.PlanPace | None:
+def _rate(estimate: Estimate | None) -> records.PlanPace | None:
     if estimate is None or estimate.seconds <= 0:
         return None
-    return wire.PlanPace(per_s=1 / estimate.seconds, error=estimate.error, samples=estimate.samples)
+    return records.PlanPace(per_s=1 / estimate.seconds, error=estimate.error, samples=estimate.samples)
 
 
-def _duration(estimate: Estimate) -> wire.PlanPace:
-    return wire.PlanPace(seconds=estimate.seconds, error=estimate.error, samples=estimate.samples)
+def _duration(estimate: Estimate) -> records.PlanPace:
+    return records.PlanPace(seconds=estimate.seconds, error=estimate.error, samples=estimate.samples)
 
 
-def _cost(core: SchedulerCore, name: str, offer: Offer, now: float) -> wire.PlanCost | None:
+def _cost(core: SchedulerCore, name: str, offer: Offer, now: float) -> records.PlanCost | None:
     model = core.models.by_name.get(name)
     if model is None or model.shape is None:
         return None
     price = core.prices.of(model.shape, name, offer.placement, offer.victims, now)
-    return wire.PlanCost(
+    return records.PlanCost(
         wait=price.wait_s,
         release=price.release_s,
         load=price.load_s,
@@ -139,13 +141,13 @@ def _cost(core: SchedulerCore, name: str, offer: Offer, now: float) -> wire.Plan
     )
 
 
-def _options(core: SchedulerCore, name: str, offers: Sequence[Offer], now: float) -> list[wire.PlanOption]:
+def _options(core: SchedulerCore, name: str, offers: Sequence[Offer], now: float) -> list[records.PlanOption]:
     model, options = core.models.by_name.get(name), []
     for offer in offers:
         placement, cost = offer.placement, _cost(core, name, offer, now)
         if cost is not None and model is not None and model.shape is not None:
             options.append(
-                wire.PlanOption(
+                records.PlanOption(
                     tier=placement.tier,
                     node=_hostname(core, placement),
                     shares=_layout(core, placement),
@@ -157,7 +159,7 @@ def _options(core: SchedulerCore, name: str, offers: Sequence[Offer], now: float
     return options
 
 
-def _choice_plan(core: SchedulerCore, model: str, found: Plan, choice: Choice, now: float) -> wire.Plan:
+def _choice_plan(core: SchedulerCore, model: str, found: Preview, choice: Choice, now: float) -> records.Plan:
     placement = choice.placement
     shares, n_threads = [], None
     if placement is not None:
@@ -168,7 +170,7 @@ def _choice_plan(core: SchedulerCore, model: str, found: Plan, choice: Choice, n
             free = before.host_bytes if device_id is None else before.devices[device_id]
             later = after.host_bytes if device_id is None else after.devices[device_id]
             shares.append(
-                wire.PlanShare(
+                records.PlanShare(
                     device=share.device,
                     layers=share.layers,
                     bytes=share.bytes,
@@ -178,7 +180,7 @@ def _choice_plan(core: SchedulerCore, model: str, found: Plan, choice: Choice, n
             )
         n_threads = core.fleet.cores.share(placement.node_id, newcomers=1) if placement.computes_on_cpu else 1
     victims = [core.replicas[victim] for victim in sorted(choice.victims)]
-    return wire.Plan(
+    return records.Plan(
         model=model,
         # Memory that is on its way back needs no decision; nothing to wait for is in the way for good.
         verdict="blocked" if choice.verdict == "wait" and placement is None and not found.reason else choice.verdict,
@@ -186,7 +188,7 @@ def _choice_plan(core: SchedulerCore, model: str, found: Plan, choice: Choice, n
         node=_hostname(core, placement) if placement else None,
         shares=shares,
         victims=[
-            wire.PlanVictim(
+            records.PlanVictim(
                 replica_id=victim.replica_id,
                 model=victim.model,
                 idle_s=now - victim.last_used_at,
@@ -203,13 +205,13 @@ def _choice_plan(core: SchedulerCore, model: str, found: Plan, choice: Choice, n
         would_fit_if=list(choice.would_fit_if),
         cost_s=_cost(core, model, choice.offer, now) if choice.offer else None,
         options=_options(core, model, found.options, now),
-        rejected=[wire.RejectedCandidate(tier=r.tier, reason=f"{r.where}: {r.reason}") for r in choice.rejections],
+        rejected=[records.RejectedCandidate(tier=r.tier, reason=f"{r.where}: {r.reason}") for r in choice.rejections],
     )
 
 
-def _node(core: SchedulerCore, node: Node) -> wire.NodeStatus:
+def _node(core: SchedulerCore, node: Node) -> records.NodeStatus:
     facts = node.facts
-    return wire.NodeStatus(
+    return records.NodeStatus(
         node_id=facts.node_id,
         hostname=facts.hostname,
         address=facts.address,
@@ -222,9 +224,9 @@ def _node(core: SchedulerCore, node: Node) -> wire.NodeStatus:
     )
 
 
-def _gpu(core: SchedulerCore, node: Node, device: Device) -> wire.GpuStatus:
+def _gpu(core: SchedulerCore, node: Node, device: Device) -> records.GpuStatus:
     facts, reading = device.facts, device.reading
-    return wire.GpuStatus(
+    return records.GpuStatus(
         device_id=facts.device_id,
         node_id=facts.node_id,
         label=_label(core, facts.device_id),
@@ -244,7 +246,7 @@ def _gpu(core: SchedulerCore, node: Node, device: Device) -> wire.GpuStatus:
 
 def _replica(
     core: SchedulerCore, replica: Replica, now: float, pid_of: Callable[[ReplicaId], int | None]
-) -> wire.ReplicaStatus:
+) -> records.ReplicaStatus:
     model = core.models.by_name.get(replica.model)
     pinned = bool(model and model.pinned)
     keep_alive_s = core.models.params(model).keep_alive_s if model else None
@@ -255,7 +257,7 @@ def _replica(
         shares = zip(replica.placement.device_ids, replica.measured.devices, strict=True)
         measured = {_label(core, device_id): share.total_bytes for device_id, share in shares}
         measured[HOST] = replica.measured.host.total_bytes
-    return wire.ReplicaStatus(
+    return records.ReplicaStatus(
         replica_id=replica.replica_id,
         model=replica.model,
         state="draining" if ready and not replica.open else replica.state.value,
@@ -279,7 +281,7 @@ def _replica(
     )
 
 
-def _model(core: SchedulerCore, model: Model) -> wire.ModelInfo:
+def _model(core: SchedulerCore, model: Model) -> records.ModelInfo:
     shape = model.shape
     n_ctx = None
     reason = model.invalid
@@ -290,7 +292,7 @@ def _model(core: SchedulerCore, model: Model) -> wire.ModelInfo:
         except Rejected as error:
             reason = error.message
     first = next(iter(model.copies.values()), None)
-    return wire.ModelInfo(
+    return records.ModelInfo(
         name=model.name,
         state="invalid" if model.invalid else "available" if shape else "unknown",
         path=first.file.path if first else (model.entry.path if model.entry else ""),
@@ -307,13 +309,13 @@ def _model(core: SchedulerCore, model: Model) -> wire.ModelInfo:
     )
 
 
-def _layout(core: SchedulerCore, placement: Placement) -> list[wire.LayoutShare]:
+def _layout(core: SchedulerCore, placement: Placement) -> list[records.LayoutShare]:
     shares = [
-        wire.LayoutShare(device=_label(core, device_id), layers=layers, bytes=count)
+        records.LayoutShare(device=_label(core, device_id), layers=layers, bytes=count)
         for device_id, layers, count in zip(placement.device_ids, placement.layers, placement.device_bytes, strict=True)
     ]
     on_host = placement.n_layers - placement.layout.n_gpu_layers
-    return [*shares, wire.LayoutShare(device=HOST, layers=on_host, bytes=placement.host_bytes)]
+    return [*shares, records.LayoutShare(device=HOST, layers=on_host, bytes=placement.host_bytes)]
 
 
 def _reserved(core: SchedulerCore, replica: Replica) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actors.gateway.address import DEFAULT_PORT
 from actors.gateway.errors import BodyTooLarge, Forbidden, NoSuchRoute, Unauthorized
-from actors.gateway.wire import (
+from actors.records import (
     Answer,
     Embeddings,
     GpuStatus,

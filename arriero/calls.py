@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from actors.gateway.address import DEFAULT_PORT, is_loopback
 from actors.gateway.errors import error_from_body
-from actors.gateway.wire import (
+from actors.records import (
     Answer,
     Embeddings,
     Health,

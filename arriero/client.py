@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, overload
 import httpx
 from typing_extensions import Self, Unpack
 
-from actors.gateway.wire import (
+from actors.records import (
     Answer,
     Embeddings,
     Health,

@@ -24,7 +24,7 @@ from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import Catalogue
 from scheduler.costs.measurements import Measurements, Record
 from scheduler.costs.paces import Pace, Paces
-from scheduler.dispatch import Dispatch, Plan
+from scheduler.dispatch import Dispatch, Preview
 from scheduler.errors import Rejected, Unavailable
 from scheduler.failures import Failures
 from scheduler.fleet import Fleet
@@ -118,7 +118,7 @@ class SchedulerCore:
         self._dispatch.serve(now)
         return self._out.take()
 
-    def plan(self, model_name: str, n_ctx: int | None, now: float) -> Plan:
+    def plan(self, model_name: str, n_ctx: int | None, now: float) -> Preview:
         """What would be done for a request now, without doing it.
 
         Raises UnknownModel, InvalidGGUF, Rejected or Unavailable as the request itself would be refused.

@@ -40,7 +40,7 @@ LOOK_AGAIN_SHARE = 0.1  # or after so much of the time that it had waited
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Preview:
     """Either the replica that serves (or will serve) the request, or the choice that would be made.
 
     `options` are what could be had now, best first: (placement, victims) of each kind, the chosen one included; with a
@@ -156,7 +156,7 @@ class Dispatch:
 
     # ------------------------------------------------------------------ what is asked without a request
 
-    def plan(self, model: Model, waiting: Waiting, now: float) -> Plan:
+    def plan(self, model: Model, waiting: Waiting, now: float) -> Preview:
         """What would be done for the request if it came now, without doing it.
 
         Raises the error that it would be refused with, but for a lack of room: that is a choice too.
@@ -170,16 +170,16 @@ class Dispatch:
             reason = f"its turn, behind {before} earlier requests for this model"
             coming = self._ladder.coming(waiting)
             if coming:
-                return Plan(coming[0], None, reason=reason)
-            return Plan(None, Choice("wait", None, frozenset()), reason=reason)
+                return Preview(coming[0], None, reason=reason)
+            return Preview(None, Choice("wait", None, frozenset()), reason=reason)
         decision = self._ladder.decide(waiting, now, explain=True)
         match decision:
             case Serve(replica):
-                return Plan(replica, None)
+                return Preview(replica, None)
             case Move(_, choice):
-                return Plan(None, choice, (choice.offer,) if choice.offer else ())
+                return Preview(None, choice, (choice.offer,) if choice.offer else ())
             case Place(choice, chooser) | NoRoom(_, choice, chooser):
-                return Plan(None, choice, tuple(chooser.options()))
+                return Preview(None, choice, tuple(chooser.options()))
             case Wait(yet=True):
                 raise Unavailable(f"{model.name}: {decision.reason}", retry_after_s=1.0)
             case Wait():
@@ -187,13 +187,13 @@ class Dispatch:
             case Refuse(error):
                 raise error
 
-    def _waiting_plan(self, model: Model, waiting: Waiting, decision: Wait, now: float) -> Plan:
+    def _waiting_plan(self, model: Model, waiting: Waiting, decision: Wait, now: float) -> Preview:
         if decision.coming:
             beside = self._replication.beside(model, waiting, now)
-            return Plan(decision.coming[0], None, beside, decision.reason)
+            return Preview(decision.coming[0], None, beside, decision.reason)
         choice = decision.choice or Choice("wait", None, decision.in_the_way)
         options = tuple(decision.chooser.options()) if decision.chooser else ()
-        return Plan(None, choice, options, decision.reason)
+        return Preview(None, choice, options, decision.reason)
 
     def busy(self, waiting: Waiting) -> Replica | None:
         """A ready replica that will serve the request, when none of them has a free slot."""

@@ -8,64 +8,18 @@ and `embed`, which the runners have), but *returns* its errors, because an excep
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from actors.gateway.wire import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
+from actors.leasing import AcquireRequest, Grant, TokenCounts
+from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
-from scheduler.costs.paces import Pace
 from scheduler.units import LeaseId, ReplicaId, RequestId
-
-
-@dataclass(frozen=True, slots=True)
-class AcquireRequest:
-    """A request for a slot. `n_ctx`: tokens that the slot must hold (None: what the catalogue says).
-
-    `deadline_s`: seconds the caller will wait for a slot from now on (None: as long as it takes). `priority`: None is
-    the model's. `key`: the name of the API key. `prefix`: a hash of what the prompt begins with. `fingerprint`: a hash
-    of all that is asked: a request that ends runners is known by it when it comes again.
-    """
-
-    request_id: RequestId
-    model: str
-    n_ctx: int | None = None
-    kind: Literal["generate", "embed", "load"] = "generate"
-    deadline_s: float | None = None
-    priority: int | None = None
-    key: str = ""
-    prefix: str = ""
-    fingerprint: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A time-limited right to a slot of `n_ctx` tokens, renewed within `ttl_s` seconds (the same for every lease).
-
-    `runner` is the name of the replica's actor.
-    """
-
-    lease_id: LeaseId
-    replica_id: ReplicaId
-    runner: str
-    model: str
-    ttl_s: float
-    n_ctx: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenCounts:
-    """What a lease was used for; zeros where the answer broke off before its last chunk."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    pace: Pace | None = None
 
 
 class Backend(Protocol):
     """Raises `ArrieroError`s only. A cancelled call leaves nothing behind."""
 
-    async def acquire(self, request: AcquireRequest) -> Lease:
+    async def acquire(self, request: AcquireRequest) -> Grant:
         """Wait for a slot, loading the model where needed. Asking twice with one `request_id` replaces the first."""
         ...
 
@@ -81,11 +35,11 @@ class Backend(Protocol):
         """Take a request out of the queue, or release the lease that it was granted meanwhile; one way."""
         ...
 
-    def generate(self, lease: Lease, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Tokens straight from the lease's replica. `aclose()` ends generation within one token."""
         ...
 
-    async def embed(self, lease: Lease, request: EmbedRequest) -> EmbedResult: ...
+    async def embed(self, lease: Grant, request: EmbedRequest) -> EmbedResult: ...
 
     async def fate(self, replica_id: ReplicaId) -> str:
         """How a replica ended, with its process's last words; empty when it is not known to have ended."""

@@ -10,11 +10,12 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from actors.gateway.backend import AcquireRequest, Backend
+from actors.gateway.backend import Backend
 from actors.gateway.reader import Reader
 from actors.gateway.security import key_of
 from actors.gateway.stream import EventStream, event, while_connected
-from actors.gateway.wire import (
+from actors.leasing import AcquireRequest
+from actors.records import (
     MAX_NAME_LENGTH,
     MAX_TOKENS,
     LoadRequest,

@@ -21,7 +21,7 @@ from actors.gateway.openai_requests import Ask, Form
 from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
 from actors.gateway.stream import EventStream, event, while_connected
-from actors.gateway.wire import ModelInfo
+from actors.records import ModelInfo
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
 from scheduler.errors import UnknownModel
 

@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from actors.gateway.backend import AcquireRequest
 from actors.gateway.bodies import TOLD_LENGTH, checked
 from actors.gateway.errors import clipped
-from actors.gateway.wire import MAX_NAME_LENGTH, MAX_TOKENS
+from actors.leasing import AcquireRequest
+from actors.records import MAX_NAME_LENGTH, MAX_TOKENS
 from actors.serving.protocol import EmbedRequest, GenerateRequest, Sampling, content_of
 from scheduler.errors import Rejected
 from scheduler.units import RequestId

@@ -19,7 +19,7 @@ from actors.gateway.errors import (
     Unauthorized,
 )
 from actors.gateway.openai_requests import FORMS
-from actors.gateway.wire import LoadRequest, PinRequest, UnloadRequest
+from actors.records import LoadRequest, PinRequest, UnloadRequest
 from scheduler.errors import (
     ArrieroError,
     Condemned,

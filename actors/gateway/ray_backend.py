@@ -17,8 +17,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.gateway.backend import AcquireRequest, Lease, TokenCounts
-from actors.gateway.wire import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
+from actors.leasing import AcquireRequest, Grant, TokenCounts
+from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
 from scheduler.errors import ArrieroError, EngineFailed, InvariantBroken, Unavailable
 from scheduler.units import LeaseId, ReplicaId, RequestId
@@ -42,8 +42,8 @@ class RayBackend:
         self._namespace = namespace
         self._runners: dict[ReplicaId, ActorHandle[Any]] = {}
 
-    async def acquire(self, request: AcquireRequest) -> Lease:
-        lease: Lease = await self._ask("acquire", request)
+    async def acquire(self, request: AcquireRequest) -> Grant:
+        lease: Grant = await self._ask("acquire", request)
         return lease
 
     async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
@@ -100,7 +100,7 @@ class RayBackend:
             if not follow:
                 return
 
-    async def generate(self, lease: Lease, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         runner = await self._runner(lease)
         request = replace(request, request_id=lease.lease_id)  # a restarted scheduler finds its leases at the runners
         items = runner.generate.remote(request)
@@ -123,7 +123,7 @@ class RayBackend:
                 ray.cancel(items)
                 runner.cancel.remote(request.request_id)
 
-    async def embed(self, lease: Lease, request: EmbedRequest) -> EmbedResult:
+    async def embed(self, lease: Grant, request: EmbedRequest) -> EmbedResult:
         runner = await self._runner(lease)
         request = replace(request, request_id=lease.lease_id)
         try:
@@ -160,7 +160,7 @@ class RayBackend:
                     raise answer
                 return answer
 
-    async def _runner(self, lease: Lease) -> ActorHandle[Any]:
+    async def _runner(self, lease: Grant) -> ActorHandle[Any]:
         runner = self._runners.get(lease.replica_id)
         if runner is None:
             try:
@@ -174,7 +174,7 @@ class RayBackend:
             self._runners[lease.replica_id] = runner
         return runner
 
-    def _engine_failure(self, lease: Lease, error: RayError) -> ArrieroError:
+    def _engine_failure(self, lease: Grant, error: RayError) -> ArrieroError:
         if isinstance(error, RayTaskError):
             return _cause(error) or EngineFailed(f"replica {lease.replica_id} of {lease.model} failed: {error.cause}")
         self._runners.pop(lease.replica_id, None)

@@ -14,7 +14,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
-from actors.gateway.backend import AcquireRequest, Backend, Lease, TokenCounts
+from actors.gateway.backend import Backend
+from actors.leasing import AcquireRequest, Grant, TokenCounts
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
 from scheduler.errors import ArrieroError, EngineFailed
 from scheduler.units import LeaseId
@@ -31,7 +32,7 @@ class Relay:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._leases: dict[LeaseId, Lease] = {}
+        self._leases: dict[LeaseId, Grant] = {}
         self._renewals: asyncio.Task[None] | None = None
 
     async def generate(self, need: AcquireRequest, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
@@ -125,7 +126,7 @@ class Relay:
         if self._renewals is not None:
             self._renewals.cancel()
 
-    async def _acquire(self, need: AcquireRequest) -> Lease:
+    async def _acquire(self, need: AcquireRequest) -> Grant:
         try:
             lease = await self._backend.acquire(need)
         except asyncio.CancelledError:
@@ -136,7 +137,7 @@ class Relay:
             self._renewals = asyncio.ensure_future(self._renew())
         return lease
 
-    async def _release(self, lease: Lease, failed: bool, usage: TokenCounts) -> None:
+    async def _release(self, lease: Grant, failed: bool, usage: TokenCounts) -> None:
         del self._leases[lease.lease_id]
         try:
             await self._backend.release(lease.lease_id, failed, usage)

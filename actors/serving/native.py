@@ -19,38 +19,16 @@ from llama_cpp._internals import LlamaBatch, LlamaSampler
 
 from actors.serving.breakdown import memory_breakdown
 from actors.serving.buffers import parse_buffers
-from actors.serving.journal import LogLine, error_text, llama_log
+from actors.serving.ggml import BufferOverride, cache_type, find_devices, ggml_function
+from actors.serving.journal import LogLine, llama_log
+from actors.serving.load_errors import load_failed
 from actors.serving.model import Row
-from actors.serving.protocol import BufferSizes, LoadFailed, LoadFailureKind, LoadSpec, Sampling
+from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec, Sampling
 from actors.serving.sampling import build_sampler
 from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import ContextParams, Footprint
 
-_OUT_OF_MEMORY = ("failed to allocate", "unable to allocate", "out of memory", "failed to reserve", "cannot allocate")
-_INVALID_MODEL = (
-    "gguf_init",
-    "error loading model",
-    "failed to open",
-    "failed to load model from",
-    "not found",
-    "invalid",
-    "corrupt",
-)
-
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data (llama.h)
-
-
-class _BufferOverride(ctypes.Structure):
-    """llama_model_tensor_buft_override (llama.h), which the bindings leave out."""
-
-    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
-
-
-def _ggml(name: str, result: Any, *arguments: Any) -> Any:
-    """A ggml function through libllama's own handle: loading libggml by name could give a second registry."""
-    function = llama_cpp.llama_cpp._lib[name]
-    function.restype, function.argtypes = result, list(arguments)
-    return function
 
 
 class NativeModel:
@@ -97,7 +75,7 @@ class NativeModel:
         lines: list[LogLine],
     ) -> list[str]:
         """Loads the weights; returns the name of each device's buffers as llama.cpp logs them."""
-        devices, device_buffers = _find_devices(spec, rpc_endpoints)
+        devices, device_buffers = find_devices(spec, rpc_endpoints)
         self._devices = devices
         if len(spec.tensor_split) not in ({len(devices)} if len(devices) > 1 else {0, len(devices)}):
             raise LoadFailed("failed", f"tensor_split has {len(spec.tensor_split)} shares for {len(devices)} devices")
@@ -112,10 +90,10 @@ class NativeModel:
         params.use_extra_bufts = spec.use_extra_bufts
         if self._no_alloc:
             params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
-        overrides = (_BufferOverride * 2)()
+        overrides = (BufferOverride * 2)()
         if spec.experts_pattern:
             overrides[0].pattern = spec.experts_pattern.encode()
-            overrides[0].buffer_type = _ggml("ggml_backend_cpu_buffer_type", ctypes.c_void_p)()
+            overrides[0].buffer_type = ggml_function("ggml_backend_cpu_buffer_type", ctypes.c_void_p)()
             params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
         interrupted: list[BaseException] = []
 
@@ -132,7 +110,7 @@ class NativeModel:
         if interrupted:
             raise interrupted[0]
         if not self._model:
-            raise _failure(f"llama.cpp could not load {spec.path}", lines)
+            raise load_failed(f"llama.cpp could not load {spec.path}", lines)
         return device_buffers
 
     def _make_context(self, context: ContextParams, n_threads: int, lines: list[LogLine]) -> None:
@@ -144,7 +122,7 @@ class NativeModel:
         params.n_batch = context.n_batch
         params.n_ubatch = context.n_ubatch
         params.n_threads = params.n_threads_batch = n_threads
-        params.type_k, params.type_v = _ggml_type(context.type_k), _ggml_type(context.type_v)
+        params.type_k, params.type_v = cache_type(context.type_k), cache_type(context.type_v)
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
             if context.flash_attn == "on"
@@ -155,7 +133,7 @@ class NativeModel:
         params.embeddings = context.embeddings
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
-            raise _failure("llama.cpp could not make a context", lines)
+            raise load_failed("llama.cpp could not make a context", lines)
         # llama.cpp asks this between graph nodes, thousands of times a second: a Python function would fight for the
         # interpreter lock each time. strlen of the flag is 0 or 1, which is the bool that llama.cpp wants.
         strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
@@ -230,7 +208,7 @@ class NativeModel:
             code = self.decode(rows) if self.can_generate else self.embed(rows)
             llama_cpp.llama_set_warmup(self._context, False)
             if isinstance(code, int) and code != 0:
-                raise _failure(f"the first decode failed (llama_decode returned {code})", lines)
+                raise load_failed(f"the first decode failed (llama_decode returned {code})", lines)
             llama_cpp.llama_synchronize(self._context)
             if self._memory:
                 llama_cpp.llama_memory_clear(self._memory, True)
@@ -320,55 +298,3 @@ class NativeModel:
     def abort(self, wanted: bool) -> None:
         """Makes a decode under way on the CPU stop at its next graph node (any thread); False takes that back."""
         self._abort_flag[0] = b"1" if wanted else b"\0"
-
-
-def _find_devices(spec: LoadSpec, rpc_endpoints: Sequence[str]) -> tuple[list[int], list[str]]:
-    """ggml devices in the order of the spec, and the name of each one's buffers."""
-    endpoints = iter(rpc_endpoints)
-    by_name = _ggml("ggml_backend_dev_by_name", ctypes.c_void_p, ctypes.c_char_p)
-    devices, names = [], []
-    n_cuda = 0
-    for wanted in spec.devices:
-        if wanted.kind == "rpc":
-            endpoint = next(endpoints, None)
-            if endpoint is None:
-                raise LoadFailed("failed", f"no device process was started for {wanted.device_id}")
-            device, name = _rpc_device(endpoint), f"RPC0[{endpoint}]"
-        else:
-            name = f"CUDA{n_cuda}"  # CUDA_VISIBLE_DEVICES lists the spec's cards in the spec's order
-            device = by_name(name.encode())
-            n_cuda += 1
-        if not device:
-            raise LoadFailed("failed", f"llama.cpp does not see {wanted.device_id} ({name}); is it built for it?")
-        devices.append(device)
-        names.append(name)
-    return devices, names
-
-
-def _rpc_device(endpoint: str) -> int | None:
-    if not llama_cpp.llama_supports_rpc():
-        raise LoadFailed("failed", "this llama-cpp-python is built without RPC; rebuild it with -DGGML_RPC=ON")
-    server = _ggml("ggml_backend_rpc_add_server", ctypes.c_void_p, ctypes.c_char_p)(endpoint.encode())
-    if not server:
-        raise LoadFailed("failed", f"the device process at {endpoint} does not answer")
-    device: int | None = _ggml("ggml_backend_reg_dev_get", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(server, 0)
-    return device
-
-
-def _ggml_type(name: str) -> int:
-    number = getattr(llama_cpp, f"GGML_TYPE_{name.upper()}", None)
-    if number is None:
-        raise LoadFailed("failed", f"{name!r} is not a type that the KV cache can have")
-    return int(number)
-
-
-def _failure(what: str, lines: list[LogLine]) -> LoadFailed:
-    """`what` with llama.cpp's own last words, classified by them."""
-    reason = error_text(lines)
-    lower = reason.lower()
-    kind: LoadFailureKind = "failed"
-    if any(sign in lower for sign in _OUT_OF_MEMORY):
-        kind = "out_of_memory"
-    elif any(sign in lower for sign in _INVALID_MODEL):
-        kind = "invalid_model"
-    return LoadFailed(kind, f"{what}: {reason or 'it gave no reason'}")

@@ -22,6 +22,7 @@ from pathlib import Path
 from actors.devices.processes import end_with_parent
 from actors.devices.virtual import start_device_process
 from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec
+from actors.serving.visible import show_only
 from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import DeviceBytes, HostBytes
 
@@ -116,8 +117,6 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     _end_with_parent()
-    from actors.serving.runner import show_only
-
     spec: LoadSpec = pickle.load(sys.stdin.buffer)
     show_only(spec.devices)
     print(_ANSWER + json.dumps(_answer(spec)), flush=True)

@@ -10,6 +10,7 @@ from typing import Literal
 from scheduler.cluster.replica import Placement
 from scheduler.costs.paces import Pace
 from scheduler.costs.params import ContextParams, DeviceBytes, DeviceKind, HostBytes
+from scheduler.events import FailureKind
 
 FinishReason = Literal["stop", "length"]
 
@@ -115,9 +116,6 @@ class EmbedResult:
     prompt_tokens: int
 
 
-LoadFailureKind = Literal["refused", "underestimated", "out_of_memory", "invalid_model", "crashed", "failed"]
-
-
 @dataclass(frozen=True, slots=True)
 class LoadFailure:
     """Why a load did not happen. "refused": live memory was below the reservation, nothing was loaded.
@@ -125,7 +123,7 @@ class LoadFailure:
     "underestimated": the pre-flight says that the load would take more than was reserved, namely `buffers`.
     """
 
-    kind: LoadFailureKind
+    kind: FailureKind
     message: str
     buffers: BufferSizes | None = None
 
@@ -133,7 +131,7 @@ class LoadFailure:
 class LoadFailed(Exception):
     """A load that did not happen, inside the runner's process; across processes it travels as its `LoadFailure`."""
 
-    def __init__(self, kind: LoadFailureKind, message: str, buffers: BufferSizes | None = None) -> None:
+    def __init__(self, kind: FailureKind, message: str, buffers: BufferSizes | None = None) -> None:
         super().__init__(message)
         self.failure = LoadFailure(kind, message, buffers)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +45,9 @@ from actors.serving.protocol import (
     RunnerState,
     RunnerStatus,
 )
+from actors.serving.visible import show_only
 from scheduler.cluster.facts import DeviceFacts, DeviceReading
-from scheduler.errors import ArrieroError, EngineFailed, InvariantBroken
+from scheduler.errors import ArrieroError, EngineFailed
 from scheduler.units import DeviceId, NodeId, format_bytes
 
 Result = TypeVar("Result")
@@ -71,17 +71,6 @@ between two tokens. By default it is ten times as many, and on a small machine t
 
 IMPORTED_EARLY = ("jinja2.sandbox", "numpy")
 """What llama_cpp imports first. Itself it has to wait until the GPUs are chosen."""
-
-
-def show_only(devices: Sequence[LoadDevice]) -> None:
-    """Limits this process to the CUDA cards among `devices`, in their order; none hides all cards.
-
-    Works only before llama_cpp is imported, because the CUDA library reads the variable once: later is InvariantBroken.
-    """
-    if "llama_cpp" in sys.modules:
-        raise InvariantBroken("llama_cpp is imported already, so the choice of GPUs would come too late")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(device.device_id for device in devices if device.kind == "cuda")
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 
 def load_on_its_devices(

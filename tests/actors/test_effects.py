@@ -24,8 +24,8 @@ from virtual_time import play
 
 from actors.devices.watchdog import STOOD_STILL
 from actors.effects import Effects, Order
-from actors.runners import Runner
 from actors.serving.protocol import LoadDevice, LoadFailure, LoadSpec
+from actors.spares import RunnerHandle
 from arriero.example_models import Dimensions, write_example_model
 from scheduler import commands as cmd
 from scheduler import events as ev
@@ -148,7 +148,9 @@ class Stage:
         actor = self.ray.add_runner("runner-old", BOX)._actor
         actor.start()
         actor.inside.hold(REPLICA, SPEC)
-        self.effects.adopt(REPLICA, Runner(actor.name, Handle(self.ray, actor), BOX, (GPU,), actor.inside.process()))
+        self.effects.adopt(
+            REPLICA, RunnerHandle(actor.name, Handle(self.ray, actor), BOX, (GPU,), actor.inside.process())
+        )
         return actor
 
     def stop(self) -> None:

@@ -23,8 +23,8 @@ from ray.exceptions import ActorDiedError, RaySystemError
 from virtual_time import now_s, play
 
 from actors.devices.node import NodeSettings
-from actors.gateway.backend import AcquireRequest, Lease, TokenCounts
-from actors.gateway.wire import Notice, Status
+from actors.leasing import AcquireRequest, Grant, TokenCounts
+from actors.records import Notice, Status
 from actors.scheduler import SchedulerActor, SchedulerSettings
 from arriero.example_models import Dimensions, write_example_model
 from scheduler import events as ev
@@ -89,16 +89,16 @@ class Stage:
     async def settled(self) -> None:
         assert await self.scheduler.await_ready.remote(30.0) == ""
 
-    def ask(self, model: str = "ant", name: str = "", **wishes: Any) -> asyncio.Future[Lease | ArrieroError]:
+    def ask(self, model: str = "ant", name: str = "", **wishes: Any) -> asyncio.Future[Grant | ArrieroError]:
         request_id = RequestId(name or f"q{next(SERIAL)}")
         return asyncio.ensure_future(self.scheduler.acquire.remote(AcquireRequest(request_id, model, **wishes)))
 
-    async def lease(self, model: str = "ant", name: str = "", **wishes: Any) -> Lease:
+    async def lease(self, model: str = "ant", name: str = "", **wishes: Any) -> Grant:
         answer = await self.ask(model, name, **wishes)
-        assert isinstance(answer, Lease), answer
+        assert isinstance(answer, Grant), answer
         return answer
 
-    async def release(self, lease: Lease, *, failed: bool = False) -> None:
+    async def release(self, lease: Grant, *, failed: bool = False) -> None:
         await self.scheduler.release.remote(lease.lease_id, failed, TokenCounts())
 
     async def status(self) -> Status:
@@ -112,7 +112,7 @@ class Stage:
     def state(self, actor: Actor) -> str:
         return actor.inside.state if isinstance(actor.inside, FakeRunner) else ""
 
-    def runner(self, lease: Lease) -> FakeRunner:
+    def runner(self, lease: Grant) -> FakeRunner:
         [actor] = [actor for actor in self.ray.actors if actor.name == lease.runner]
         inside: FakeRunner = actor.inside
         return inside
@@ -158,7 +158,7 @@ def test_a_slot_that_is_given_back_is_given_to_the_next() -> None:
         assert not second.done()
         await stage.release(first)
         granted = await second
-        assert isinstance(granted, Lease) and granted.runner == first.runner
+        assert isinstance(granted, Grant) and granted.runner == first.runner
 
     perform(scene)
 
@@ -171,7 +171,7 @@ def test_a_lease_is_kept_as_long_as_it_is_renewed() -> None:
             await stage.scheduler.renew.remote((first.lease_id,))
         assert not second.done()
         await asyncio.sleep(30.0)
-        assert isinstance(await second, Lease)
+        assert isinstance(await second, Grant)
         assert stage.runner(first).cancelled == [first.lease_id]  # nobody reads that answer any more
         assert len(await stage.notices("lease_expired")) == 1
 
@@ -186,7 +186,7 @@ def test_a_model_makes_room_for_another_once_it_is_idle() -> None:
         body = stage.runner(ant).body
         await stage.release(ant)
         granted = await bee
-        assert isinstance(granted, Lease) and granted.model == "bee" and granted.runner != ant.runner
+        assert isinstance(granted, Grant) and granted.model == "bee" and granted.runner != ant.runner
         assert not body.alive
 
     perform(scene)
@@ -202,7 +202,7 @@ def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
         await stage.scheduler.cancel.remote(RequestId("second"))
         assert isinstance(await second, Unavailable)
         await stage.release(first)
-        assert isinstance(await third, Lease)
+        assert isinstance(await third, Grant)
 
     perform(scene)
 
@@ -235,7 +235,7 @@ def test_a_cancel_that_overtakes_its_request_costs_a_slot_no_longer_than_a_lease
         await stage.scheduler.cancel.remote(RequestId("late"))
         await stage.lease(name="late")  # nobody is there any more to use or renew it
         asked_at = now_s()
-        assert isinstance(await stage.ask(), Lease)
+        assert isinstance(await stage.ask(), Grant)
         assert now_s() - asked_at <= 20.0 + 1.0
 
     perform(scene)
@@ -248,7 +248,7 @@ def test_asked_again_under_the_same_id_the_second_is_answered() -> None:
         second = stage.ask(name="twice")
         assert isinstance(await first, Unavailable)
         await stage.release(held)
-        assert isinstance(await second, Lease)
+        assert isinstance(await second, Grant)
 
     perform(scene)
 
@@ -259,7 +259,7 @@ def test_what_a_gateway_had_asked_for_is_void_when_another_begins() -> None:
         await asyncio.sleep(1.0)
         await stage.scheduler.forget_clients.remote()
         assert isinstance(await waiting, Unavailable)
-        assert isinstance(await stage.ask(), Lease)
+        assert isinstance(await stage.ask(), Grant)
         assert stage.runner(held).cancelled == [held.lease_id]
 
     perform(scene)
@@ -271,7 +271,7 @@ def test_what_a_gateway_had_asked_for_is_void_when_another_begins() -> None:
 def test_a_request_waits_until_it_is_known_what_there_is() -> None:
     async def scene(stage: Stage) -> None:
         stage.begin()
-        assert isinstance(await stage.ask(), Lease)
+        assert isinstance(await stage.ask(), Grant)
 
     perform(scene, begins=False)
 
@@ -290,7 +290,7 @@ def test_a_scheduler_that_starts_again_takes_back_what_serves_and_ends_what_does
         assert not waiting.done()  # the answer under way still holds the slot
         await stage.release(lease)
         granted = await waiting
-        assert isinstance(granted, Lease) and granted.runner == lease.runner
+        assert isinstance(granted, Grant) and granted.runner == lease.runner
         spares = set(before) - {lease.runner}
         assert len(spares) == 1 and not spares & set(stage.ray.runners())
         assert len(stage.ray.runners()) == 2
@@ -538,7 +538,7 @@ def test_a_header_is_read_though_the_actor_of_its_node_stands_still() -> None:
         struck: list[str] = []
         stage.ray.on_step = stop_at_the_header
         stage.begin()
-        assert isinstance(await stage.ask(), Lease)
+        assert isinstance(await stage.ask(), Grant)
         assert len(await stage.notices("node_silent")) == 1
         assert stage.ray.steps.count("node.read_shape answers") == 2  # one for each file
 
@@ -551,7 +551,7 @@ def test_a_node_or_gpu_actor_that_ends_for_good_is_started_again() -> None:
             stage.ray.kill(stage.ray.get_actor(name, "arriero"))
         await asyncio.sleep(10.0)
         assert sorted(actor.kind for actor in stage.ray.living(BOX)) == ["gpu", "node", "runner"]
-        assert isinstance(await stage.ask(), Lease)
+        assert isinstance(await stage.ask(), Grant)
 
     perform(scene)
 

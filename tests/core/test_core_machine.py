@@ -12,7 +12,7 @@ from scenario import SMALL, Scenario, gpu
 from scheduler import events as ev
 from scheduler.cluster.ledger import STATES
 from scheduler.cluster.replica import Replica, ReplicaState
-from scheduler.dispatch import Plan
+from scheduler.dispatch import Preview
 from scheduler.errors import ArrieroError, Impossible, Unavailable
 from scheduler.units import GIB, MIB, NodeId
 
@@ -101,7 +101,7 @@ class CoreMachine(RuleBasedStateMachine):
         scenario, core = self.scenario, self.scenario.core
         before = set(core.replicas)
         try:
-            plan: Plan | ArrieroError = core.plan(model, n_ctx, scenario.now)
+            plan: Preview | ArrieroError = core.plan(model, n_ctx, scenario.now)
         except ArrieroError as error:
             plan = error
         stops = len(scenario.stopped)

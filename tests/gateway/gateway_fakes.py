@@ -22,9 +22,9 @@ import httpx
 from fastapi import FastAPI
 
 from actors.gateway.app import make_app
-from actors.gateway.backend import AcquireRequest, Lease, TokenCounts
 from actors.gateway.server import Server, listen, make_server, url_of
-from actors.gateway.wire import (
+from actors.leasing import AcquireRequest, Grant, TokenCounts
+from actors.records import (
     GpuStatus,
     Health,
     LayoutShare,
@@ -133,7 +133,7 @@ class FakeBackend:
         self.note("fate", replica_id)
         return self.fates.get(replica_id, "")
 
-    async def acquire(self, request: AcquireRequest) -> Lease:
+    async def acquire(self, request: AcquireRequest) -> Grant:
         self.note("acquire", request)
         if request.model != MODEL:
             raise UnknownModel(f"no model {request.model!r} in the catalogue")
@@ -142,7 +142,7 @@ class FakeBackend:
         number = len(self.saw("lease")) + 1
         self.note("lease", f"l{number}")
         return posted(
-            Lease(LeaseId(f"l{number}"), ReplicaId(f"r{number}"), f"runner-{number}", MODEL, self.ttl_s, 4096)
+            Grant(LeaseId(f"l{number}"), ReplicaId(f"r{number}"), f"runner-{number}", MODEL, self.ttl_s, 4096)
         )
 
     async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
@@ -154,7 +154,7 @@ class FakeBackend:
     async def cancel(self, request_id: RequestId) -> None:
         self.note("cancel", request_id)
 
-    async def generate(self, lease: Lease, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         self.note("generate", lease, request)
         answer = self.answers.popleft() if self.answers else ANSWER
         ended = False
@@ -168,7 +168,7 @@ class FakeBackend:
         finally:
             self.note("generated" if ended else "interrupted", lease.lease_id)
 
-    async def embed(self, lease: Lease, request: EmbedRequest) -> EmbedResult:
+    async def embed(self, lease: Grant, request: EmbedRequest) -> EmbedResult:
         self.note("embed", lease, request)
         if self.embeddings:
             step = self.embeddings.popleft()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 
 from actors.answers import Answers
-from actors.gateway.backend import Lease
+from actors.leasing import Grant
 from scheduler import events as ev
 from scheduler.errors import ArrieroError, Unavailable
 from scheduler.units import LeaseId, ReplicaId, RequestId
 
-LEASE = Lease(LeaseId("lease"), ReplicaId("replica"), "runner", "a", 60.0, 4096)
+LEASE = Grant(LeaseId("lease"), ReplicaId("replica"), "runner", "a", 60.0, 4096)
 ONE = ev.RequestArrived(RequestId("one"), "a")
 
 
-async def started(answers: Answers, arrived: ev.RequestArrived = ONE) -> asyncio.Task[Lease | ArrieroError]:
+async def started(answers: Answers, arrived: ev.RequestArrived = ONE) -> asyncio.Task[Grant | ArrieroError]:
     asking = asyncio.ensure_future(answers.ask(arrived))
     await asyncio.sleep(0)
     return asking

@@ -18,10 +18,10 @@ ray = pytest.importorskip("ray")
 from gateway_fakes import MODEL, web  # noqa: E402
 
 from actors.gateway.actor import GatewayActor, GatewaySettings  # noqa: E402
-from actors.gateway.backend import AcquireRequest, Lease  # noqa: E402
 from actors.gateway.ray_backend import RayBackend  # noqa: E402
 from actors.gateway.server import listen  # noqa: E402
-from actors.gateway.wire import Health, Notice  # noqa: E402
+from actors.leasing import AcquireRequest, Grant  # noqa: E402
+from actors.records import Health, Notice  # noqa: E402
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest, content_of  # noqa: E402
 from arriero import Client  # noqa: E402
 from scheduler.errors import EngineFailed, InvariantBroken, Rejected, Unavailable, UnknownModel  # noqa: E402
@@ -69,7 +69,7 @@ class ScriptedScheduler:
             return UnknownModel(f"no model {request.model!r} in the catalogue")
         replica = self.replicas[self.granted % len(self.replicas)]
         self.granted += 1
-        return Lease(LeaseId(f"l{self.granted}"), ReplicaId(replica), f"runner-{replica}", MODEL, 60.0, 4096)
+        return Grant(LeaseId(f"l{self.granted}"), ReplicaId(replica), f"runner-{replica}", MODEL, 60.0, 4096)
 
     async def release(self, lease_id: str, failed: bool, usage: Any) -> None:
         await self.note("release", lease_id, failed, usage)
@@ -285,7 +285,7 @@ def test_unsafe_and_impossible_addresses_fail_at_creation(here: Service) -> None
 
 def test_a_runner_that_is_not_there(here: Service) -> None:
     async def ask() -> None:
-        lease = Lease(LeaseId("l"), ReplicaId("nobody"), "runner-nobody", MODEL, 60.0, 4096)
+        lease = Grant(LeaseId("l"), ReplicaId("nobody"), "runner-nobody", MODEL, 60.0, 4096)
         async for _ in here.backend.generate(lease, GenerateRequest("q", content_of(prompt="x"))):
             pass
 

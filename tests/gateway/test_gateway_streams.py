@@ -14,9 +14,9 @@ import pytest
 from gateway_fakes import ANSWER, MODEL, FakeBackend, Gate, serve, web
 
 from actors.gateway import limits
-from actors.gateway.backend import AcquireRequest
 from actors.gateway.relay import REPLAYS, Relay
 from actors.gateway.stream import COMMENT
+from actors.leasing import AcquireRequest
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest, content_of
 from scheduler.errors import ArrieroError, EngineFailed, Impossible, Rejected
 from scheduler.units import RequestId

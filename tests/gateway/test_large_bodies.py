@@ -20,7 +20,7 @@ from actors.gateway.errors import BodyTooLarge
 from actors.gateway.limits import INLINE_BYTES, MAX_BODY_BYTES, MAX_ORDER_BYTES
 from actors.gateway.openai_requests import MAX_BIASES, MAX_STOP_LENGTH, Form, read_ask
 from actors.gateway.parsers import Parsers
-from actors.gateway.wire import LoadRequest
+from actors.records import LoadRequest
 from scheduler.errors import Rejected
 
 ROOT = Path(__file__).parents[2]

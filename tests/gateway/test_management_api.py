@@ -10,7 +10,7 @@ from gateway_fakes import MODEL, FakeBackend, serve, web
 
 from actors.gateway.app import make_app
 from actors.gateway.errors import ERRORS, error_body, error_from_body
-from actors.gateway.wire import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
+from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from scheduler.errors import ArrieroError, Impossible, InvariantBroken, QueueFull, Unavailable, UnknownModel
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -16,7 +16,7 @@ import pytest
 from gateway_fakes import MODEL, FakeBackend, Gate, content, serve
 
 from actors.gateway.server import listen, url_of
-from actors.gateway.wire import Health, Notice
+from actors.records import Health, Notice
 from actors.serving.protocol import Chunk
 from arriero import AsyncClient, Client, api, calls
 from scheduler.errors import EngineFailed, QueueFull, Rejected, Unavailable, UnknownModel

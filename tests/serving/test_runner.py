@@ -31,7 +31,8 @@ from actors.serving.protocol import (
     LoadSpec,
     content_of,
 )
-from actors.serving.runner import Runner, show_only
+from actors.serving.runner import Runner
+from actors.serving.visible import show_only
 from scheduler.costs.params import HostBytes
 from scheduler.errors import EngineFailed, InvariantBroken, Rejected
 from scheduler.units import MIB

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Runner:
+class RunnerHandle:
     """A runner, where it runs, the devices it may use, and its process, None until it said so."""
 
     name: str
@@ -46,7 +46,7 @@ class Spares:
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
-        self._spares: dict[NodeId, Runner] = {}
+        self._spares: dict[NodeId, RunnerHandle] = {}
 
     def stand_by(self, node_id: NodeId) -> None:
         """See to it that the node has a spare; returns before it has started. Whoever finds none starts one itself."""
@@ -56,7 +56,7 @@ class Spares:
             except Exception as error:  # Ray's head may be away: no reason to give up what has just been loaded
                 log.warning("node %s gets no spare runner now: %s", node_id, error)
 
-    def take(self, node_id: NodeId) -> Runner | None:
+    def take(self, node_id: NodeId) -> RunnerHandle | None:
         """The node's spare, if it has one. It may have died unnoticed."""
         return self._spares.pop(node_id, None)
 
@@ -65,7 +65,7 @@ class Spares:
         if (spare := self.take(node_id)) is not None:
             spare.kill()
 
-    def start(self, node_id: NodeId) -> Runner:
+    def start(self, node_id: NodeId) -> RunnerHandle:
         """A new runner; returns before it has started."""
         name = runner_name(secrets.token_hex(4))
         actor = (
@@ -78,7 +78,7 @@ class Spares:
             )
             .remote()
         )
-        return Runner(name, actor, node_id)
+        return RunnerHandle(name, actor, node_id)
 
 
 def remote(actor: Any) -> Any:
