@@ -120,11 +120,10 @@ def _stream(engine: Engine, content: bytes, max_tokens: int | None) -> Any:
     never_ends = {N_VOCAB - 1: -100.0} if max_tokens is None else None
     return engine.generate(
         GenerateRequest(
-            "stream" if max_tokens is None else "neighbour",
             content,
+            "stream" if max_tokens is None else "neighbour",
             max_tokens,
-            (),
-            Sampling(temperature=0, logit_bias=never_ends),
+            sampling=Sampling(temperature=0, logit_bias=never_ends),
         )
     )
 

@@ -165,7 +165,7 @@ class SchedulerCore:
             self._out.post(cmd.ReadShape(node_id, path))
         for replica in self.replicas.on_node(node_id) if changes.changed else ():
             if replica.model in changes.changed:
-                message = f"{replica.model}'s file has changed: what is loaded of it goes when its requests have ended"
+                message = f"{replica.model}'s file has changed; the loaded replica stops when its requests have ended"
                 self._out.announce("model_changed", message, replica=replica)
                 self.fleet.retire(replica, "its file has changed")
         if changes.unread:
@@ -178,7 +178,7 @@ class SchedulerCore:
             self.fleet.lose_node(node)
             self._dispatch.read_ahead_ended(event.node_id)
             self._dispatch.look_again()
-            self._out.announce("node_lost", f"{node.facts.hostname} is gone: {event.reason}")
+            self._out.announce("node_lost", f"{node.facts.hostname} is lost: {event.reason}")
 
     def _device_sampled(self, event: ev.DeviceSampled) -> None:
         before = self.inventory.device(event.reading.device_id)
@@ -264,7 +264,7 @@ class SchedulerCore:
     def _clients_lost(self) -> None:
         for waiting in list(self.queue):
             self._dispatch.refusals.refuse(
-                waiting, Unavailable("the gateway was restarted; ask again", retry_after_s=1.0)
+                waiting, Unavailable("the gateway was restarted; try again", retry_after_s=1.0)
             )
         for lease in self.fleet.leases.all():
             self._dispatch.reclaim(lease, self._now)
@@ -286,9 +286,7 @@ class SchedulerCore:
                 waiting, Unavailable(f"{name} was unloaded on request", retry_after_s=1.0, model=name)
             )
         for replica in replicas:
-            self._out.announce(
-                "unload_asked", f"{name} is to be unloaded, once its requests have ended", replica=replica
-            )
+            self._out.announce("unload_asked", f"{name} will be unloaded when its requests have ended", replica=replica)
             self.fleet.retire(replica, "unloaded on request")
         self._dispatch.look_again()
 
@@ -304,7 +302,7 @@ class SchedulerCore:
         if replica is None or replica.state is not ReplicaState.LOADING:
             return  # stopped meanwhile; its ReplicaGone is on the way
         if event.n_ctx < replica.n_ctx:
-            message = f"it came up with {event.n_ctx} tokens of context per slot instead of {replica.n_ctx}"
+            message = f"it loaded with {event.n_ctx} tokens of context per slot instead of {replica.n_ctx}"
             self._failures.failed(ev.ReplicaFailed(event.replica_id, "failed", message), self._now)
             return
         self.fleet.ready(replica, event, self._now)
@@ -321,14 +319,14 @@ class SchedulerCore:
         self._failures.died(ev.ReplicaDied(event.replica_id, "its process is gone", by_itself=False), self._now)
         self.fleet.gone(replica, self._now)
         self._dispatch.look_again()
-        self._out.announce("replica_gone", f"{replica.model} has given its memory back", replica=replica)
+        self._out.announce("replica_gone", f"{replica.model} has freed its memory", replica=replica)
 
     def _replica_adopted(self, event: ev.ReplicaAdopted) -> None:
         node_id = event.placement.node_id
         if event.replica_id in self.replicas:
             return
         if node_id not in self.inventory.nodes or not self.fleet.adopt(event, self._now):
-            self._out.post(cmd.StopReplica(event.replica_id, node_id, "there is no room for it any more"))
+            self._out.post(cmd.StopReplica(event.replica_id, node_id, "there is no longer room for it"))
         self._dispatch.look_again()
 
     # ------------------------------------------------------------------ time
@@ -338,12 +336,12 @@ class SchedulerCore:
         for node in nodes:
             self._dispatch.look_again()
             self.rooms.changed(node.facts.node_id)
-            self._out.announce("node_silent", f"{node.facts.hostname} gets nothing new: {node.trouble}")
+            self._out.announce("node_silent", f"no new models on {node.facts.hostname}: {node.trouble}")
         for device in devices:
             self._dispatch.look_again()
             self.rooms.changed(device.facts.node_id)
             label = self.inventory.label(device.facts.device_id)
-            self._out.announce("gpu_silent", f"{label} gets nothing new: {device.trouble}")
+            self._out.announce("gpu_silent", f"no new models on {label}: {device.trouble}")
         for lease in self.fleet.leases.expired(self._now):
             message = f"the lease of request {lease.request_id} was not renewed in time"
             self._out.announce("lease_expired", message, replica=self.replicas[lease.replica_id])

@@ -91,12 +91,17 @@ class ModelRequest(BaseModel):
     priority: int | None = Field(default=None, ge=-10, le=10)
 
     def need(
-        self, request: GenerateRequest | EmbedRequest, kind: Literal["generate", "embed"], key: str, prefix: str = ""
+        self,
+        request_id: str,
+        request: GenerateRequest | EmbedRequest,
+        kind: Literal["generate", "embed"],
+        key: str,
+        prefix: str = "",
     ) -> AcquireRequest:
         """The slot that `request` needs. `key`: the name of the API key that it came with; `prefix`: what its prompt
         begins with, as a hash."""
         return AcquireRequest(
-            RequestId(request.request_id), self.model, self.n_ctx, kind, self.deadline_s, self.priority, key, prefix,
+            RequestId(request_id), self.model, self.n_ctx, kind, self.deadline_s, self.priority, key, prefix,
             fingerprint_of(self.model, request),
         )  # fmt: skip
 
@@ -126,14 +131,13 @@ class SamplingRequest(ModelRequest):
         if self.n not in (None, 1):
             raise _refused("n", "Arriero gives one answer per request; send several requests")
         request = GenerateRequest(
-            request_id,
             content_of(**content, json_schema=self._json_schema()),
             max_tokens=self._token_limit(),
             stop=self._stops(),
             sampling=self._sampling(),
         )
         include_usage = self.stream_options is not None and self.stream_options.include_usage
-        need = self.need(request, "generate", key, _prefix_of(beginning))
+        need = self.need(request_id, request, "generate", key, _prefix_of(beginning))
         return Ask(need, request, bool(self.stream), include_usage)
 
     def _token_limit(self) -> int | None:
@@ -228,8 +232,8 @@ class EmbeddingsRequest(ModelRequest):
         inputs = _texts_or_tokens("input", self.input)
         if len(inputs) > MAX_INPUTS:
             raise _refused("input", f"{len(inputs)} inputs; at most {MAX_INPUTS} are allowed in one request")
-        request = EmbedRequest(request_id, content_of(inputs=inputs))
-        return Ask(self.need(request, "embed", key), request, encoding_format=self.encoding_format)
+        request = EmbedRequest(content_of(inputs=inputs))
+        return Ask(self.need(request_id, request, "embed", key), request, encoding_format=self.encoding_format)
 
 
 Form = Literal["chat", "text", "embed"]

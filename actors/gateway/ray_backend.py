@@ -102,7 +102,7 @@ class RayBackend:
 
     async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         runner = await self._runner(lease)
-        request = replace(request, request_id=lease.lease_id)  # a restarted scheduler finds its leases at the runners
+        request = replace(request, lease_id=lease.lease_id)  # a restarted scheduler finds its leases at the runners
         items = runner.generate.remote(request)
         running = True
         try:
@@ -121,17 +121,17 @@ class RayBackend:
             if running:
                 # Ray's cancel takes effect at the next token; the runner's own also reaches into a long prompt.
                 ray.cancel(items)
-                runner.cancel.remote(request.request_id)
+                runner.cancel.remote(lease.lease_id)
 
     async def embed(self, lease: Grant, request: EmbedRequest) -> EmbedResult:
         runner = await self._runner(lease)
-        request = replace(request, request_id=lease.lease_id)
+        request = replace(request, lease_id=lease.lease_id)
         try:
             result: EmbedResult | ArrieroError = await runner.embed.remote(request)
         except RayError as error:
             raise self._engine_failure(lease, error) from error
         except asyncio.CancelledError:
-            runner.cancel.remote(request.request_id)
+            runner.cancel.remote(lease.lease_id)
             raise
         if isinstance(result, ArrieroError):
             raise result

@@ -60,7 +60,7 @@ class Engine:
     @property
     def active_requests(self) -> tuple[str, ...]:
         """Ids of the requests running or waiting."""
-        return tuple(dict.fromkeys(job.request_id for job in self._batcher.jobs()))
+        return tuple(dict.fromkeys(job.lease_id for job in self._batcher.jobs()))
 
     def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
         """Streams the answer; the last chunk has the finish reason and the counts.
@@ -91,7 +91,7 @@ class Engine:
                 n_ctx=self.n_ctx_per_slot,
             )
         return Generation(
-            request.request_id,
+            request.lease_id,
             prompt,
             self._model.sampler(request.sampling),
             TextStream(request.stop + prepared.stops),
@@ -119,7 +119,7 @@ class Engine:
             if len(prompt) > limit:
                 raise Rejected(f"input {index} is {len(prompt)} tokens; at most {limit} can be embedded at once")
         # One after the other: a request has one lease, and takes no more slots than one.
-        vectors = tuple(self._vector(Embedding(request.request_id, prompt)) for prompt in prompts)
+        vectors = tuple(self._vector(Embedding(request.lease_id, prompt)) for prompt in prompts)
         return EmbedResult(vectors, sum(map(len, prompts)))
 
     def _vector(self, job: Embedding) -> Sequence[float]:
@@ -129,11 +129,11 @@ class Engine:
                 return vector
         finally:
             self._batcher.cancel(job)
-        raise EngineFailed(f"request {job.request_id} was cancelled")
+        raise EngineFailed(f"the request of lease {job.lease_id} was cancelled")
 
-    def cancel(self, request_id: str) -> bool:
+    def cancel(self, lease_id: str) -> bool:
         """Ends a request within one token: its stream stops without a last chunk. False when it is not running."""
-        jobs = [job for job in self._batcher.jobs() if job.request_id == request_id]
+        jobs = [job for job in self._batcher.jobs() if job.lease_id == lease_id]
         for job in jobs:
             self._batcher.cancel(job)
         return bool(jobs)

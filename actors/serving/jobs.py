@@ -40,8 +40,8 @@ class Constraint(Protocol):
 class Job(Generic[Result]):
     """What generations and embeddings have in common."""
 
-    def __init__(self, request_id: str, prompt: list[int]) -> None:
-        self.request_id = request_id
+    def __init__(self, lease_id: str, prompt: list[int]) -> None:
+        self.lease_id = lease_id
         self.prompt = prompt
         self.cancelled = False
         self._results: SimpleQueue[Result | BaseException | None] = SimpleQueue()
@@ -69,14 +69,14 @@ class Generation(Job[Chunk]):
 
     def __init__(
         self,
-        request_id: str,
+        lease_id: str,
         prompt: list[int],
         sampler: Sampler,
         text: TextStream,
         max_tokens: int,
         constraint: Constraint | None = None,
     ) -> None:
-        super().__init__(request_id, prompt)
+        super().__init__(lease_id, prompt)
         self.sampler: Any = sampler
         self.constraint = constraint
         self.choosing = False
@@ -147,8 +147,8 @@ class Generation(Job[Chunk]):
 class Embedding(Job["array[float]"]):
     """One text to embed. `total` sums the token vectors seen so far (or is the pooled one)."""
 
-    def __init__(self, request_id: str, prompt: list[int]) -> None:
-        super().__init__(request_id, prompt)
+    def __init__(self, lease_id: str, prompt: list[int]) -> None:
+        super().__init__(lease_id, prompt)
         self.total: Any = None
 
     def add(self, vectors: Any) -> None:

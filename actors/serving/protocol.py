@@ -79,10 +79,11 @@ def content_of(**parts: object) -> bytes:
 class GenerateRequest:
     """`content` is what the answer is made from, as JSON: {"messages": [...]} (rendered through the model's chat
     template) or {"prompt": a text or token ids} (as it is), never both; and, where the answer must follow one,
-    {"json_schema": {...}} (empty: any JSON object). It may be large, and only the preparer opens it."""
+    {"json_schema": {...}} (empty: any JSON object). It may be large, and only the preparer opens it. The runner knows
+    the request by its lease."""
 
-    request_id: str
     content: bytes
+    lease_id: str = ""
     max_tokens: int | None = None  # None: until end of generation or the context is full
     stop: tuple[str, ...] = ()
     sampling: Sampling = Sampling()
@@ -104,8 +105,8 @@ class Chunk:
 class EmbedRequest:
     """`content` as JSON: {"inputs": texts or lists of token ids}."""
 
-    request_id: str
     content: bytes
+    lease_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

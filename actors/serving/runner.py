@@ -160,9 +160,9 @@ class Runner:
         """Embeds the inputs. Raises ArrieroError."""
         return self._ready_engine().embed(request)
 
-    def cancel(self, request_id: str) -> bool:
+    def cancel(self, lease_id: str) -> bool:
         """Ends a request that runs or waits here, in the middle of its prompt too. False when there is none."""
-        return self._engine is not None and self._engine.cancel(request_id)
+        return self._engine is not None and self._engine.cancel(lease_id)
 
     def set_threads(self, n_threads: int) -> None:
         """CPU threads from the next token on: the scheduler divides a node's cores anew when replicas come and go."""
@@ -305,8 +305,8 @@ class RunnerActor:
         return _as_value(lambda: self._runner.embed(request))
 
     @ray.method(concurrency_group="ctl")
-    def cancel(self, request_id: str) -> bool:
-        return self._runner.cancel(request_id)
+    def cancel(self, lease_id: str) -> bool:
+        return self._runner.cancel(lease_id)
 
     @ray.method(concurrency_group="ctl")
     def set_threads(self, n_threads: int) -> ArrieroError | None:

@@ -85,7 +85,7 @@ def _explained(candidate: LayoutFamily, here: Situation, idle: Mapping[ReplicaId
         host = f"needs {format_bytes(plain.host_bytes)} of host RAM; "
         host += f"{format_bytes(max(0, now.host_bytes))} free beyond the reserve"
         if later.host_bytes > now.host_bytes:
-            host += f", {format_bytes(max(0, later.host_bytes))} after evicting whoever is idle"
+            host += f", {format_bytes(max(0, later.host_bytes))} after evicting idle replicas"
         parts.append(host)
     if plain.computes_on_cpu and now.cpu_seats < 1:
         parts.append(f"all {node.facts.physical_cores} CPU cores are booked by other replicas")

@@ -142,8 +142,8 @@ class FakeRunner:
     def set_threads(self, n_threads: int) -> None:
         self.n_threads = n_threads
 
-    def cancel(self, request_id: str) -> bool:
-        self.cancelled.append(request_id)
+    def cancel(self, lease_id: str) -> bool:
+        self.cancelled.append(lease_id)
         return True
 
 

@@ -178,7 +178,7 @@ class FakeRay:
         for module in ("effects", "runners", "nodes", "survivors", "scheduler"):
             monkeypatch.setattr(f"actors.{module}.ray", self)
         classes: dict[str, Callable[..., Handle]] = {
-            "runners.RunnerActor": lambda options: self.add_runner(*_named_where(options)),
+            "spares.RunnerActor": lambda options: self.add_runner(*_named_where(options)),
             "nodes.NodeActor": lambda options, node_id, settings, scheduler: self.add_node(node_id, scheduler),
             "nodes.GpuActor": lambda options, facts, scheduler: self.add_gpu(facts, scheduler),
         }

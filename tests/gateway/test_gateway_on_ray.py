@@ -127,7 +127,7 @@ class ScriptedRunner:
                 yield Chunk(word)
             yield Chunk("", "stop", 1, 0, 2)
         finally:
-            self.ended.append(request.request_id)
+            self.ended.append(request.lease_id)
 
     @ray.method(concurrency_group="gen")
     def embed(self, request: EmbedRequest) -> Any:
@@ -137,12 +137,12 @@ class ScriptedRunner:
         return EmbedResult(tuple((1.0,) for _ in inputs), 3)
 
     @ray.method(concurrency_group="ctl")
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, lease_id: str) -> None:
         pass
 
     @ray.method(concurrency_group="ctl")
-    def has_ended(self, request_id: str) -> bool:
-        return request_id in self.ended
+    def has_ended(self, lease_id: str) -> bool:
+        return lease_id in self.ended
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_unsafe_and_impossible_addresses_fail_at_creation(here: Service) -> None
 def test_a_runner_that_is_not_there(here: Service) -> None:
     async def ask() -> None:
         lease = Grant(LeaseId("l"), ReplicaId("nobody"), "runner-nobody", MODEL, 60.0, 4096)
-        async for _ in here.backend.generate(lease, GenerateRequest("q", content_of(prompt="x"))):
+        async for _ in here.backend.generate(lease, GenerateRequest(content_of(prompt="x"))):
             pass
 
     with pytest.raises(EngineFailed, match="replica nobody of tiny is gone"):

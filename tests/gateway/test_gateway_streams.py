@@ -236,7 +236,7 @@ def test_leases_are_renewed_while_they_are_used() -> None:
 
     async def scenario() -> None:
         relay = Relay(backend)
-        async for _ in relay.generate(need(), GenerateRequest("q1", content_of(prompt="x"))):
+        async for _ in relay.generate(need(), GenerateRequest(content_of(prompt="x"))):
             pass
         relay.close()
 
@@ -261,10 +261,8 @@ def test_a_scheduler_that_is_away_does_not_spoil_the_answer() -> None:
 
     async def scenario() -> str:
         relay = Relay(backend)
-        text = "".join(
-            [chunk.text async for chunk in relay.generate(need(), GenerateRequest("q1", content_of(prompt="x")))]
-        )
-        await relay.embed(need(), EmbedRequest("q1", content_of(inputs=["x"])))
+        text = "".join([chunk.text async for chunk in relay.generate(need(), GenerateRequest(content_of(prompt="x")))])
+        await relay.embed(need(), EmbedRequest(content_of(inputs=["x"])))
         relay.close()
         return text
 

@@ -83,7 +83,7 @@ def ask() -> Callable[..., GenerateRequest]:
         if "prompt" not in content:
             content.setdefault("messages", [{"role": "user", "content": text}])
         sampling = given.pop("sampling", Sampling(temperature=0))
-        given = {"request_id": "r", "max_tokens": 30, "sampling": sampling, **given}
+        given = {"lease_id": "r", "max_tokens": 30, "sampling": sampling, **given}
         return GenerateRequest(content=content_of(**content), **given)
 
     return make

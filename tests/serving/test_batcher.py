@@ -218,7 +218,7 @@ def test_waiting_jobs_are_served_in_order(running: Any) -> None:
     jobs = [job([index + 1], 1, name=str(index)) for index in range(5)]
     for one in jobs:
         batcher.submit(one)
-    assert [one.request_id for one in batcher.jobs()] == ["0", "1", "2", "3", "4"]
+    assert [one.lease_id for one in batcher.jobs()] == ["0", "1", "2", "3", "4"]
     model.pause.set()
     for one in jobs:
         list(one.results())

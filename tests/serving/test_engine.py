@@ -112,7 +112,7 @@ def test_answers_of_several_at_once_are_those_of_each_alone(
     answers: dict[int, str] = {}
 
     def listen(index: int) -> None:
-        answers[index] = text(shared, ask(questions[index], request_id=str(index)))
+        answers[index] = text(shared, ask(questions[index], lease_id=str(index)))
 
     threads = [threading.Thread(target=listen, args=(index,)) for index in range(len(questions))]
     for thread in threads:
@@ -231,17 +231,17 @@ def test_refuses_what_it_cannot_do_before_taking_a_slot(
 
 def test_closing_the_iterator_frees_the_slot(sample: Any, engine: Any, ask: Any) -> None:
     loaded = engine(sample("llama"), n_ctx=4096)
-    stream = loaded.generate(ask(request_id="long", max_tokens=None))
+    stream = loaded.generate(ask(lease_id="long", max_tokens=None))
     next(stream)
     assert loaded.active_requests == ("long",)
     stream.close()
-    assert text(loaded, ask(request_id="next"))  # there is only one slot
+    assert text(loaded, ask(lease_id="next"))  # there is only one slot
     assert loaded.active_requests == ()
 
 
 def test_cancel_by_name_ends_the_stream_without_a_last_chunk(sample: Any, engine: Any, ask: Any) -> None:
     loaded = engine(sample("llama"), n_ctx=4096)
-    stream = loaded.generate(ask(request_id="long", max_tokens=None))
+    stream = loaded.generate(ask(lease_id="long", max_tokens=None))
     first = next(stream)
     assert loaded.cancel("long")
     assert all(chunk.finish_reason is None for chunk in [first, *stream])
@@ -253,7 +253,7 @@ def test_a_long_prompt_on_the_cpu_is_aborted_in_its_midst(sample: Any, engine: A
     path = sample("llama", n_layer=6, n_embd=512, n_ff=2048)
     loaded = engine(path, n_ctx=8192, n_batch=8192, n_ubatch=8192)
     results: list[Any] = []
-    stream = loaded.generate(ask(prompt=tuple([5] * 8000), request_id="long"))
+    stream = loaded.generate(ask(prompt=tuple([5] * 8000), lease_id="long"))
     thread = threading.Thread(target=lambda: results.extend(stream))
     thread.start()
     while not loaded.cancel("long"):
@@ -267,7 +267,7 @@ def test_embeddings_are_of_length_one_and_of_the_text(sample: Any, engine: Any, 
     for kind, extra in (("llama", {"embeddings": True}), ("llama", {}), ("mamba", {"embeddings": True})):
         loaded = engine(sample(kind), n_seq_max=2, n_ctx=1024, **extra)
         before = text(loaded, ask())
-        result = loaded.embed(EmbedRequest("e", content_of(inputs=("the salt", "the salt", "a bell " * 30))))
+        result = loaded.embed(EmbedRequest(content_of(inputs=("the salt", "the salt", "a bell " * 30))))
         one, same, other = result.vectors
         assert one == pytest.approx(same)
         assert sum(a * b for a, b in zip(one, other, strict=True)) < 0.99
@@ -276,7 +276,7 @@ def test_embeddings_are_of_length_one_and_of_the_text(sample: Any, engine: Any, 
         assert result.prompt_tokens > 50
         assert text(loaded, ask()) == before
         with pytest.raises(Rejected, match="at most 512"):
-            loaded.embed(EmbedRequest("e", content_of(inputs=("x" * 600,))))
+            loaded.embed(EmbedRequest(content_of(inputs=("x" * 600,))))
 
 
 def test_a_request_of_many_texts_takes_one_slot_at_a_time(sample: Any, engine: Any, ask: Any) -> None:
@@ -289,7 +289,7 @@ def test_a_request_of_many_texts_takes_one_slot_at_a_time(sample: Any, engine: A
         running.append(len(loaded._batcher.jobs()))
 
     loaded._batcher.submit = counting
-    result = loaded.embed(EmbedRequest("e", content_of(inputs=["the salt"] * 20)))
+    result = loaded.embed(EmbedRequest(content_of(inputs=["the salt"] * 20)))
     assert len(result.vectors) == 20 and max(running) == 1
 
 

@@ -57,21 +57,21 @@ class FakeEngine:
         assert pickle.loads(pickle.dumps(request)) == request
         if request.max_tokens == 0:
             raise Rejected("no tokens")
-        return self._stream(request.request_id)
+        return self._stream(request.lease_id)
 
-    def _stream(self, request_id: str) -> Iterator[Chunk]:
+    def _stream(self, lease_id: str) -> Iterator[Chunk]:
         try:
             for word in ("salt ", "and ", "wool"):
                 yield pickle.loads(pickle.dumps(Chunk(word)))
             yield Chunk("", "stop", 3, 0, 3)
         finally:
-            self.cancelled.append(request_id)
+            self.cancelled.append(lease_id)
 
     def embed(self, request: EmbedRequest) -> EmbedResult:
         return EmbedResult(((1.0,),) * len(json.loads(request.content)["inputs"]), 1)
 
-    def cancel(self, request_id: str) -> bool:
-        return request_id == "known"
+    def cancel(self, lease_id: str) -> bool:
+        return lease_id == "known"
 
     def set_threads(self, n_threads: int) -> None:
         self.threads.append(n_threads)
@@ -160,10 +160,10 @@ def test_a_failed_load_is_a_value_and_the_end_of_the_replica(
 
 def test_streams_and_passes_refusals_on(spec: Any, ask: Any) -> None:
     runner, engine = ready(spec("m.gguf"))
-    assert "".join(chunk.text for chunk in runner.generate(ask(request_id="a"))) == "salt and wool"
+    assert "".join(chunk.text for chunk in runner.generate(ask(lease_id="a"))) == "salt and wool"
     with pytest.raises(Rejected, match="no tokens"):
         list(runner.generate(ask(max_tokens=0)))
-    assert runner.embed(EmbedRequest("e", content_of(inputs=["x", "y"]))).vectors == ((1.0,), (1.0,))
+    assert runner.embed(EmbedRequest(content_of(inputs=["x", "y"]))).vectors == ((1.0,), (1.0,))
     assert runner.cancel("known")
     assert not runner.cancel("unknown")
     assert engine.cancelled == ["a"]
@@ -171,7 +171,7 @@ def test_streams_and_passes_refusals_on(spec: Any, ask: Any) -> None:
 
 def test_closing_the_stream_closes_the_engines(spec: Any, ask: Any) -> None:
     runner, engine = ready(spec("m.gguf"))
-    stream = runner.generate(ask(request_id="a"))
+    stream = runner.generate(ask(lease_id="a"))
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert engine.cancelled == ["a"]

@@ -83,7 +83,7 @@ def test_expected_failures_are_values(start: Any, spec: Any, sample: Any, ask: A
     (refusal,) = hear(runner.generate.remote(ask(prompt=(1,) * 9999)))
     assert isinstance(refusal, Rejected)
     assert refusal.details["prompt_tokens"] == 9999
-    assert isinstance(got(runner.embed.remote(EmbedRequest("e", content_of(inputs=["x" * 9999])))), Rejected)
+    assert isinstance(got(runner.embed.remote(EmbedRequest(content_of(inputs=["x" * 9999])))), Rejected)
     assert isinstance(got(runner.set_threads.remote(0)), Rejected)
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF")
@@ -98,7 +98,7 @@ def test_answers_questions_while_it_streams_and_stops_when_cancelled(
     runner = start()
     got(runner.load.remote("r", spec(sample("llama"), n_ctx=8192)))
     for cancel in ("stream", "name"):
-        stream = runner.generate.remote(ask(request_id="long", max_tokens=None))
+        stream = runner.generate.remote(ask(lease_id="long", max_tokens=None))
         assert isinstance(got(next(stream)), Chunk)
         assert got(runner.describe.remote()).active_requests == ("long",)
         if cancel == "stream":
@@ -112,6 +112,6 @@ def test_answers_questions_while_it_streams_and_stops_when_cancelled(
 def test_more_callers_than_slots_are_all_served(start: Any, spec: Any, sample: Any, ask: Any) -> None:
     runner = start()
     got(runner.load.remote("r", spec(sample("llama"), n_seq_max=2, n_ctx=1024)))
-    streams = [runner.generate.remote(ask(request_id=str(index))) for index in range(8)]
+    streams = [runner.generate.remote(ask(lease_id=str(index))) for index in range(8)]
     answers = {"".join(item.text for item in hear(stream) if isinstance(item, Chunk)) for stream in streams}
     assert len(answers) == 1
