@@ -61,6 +61,20 @@ def test_a_larger_context_replaces_an_idle_smaller_replica() -> None:
     assert s.evicted() == ["small"] and s.states("small") == ["ready"]
 
 
+def test_requests_for_more_and_more_context_load_a_model_a_few_times() -> None:
+    s = Scenario([gpu("2GiB")], ONE, catalogue={"defaults": {"n_ctx": 1024}})
+    granted = [s.grants[s.run("small", n_ctx=n_ctx)].n_ctx for n_ctx in range(1000, 9000, 250)]
+    assert granted == sorted(granted) and set(granted) == {1024, 2048, 4096, 8192, 16384}
+    assert len(s.started) == 5
+
+
+def test_a_context_is_not_rounded_up_where_there_is_no_room_for_more() -> None:
+    s = Scenario([gpu("400MiB")], ONE, catalogue={"defaults": {"n_ctx": 1024, "spill": False}})
+    most = next(n for n in range(32768, 0, -256) if s.core.plan("small", n, s.now).choice.verdict == "free")
+    assert most & (most - 1)  # else this machine shows nothing
+    assert s.grants[s.run("small", n_ctx=most - 256)].n_ctx in (most - 256, most)
+
+
 def test_a_larger_context_is_loaded_beside_a_busy_smaller_replica() -> None:
     s = Scenario([gpu("2GiB")], ONE)
     small = s.ask("small", n_ctx=1024)
