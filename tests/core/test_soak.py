@@ -22,7 +22,7 @@ SEED = 7
 def test_no_invariant_breaks(phase: int) -> None:
     tally = run_phase(SEED, phase, EVENTS // len(POLICIES))
     assert tally.events >= EVENTS // len(POLICIES)
-    assert tally.grants and tally.refused and tally.cold_loads, "it has tried too little"
+    assert tally.grants and tally.cold_loads, "it has tried too little"
 
 
 def test_a_core_that_forgets_a_request_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
