@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -168,7 +169,7 @@ def ask(
     """What llama.cpp says about each case, all in one process. `targets`: which models are drafts, and for whom.
 
     `adapters`: the LoRA adapters of models. `mtp`: the context is one for the prediction layers.
-    Raises AssertionError with llama.cpp's last words when it ends the process.
+    Raises Ended when llama.cpp ends the process.
     """
     request = {
         "real": real,
@@ -189,19 +190,37 @@ def ask(
         ],
     }
     program = Path(__file__).with_name("llama_truth.py")
-    done = subprocess.run(
-        [sys.executable, str(program)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    for line in done.stdout.splitlines():
-        if line.startswith("ANSWERS "):
-            answers: list[Truth] = json.loads(line.removeprefix("ANSWERS "))
-            return answers
-    raise AssertionError(f"llama.cpp ended with {done.returncode}: {done.stderr[-800:]}")
+    try:
+        done = subprocess.run(
+            [sys.executable, str(program)],
+            input=json.dumps(request).encode(),
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            check=False,
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
+    except subprocess.TimeoutExpired as late:
+        raise Ended(f"llama.cpp took more than {TIMEOUT_S:.0f} s", _answers(late.stdout or b"")) from None
+    answers = _answers(done.stdout)
+    if len(answers) < len(cases):
+        words = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        asserted = [line[line.index("GGML_ASSERT") :] for line in words if "GGML_ASSERT" in line]
+        why = " ".join(asserted[:1] or words[-1:])
+        raise Ended(f"llama.cpp ended with {done.returncode}: {why}", answers)
+    return answers
+
+
+def _answers(output: bytes) -> list[Truth]:
+    lines = output.decode("utf-8", "replace").splitlines()
+    return [json.loads(line.removeprefix("ANSWER ")) for line in lines if line.startswith("ANSWER ")]
+
+
+class Ended(AssertionError):
+    """llama.cpp ended the process over a case; `answers` are about those before it."""
+
+    def __init__(self, why: str, answers: list[Truth]) -> None:
+        super().__init__(why)
+        self.answers = answers
 
 
 Ask = Callable[..., list[Truth]]
@@ -209,19 +228,19 @@ Ask = Callable[..., list[Truth]]
 
 
 def ask_apart(paths: Mapping[str, Path], cases: Sequence[Case], ask: Ask, **how: Any) -> list[Truth]:
-    """`ask`, but where llama.cpp ends the process over a model, only the answers about that model are errors."""
-    try:
-        return ask(paths, cases, **how)
-    except (AssertionError, subprocess.TimeoutExpired) as error:
-        names = list(dict.fromkeys(name for name, _, _ in cases))
-        if len(names) == 1:
-            return [{"error": str(error)} for _ in cases]
-        half = set(names[: len(names) // 2])
-        found: dict[bool, list[Truth]] = {
-            first: ask_apart(paths, [case for case in cases if (case[0] in half) is first], ask, **how)
-            for first in (True, False)
-        }
-        return [found[case[0] in half].pop(0) for case in cases]
+    """`ask`, but where llama.cpp ends the process over a model, its remaining cases are errors and the others go on.
+
+    The cases of a model follow each other.
+    """
+    answers: list[Truth] = []
+    while rest := cases[len(answers) :]:
+        try:
+            answers += ask(paths, rest, **how)
+        except Ended as ended:
+            answers += ended.answers
+            name = cases[len(answers)][0]
+            answers += [{"error": str(ended)} for case in cases[len(answers) :] if case[0] == name]
+    return answers
 
 
 # ---------------------------------------------------------------------- comparing

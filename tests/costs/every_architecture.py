@@ -37,7 +37,10 @@ _HYBRID_BY_HEADS = {name for name, row in ROWS.items() if row.family in ("by hea
 _LISTED_WINDOWS = {name for name, row in ROWS.items() if row.window and row.window.period is None}
 _DELTA_NETS = {name for name, row in ROWS.items() if row.family == "by interval" and row.state == "grouped ssm"}
 _MANY_KV_HEADS = frozenset(
-    "rwkv6 rwkv7 arwkv7 rwkv6qwen2 phi2 mpt gpt2 bloom baichuan qwen plm deepseek2-ocr minicpm3 t5 t5encoder".split()
+    """
+    rwkv6 rwkv7 arwkv7 rwkv6qwen2 phi2 mpt gpt2 bloom baichuan qwen plm deepseek2-ocr minicpm3 t5 t5encoder dots1 olmoe
+    jina-bert-v2
+    """.split()
 )
 """Architectures without grouped heads."""
 _ONE_WIDTH = frozenset("phimoe dbrx olmoe arctic hunyuan-moe minimax-m2 minimax-01".split())

@@ -1,6 +1,6 @@
 """A program that asks the installed llama.cpp how many bytes it allocates, or would; run by `comparison`.
 
-Reads a request (JSON) as its argument and prints one answer per case. It runs as a process of its own, because
+Reads a request (JSON) and prints one answer per case, as soon as it has it. It runs as a process of its own, because
 llama.cpp ends the process on some inputs and cannot forget a device. RPC devices are loopback servers that this program
 starts itself; they size tensors as host RAM does.
 
@@ -25,7 +25,9 @@ import llama_cpp
 LIBRARY = llama_cpp.llama_cpp._lib
 P, SIZE = c.c_void_p, c.c_size_t
 SERVER = """
-import ctypes as c, sys, llama_cpp
+import ctypes as c, sys
+c.CDLL(None).prctl(1, 9)  # ends with its parent, whatever ends that
+import llama_cpp
 lib = llama_cpp.llama_cpp._lib
 llama_cpp.llama_backend_init()
 by_type = lib["ggml_backend_dev_by_type"]; by_type.restype, by_type.argtypes = c.c_void_p, [c.c_int]
@@ -196,12 +198,12 @@ def main() -> None:
     try:
         for endpoint in endpoints:
             connect(endpoint)
-        answers = [answer(request, case, log, endpoints) for case in request["cases"]]
+        for case in request["cases"]:
+            print("ANSWER " + json.dumps(answer(request, case, log, endpoints)), flush=True)
     finally:
         for server in servers:
             server.kill()
             server.wait()
-    print("ANSWERS " + json.dumps(answers), flush=True)
     os._exit(0)  # llama.cpp would wait for servers that are gone
 
 

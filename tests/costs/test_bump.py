@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison import CONTEXTS, Case, Finding, Findings, Truth, ask_apart, on_devices, outcomes, places
+from comparison import CONTEXTS, Case, Ended, Finding, Findings, Truth, ask_apart, on_devices, outcomes, places
 from gguf_shapes import SMALL, write_model
 
 from scheduler.costs import checked
@@ -131,19 +131,23 @@ def test_drift_of_an_architecture_whose_bound_leaks_does_not_pass() -> None:
 
 
 def test_a_process_that_ends_costs_the_answers_about_one_model(paths: dict[str, Path]) -> None:
-    asked: list[int] = []
-
     def ask(_: object, cases: Sequence[Case], **how: Any) -> list[Truth]:
         asked.append(len(cases))
-        if any(name == "gemma3" for name, _, _ in cases):
-            raise AssertionError("llama.cpp ended with -6")
-        return [{"name": name, "devices": len(layout.devices)} for name, layout, _ in cases]
+        answers = []
+        for name, layout, _ in cases:
+            if name == "gemma3" and layout.devices:
+                raise Ended("llama.cpp ended with -6", answers)
+            answers.append({"name": name, "devices": len(layout.devices)})
+        return answers
 
-    answers = ask_apart(paths, CASES, ask)
-    assert [answer.get("name") for answer in answers] == ["llama", "llama", None, None, "xverse", "xverse"]
-    assert [answer["devices"] for answer in answers if "devices" in answer] == [0, 2, 0, 2]
-    assert answers[2] == {"error": "llama.cpp ended with -6"}
-    assert sum(asked) <= 3 * len(CASES)
+    asked: list[int] = []
+    third = ("gemma3", on_devices(1, 1), CONTEXTS[1])
+    cases = [*CASES[:4], third, *CASES[4:]]
+    answers = ask_apart(paths, cases, ask)
+    ended = {"error": "llama.cpp ended with -6"}
+    assert [answer.get("name") for answer in answers] == ["llama", "llama", "gemma3", None, None, "xverse", "xverse"]
+    assert answers[3:5] == [ended, ended]
+    assert asked == [7, 2]
 
 
 def test_what_gives_no_figures_does_not_pass(shapes: dict[str, ModelShape]) -> None:
