@@ -1,32 +1,11 @@
-"""What the gateway asks the scheduler for, and gets: records that cross a process border, frozen and picklable."""
+"""What the gateway gets from the scheduler for a request, and gives back: frozen and picklable."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from scheduler.costs.paces import Pace
-from scheduler.units import LeaseId, ReplicaId, RequestId
-
-
-@dataclass(frozen=True, slots=True)
-class AcquireRequest:
-    """A request for a slot. `n_ctx`: tokens that the slot must hold (None: what the catalogue says).
-
-    `deadline_s`: seconds the caller will wait for a slot from now on (None: as long as it takes). `priority`: None is
-    the model's. `key`: the name of the API key. `prefix`: a hash of what the prompt begins with. `fingerprint`: a hash
-    of all that is asked: a request that ends runners is known by it when it comes again.
-    """
-
-    request_id: RequestId
-    model: str
-    n_ctx: int | None = None
-    kind: Literal["generate", "embed", "load"] = "generate"
-    deadline_s: float | None = None
-    priority: int | None = None
-    key: str = ""
-    prefix: str = ""
-    fingerprint: str = ""
+from scheduler.units import LeaseId, ReplicaId
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from actors.answers import Answers
 from actors.devices.node import NodeSettings
 from actors.devices.pulse import LOOP_WITHIN_S, sign_in
 from actors.effects import Effects
-from actors.leasing import AcquireRequest, Grant, TokenCounts
+from actors.leasing import Grant, TokenCounts
 from actors.measurements import MeasurementStore, measurements_path
 from actors.metrics import FootprintMetrics
 from actors.names import NAMESPACE
@@ -202,20 +202,8 @@ class SchedulerActor:
 
     # ------------------------------------------------------------------ what the gateway asks
 
-    async def acquire(self, request: AcquireRequest) -> Grant | ArrieroError:
-        return await self._answers.ask(
-            ev.RequestArrived(
-                request.request_id,
-                request.model,
-                request.kind,
-                request.n_ctx,
-                request.deadline_s,
-                request.priority,
-                request.key,
-                request.prefix,
-                request.fingerprint,
-            )
-        )
+    async def acquire(self, request: ev.RequestArrived) -> Grant | ArrieroError:
+        return await self._answers.ask(request)
 
     async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
         self._post(ev.LeaseReleased(lease_id, failed, usage.pace))
@@ -252,7 +240,7 @@ class SchedulerActor:
         except ArrieroError as error:
             return error
 
-    async def load(self, request: AcquireRequest) -> LoadResult | ArrieroError:
+    async def load(self, request: ev.RequestArrived) -> LoadResult | ArrieroError:
         await self._answers.settled.wait()
         began = time.monotonic()
         if (busy := self._core.busy(request.model, request.n_ctx, began)) is not None:

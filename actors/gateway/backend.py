@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol
 
-from actors.leasing import AcquireRequest, Grant, TokenCounts
+from actors.leasing import Grant, TokenCounts
 from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
+from scheduler.events import RequestArrived
 from scheduler.units import LeaseId, ReplicaId, RequestId
 
 
 class Backend(Protocol):
     """Raises `ArrieroError`s only. A cancelled call leaves nothing behind."""
 
-    async def acquire(self, request: AcquireRequest) -> Grant:
+    async def acquire(self, request: RequestArrived) -> Grant:
         """Wait for a slot, loading the model where needed. Asking twice with one `request_id` replaces the first."""
         ...
 
@@ -49,7 +50,7 @@ class Backend(Protocol):
 
     async def plan(self, model: str, n_ctx: int | None) -> Plan: ...
 
-    async def load(self, request: AcquireRequest) -> LoadResult:
+    async def load(self, request: RequestArrived) -> LoadResult:
         """Wait in the queue until the model is loaded. A load that has begun goes on when the caller leaves."""
         ...
 

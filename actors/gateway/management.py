@@ -14,7 +14,6 @@ from actors.gateway.backend import Backend
 from actors.gateway.reader import Reader
 from actors.gateway.security import key_of
 from actors.gateway.stream import EventStream, event, while_connected
-from actors.leasing import AcquireRequest
 from actors.records import (
     MAX_NAME_LENGTH,
     MAX_TOKENS,
@@ -28,6 +27,7 @@ from actors.records import (
     UnloadRequest,
     UnloadResult,
 )
+from scheduler.events import RequestArrived
 from scheduler.units import RequestId
 
 Name = Annotated[str, Query(min_length=1, max_length=MAX_NAME_LENGTH)]
@@ -57,7 +57,7 @@ def management_routes(backend: Backend, reader: Reader, pulse_s: float) -> APIRo
     async def load(request: Request) -> LoadResult:
         body = await reader.order(request, LoadRequest)
         asked = RequestId(f"load-{secrets.token_hex(12)}")
-        need = AcquireRequest(asked, body.model, body.n_ctx, "load", key=key_of(request))
+        need = RequestArrived(asked, body.model, "load", body.n_ctx, key=key_of(request))
         return await while_connected(request, backend.load(need))
 
     @router.post("/api/v1/unload")

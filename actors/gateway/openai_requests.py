@@ -20,10 +20,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from actors.gateway.bodies import TOLD_LENGTH, checked
 from actors.gateway.errors import clipped
-from actors.leasing import AcquireRequest
 from actors.records import MAX_NAME_LENGTH, MAX_TOKENS
 from actors.serving.protocol import EmbedRequest, GenerateRequest, Sampling, content_of
 from scheduler.errors import Rejected
+from scheduler.events import RequestArrived
 from scheduler.units import RequestId
 
 MAX_STOPS = 32
@@ -55,7 +55,7 @@ _SAMPLING_FIELDS = (
 class Ask:
     """What a body asks for, and all that the gateway needs to know of it. Small, but for the request's content."""
 
-    need: AcquireRequest
+    need: RequestArrived
     request: GenerateRequest | EmbedRequest
     stream: bool = False
     include_usage: bool = False
@@ -97,11 +97,11 @@ class ModelRequest(BaseModel):
         kind: Literal["generate", "embed"],
         key: str,
         prefix: str = "",
-    ) -> AcquireRequest:
+    ) -> RequestArrived:
         """The slot that `request` needs. `key`: the name of the API key that it came with; `prefix`: what its prompt
         begins with, as a hash."""
-        return AcquireRequest(
-            RequestId(request_id), self.model, self.n_ctx, kind, self.deadline_s, self.priority, key, prefix,
+        return RequestArrived(
+            RequestId(request_id), self.model, kind, self.n_ctx, self.deadline_s, self.priority, key, prefix,
             fingerprint_of(self.model, request),
         )  # fmt: skip
 

@@ -17,10 +17,11 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.leasing import AcquireRequest, Grant, TokenCounts
+from actors.leasing import Grant, TokenCounts
 from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
 from scheduler.errors import ArrieroError, EngineFailed, InvariantBroken, Unavailable
+from scheduler.events import RequestArrived
 from scheduler.units import LeaseId, ReplicaId, RequestId
 
 POLL_S = 10.0
@@ -42,7 +43,7 @@ class RayBackend:
         self._namespace = namespace
         self._runners: dict[ReplicaId, ActorHandle[Any]] = {}
 
-    async def acquire(self, request: AcquireRequest) -> Grant:
+    async def acquire(self, request: RequestArrived) -> Grant:
         lease: Grant = await self._ask("acquire", request)
         return lease
 
@@ -67,7 +68,7 @@ class RayBackend:
         plan: Plan = await self._ask("plan", model, n_ctx)
         return plan
 
-    async def load(self, request: AcquireRequest) -> LoadResult:
+    async def load(self, request: RequestArrived) -> LoadResult:
         try:
             result: LoadResult = await self._ask("load", request)
         except asyncio.CancelledError:

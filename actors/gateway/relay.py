@@ -15,9 +15,10 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from actors.gateway.backend import Backend
-from actors.leasing import AcquireRequest, Grant, TokenCounts
+from actors.leasing import Grant, TokenCounts
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
 from scheduler.errors import ArrieroError, EngineFailed
+from scheduler.events import RequestArrived
 from scheduler.units import LeaseId
 
 Answer = TypeVar("Answer")
@@ -35,7 +36,7 @@ class Relay:
         self._leases: dict[LeaseId, Grant] = {}
         self._renewals: asyncio.Task[None] | None = None
 
-    async def generate(self, need: AcquireRequest, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    async def generate(self, need: RequestArrived, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """The answer's chunks as they come. Closing the generator cancels the generation. Raises ArrieroError."""
         replays_left = REPLAYS
         while True:
@@ -52,7 +53,7 @@ class Relay:
                 replays_left -= 1
                 log.warning("replaying %s: %s", need.request_id, error)
 
-    async def generate_whole(self, need: AcquireRequest, request: GenerateRequest) -> list[Chunk]:
+    async def generate_whole(self, need: RequestArrived, request: GenerateRequest) -> list[Chunk]:
         """All chunks of the answer at once. Raises ArrieroError."""
 
         async def attempt() -> list[Chunk]:
@@ -61,11 +62,11 @@ class Relay:
 
         return await self._replayed(need, attempt)
 
-    async def embed(self, need: AcquireRequest, request: EmbedRequest) -> EmbedResult:
+    async def embed(self, need: RequestArrived, request: EmbedRequest) -> EmbedResult:
         """The vectors of `request`. Raises ArrieroError."""
         return await self._replayed(need, lambda: self._embed(need, request))
 
-    async def _replayed(self, need: AcquireRequest, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def _replayed(self, need: RequestArrived, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
         """The first answer of at most `1 + REPLAYS` attempts; nothing of one that failed has reached the client."""
         for replays_left in range(REPLAYS, -1, -1):
             try:
@@ -85,7 +86,7 @@ class Relay:
             fate = ""
         return EngineFailed(f"{error.message}. {fate}", **error.details) if fate else error
 
-    async def _chunks(self, need: AcquireRequest, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    async def _chunks(self, need: RequestArrived, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """One attempt: the chunks that one replica gives, under a lease."""
         lease = await self._acquire(need)
         chunks = self._backend.generate(lease, request)
@@ -106,7 +107,7 @@ class Relay:
             await chunks.aclose()
             await self._release(lease, failed, usage)
 
-    async def _embed(self, need: AcquireRequest, request: EmbedRequest) -> EmbedResult:
+    async def _embed(self, need: RequestArrived, request: EmbedRequest) -> EmbedResult:
         """One attempt."""
         lease = await self._acquire(need)
         failed = False
@@ -126,7 +127,7 @@ class Relay:
         if self._renewals is not None:
             self._renewals.cancel()
 
-    async def _acquire(self, need: AcquireRequest) -> Grant:
+    async def _acquire(self, need: RequestArrived) -> Grant:
         try:
             lease = await self._backend.acquire(need)
         except asyncio.CancelledError:

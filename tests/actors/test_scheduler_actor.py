@@ -23,7 +23,7 @@ from ray.exceptions import ActorDiedError, RaySystemError
 from virtual_time import now_s, play
 
 from actors.devices.node import NodeSettings
-from actors.leasing import AcquireRequest, Grant, TokenCounts
+from actors.leasing import Grant, TokenCounts
 from actors.records import Notice, Status
 from actors.scheduler import SchedulerActor, SchedulerSettings
 from arriero.example_models import Dimensions, write_example_model
@@ -91,7 +91,7 @@ class Stage:
 
     def ask(self, model: str = "ant", name: str = "", **wishes: Any) -> asyncio.Future[Grant | ArrieroError]:
         request_id = RequestId(name or f"q{next(SERIAL)}")
-        return asyncio.ensure_future(self.scheduler.acquire.remote(AcquireRequest(request_id, model, **wishes)))
+        return asyncio.ensure_future(self.scheduler.acquire.remote(ev.RequestArrived(request_id, model, **wishes)))
 
     async def lease(self, model: str = "ant", name: str = "", **wishes: Any) -> Grant:
         answer = await self.ask(model, name, **wishes)
@@ -396,7 +396,7 @@ def test_an_expected_error_is_an_answer() -> None:
     async def scene(stage: Stage) -> None:
         for answer in (
             await stage.ask("unicorn"),
-            await stage.scheduler.load.remote(AcquireRequest(RequestId("load"), "unicorn", kind="load")),
+            await stage.scheduler.load.remote(ev.RequestArrived(RequestId("load"), "unicorn", kind="load")),
             await stage.scheduler.plan.remote("unicorn", None),
             await stage.scheduler.pin.remote("unicorn", True),
             await stage.scheduler.unload.remote("unicorn"),
@@ -411,7 +411,7 @@ def test_an_expected_error_is_an_answer() -> None:
 
 def test_a_model_is_loaded_pinned_and_unloaded_by_hand() -> None:
     async def scene(stage: Stage) -> None:
-        loaded = await stage.scheduler.load.remote(AcquireRequest(RequestId("load"), "ant", kind="load"))
+        loaded = await stage.scheduler.load.remote(ev.RequestArrived(RequestId("load"), "ant", kind="load"))
         [replica] = (await stage.status()).replicas
         assert (loaded.model, loaded.replica_id, replica.active) == ("ant", replica.replica_id, 0)
         await stage.scheduler.pin.remote("ant", True)
@@ -428,7 +428,7 @@ def test_to_load_what_is_loaded_and_busy_does_not_wait() -> None:
     async def scene(stage: Stage) -> None:
         lease = await stage.lease()
         asked_at = now_s()
-        loaded = await stage.scheduler.load.remote(AcquireRequest(RequestId("load"), "ant", kind="load"))
+        loaded = await stage.scheduler.load.remote(ev.RequestArrived(RequestId("load"), "ant", kind="load"))
         assert (loaded.replica_id, loaded.load_s) == (lease.replica_id, 0.0)
         assert now_s() - asked_at < 1.0
 

@@ -53,7 +53,8 @@ def test_decisions_do_not_depend_on_the_order_of_hashes() -> None:
     """Sets of names are walked in another order in every process; what is decided must be the same in all.
 
     In these phases, victims were once stopped in the order of a set."""
-    code = "from benchmarks.soak.__main__ import run_phase; print([run_phase(12, phase, 9_000).checksum for phase in (3, 6)])"
+    imported = "from benchmarks.soak.__main__ import run_phase"
+    code = f"{imported}; print([run_phase(12, phase, 9_000).checksum for phase in (3, 6)])"
     said = [
         subprocess.Popen(
             [sys.executable, "-c", code],

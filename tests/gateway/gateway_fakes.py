@@ -23,7 +23,7 @@ from fastapi import FastAPI
 
 from actors.gateway.app import make_app
 from actors.gateway.server import Server, listen, make_server, url_of
-from actors.leasing import AcquireRequest, Grant, TokenCounts
+from actors.leasing import Grant, TokenCounts
 from actors.records import (
     GpuStatus,
     Health,
@@ -43,6 +43,7 @@ from actors.records import (
 )
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
 from scheduler.errors import ArrieroError, UnknownModel
+from scheduler.events import RequestArrived
 from scheduler.units import GIB, LeaseId, ReplicaId, RequestId
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ class FakeBackend:
         self.note("fate", replica_id)
         return self.fates.get(replica_id, "")
 
-    async def acquire(self, request: AcquireRequest) -> Grant:
+    async def acquire(self, request: RequestArrived) -> Grant:
         self.note("acquire", request)
         if request.model != MODEL:
             raise UnknownModel(f"no model {request.model!r} in the catalogue")
@@ -194,7 +195,7 @@ class FakeBackend:
         victim = PlanVictim(replica_id="r7", model="old", idle_s=9.0, frees={"gpu0": 50})
         return posted(Plan(model=model, verdict="evict", tier="one GPU", shares=[share], victims=[victim], n_ctx=n_ctx))
 
-    async def load(self, request: AcquireRequest) -> LoadResult:
+    async def load(self, request: RequestArrived) -> LoadResult:
         self._fail()
         self.note("load", request.model, request.n_ctx)
         try:

@@ -20,11 +20,12 @@ from gateway_fakes import MODEL, web  # noqa: E402
 from actors.gateway.actor import GatewayActor, GatewaySettings  # noqa: E402
 from actors.gateway.ray_backend import RayBackend  # noqa: E402
 from actors.gateway.server import listen  # noqa: E402
-from actors.leasing import AcquireRequest, Grant  # noqa: E402
+from actors.leasing import Grant  # noqa: E402
 from actors.records import Health, Notice  # noqa: E402
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest, content_of  # noqa: E402
 from arriero import Client  # noqa: E402
 from scheduler.errors import EngineFailed, InvariantBroken, Rejected, Unavailable, UnknownModel  # noqa: E402
+from scheduler.events import RequestArrived  # noqa: E402
 from scheduler.units import LeaseId, ReplicaId, RequestId  # noqa: E402
 
 pytestmark = pytest.mark.ray
@@ -61,7 +62,7 @@ class ScriptedScheduler:
             await self.changed.wait_for(lambda: any(entry[0] == what for entry in self.journal))
         return next(entry for entry in self.journal if entry[0] == what)
 
-    async def acquire(self, request: AcquireRequest) -> Any:
+    async def acquire(self, request: RequestArrived) -> Any:
         await self.note("acquire", request)
         if request.model == "queued":
             await asyncio.Event().wait()
@@ -319,4 +320,4 @@ def test_a_scheduler_that_stays_away(here: Service, monkeypatch: pytest.MonkeyPa
     ray.kill(here.scheduler)  # for good: keep this test the last one
     until(lambda: gone(here.scheduler))  # Ray's kill does not wait, and a last call might still be answered
     with pytest.raises(Unavailable, match="the scheduler does not answer"):
-        asyncio.run(here.backend.acquire(AcquireRequest(RequestId("q"), MODEL)))
+        asyncio.run(here.backend.acquire(RequestArrived(RequestId("q"), MODEL)))

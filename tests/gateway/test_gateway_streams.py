@@ -16,9 +16,9 @@ from gateway_fakes import ANSWER, MODEL, FakeBackend, Gate, serve, web
 from actors.gateway import limits
 from actors.gateway.relay import REPLAYS, Relay
 from actors.gateway.stream import COMMENT
-from actors.leasing import AcquireRequest
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest, content_of
 from scheduler.errors import ArrieroError, EngineFailed, Impossible, Rejected
+from scheduler.events import RequestArrived
 from scheduler.units import RequestId
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -223,8 +223,8 @@ def test_a_client_that_reads_slowly_gets_all(url: str, backend: FakeBackend, mon
 # --- the relay by itself ---
 
 
-def need() -> AcquireRequest:
-    return AcquireRequest(RequestId("q1"), MODEL)
+def need() -> RequestArrived:
+    return RequestArrived(RequestId("q1"), MODEL)
 
 
 def test_leases_are_renewed_while_they_are_used() -> None:
