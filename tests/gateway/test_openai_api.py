@@ -36,7 +36,7 @@ def test_chat(client: openai.OpenAI, backend: FakeBackend) -> None:
     assert reply.usage is not None
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (7, 2, 9)
     assert reply.id.startswith("chatcmpl-") and reply.model == MODEL
-    assert asked(backend).request_id == reply.id
+    assert backend.wait_for("acquire")[0][0].request_id == reply.id
     assert content(asked(backend)) == {"messages": [{"role": "user", "content": "Hi"}]}
     ((_, failed, usage),) = backend.wait_for("release")
     assert not failed and (usage.prompt_tokens, usage.completion_tokens) == (7, 2)
