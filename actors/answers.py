@@ -7,6 +7,7 @@ loop; `post` hands an event to the core.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 
 from actors.leasing import Grant
@@ -15,6 +16,8 @@ from scheduler.errors import ArrieroError, Unavailable
 from scheduler.units import RequestId
 
 Answer = Grant | ArrieroError
+MOST_REMEMBERED = 1024
+"""Cancelled requests that are remembered: Ray may deliver a cancel before its request, but not a thousand others."""
 
 
 class Answers:
@@ -24,6 +27,7 @@ class Answers:
         self.settled = asyncio.Event()
         self._post = post
         self._waiting: dict[RequestId, asyncio.Future[Answer]] = {}
+        self._cancelled: deque[RequestId] = deque(maxlen=MOST_REMEMBERED)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -32,6 +36,8 @@ class Answers:
         """The lease that is granted, or the error that the request is refused with. Asked twice under one id, the first
         is told so, for its caller has given up on it."""
         request_id = arrived.request_id
+        if request_id in self._cancelled:
+            return Unavailable("cancelled", retry_after_s=0.0)
         if self.give(request_id, Unavailable("asked again under the same request id", retry_after_s=0.0)):
             self._post(ev.RequestCancelled(request_id))
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -56,7 +62,9 @@ class Answers:
         return True
 
     def cancel(self, request_id: RequestId) -> None:
-        """Nobody wants the answer any more: the request leaves the queue, or its lease is given back."""
+        """Nobody wants the answer any more: the request leaves the queue, or its lease is given back. A request that
+        comes after its cancel is not asked for."""
+        self._cancelled.append(request_id)
         self.give(request_id, Unavailable("cancelled", retry_after_s=0.0))
         self._post(ev.RequestCancelled(request_id))
 

@@ -7,8 +7,10 @@ it has lost the scheduler too and asks again; and so is a spare, for a new one i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -52,12 +54,12 @@ async def _ask(name: str, namespace: str) -> Survivor | None:
         process: Process = await asyncio.wait_for(actor.process.remote(), ANSWER_TIMEOUT_S)
     except (RayError, asyncio.TimeoutError) as error:
         log.warning("%s does not answer and is ended: %s", name, brief(error))
-        ray.kill(actor, no_restart=True)
+        _end(actor)
         return None
     spec, report = status.spec, status.report
     if status.state != "ready" or report is None or spec is None or spec.placement is None:
         log.info("%s is %s and is ended", name, status.state)
-        ray.kill(actor, no_restart=True)
+        _end(actor)
         return None
     placement = spec.placement
     replica_id = ReplicaId(status.replica_id)
@@ -71,3 +73,8 @@ async def _ask(name: str, namespace: str) -> Survivor | None:
         lease_ids=tuple(map(LeaseId, status.active_requests)),
     )
     return Survivor(RunnerHandle(name, actor, placement.node_id, placement.device_ids, process), adopted)
+
+
+def _end(actor: Any) -> None:
+    with contextlib.suppress(RayError, ValueError):  # it has ended meanwhile
+        ray.kill(actor, no_restart=True)
