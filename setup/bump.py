@@ -65,7 +65,7 @@ def bump(version: str, ask_first: Collection[str]) -> None:
     print(f"Built in {built - started:.0f} s, compared in {compared - built:.0f} s.")
     print("\n".join(changes(CHECKED[CHECKED_BUILD], verdicts)) or f"All is as it was with {CHECKED_BUILD}.")
     is_newest = release(version) >= release(CHECKED_BUILD)
-    PATH.write_text(checked_text({**CHECKED, version: verdicts}))
+    PATH.write_text(checked_text({**json.loads(PATH.read_text()), version: verdicts}))
     if is_newest:
         LLAMA.write_text(pinned(LLAMA.read_text(), version, digest))
         PAGE.write_text(page(PAGE.read_text(), version, verdicts))
