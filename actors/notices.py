@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from itertools import islice
 
 from actors.records import Notice
 from scheduler.commands import Announce
 
 REMEMBERED = 5000
+PAGE = 200  # notices in one reply
 _ENDS = ("replica_died", "replica_evicted", "replica_preempted", "node_lost")
 
 
@@ -51,8 +53,8 @@ class NoticeBoard:
                 return ""
 
     async def after(self, seq: int, timeout_s: float) -> list[Notice]:
-        """Notices newer than `seq`; waits up to `timeout_s` seconds for the first. A `seq` from before a restart
-        (beyond the newest one) counts as 0."""
+        """The next notices after number `seq`, at most `PAGE`. Waits up to `timeout_s` seconds for the first. A `seq`
+        beyond the newest one is of a scheduler before this one, and counts as 0."""
         if seq > self.last_seq:
             seq = 0
         if seq == self.last_seq and timeout_s > 0:
@@ -61,4 +63,6 @@ class NoticeBoard:
                 await asyncio.wait_for(news.wait(), timeout_s)
             except asyncio.TimeoutError:
                 return []
-        return [notice for notice in self._notices if notice.seq > seq]
+        known = self.last_seq - len(self._notices)  # number of the last one that is forgotten
+        start = max(0, seq - known)
+        return list(islice(self._notices, start, start + PAGE))

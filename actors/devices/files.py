@@ -39,9 +39,12 @@ def find_models(model_paths: Iterable[str]) -> tuple[ModelFile, ...]:
     """
     models: dict[tuple[int, int], ModelFile] = {}
     for path in (found for given in model_paths for found in _gguf_files(given)):
-        model = _model(path) if _is_text(path) else None
-        if model is not None:
-            status = Path(model.path).stat()
+        try:
+            model = _model(path) if _is_text(path) else None
+            status = path.stat() if model is not None else None
+        except OSError:  # it has gone meanwhile
+            continue
+        if model is not None and status is not None:
             models.setdefault((status.st_dev, status.st_ino), model)
     return tuple(models.values())
 
@@ -58,9 +61,9 @@ def _is_text(path: Path) -> bool:
 def parts_of(path: Path) -> tuple[Path, ...]:
     """All files of the model that `path` is the first part of, present or not; a single file is its only part."""
     match = _PART.fullmatch(path.name)
-    if match is None:
+    count = int(match["count"]) if match is not None else 0
+    if match is None or not count:
         return (path,)
-    count = int(match["count"])
     return tuple(path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1))
 
 
@@ -99,7 +102,11 @@ def _below(folder: Path) -> Iterator[Path]:
     """GGUF files in a folder and its folders, links followed, no folder twice (links may go in circles)."""
     seen: set[tuple[int, int]] = set()
     for at, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(at)  # noqa: PTH116 - os.walk gives text
+        try:
+            status = os.stat(at)  # noqa: PTH116 - os.walk gives text
+        except OSError:  # it has gone meanwhile
+            folders.clear()
+            continue
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from actors.gateway.backend import Backend
+from actors.gateway.feed import Feed
 from actors.gateway.reader import Reader
-from actors.gateway.security import key_of
-from actors.gateway.stream import EventStream, event, while_connected
+from actors.gateway.security import key_of, source_of
+from actors.gateway.stream import EventStream, while_connected
 from actors.records import (
     MAX_NAME_LENGTH,
     MAX_TOKENS,
@@ -39,15 +39,21 @@ def management_routes(backend: Backend, reader: Reader, pulse_s: float) -> APIRo
     # A plan takes the scheduler up to 0.2 s, in which nobody is granted anything: they are made one after the other, so
     # that other requests come in between.
     planning = asyncio.Lock()
+    feed = Feed(backend)
+
+    async def planned(model: str, n_ctx: int | None) -> Plan:
+        async with planning:
+            return await backend.plan(model, n_ctx)
 
     @router.get("/api/v1/status")
     async def status() -> Status:
         return await backend.status()
 
     @router.get("/api/v1/plan")
-    async def plan(model: Name, n_ctx: Annotated[int | None, Query(ge=1, le=MAX_TOKENS)] = None) -> Plan:
-        async with planning:
-            return await backend.plan(model, n_ctx)
+    async def plan(
+        request: Request, model: Name, n_ctx: Annotated[int | None, Query(ge=1, le=MAX_TOKENS)] = None
+    ) -> Plan:
+        return await while_connected(request, planned(model, n_ctx))
 
     @router.get("/api/v1/models")
     async def models() -> list[ModelInfo]:
@@ -72,13 +78,14 @@ def management_routes(backend: Backend, reader: Reader, pulse_s: float) -> APIRo
 
     @router.get("/api/v1/events")
     async def events(
+        request: Request,
         after: Annotated[int | None, Query(ge=0)] = None,
         follow: bool = True,
         last_event_id: Annotated[int | None, Header(ge=0)] = None,
     ) -> Response:
         # A browser that reconnects repeats its first URL, so what it has seen since (the header) counts more.
         since = last_event_id if last_event_id is not None else after
-        return EventStream(_events(backend, since or 0, follow), pulse_s)
+        return EventStream(feed.events(since or 0, follow, source_of(request)), pulse_s)
 
     @router.get("/api/v1/health")
     @router.get("/health", include_in_schema=False)
@@ -87,8 +94,3 @@ def management_routes(backend: Backend, reader: Reader, pulse_s: float) -> APIRo
         return JSONResponse(now.model_dump(), 503 if now.status == "failing" else 200)
 
     return router
-
-
-async def _events(backend: Backend, after: int, follow: bool) -> AsyncGenerator[bytes, None]:
-    async for notice in backend.notices(after, follow):
-        yield event(notice.model_dump_json().encode(), notice.seq)

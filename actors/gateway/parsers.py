@@ -1,8 +1,9 @@
 """Large bodies are read by processes of their own (`parser_process`), so that nothing in them stops the event loop.
 
-Two processes, and the shortest body first: one that takes all its time does not keep the others waiting, and a long
-prompt of some hundred kilobytes goes before the megabytes that only few send. A process that takes too long or too
-much memory is ended, the client told so, and the next body gets a new one. They start when the first body needs them.
+Two processes, so that one body that takes all its time does not keep the others waiting. The sources (API keys, or
+addresses) take turns. Of one source, short bodies go first, but a long one does not wait for ever: each megabyte counts
+as a second of waiting. A process that takes too long or too much memory is ended, the client is told so, and the next
+body gets a new one. The processes start when the first body needs them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from pathlib import Path
 
 from actors.gateway.errors import BodyTooLarge
@@ -22,19 +24,25 @@ from actors.gateway.limits import PARSE_CPU_S, PARSE_DATA_BYTES, PARSE_S
 from actors.gateway.openai_requests import Ask, Form
 from actors.gateway.parser_process import HEAD, READY, message
 from scheduler.errors import ArrieroError, InvariantBroken
-from scheduler.units import format_bytes
+from scheduler.units import MIB, format_bytes
 
 PROCESSES = 2
+LOOK_EVERY_S = 0.5  # a process that has stood still between two looks will not answer
 START_S = 60.0  # it takes 0.3 s; a machine that loads models may be slower
 _SOURCE_ROOT = Path(__file__).parents[2]
 
 
+BYTES_PER_S = MIB
+"""So much more of a body counts as a second later. A guess: most bodies are some kilobytes."""
+
+
 @dataclass(order=True)
 class _Job:
-    """A body to read. Jobs are ordered by size, then as they came."""
+    """A body to read. Jobs of one source are ordered by `due_s`, then as they came."""
 
-    size_bytes: int
+    due_s: float
     number: int
+    size_bytes: int = field(compare=False)
     question: tuple[bytes, bytes | bytearray] = field(compare=False)
     answer: asyncio.Future[Ask] = field(compare=False)
 
@@ -44,19 +52,32 @@ class Parsers:
 
     def __init__(self, processes: int = PROCESSES) -> None:
         self._processes = processes
-        self._jobs: asyncio.PriorityQueue[_Job] = asyncio.PriorityQueue()
+        self._lines: dict[str, list[_Job]] = {}  # a heap for each source; the source whose turn is next comes first
+        self._waiting = asyncio.Semaphore(0)  # one for each job
         self._numbers = itertools.count()
         self._workers: list[asyncio.Task[None]] = []
 
-    async def read_ask(self, form: Form, body: bytes | bytearray, request_id: str, key: str) -> Ask:
+    async def read_ask(self, form: Form, body: bytes | bytearray, request_id: str, key: str, source: str = "") -> Ask:
         """What `body` asks for, as `openai_requests.read_ask` says. Raises Rejected, BodyTooLarge for a body that takes
         too much to read."""
         if not self._workers:
             self._workers = [asyncio.ensure_future(self._work()) for _ in range(self._processes)]
         answer: asyncio.Future[Ask] = asyncio.get_running_loop().create_future()
         question = message((form, request_id, key), body)
-        self._jobs.put_nowait(_Job(len(body), next(self._numbers), question, answer))
+        due_s = asyncio.get_running_loop().time() + len(body) / BYTES_PER_S
+        job = _Job(due_s, next(self._numbers), len(body), question, answer)
+        heappush(self._lines.setdefault(source, []), job)
+        self._waiting.release()
         return await answer
+
+    async def _next(self) -> _Job:
+        await self._waiting.acquire()
+        source = next(iter(self._lines))
+        line = self._lines.pop(source)
+        job = heappop(line)
+        if line:
+            self._lines[source] = line  # behind all others
+        return job
 
     def close(self) -> None:
         for worker in self._workers:
@@ -68,7 +89,7 @@ class Parsers:
         process: _Process | None = None
         try:
             while True:
-                job = await self._jobs.get()
+                job = await self._next()
                 if job.answer.done():  # whoever asked has left
                     continue
                 try:
@@ -132,10 +153,31 @@ class _Process:
         return process
 
     async def ask(self, question: tuple[bytes, bytes | bytearray]) -> Ask | ArrieroError:
-        """Raises EOFError or OSError when the process has ended."""
+        """Raises EOFError or OSError when the process has ended, or waits for itself: where no memory is left, a
+        library may fail while it says so, and never come back."""
         loop = asyncio.get_running_loop()
         for piece in question:
             await loop.sock_sendall(self._socket, piece)
+        answer, before = asyncio.ensure_future(self._answer()), ""
+        try:
+            while not (await asyncio.wait({answer}, timeout=LOOK_EVERY_S))[0]:
+                at_rest = self._rests_at()
+                if at_rest and at_rest == before:
+                    raise EOFError("it neither computes nor ends")
+                before = at_rest
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    def _rests_at(self) -> str:
+        """The processor time that it has used, if it sleeps; else ""."""
+        try:
+            stat = Path(f"/proc/{self._child.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return ""
+        return ".".join(stat[11:13]) if stat[0] == "S" else ""
+
+    async def _answer(self) -> Ask | ArrieroError:
         small, large = HEAD.unpack(await self._receive(HEAD.size))
         answer: Ask | ArrieroError = pickle.loads(await self._receive(small))
         content = await self._receive(large)

@@ -98,7 +98,7 @@ class RayBackend:
             for notice in news:
                 yield notice
                 after_seq = notice.seq
-            if not follow:
+            if not follow and not news:
                 return
 
     async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:

@@ -11,7 +11,7 @@ from actors.gateway.bodies import checked
 from actors.gateway.limits import INLINE_BYTES
 from actors.gateway.openai_requests import Ask, Form, read_ask
 from actors.gateway.parsers import Parsers
-from actors.gateway.security import key_of
+from actors.gateway.security import key_of, source_of
 from actors.gateway.stream import ClientGone, while_connected
 from scheduler.errors import Rejected
 
@@ -29,7 +29,9 @@ class Reader:
         body = await _body_of(request)
         if len(body) <= INLINE_BYTES:
             return read_ask(form, body, request_id, key_of(request))
-        return await while_connected(request, self._parsers.read_ask(form, body, request_id, key_of(request)))
+        return await while_connected(
+            request, self._parsers.read_ask(form, body, request_id, key_of(request), source_of(request))
+        )
 
     async def order(self, request: Request, kind: type[Order]) -> Order:
         """The order that `request` gives: these are short (`MAX_ORDER_BYTES`). Raises Rejected, or ClientGone."""

@@ -118,6 +118,11 @@ def key_of(request: Request) -> str:
     return name
 
 
+def source_of(request: Request) -> str:
+    """Who asks, as far as that can be told: the API key's name, else the address."""
+    return key_of(request) or (request.client.host if request.client else "")
+
+
 def _carries(authorization: str, api_key: bytes) -> bool:
     scheme, _, token = authorization.partition(" ")
     # Header text is the raw bytes read as Latin-1.

@@ -78,12 +78,11 @@ class Model:
 class FileChanges:
     """`unread`: paths whose headers have to be read; `changed`: models whose file is another than it was."""
 
-    unread: list[str] = field(default_factory=list)
+    unread: dict[str, None] = field(default_factory=dict)  # in order
     changed: list[str] = field(default_factory=list)
 
     def read(self, path: str) -> None:
-        if path not in self.unread:
-            self.unread.append(path)
+        self.unread[path] = None
 
 
 class Models:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from actors.devices import files
 from actors.devices.files import cached_fraction, find_models, parts_of
 from scheduler.units import GIB, MIB
 
@@ -129,3 +131,24 @@ def test_the_share_of_a_model_weighs_its_parts_by_size(tmp_path: Path) -> None:
     put(tmp_path, "a-00001-of-00002.gguf", size=MIB)
     put(tmp_path, "a-00002-of-00002.gguf", size=3 * MIB)
     assert find_models([str(tmp_path)])[0].cached_fraction == 1.0
+
+
+def test_a_file_that_claims_to_be_the_first_of_none_hides_no_others(tmp_path: Path) -> None:
+    (tmp_path / "x-00001-of-00000.gguf").touch()
+    (tmp_path / "good.gguf").write_bytes(b"GGUF")
+    assert {Path(model.path).name for model in find_models([str(tmp_path)])} == {"good.gguf", "x-00001-of-00000.gguf"}
+
+
+def test_files_that_go_while_they_are_looked_at_hide_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.gguf").write_bytes(b"GGUF")
+    look = files._model
+
+    def looks_and_goes(path: Path) -> Any:
+        model = look(path)
+        if path.stem == "b":
+            path.unlink()
+        return model
+
+    monkeypatch.setattr(files, "_model", looks_and_goes)
+    assert [Path(model.path).stem for model in find_models([str(tmp_path)])] == ["a", "c"]

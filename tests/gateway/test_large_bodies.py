@@ -165,6 +165,59 @@ def test_the_shortest_body_is_read_first() -> None:
     assert in_processes(scenario) == ["short", "middle", "long"]
 
 
+def test_a_process_that_stands_still_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does whose libraries wait for themselves when no memory is left."""
+    still = "import socket, time; s = socket.socket(fileno=0); s.sendall(b'ready'); s.recv(1); time.sleep(1000)"
+    start = subprocess.Popen
+
+    async def scenario(readers: Parsers) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(parsers, "LOOK_EVERY_S", 0.05)
+            patched.setattr(subprocess, "Popen", lambda command, **more: start([sys.executable, "-c", still], **more))
+            with pytest.raises(BodyTooLarge, match=r"more than 512\.0 MiB of memory"):
+                await readers.read_ask("chat", chat("x"), "id", "")
+        assert (await readers.read_ask("chat", chat("next"), "id", "")).need.model == MODEL
+
+    in_processes(scenario)
+
+
+def test_sources_take_turns() -> None:
+    async def scenario(readers: Parsers) -> list[str]:
+        read: list[str] = []
+
+        async def ask(source: str, name: str, size: int) -> None:
+            await readers.read_ask("chat", chat("x" * size), name, "", source)
+            read.append(name)
+
+        flood = (ask("ann", f"ann {n}", 70_000) for n in range(6))
+        await asyncio.gather(*flood, ask("bob", "bob", 300_000))
+        return read
+
+    read = in_processes(scenario)
+    assert read.index("bob") <= 2, read
+
+
+def test_a_long_body_does_not_wait_for_ever() -> None:
+    """Shorter ones that come later do not all go first."""
+
+    async def scenario(readers: Parsers) -> list[str]:
+        read: list[str] = []
+
+        async def ask(name: str, size: int) -> None:
+            await readers.read_ask("chat", chat("x" * size), name, "")
+            read.append(name)
+
+        long = asyncio.ensure_future(ask("long", parsers.BYTES_PER_S // 50))
+        flood: list[asyncio.Task[None]] = []
+        while "long" not in read:  # there is always something shorter
+            flood.append(asyncio.ensure_future(ask("short", 100)))
+            await asyncio.sleep(0.001)
+        await asyncio.gather(long, *flood)
+        return read
+
+    assert in_processes(scenario).count("long") == 1
+
+
 def test_a_body_that_takes_too_long_is_refused_and_the_next_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(readers: Parsers) -> None:
         await readers.read_ask("chat", chat("first"), "id", "")

@@ -57,10 +57,11 @@ def test_models_include_the_invalid_ones(url: str) -> None:
     ],
 )
 def test_events_continue_where_the_reader_left(
-    url: str, backend: FakeBackend, query: str, headers: dict[str, str], seqs: list[int]
+    backend: FakeBackend, query: str, headers: dict[str, str], seqs: list[int]
 ) -> None:
     backend.news = [notice(seq) for seq in (1, 2, 3)]
-    text = web.get(f"{url}/api/v1/events?follow=false{query}", headers=headers).text
+    with serve(backend) as url:
+        text = web.get(f"{url}/api/v1/events?follow=false{query}", headers=headers).text
     blocks = [block.split("\n") for block in text.split("\n\n") if block]
     assert [block[0] for block in blocks] == [f"id: {seq}" for seq in seqs]
     assert [Notice.model_validate(json.loads(block[1][6:])) for block in blocks] == [notice(seq) for seq in seqs]

@@ -89,12 +89,13 @@ def test_management(client: Client) -> None:
     assert [model.name for model in client.models()] == [MODEL, "team/big", "broken"]
 
 
-def test_events(client: Client, backend: FakeBackend) -> None:
+def test_events(backend: FakeBackend) -> None:
     backend.news = NEWS
-    assert list(client.events(follow=False)) == NEWS
-    following = client.events(after=1)
-    assert next(following) == NEWS[1]
-    following.close()
+    with serve(backend) as url, Client(url) as client:
+        assert list(client.events(follow=False)) == NEWS
+        following = client.events(after=1)
+        assert next(following) == NEWS[1]
+        following.close()
 
 
 def test_failing_health_is_an_answer(client: Client, backend: FakeBackend) -> None:
@@ -132,7 +133,7 @@ def test_leaving_a_stream_cancels_it(client: Client, backend: FakeBackend) -> No
     backend.wait_for("interrupted", 2)
 
 
-def test_async_calls(url: str, backend: FakeBackend) -> None:
+def test_async_calls(backend: FakeBackend) -> None:
     async def scenario(client: AsyncClient) -> None:
         assert (await client.chat(MODEL, "Hi")).text == "Hello"
         async with await client.chat(MODEL, "Hi", stream=True) as stream:
@@ -153,7 +154,8 @@ def test_async_calls(url: str, backend: FakeBackend) -> None:
             await client.chat("nope", "Hi", stream=True)
 
     backend.news = NEWS
-    in_async(url, scenario)
+    with serve(backend) as url:
+        in_async(url, scenario)
 
 
 async def joined(pieces: AsyncIterator[str] | Any) -> str:
