@@ -200,7 +200,7 @@ def test_an_address_that_cannot_be_had(up: Callable[..., Service]) -> None:
     service = up(virtual_gpus=ONE_GPU)
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(Rejected, match=f"cannot listen on 127.0.0.1:{port}.*choose another --port.*goes on at"):
+        with pytest.raises(Rejected, match=f"cannot listen on 127.0.0.1:{port}.*choose another --port.*still runs at"):
             service.bring_up(server={"port": port})
         assert service.client.status().nodes, "what ran goes on"
         assert take_down()
