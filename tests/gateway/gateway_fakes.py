@@ -101,6 +101,7 @@ class FakeBackend:
         self.acquisitions: deque[Gate | ArrieroError] = deque()
         self.answers: deque[Sequence[Step]] = deque()
         self.embeddings: deque[EmbedResult | Gate | ArrieroError] = deque()
+        self.plans: deque[Gate] = deque()
         self.news: list[Notice] = []
         self.fates: dict[str, str] = {}
         self.failing: ArrieroError | Exception | None = None
@@ -191,6 +192,8 @@ class FakeBackend:
 
     async def plan(self, model: str, n_ctx: int | None) -> Plan:
         self.note("plan", model, n_ctx)
+        if self.plans:
+            await self._step(self.plans.popleft())
         share = PlanShare(device="gpu0", layers=3, bytes=99, free_before_bytes=200, free_after_bytes=101)
         victim = PlanVictim(replica_id="r7", model="old", idle_s=9.0, frees={"gpu0": 50})
         return posted(Plan(model=model, verdict="evict", tier="one GPU", shares=[share], victims=[victim], n_ctx=n_ctx))

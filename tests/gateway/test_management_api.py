@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from gateway_fakes import MODEL, FakeBackend, serve, web
+from gateway_fakes import MODEL, FakeBackend, Gate, connect, running, serve, web
 
 from actors.gateway.app import make_app
 from actors.gateway.errors import ERRORS, error_body, error_from_body
@@ -73,6 +73,24 @@ def test_events_follow_and_are_kept_alive(backend: FakeBackend) -> None:
         lines = reply.iter_lines()
         assert next(lines) == "id: 1"
         assert next(line for line in lines if line.startswith(":")) == ": waiting"
+
+
+def test_who_leaves_takes_his_plan_along(backend: FakeBackend) -> None:
+    gate = Gate()
+    backend.plans.append(gate)
+    ask = b"GET /api/v1/plan?model=gone HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running(make_app(backend)) as (url, server), connect(url) as first:
+        first.sendall(ask.replace(b"gone", b"first"))
+        backend.wait_for("plan")
+        for _ in range(5):  # plans are made one at a time
+            with connect(url) as left:
+                left.sendall(ask)
+        assert web.get(f"{url}/health").status_code == 200
+        while len(server.server_state.connections) > 2:  # the first one's, and that of these questions
+            assert web.get(f"{url}/health").status_code == 200
+        gate.open()
+        assert web.get(f"{url}/api/v1/plan?model=mine").status_code == 200
+    assert [model for model, _ in backend.saw("plan")] == ["first", "mine"]
 
 
 @pytest.mark.parametrize("path", ["/health", "/api/v1/health"])
