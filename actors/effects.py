@@ -1,6 +1,6 @@
 """Carries commands out and posts what came of them: every command ends in exactly one event, or with its node.
 
-A replica's runner is the node's spare (see `runners`) or a fresh one. It ends by `ray.kill`; its memory counts as free
+A replica's runner is the node's spare (see `spares`) or a fresh one. It ends by `ray.kill`; its memory counts as free
 only after its process is gone (SIGKILL by the node actor as a backstop) and its devices have been read again.
 An actor that does not answer is asked again for as long as its node is there: Ray restarts it.
 """
@@ -13,12 +13,12 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Union
 
-import ray
 from ray.exceptions import RayActorError, RayError
 
 from actors.devices.processes import Process
 from actors.devices.watchdog import STOOD_STILL
 from actors.names import gpu_name, node_name
+from actors.questions import QUESTION_TIMEOUT_S, Questions, brief
 from actors.serving.protocol import LoadDevice, LoadFailure, LoadReport, LoadSpec, RunnerStatus
 from actors.spares import RunnerHandle, Spares
 from scheduler import commands as cmd
@@ -32,8 +32,6 @@ from scheduler.errors import ArrieroError, InvalidGGUF, Unavailable
 from scheduler.units import NodeId, ReplicaId
 
 PROGRESS_EVERY_S = 0.25
-QUESTION_TIMEOUT_S = 10.0
-WORDS_TIMEOUT_S = 2.0  # a node that was lost with its runner says nothing, and requests wait for what follows
 ASK_AGAIN_S = 1.0
 
 Order = Union[  # noqa: UP007
@@ -60,7 +58,7 @@ class Effects:
         self._post = post
         self._spares = Spares(namespace)
         self._runners: dict[ReplicaId, RunnerHandle] = {}
-        self._actors: dict[str, Any] = {}  # of nodes and GPUs: a handle outlives the restarts of its actor
+        self._questions = Questions(namespace)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def carry_out(self, command: Order) -> None:
@@ -143,7 +141,7 @@ class Effects:
     async def _outlives(self, node_id: NodeId) -> bool:
         """Whether a node is still there after a runner on it has ended: Ray takes a while to notice that it is not."""
         while node_id in self._inventory.nodes:
-            if await self._sample(node_name(node_id)) is not None:
+            if await self._questions.sample(node_name(node_id)) is not None:
                 return True
             await asyncio.sleep(ASK_AGAIN_S)
         return False
@@ -152,7 +150,7 @@ class Effects:
         if isinstance(error, asyncio.TimeoutError):
             return "failed", f"the load took more than {self._policy.load_timeout_s:.0f} s"
         if isinstance(error, RayError):
-            words = await self._last_words(self._runners.get(replica_id))
+            words = await self._questions.last_words(self._runners.get(replica_id))
             return "crashed", f"the runner's process ended while loading: {words or brief(error)}"
         if isinstance(error, ArrieroError):
             return "failed", error.message
@@ -231,7 +229,7 @@ class Effects:
         """Notice the end of a ready runner within milliseconds: the call returns only when the replica is broken."""
         try:
             reason = await runner.actor.watch.remote()
-            words = await self._last_words(runner)
+            words = await self._questions.last_words(runner)
             died = ev.ReplicaDied(replica_id, f"{reason}; {words}" if words else reason, _by_itself(words))
         except RayError as error:
             died = await self._end_of(replica_id, runner, error)
@@ -240,19 +238,9 @@ class Effects:
 
     async def _end_of(self, replica_id: ReplicaId, runner: RunnerHandle, error: RayError) -> ev.ReplicaDied:
         """How a runner's process ended, by its own last words where it left any."""
-        words = await self._last_words(runner)
+        words = await self._questions.last_words(runner)
         reason = f"its process ended: {words}" if words else f"its process ended without a word ({brief(error)})"
         return ev.ReplicaDied(replica_id, reason, _by_itself(words))
-
-    async def _last_words(self, runner: RunnerHandle | None) -> str:
-        if runner is None or runner.process is None:
-            return ""
-        try:
-            node = node_name(runner.node_id)
-            return str(await self._ask(node, "last_words", runner.process, timeout_s=WORDS_TIMEOUT_S))
-        except Exception as error:  # its node may be lost as well
-            log.warning("%s left no last words: %s", runner.name, brief(error))
-            return ""
 
     async def _check(self, replica_id: ReplicaId) -> None:
         """One that does not answer is as good as dead: on a machine that was lost it dies long before Ray tells."""
@@ -270,7 +258,7 @@ class Effects:
         else:
             found = ev.ReplicaVouched(replica_id)
             if status.state != "ready":
-                words = await self._last_words(runner)
+                words = await self._questions.last_words(runner)
                 found = ev.ReplicaDied(replica_id, status.reason or status.state, _by_itself(words))
         self._post(found)
 
@@ -300,25 +288,18 @@ class Effects:
         wait_s = self._policy.release_timeout_s
         patience_s = wait_s + QUESTION_TIMEOUT_S
         node = node_name(node_id)
-        if not await self._ask(node, "wait_gone", (process.identity,), wait_s, timeout_s=patience_s):
+        if not await self._questions.ask(node, "wait_gone", (process.identity,), wait_s, timeout_s=patience_s):
             return True
-        await self._ask(node, "kill_process", *process.identity)
-        return not await self._ask(node, "wait_gone", (process.identity,), wait_s, timeout_s=patience_s)
+        await self._questions.ask(node, "kill_process", *process.identity)
+        return not await self._questions.ask(node, "wait_gone", (process.identity,), wait_s, timeout_s=patience_s)
 
     async def _read_again(self, runner: RunnerHandle) -> None:
         """Fresh readings, so that what was freed can be given away at once; else the next report brings them."""
         for device_id in runner.device_ids:
-            if (reading := await self._sample(gpu_name(device_id))) is not None:
+            if (reading := await self._questions.sample(gpu_name(device_id))) is not None:
                 self._post(ev.DeviceSampled(reading))
-        if (reading := await self._sample(node_name(runner.node_id))) is not None:
+        if (reading := await self._questions.sample(node_name(runner.node_id))) is not None:
             self._post(ev.NodeSampled(reading))
-
-    async def _sample(self, name: str) -> Any:
-        try:
-            return await self._ask(name, "sample_now")
-        except Exception as error:
-            log.warning("%s could not be read: %s", name, brief(error))
-            return None
 
     # ------------------------------------------------------------------ small things
 
@@ -338,7 +319,9 @@ class Effects:
         while command.node_id in self._inventory.nodes:
             try:
                 node = node_name(command.node_id)
-                answer: ModelShape | ArrieroError = await self._ask(node, "read_shape", command.path, timeout_s=None)
+                answer: ModelShape | ArrieroError = await self._questions.ask(
+                    node, "read_shape", command.path, timeout_s=None
+                )
             except Exception as error:  # the file is not to blame for it
                 log.warning("%s was not read, trying again: %s", command.path, brief(error))
                 await asyncio.sleep(ASK_AGAIN_S)
@@ -355,29 +338,16 @@ class Effects:
 
     async def _read_ahead(self, command: cmd.ReadAhead) -> None:
         try:
-            await self._ask(node_name(command.node_id), "read_ahead", command.path, timeout_s=None)
+            await self._questions.ask(node_name(command.node_id), "read_ahead", command.path, timeout_s=None)
         except Exception as error:  # a load that reads from the disk is no worse than before
             log.warning("%s was not read ahead: %s", command.path, brief(error))
         self._post(ev.ReadAheadEnded(command.node_id, command.path))
 
     async def _stop_reading_ahead(self, command: cmd.StopReadAhead) -> None:
         try:
-            await self._ask(node_name(command.node_id), "stop_reading_ahead")
+            await self._questions.ask(node_name(command.node_id), "stop_reading_ahead")
         except Exception as error:
             log.warning("reading ahead was not stopped: %s", brief(error))
-
-    async def _ask(
-        self, name: str, method: str, *arguments: object, timeout_s: float | None = QUESTION_TIMEOUT_S
-    ) -> Any:
-        """The answer of a node's or a GPU's actor. One that has ended for good is looked up again the next time."""
-        if name not in self._actors:
-            # A blocking question to the head: off the event loop, where every request passes.
-            self._actors[name] = await asyncio.to_thread(ray.get_actor, name, self._namespace)
-        try:
-            return await asyncio.wait_for(getattr(self._actors[name], method).remote(*arguments), timeout_s)
-        except RayActorError:
-            self._actors.pop(name, None)
-            raise
 
 
 def _by_itself(words: str) -> bool:
@@ -395,9 +365,3 @@ def ready_event(replica_id: ReplicaId, report: LoadReport) -> ev.ReplicaReady:
         n_ctx=buffers.n_ctx_per_slot,
         load_s=report.load_s,
     )
-
-
-def brief(error: BaseException) -> str:
-    """The first line of what it says, or its class."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

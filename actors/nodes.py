@@ -21,8 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.devices.gpu import GpuActor
 from actors.devices.node import NodeActor, NodeSettings
-from actors.effects import brief
 from actors.names import gpu_name, node_name
+from actors.questions import brief
 from actors.spares import remote
 from scheduler.cluster.facts import DeviceFacts, DeviceReading, NodeFacts, NodeReading
 from scheduler.units import NodeId

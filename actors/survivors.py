@@ -16,8 +16,9 @@ import ray
 from ray.exceptions import RayError
 
 from actors.devices.processes import Process
-from actors.effects import brief, ready_event
+from actors.effects import ready_event
 from actors.names import RUNNER_PREFIX
+from actors.questions import brief
 from actors.serving.protocol import RunnerStatus
 from actors.spares import RunnerHandle
 from scheduler import events as ev

@@ -175,7 +175,7 @@ class FakeRay:
         self._scheduler: Handle | None = None
 
     def stand_in(self, monkeypatch: Any) -> None:
-        for module in ("effects", "spares", "nodes", "survivors", "scheduler"):
+        for module in ("questions", "spares", "nodes", "survivors", "scheduler"):
             monkeypatch.setattr(f"actors.{module}.ray", self)
         classes: dict[str, Callable[..., Handle]] = {
             "spares.RunnerActor": lambda options: self.add_runner(*_named_where(options)),
