@@ -273,7 +273,7 @@ class SchedulerActor:
     async def models(self) -> list[ModelInfo]:
         return views.models(self._core)
 
-    async def notices(self, after_seq: int, timeout_s: float) -> list[Notice]:
+    async def notices(self, after_seq: int, timeout_s: float = 0.0) -> list[Notice]:
         return await self._board.after(after_seq, timeout_s)
 
     async def health(self) -> Health:

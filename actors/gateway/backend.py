@@ -60,8 +60,8 @@ class Backend(Protocol):
 
     async def models(self) -> list[ModelInfo]: ...
 
-    def notices(self, after_seq: int, follow: bool) -> AsyncIterator[Notice]:
-        """What happened after `after_seq` (0: all that is remembered); `follow`: and what happens from now on.
+    def notices(self, after_seq: int) -> AsyncIterator[Notice]:
+        """What happened after `after_seq` (0: all that is remembered).
 
         An `after_seq` beyond the newest one (the scheduler restarted meanwhile) counts as 0.
         """

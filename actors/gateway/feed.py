@@ -89,7 +89,7 @@ class Feed:
         if before is not None:
             await asyncio.wait({before})
         self._fetching, self._next = self._next, None
-        async for notice in self._backend.notices(self._kept[-1][0] if self._kept else 0, False):
+        async for notice in self._backend.notices(self._kept[-1][0] if self._kept else 0):
             self._keep(notice)
         self._fetched_at = asyncio.get_running_loop().time()
 

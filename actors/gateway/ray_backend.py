@@ -24,9 +24,6 @@ from scheduler.errors import ArrieroError, EngineFailed, InvariantBroken, Unavai
 from scheduler.events import RequestArrived
 from scheduler.units import LeaseId, ReplicaId, RequestId
 
-POLL_S = 10.0
-"""How long one question for news may wait in the scheduler."""
-
 RESTART_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Pauses while the scheduler actor restarts: it answers again after ~2 s, an old machine takes longer."""
 
@@ -92,14 +89,12 @@ class RayBackend:
         health: Health = await self._ask("health")
         return health
 
-    async def notices(self, after_seq: int, follow: bool) -> AsyncIterator[Notice]:
-        while True:
-            news: list[Notice] = await self._ask("notices", after_seq, POLL_S if follow else 0.0)
-            for notice in news:
+    async def notices(self, after_seq: int) -> AsyncIterator[Notice]:
+        page: list[Notice]
+        while page := await self._ask("notices", after_seq):
+            for notice in page:
                 yield notice
                 after_seq = notice.seq
-            if not follow and not news:
-                return
 
     async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         runner = await self._runner(lease)

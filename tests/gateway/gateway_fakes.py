@@ -225,13 +225,11 @@ class FakeBackend:
             ]
         )
 
-    async def notices(self, after_seq: int, follow: bool) -> AsyncIterator[Notice]:
-        self.note("notices", after_seq, follow)
+    async def notices(self, after_seq: int) -> AsyncIterator[Notice]:
+        self.note("notices", after_seq)
         for notice in self.news:
             if notice.seq > after_seq:
                 yield posted(notice)
-        if follow:
-            await asyncio.Event().wait()
 
     async def health(self) -> Health:
         self._fail()

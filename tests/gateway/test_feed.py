@@ -30,7 +30,7 @@ class Board(FakeBackend):
         for _ in range(count):
             self.board.post(Announce("placed", "x"))
 
-    async def notices(self, after_seq: int, follow: bool) -> AsyncIterator[Notice]:
+    async def notices(self, after_seq: int) -> AsyncIterator[Notice]:
         self.asked.append(after_seq)
         while news := await self.board.after(after_seq, 0.0):
             for notice in news:

@@ -84,7 +84,7 @@ class ScriptedScheduler:
     async def forget_clients(self) -> None:
         await self.note("forget_clients")
 
-    async def notices(self, after_seq: int, timeout_s: float) -> list[Notice]:
+    async def notices(self, after_seq: int) -> list[Notice]:
         return [Notice(seq=seq, at_s=0.0, kind="k", message="m") for seq in range(after_seq + 1, 4)]
 
     async def health(self) -> Health:
