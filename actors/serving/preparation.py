@@ -2,8 +2,7 @@
 
 `Preparer(path)` starts the process (see `preparer`) and returns before it has read the vocabulary. Every method may be
 called from any thread. A request that the preparer refuses, or dies of, is Rejected, with what it was busy with; a
-preparer that is gone is started again. Cost of a request: one round trip on a socket pair, some tenths of a
-millisecond.
+preparer that is gone is started again. Cost of a request: one round trip on a socket pair.
 """
 
 from __future__ import annotations
