@@ -114,9 +114,7 @@ def _start_all(catalogue: Catalogue, head: str, version: str, say: Say) -> str:
     host = catalogue.server.host
     port: int = catalogue.server.port or _get(scheduler.free_port.remote(host), "the scheduler does not start")
     say("starting the gateway")
-    gateway = _start(
-        GatewayActor, GATEWAY, on_head, GatewaySettings(host, port, catalogue.server.keys), scheduler, NAMESPACE
-    )
+    gateway = _start(GatewayActor, GATEWAY, on_head, GatewaySettings(host, port, catalogue.server.keys), scheduler)
     try:
         url: str = _get(gateway.url.remote(), "the gateway does not start")
     except RayActorError as error:

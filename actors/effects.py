@@ -17,9 +17,10 @@ from ray.exceptions import RayActorError, RayError
 
 from actors.devices.processes import Process
 from actors.devices.watchdog import STOOD_STILL
+from actors.endpoint import Endpoint
 from actors.names import gpu_name, node_name
 from actors.questions import QUESTION_TIMEOUT_S, Questions, brief
-from actors.serving.protocol import LoadDevice, LoadFailure, LoadReport, LoadSpec, RunnerStatus
+from actors.serving.protocol import Introduction, LoadDevice, LoadFailure, LoadReport, LoadSpec, RunnerStatus
 from actors.spares import RunnerHandle, Spares
 from scheduler import commands as cmd
 from scheduler import events as ev
@@ -96,10 +97,10 @@ class Effects:
         for replica_id in [known for known, runner in self._runners.items() if runner.node_id == node_id]:
             self._runners.pop(replica_id).kill()
 
-    def runner_name(self, replica_id: ReplicaId) -> str:
-        """The name of the replica's actor; "" when it has none any more."""
+    def endpoint(self, replica_id: ReplicaId) -> Endpoint | None:
+        """Where the replica's runner answers; None when it has none any more."""
         runner = self._runners.get(replica_id)
-        return runner.name if runner else ""
+        return runner.endpoint if runner else None
 
     def pid(self, replica_id: ReplicaId) -> int | None:
         runner = self._runners.get(replica_id)
@@ -182,12 +183,12 @@ class Effects:
             self._runners[command.replica_id] = runner
             runner.device_ids = command.placement.device_ids
             try:
-                asked = runner.actor.process.remote()
-                process: Process = await asyncio.wait_for(asked, self._policy.load_timeout_s)
+                asked = runner.actor.introduce.remote()
+                said: Introduction = await asyncio.wait_for(asked, self._policy.load_timeout_s)
                 if self._runners.get(command.replica_id) is not runner:  # its memory counts as free already
                     raise Unavailable(f"{command.model} was stopped before it was loaded")
-                runner.process = process
-                return runner.actor, process.pid
+                runner.process, runner.endpoint = said.process, said.endpoint
+                return runner.actor, said.process.pid
             except RayActorError:
                 if runner is not spare or self._runners.get(command.replica_id) is not runner:  # it was stopped
                     raise

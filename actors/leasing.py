@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from actors.endpoint import Endpoint
 from scheduler.costs.paces import Pace
 from scheduler.units import LeaseId, ReplicaId
 
@@ -12,12 +13,12 @@ from scheduler.units import LeaseId, ReplicaId
 class Grant:
     """A time-limited right to a slot of `n_ctx` tokens, renewed within `ttl_s` seconds (the same for every lease).
 
-    `runner` is the name of the replica's actor.
+    `endpoint`: where its runner answers; None when that has ended meanwhile.
     """
 
     lease_id: LeaseId
     replica_id: ReplicaId
-    runner: str
+    endpoint: Endpoint | None
     model: str
     ttl_s: float
     n_ctx: int

@@ -129,8 +129,8 @@ class SchedulerActor:
             log.exception("metrics were not updated")
 
     def _granted(self, grant: cmd.GrantLease) -> None:
-        runner = self._effects.runner_name(grant.replica_id)
-        lease = Grant(grant.lease_id, grant.replica_id, runner, grant.model, grant.ttl_s, grant.n_ctx)
+        endpoint = self._effects.endpoint(grant.replica_id)
+        lease = Grant(grant.lease_id, grant.replica_id, endpoint, grant.model, grant.ttl_s, grant.n_ctx)
         if not self._answers.give(grant.request_id, lease):  # whoever asked has left
             asyncio.get_running_loop().call_soon(self._post, ev.LeaseReleased(grant.lease_id))
 

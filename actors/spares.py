@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.devices.processes import Process
+from actors.endpoint import Endpoint
 from actors.names import runner_name
 from actors.serving.runner import RunnerActor
 from scheduler.units import DeviceId, NodeId
@@ -27,13 +28,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class RunnerHandle:
-    """A runner, where it runs, the devices it may use, and its process, None until it said so."""
+    """A runner, where it runs, and the devices it may use; its process and where it answers, once it said so."""
 
     name: str
     actor: Any
     node_id: NodeId
     device_ids: tuple[DeviceId, ...] = ()
     process: Process | None = None
+    endpoint: Endpoint | None = None
 
     def kill(self) -> None:
         """End its process; the memory is back when that is gone."""

@@ -15,11 +15,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from actors.devices.processes import Process
 from actors.effects import ready_event
 from actors.names import RUNNER_PREFIX
 from actors.questions import brief
-from actors.serving.protocol import RunnerStatus
+from actors.serving.protocol import Introduction, RunnerStatus
 from actors.spares import RunnerHandle
 from scheduler import events as ev
 from scheduler.units import LeaseId, ReplicaId
@@ -52,7 +51,7 @@ async def _ask(name: str, namespace: str) -> Survivor | None:
         return None
     try:
         status: RunnerStatus = await asyncio.wait_for(actor.describe.remote(), ANSWER_TIMEOUT_S)
-        process: Process = await asyncio.wait_for(actor.process.remote(), ANSWER_TIMEOUT_S)
+        said: Introduction = await asyncio.wait_for(actor.introduce.remote(), ANSWER_TIMEOUT_S)
     except (RayError, asyncio.TimeoutError) as error:
         log.warning("%s does not answer and is ended: %s", name, brief(error))
         _end(actor)
@@ -73,7 +72,8 @@ async def _ask(name: str, namespace: str) -> Survivor | None:
         ready=ready_event(replica_id, report),
         lease_ids=tuple(map(LeaseId, status.active_requests)),
     )
-    return Survivor(RunnerHandle(name, actor, placement.node_id, placement.device_ids, process), adopted)
+    runner = RunnerHandle(name, actor, placement.node_id, placement.device_ids, said.process, said.endpoint)
+    return Survivor(runner, adopted)
 
 
 def _end(actor: Any) -> None:

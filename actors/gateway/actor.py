@@ -7,7 +7,6 @@ taken or an unsafe binding therefore fails the creation. HTTP requests are tasks
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from actors.gateway.address import DEFAULT_PORT, check_exposure
 from actors.gateway.app import make_app
 from actors.gateway.ray_backend import RayBackend
 from actors.gateway.server import listen, make_server, url_of
+from scheduler.units import NodeId
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +38,15 @@ class GatewayActor:
     Raises Rejected (inside Ray's ActorDiedError) when it cannot or must not listen there.
     """
 
-    def __init__(self, settings: GatewaySettings, scheduler: ActorHandle[Any], namespace: str) -> None:
-        os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"  # RayBackend.generate gets what has arrived already
+    def __init__(self, settings: GatewaySettings, scheduler: ActorHandle[Any]) -> None:
         check_exposure(settings.host, settings.api_keys)
         listener = listen(settings.host, settings.port)
         self._url = url_of(listener)
         scheduler.forget_clients.remote()  # those of a gateway before this one
-        self._server = make_server(make_app(RayBackend(scheduler, namespace), settings.api_keys))
+        node_id = ray.get_runtime_context().get_node_id()
+        self._server = make_server(make_app(RayBackend(scheduler, NodeId(node_id)), settings.api_keys))
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
-        self._pulse = sign_in(ray.get_runtime_context().get_node_id(), "GatewayActor", "a turn of its event loop")
+        self._pulse = sign_in(node_id, "GatewayActor", "a turn of its event loop")
         self._beating = asyncio.ensure_future(self._beat())
 
     async def _beat(self) -> None:

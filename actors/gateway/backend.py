@@ -2,7 +2,7 @@
 
 Every record is frozen, small and picklable: with `RayBackend` behind it each crosses a process border. Methods raise
 `ArrieroError`s and nothing else. The scheduler actor offers the same methods under the same names (all but `generate`
-and `embed`, which the runners have), but *returns* its errors, because an exception over Ray costs a traceback.
+and `embed`, which runners answer), but *returns* its errors, because an exception over Ray costs a traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from actors.leasing import Grant, TokenCounts
 from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
-from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
+from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
 from scheduler.events import RequestArrived
 from scheduler.units import LeaseId, ReplicaId, RequestId
 
@@ -36,8 +36,9 @@ class Backend(Protocol):
         """Take a request out of the queue, or release the lease that it was granted meanwhile; one way."""
         ...
 
-    def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """Tokens straight from the lease's replica. `aclose()` ends generation within one token."""
+    def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[bytes | TokenCounts, None]:
+        """The answer straight from the lease's replica: bytes for the client, then the counts. `aclose()` ends
+        generation within one token."""
         ...
 
     async def embed(self, lease: Grant, request: EmbedRequest) -> EmbedResult: ...

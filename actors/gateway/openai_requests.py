@@ -11,6 +11,7 @@ Beyond OpenAI's fields: `top_k`, `min_p`, `repeat_penalty` (llama.cpp), `n_ctx`,
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -21,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from actors.gateway.bodies import TOLD_LENGTH, checked
 from actors.gateway.errors import clipped
 from actors.records import MAX_NAME_LENGTH, MAX_TOKENS
-from actors.serving.protocol import EmbedRequest, GenerateRequest, Sampling, content_of
+from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, Sampling, content_of
 from scheduler.errors import Rejected
 from scheduler.events import RequestArrived
 from scheduler.units import RequestId
@@ -57,8 +58,6 @@ class Ask:
 
     need: RequestArrived
     request: GenerateRequest | EmbedRequest
-    stream: bool = False
-    include_usage: bool = False
     encoding_format: Literal["float", "base64"] = "float"
 
 
@@ -126,7 +125,9 @@ class SamplingRequest(ModelRequest):
     response_format: ResponseFormat | None = None
     n: int | None = None
 
-    def generation(self, request_id: str, key: str, beginning: object, **content: object) -> Ask:
+    def generation(
+        self, form: Literal["chat", "text"], request_id: str, key: str, beginning: object, **content: object
+    ) -> Ask:
         """`content`: the parts of the request's content; `beginning`: that of its prompt. Raises Rejected."""
         if self.n not in (None, 1):
             raise _refused("n", "Arriero gives one answer per request; send several requests")
@@ -135,10 +136,16 @@ class SamplingRequest(ModelRequest):
             max_tokens=self._token_limit(),
             stop=self._stops(),
             sampling=self._sampling(),
+            reply=ReplyForm(
+                form,
+                stream=bool(self.stream),
+                include_usage=self.stream_options is not None and self.stream_options.include_usage,
+                request_id=request_id,
+                model=self.model,
+                created=int(time.time()),
+            ),
         )
-        include_usage = self.stream_options is not None and self.stream_options.include_usage
-        need = self.need(request_id, request, "generate", key, _prefix_of(beginning))
-        return Ask(need, request, bool(self.stream), include_usage)
+        return Ask(self.need(request_id, request, "generate", key, _prefix_of(beginning)), request)
 
     def _token_limit(self) -> int | None:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -190,7 +197,7 @@ class ChatRequest(SamplingRequest):
         if self.modalities not in (None, ["text"]):
             raise _refused("modalities", "only the modality text is supported")
         messages = [_plain(index, message) for index, message in enumerate(self.messages)]
-        return self.generation(request_id, key, _opening(messages), messages=messages)
+        return self.generation("chat", request_id, key, _opening(messages), messages=messages)
 
 
 class CompletionRequest(SamplingRequest):
@@ -215,7 +222,7 @@ class CompletionRequest(SamplingRequest):
         prompts = _texts_or_tokens("prompt", self.prompt)
         if len(prompts) > 1:
             raise _refused("prompt", f"{len(prompts)} prompts; send each in its own request")
-        return self.generation(request_id, key, prompts[0][:PREFIX_LENGTH], prompt=prompts[0])
+        return self.generation("text", request_id, key, prompts[0][:PREFIX_LENGTH], prompt=prompts[0])
 
 
 class EmbeddingsRequest(ModelRequest):

@@ -1,33 +1,33 @@
-"""The backend on Ray: answers from the scheduler actor, tokens straight from the runner actors.
+"""The backend: answers from the scheduler actor over Ray, tokens straight from the runners' sockets.
 
-Expected errors come back as values and are raised here. What Ray raises is translated: a scheduler that restarts is
-asked again for a few seconds and is then `Unavailable`; a runner that died is `EngineFailed`. Runner handles are
-cached, so that a request to a loaded model costs one round trip to the scheduler (~1 ms) and the stream itself.
+The scheduler's expected errors come back as values and are raised here. What Ray raises is translated: a scheduler that
+restarts is asked again for a few seconds and is then `Unavailable`; a runner that died is `EngineFailed`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import replace
+from contextlib import aclosing
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
+from actors import road
+from actors.gateway.roads import Frame, Roads
 from actors.leasing import Grant, TokenCounts
 from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
-from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
+from actors.road import Kind
+from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
 from scheduler.errors import ArrieroError, EngineFailed, InvariantBroken, Unavailable
 from scheduler.events import RequestArrived
-from scheduler.units import LeaseId, ReplicaId, RequestId
+from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
 
 RESTART_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Pauses while the scheduler actor restarts: it answers again after ~2 s, an old machine takes longer."""
-
-MAX_CACHED_RUNNERS = 256
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 class RayBackend:
     """Implements `Backend`. Belongs to the event loop of the gateway actor."""
 
-    def __init__(self, scheduler: ActorHandle[Any], namespace: str) -> None:
+    def __init__(self, scheduler: ActorHandle[Any], node_id: NodeId) -> None:
+        """`node_id`: where the gateway runs; runners of that node are reached without a network."""
         self._scheduler = scheduler
-        self._namespace = namespace
-        self._runners: dict[ReplicaId, ActorHandle[Any]] = {}
+        self._roads = Roads(node_id)
 
     async def acquire(self, request: RequestArrived) -> Grant:
         lease: Grant = await self._ask("acquire", request)
@@ -96,42 +96,46 @@ class RayBackend:
                 yield notice
                 after_seq = notice.seq
 
-    async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        runner = await self._runner(lease)
-        request = replace(request, lease_id=lease.lease_id)  # a restarted scheduler finds its leases at the runners
-        items = runner.generate.remote(request)
-        running = True
-        try:
-            async for reference in items:
-                # The loop has waited for it, and to await it again would cost every token another hop between threads.
-                item: Chunk | ArrieroError = ray.get(reference)
-                if isinstance(item, ArrieroError):
-                    running = False
-                    raise item
-                yield item
-            running = False
-        except RayError as error:
-            running = False
-            raise self._engine_failure(lease, error) from error
-        finally:
-            if running:
-                # Ray's cancel takes effect at the next token; the runner's own also reaches into a long prompt.
-                ray.cancel(items)
-                runner.cancel.remote(lease.lease_id)
+    async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[bytes | TokenCounts, None]:
+        async with aclosing(self._answer(lease, Kind.GENERATE, road.packed_generate(request))) as answer:
+            async for arrived in answer:
+                if events := b"".join(payload for kind, payload in arrived if kind == Kind.EVENT):
+                    yield events
+                if counts := self._counts(lease, arrived):
+                    yield counts
 
     async def embed(self, lease: Grant, request: EmbedRequest) -> EmbedResult:
-        runner = await self._runner(lease)
-        request = replace(request, lease_id=lease.lease_id)
+        vectors: list[array[float]] = []
+        async with aclosing(self._answer(lease, Kind.EMBED, request.content)) as answer:
+            async for arrived in answer:
+                vectors += (array("f", payload) for kind, payload in arrived if kind == Kind.VECTOR)
+                if counts := self._counts(lease, arrived):
+                    return EmbedResult(tuple(vectors), counts.prompt_tokens)
+        raise AssertionError("an answer ends or raises")
+
+    async def _answer(self, lease: Grant, kind: Kind, payload: bytes) -> AsyncGenerator[list[Frame], None]:
+        """What the lease's runner says. Raises EngineFailed when it is gone, or goes."""
+        replica = f"replica {lease.replica_id} of {lease.model}"
+        if lease.endpoint is None:
+            raise EngineFailed(f"{replica} is gone; try again", replica_id=lease.replica_id)
         try:
-            result: EmbedResult | ArrieroError = await runner.embed.remote(request)
-        except RayError as error:
-            raise self._engine_failure(lease, error) from error
-        except asyncio.CancelledError:
-            runner.cancel.remote(lease.lease_id)
-            raise
-        if isinstance(result, ArrieroError):
-            raise result
-        return result
+            async with aclosing(self._roads.answer(lease.endpoint, lease.lease_id, kind, payload)) as answer:
+                async for arrived in answer:
+                    yield arrived
+        except (OSError, asyncio.TimeoutError) as error:
+            what = f"the process that ran {lease.model} (replica {lease.replica_id}) ended while it answered"
+            raise EngineFailed(f"{what}; try again", replica_id=lease.replica_id) from error
+
+    @staticmethod
+    def _counts(lease: Grant, arrived: Sequence[Frame]) -> TokenCounts | None:
+        """The counts that end an answer, or None. Raises the error that does."""
+        kind, payload = arrived[-1]
+        if kind == Kind.FAILED:
+            error = road.read_error(payload)
+            if isinstance(error, EngineFailed):
+                error.details.setdefault("replica_id", lease.replica_id)
+            raise error
+        return road.read_counts(payload) if kind == Kind.ENDED else None
 
     async def _ask(self, method: str, *arguments: object) -> Any:
         """The scheduler's answer. Safe to repeat: each of its methods may be called twice with the same effect."""
@@ -155,29 +159,6 @@ class RayBackend:
                 if isinstance(answer, ArrieroError):
                     raise answer
                 return answer
-
-    async def _runner(self, lease: Grant) -> ActorHandle[Any]:
-        runner = self._runners.get(lease.replica_id)
-        if runner is None:
-            try:
-                # A blocking question to the head: off the event loop, where everybody's tokens pass.
-                runner = await asyncio.to_thread(ray.get_actor, lease.runner, namespace=self._namespace)
-            except ValueError as error:
-                gone = f"replica {lease.replica_id} of {lease.model} is gone; try again"
-                raise EngineFailed(gone, replica_id=lease.replica_id) from error
-            if len(self._runners) >= MAX_CACHED_RUNNERS:
-                self._runners.clear()  # replica ids are never used twice: what is still alive is looked up again
-            self._runners[lease.replica_id] = runner
-        return runner
-
-    def _engine_failure(self, lease: Grant, error: RayError) -> ArrieroError:
-        if isinstance(error, RayTaskError):
-            return _cause(error) or EngineFailed(f"replica {lease.replica_id} of {lease.model} failed: {error.cause}")
-        self._runners.pop(lease.replica_id, None)
-        return EngineFailed(
-            f"the process that ran {lease.model} (replica {lease.replica_id}) ended while it answered; try again",
-            replica_id=lease.replica_id,
-        )
 
 
 def _cause(error: RayTaskError) -> ArrieroError | None:

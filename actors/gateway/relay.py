@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from actors.gateway.backend import Backend
 from actors.leasing import Grant, TokenCounts
-from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
+from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
 from scheduler.errors import ArrieroError, EngineFailed
 from scheduler.events import RequestArrived
 from scheduler.units import LeaseId
@@ -36,16 +36,16 @@ class Relay:
         self._leases: dict[LeaseId, Grant] = {}
         self._renewals: asyncio.Task[None] | None = None
 
-    async def generate(self, need: RequestArrived, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """The answer's chunks as they come. Closing the generator cancels the generation. Raises ArrieroError."""
+    async def generate(self, need: RequestArrived, request: GenerateRequest) -> AsyncGenerator[bytes, None]:
+        """The answer as it comes. Closing the generator cancels the generation. Raises ArrieroError."""
         replays_left = REPLAYS
         while True:
             started = False
             try:
-                async with aclosing(self._chunks(need, request)) as chunks:
-                    async for chunk in chunks:
+                async with aclosing(self._pieces(need, request)) as pieces:
+                    async for piece in pieces:
                         started = True
-                        yield chunk
+                        yield piece
                 return
             except EngineFailed as error:
                 if started or not replays_left:
@@ -53,12 +53,12 @@ class Relay:
                 replays_left -= 1
                 log.warning("replaying %s: %s", need.request_id, error)
 
-    async def generate_whole(self, need: RequestArrived, request: GenerateRequest) -> list[Chunk]:
-        """All chunks of the answer at once. Raises ArrieroError."""
+    async def generate_whole(self, need: RequestArrived, request: GenerateRequest) -> bytes:
+        """All of the answer at once. Raises ArrieroError."""
 
-        async def attempt() -> list[Chunk]:
-            async with aclosing(self._chunks(need, request)) as chunks:
-                return [chunk async for chunk in chunks]
+        async def attempt() -> bytes:
+            async with aclosing(self._pieces(need, request)) as pieces:
+                return b"".join([piece async for piece in pieces])
 
         return await self._replayed(need, attempt)
 
@@ -86,26 +86,26 @@ class Relay:
             fate = ""
         return EngineFailed(f"{error.message}. {fate}", **error.details) if fate else error
 
-    async def _chunks(self, need: RequestArrived, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """One attempt: the chunks that one replica gives, under a lease."""
+    async def _pieces(self, need: RequestArrived, request: GenerateRequest) -> AsyncGenerator[bytes, None]:
+        """One attempt: what one replica says, under a lease."""
         lease = await self._acquire(need)
-        chunks = self._backend.generate(lease, request)
-        finished = failed = False
-        usage = TokenCounts()
+        answer = self._backend.generate(lease, request)
+        usage: TokenCounts | None = None
+        failed = False
         try:
-            async for chunk in chunks:
-                if chunk.finish_reason is not None:
-                    finished = True
-                    usage = TokenCounts(chunk.prompt_tokens, chunk.cached_tokens, chunk.completion_tokens, chunk.pace)
-                yield chunk
-            if not finished:
+            async for piece in answer:
+                if isinstance(piece, TokenCounts):
+                    usage = piece
+                else:
+                    yield piece
+            if usage is None:
                 raise EngineFailed(f"replica {lease.replica_id} of {lease.model} ended its answer early")
         except EngineFailed:
             failed = True
             raise
         finally:
-            await chunks.aclose()
-            await self._release(lease, failed, usage)
+            await answer.aclose()
+            await self._release(lease, failed, TokenCounts() if usage is None else usage)
 
     async def _embed(self, need: RequestArrived, request: EmbedRequest) -> EmbedResult:
         """One attempt."""

@@ -6,6 +6,7 @@ Each turn decodes one batch: the next token of every answer under way, plus prom
 job first, up to one micro-batch (`n_ubatch`) in all. So a long prompt delays the others by one micro-batch at a time,
 and a cancelled job is gone after one. Jobs that find no free slot wait in order. Embeddings take their own turns,
 because they make every token an output.
+An answer whose hearer does not take it waits: no token is computed that nobody reads.
 What follows a grammar is chosen beside this thread: a grammar may take seconds for a token, and nobody else's answer
 waits for it. Its slot sits turns out until the token is there.
 A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
@@ -17,9 +18,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, cycle
 from typing import Any
 
 from actors.serving.beat import Beat
@@ -60,10 +62,10 @@ class Batcher:
     # Called from any thread
 
     def submit(self, job: Job[Any]) -> None:
-        """Queues `job`. Raises EngineFailed when the engine is broken or closed."""
+        """Queues `job`. Raises EngineFailed, and has closed it, when the engine is broken or closed."""
         with self._changed:
             if self.broken or self._closing:
-                job.end()
+                job.close()
                 raise EngineFailed(self.broken or "this replica is being stopped")
             self._waiting.append(job)
             self._changed.notify()
@@ -76,6 +78,11 @@ class Batcher:
                 job.constraint.interrupt()
             if self._in_batch and all(other.cancelled for other in self._in_batch):
                 self._model.abort(True)
+            self._changed.notify()
+
+    def resume(self) -> None:
+        """The hearer of a job takes again what it is told."""
+        with self._changed:
             self._changed.notify()
 
     def jobs(self) -> list[Job[Any]]:
@@ -134,7 +141,7 @@ class Batcher:
                 if self._threads_wanted is not None:
                     self._model.set_threads(self._threads_wanted)
                     self._threads_wanted = None
-                if any(slot.job is not None and not _is_choosing(slot.job) for slot in self._slots):
+                if any(slot.job is not None and not _waits(slot.job) for slot in self._slots):
                     return True
                 self._changed.wait()
 
@@ -178,7 +185,7 @@ class Batcher:
         rows: list[Row] = []
         parts: list[tuple[Slot, Generation, list[int], int | None]] = []  # tokens in this batch, row to sample
         generating = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
-        running = [(slot, job) for slot, job in generating if not job.choosing]
+        running = [(slot, job) for slot, job in generating if not job.choosing and not job.hearer.stalled]
         running.sort(key=lambda pair: (pair[1].pending is None, pair[0].last_used))  # answers first, oldest first
         room = max(self._model.n_ubatch, self._model.n_seq_max)
         for slot, job in running:
@@ -211,6 +218,8 @@ class Batcher:
             elif row is not None:
                 job.choosing = True
                 self._beside.submit(self._choose, job, self._model.logits(row))
+        for _, job, _, _ in parts:
+            job.hearer.flush()
 
     def _accept(self, slot: Slot, job: Generation, token: int) -> None:
         ends = self._model.ends_generation(token)
@@ -243,34 +252,67 @@ class Batcher:
                 self._release(slot).end(None if job.cancelled else chosen)
             elif not job.cancelled:
                 self._accept(slot, job, chosen)
+                job.hearer.flush()
 
     def _embed(self) -> None:
-        """One micro-batch of each text that is being embedded; a pooled model takes a whole text at once."""
-        for slot in self._slots:
-            job = slot.job
-            if not isinstance(job, Embedding) or job.cancelled:
+        """One batch of texts to embed.
+
+        A pooled model takes each text whole; sequences that nobody uses help those who have several. Of others it is a
+        micro-batch of one text each.
+        """
+        own = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and not _waits(slot.job)]
+        own = [(slot, job) for slot, job in own if not job.cancelled]
+        if not own:
+            return
+        pooled = self._model.is_pooled
+        room = self._model.n_ubatch if pooled else embed_step(self._model)
+        free = [slot for slot in self._slots if slot.job is None] if pooled else []
+        rows: list[Row] = []
+        parts: list[tuple[Slot, Embedding, list[int]]] = []
+        taken: Counter[Embedding] = Counter()
+        for slot, job in chain(own, zip(free, cycle([job for _, job in own]))):
+            if job.done + taken[job] == len(job.texts):
                 continue
-            start = len(slot.tokens)
-            step = len(job.prompt) if self._model.is_pooled else embed_step(self._model)
-            tokens = job.prompt[start : start + step]
-            rows = [Row(token, start + index, slot.sequence, True) for index, token in enumerate(tokens)]
-            with self._changed:
-                self._model.abort(self._closing or job.cancelled)
-                self._in_batch = (job,)
-            with self._beat.decode(len(rows), embeds=True):
-                vectors = self._model.embed(rows)
-            with self._changed:
-                self._in_batch = ()
-            if isinstance(vectors, int):
-                self._decode_failed(vectors, [(slot, job)])
+            text = job.texts[job.done + taken[job]]
+            start = 0 if pooled else len(slot.tokens)
+            tokens = text if pooled else text[start : start + room - len(rows)]
+            if not tokens or len(rows) + len(tokens) > room:
                 continue
-            self._failed_turns = 0
-            slot.tokens += tokens
-            job.add(vectors)
-            if len(slot.tokens) == len(job.prompt):
+            if slot.job is None:
                 self._forget(slot)
+            rows += (Row(token, start + index, slot.sequence, True) for index, token in enumerate(tokens))
+            parts.append((slot, job, tokens))
+            taken[job] += 1
+        vectors = self._decode_embeddings(rows, list(taken))
+        if isinstance(vectors, int):
+            self._decode_failed(vectors, [(slot, job) for slot, job in own if job in taken])
+            return
+        self._failed_turns = 0
+        at = 0
+        for slot, job, tokens in parts:
+            count = 1 if pooled else len(tokens)
+            job.add(vectors[at : at + count])
+            at += count
+            slot.tokens += tokens
+            if len(slot.tokens) == len(job.texts[job.done]):
+                self._forget(slot)
+                job.finish_text()
+        for slot, job in own:
+            if job.done == len(job.texts):
                 self._release_locked(slot)
-                job.finish()
+                job.end()
+            else:
+                job.hearer.flush()
+
+    def _decode_embeddings(self, rows: list[Row], jobs: list[Embedding]) -> Any:
+        with self._changed:
+            self._in_batch = tuple(jobs)
+            self._model.abort(self._closing or all(job.cancelled for job in jobs))
+        with self._beat.decode(len(rows), embeds=True):
+            vectors = self._model.embed(rows)
+        with self._changed:
+            self._in_batch = ()
+        return vectors
 
     def _release_locked(self, slot: Slot) -> None:
         with self._changed:
@@ -331,3 +373,8 @@ def embed_step(model: Model) -> int:
 
 def _is_choosing(job: Job[Any]) -> bool:
     return isinstance(job, Generation) and job.choosing and job.chosen is None
+
+
+def _waits(job: Job[Any]) -> bool:
+    """Whether there is nothing to compute for `job` until somebody says so."""
+    return _is_choosing(job) or (job.hearer.stalled and not job.cancelled)

@@ -1,7 +1,7 @@
 """The engine: one loaded model that answers several callers at once. Free of Ray; llama_cpp is imported by loading.
 
-`Engine(spec, endpoints, on_progress)` loads; `generate` and `embed` have a request made into tokens by the preparer,
-check it and hand it to the batcher; `close` frees everything. Every method may be called from any thread.
+`Engine(spec, endpoints, on_progress)` loads; `prepare` has a request made into tokens by the preparer and checks it;
+`submit` hands it to the batcher; `close` frees everything. Every method may be called from any thread.
 Invariant: a request that cannot be served as asked is Rejected before it takes a slot.
 """
 
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any, TypeVar
 
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
-from actors.serving.jobs import Embedding, Generation
+from actors.serving.jobs import Embedded, Embedding, Generation, Hearer, Job, Results
 from actors.serving.preparation import Prepared, Preparer
-from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, EmbedResult, GenerateRequest, LoadSpec
+from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec
 from actors.serving.text import TextStream
-from scheduler.errors import EngineFailed, Rejected
+from scheduler.errors import Rejected
+
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -62,25 +65,27 @@ class Engine:
         """Ids of the requests running or waiting."""
         return tuple(dict.fromkeys(job.lease_id for job in self._batcher.jobs()))
 
-    def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
-        """Streams the answer; the last chunk has the finish reason and the counts.
+    def prepare(self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any]) -> Job[Any]:
+        """The work that `request` makes: `submit` or `close` it. Its hearer gets chunks (the last one has the finish
+        reason and the counts), or what was embedded: a vector of length 1 per input.
 
-        Raises Rejected at once for a request that cannot be served, EngineFailed (also in mid-stream) when the engine
-        fails. The request is queued when the first chunk is asked for; closing the iterator cancels it.
+        Raises Rejected for a request that cannot be served, EngineFailed when there is nobody to ask.
         """
+        if isinstance(request, EmbedRequest):
+            return self._embedding(request, hearer)
         if not self._model.can_generate:
             raise Rejected(f"{self._spec.model} is an embedding model; ask it for embeddings")
         if request.max_tokens is not None and request.max_tokens < 1:
             raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 1")
         prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot)
         try:
-            return self._stream(self._generation(request, prepared))
+            return self._generation(request, prepared, hearer)
         except BaseException:
             if prepared.constraint is not None:
                 prepared.constraint.close()
             raise
 
-    def _generation(self, request: GenerateRequest, prepared: Prepared) -> Generation:
+    def _generation(self, request: GenerateRequest, prepared: Prepared, hearer: Hearer[Chunk]) -> Generation:
         (prompt,) = prepared.prompts
         room = self.n_ctx_per_slot - len(prompt)
         if room < 1:
@@ -93,43 +98,53 @@ class Engine:
         return Generation(
             request.lease_id,
             prompt,
+            hearer,
             self._model.sampler(request.sampling),
             TextStream(request.stop + prepared.stops),
             room if request.max_tokens is None else min(room, request.max_tokens),
             prepared.constraint,
         )
 
-    def _stream(self, job: Generation) -> Iterator[Chunk]:
-        try:
-            self._batcher.submit(job)
-            yield from job.results()
-        finally:
-            self._batcher.cancel(job)
-
-    def embed(self, request: EmbedRequest) -> EmbedResult:
-        """One vector of length 1 per input: the model's own pooling, or the mean of its token vectors.
-
-        Raises Rejected for an input that is empty or too long, EngineFailed when the engine fails.
-        """
+    def _embedding(self, request: EmbedRequest, hearer: Hearer[Embedded]) -> Embedding:
+        """The model's own pooling, or the mean of the token vectors."""
         if self._model.is_reranker:
             raise Rejected(f"{self._spec.model} is a reranker; it has scores, not embeddings")
-        prompts = self._preparer.prepare(request.content, self.n_ctx_per_slot).prompts
+        texts = self._preparer.prepare(request.content, self.n_ctx_per_slot).prompts
         limit = self._model.n_ubatch if self._model.is_pooled else self.n_ctx_per_slot
-        for index, prompt in enumerate(prompts):
-            if len(prompt) > limit:
-                raise Rejected(f"input {index} is {len(prompt)} tokens; at most {limit} can be embedded at once")
-        # One after the other: a request has one lease, and takes no more slots than one.
-        vectors = tuple(self._vector(Embedding(request.lease_id, prompt)) for prompt in prompts)
-        return EmbedResult(vectors, sum(map(len, prompts)))
+        for index, text in enumerate(texts):
+            if len(text) > limit:
+                raise Rejected(f"input {index} is {len(text)} tokens; at most {limit} can be embedded at once")
+        return Embedding(request.lease_id, texts, hearer)
 
-    def _vector(self, job: Embedding) -> Sequence[float]:
+    def submit(self, job: Job[Any]) -> None:
+        """Queues `job`. Raises EngineFailed, and has closed it, when the engine is broken or closed."""
+        self._batcher.submit(job)
+
+    def drop(self, job: Job[Any]) -> None:
+        """Ends `job` within one token, in the middle of its prompt too; nothing happens if it has ended already."""
+        self._batcher.cancel(job)
+
+    def resume(self) -> None:
+        """A hearer takes again what it is told."""
+        self._batcher.resume()
+
+    def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
+        """The answer's chunks, for a caller in this process. Closing the iterator cancels it. Raises as `prepare` does,
+        and EngineFailed when the engine fails. The request is queued when the first chunk is asked for."""
+        results: Results[Chunk] = Results()
+        return self._heard(self.prepare(request, results), results)
+
+    def embed(self, request: EmbedRequest) -> list[Embedded]:
+        """What `request` embeds, for a caller in this process. Raises as `generate` does."""
+        results: Results[Embedded] = Results()
+        return list(self._heard(self.prepare(request, results), results))
+
+    def _heard(self, job: Job[Any], results: Results[Result]) -> Iterator[Result]:
         try:
-            self._batcher.submit(job)
-            for vector in job.results():
-                return vector
+            self.submit(job)
+            yield from results
         finally:
-            self._batcher.cancel(job)
-        raise EngineFailed(f"the request of lease {job.lease_id} was cancelled")
+            self.drop(job)
 
     def cancel(self, lease_id: str) -> bool:
         """Ends a request within one token: its stream stops without a last chunk. False when it is not running."""

@@ -1,16 +1,17 @@
-"""The work of a replica: one `Generation` per answer, one `Embedding` per text. Each occupies one slot while it runs.
+"""The work of a replica: one `Generation` per answer, one `Embedding` per request for vectors. Each occupies one slot
+while it runs.
 
-A job knows what it still wants from the model and what it has to say to its caller; the batcher knows when. The
-caller's thread reads `results` (chunks or a vector, then None); only the batcher's thread writes them, and it always
-ends them, with None or with the error that ended the job.
+A job knows what it still wants from the model and what it has to say to its caller; the batcher knows when. It says
+it to its `Hearer`: results, and then always the end, with the error that ended the job if there was one. Only the
+batcher's thread does.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from actors.serving.protocol import Chunk, FinishReason
 from actors.serving.text import TextStream
@@ -21,6 +22,7 @@ TELLING_TOKENS = 32
 """From so many tokens on, a piece of a prompt shows how fast prompts are read."""
 
 Result = TypeVar("Result")
+Said_contra = TypeVar("Said_contra", contravariant=True)
 
 
 class Sampler(Protocol):
@@ -37,28 +39,70 @@ class Constraint(Protocol):
     def close(self) -> None: ...
 
 
-class Job(Generic[Result]):
-    """What generations and embeddings have in common."""
+class Hearer(Protocol[Said_contra]):
+    """Whom a job speaks to. No call blocks.
 
-    def __init__(self, lease_id: str, prompt: list[int]) -> None:
-        self.lease_id = lease_id
-        self.prompt = prompt
-        self.cancelled = False
+    `stalled`: what was said is not taken, and the job waits until the batcher hears of a `resume`.
+    """
+
+    @property
+    def stalled(self) -> bool: ...
+    def say(self, result: Said_contra) -> None: ...
+    def flush(self) -> None:
+        """Nothing more will be said in this turn."""
+
+    def end(self, error: BaseException | None) -> None: ...
+
+
+class Results(Generic[Result]):
+    """Keeps the results of a job for a thread that iterates over them."""
+
+    stalled = False
+
+    def __init__(self) -> None:
         self._results: SimpleQueue[Result | BaseException | None] = SimpleQueue()
 
     def say(self, result: Result) -> None:
         self._results.put(result)
 
-    def end(self, error: BaseException | None = None) -> None:
-        """No more results; `error`, if any, is raised in the caller. Frees what the job holds."""
+    def flush(self) -> None:
+        """They are there already."""
+
+    def end(self, error: BaseException | None) -> None:
         self._results.put(error)
 
-    def results(self) -> Iterator[Result]:
+    def __iter__(self) -> Iterator[Result]:
         """The results as they come; blocks in between. Raises the error that ended the job."""
         while (result := self._results.get()) is not None:
             if isinstance(result, BaseException):
                 raise result
             yield result
+
+
+class Embedded(NamedTuple):
+    """A text's vector, how many tokens it has, and how many texts follow."""
+
+    vector: array[float]
+    prompt_tokens: int
+    left: int
+
+
+class Job(Generic[Result]):
+    """What generations and embeddings have in common."""
+
+    def __init__(self, lease_id: str, prompt: list[int], hearer: Hearer[Result]) -> None:
+        self.lease_id = lease_id
+        self.prompt = prompt
+        self.hearer = hearer
+        self.cancelled = False
+
+    def end(self, error: BaseException | None = None) -> None:
+        """No more results. Frees what the job holds."""
+        self.close()
+        self.hearer.end(error)
+
+    def close(self) -> None:
+        """Frees what the job holds."""
 
 
 class Generation(Job[Chunk]):
@@ -71,12 +115,13 @@ class Generation(Job[Chunk]):
         self,
         lease_id: str,
         prompt: list[int],
+        hearer: Hearer[Chunk],
         sampler: Sampler,
         text: TextStream,
         max_tokens: int,
         constraint: Constraint | None = None,
     ) -> None:
-        super().__init__(lease_id, prompt)
+        super().__init__(lease_id, prompt, hearer)
         self.sampler: Any = sampler
         self.constraint = constraint
         self.choosing = False
@@ -116,7 +161,7 @@ class Generation(Job[Chunk]):
         else:
             self.pending = token
             if shown:
-                self.say(Chunk(shown))
+                self.hearer.say(Chunk(shown))
             return False
         return True
 
@@ -125,7 +170,7 @@ class Generation(Job[Chunk]):
         self._finish("length", "")
 
     def _finish(self, reason: FinishReason, shown: str) -> None:
-        self.say(
+        self.hearer.say(
             Chunk(
                 text=shown + self._text.finish(),
                 finish_reason=reason,
@@ -137,27 +182,31 @@ class Generation(Job[Chunk]):
         )
         self.end()
 
-    def end(self, error: BaseException | None = None) -> None:
+    def close(self) -> None:
         self.sampler.close()
         if self.constraint is not None:
             self.constraint.close()
-        super().end(error)
 
 
-class Embedding(Job["array[float]"]):
-    """One text to embed. `total` sums the token vectors seen so far (or is the pooled one)."""
+class Embedding(Job[Embedded]):
+    """Texts to embed, one after the other; `done` of them are. Several may be in one batch."""
 
-    def __init__(self, lease_id: str, prompt: list[int]) -> None:
-        super().__init__(lease_id, prompt)
-        self.total: Any = None
+    def __init__(self, lease_id: str, texts: Sequence[list[int]], hearer: Hearer[Embedded]) -> None:
+        super().__init__(lease_id, texts[0], hearer)
+        self.texts = texts
+        self.done = 0
+        self._total: Any = None  # of the vectors of the next text, so far
 
     def add(self, vectors: Any) -> None:
-        """`vectors`: an array of shape (tokens, n_embd)."""
+        """`vectors` of the next text: an array of shape (tokens, n_embd), or (1, n_embd) for a pooled one."""
         summed = vectors.sum(axis=0, dtype="float64")
-        self.total = summed if self.total is None else self.total + summed
+        self._total = summed if self._total is None else self._total + summed
 
-    def finish(self) -> None:
-        """Says the vector with length 1. The mean and the sum of the token vectors point the same way."""
-        length = float((self.total**2).sum()) ** 0.5
-        self.say(array("f", self.total / (length or 1.0)))
-        self.end()
+    def finish_text(self) -> None:
+        """Says its vector with length 1. The mean and the sum of the token vectors point the same way."""
+        length = float((self._total**2).sum()) ** 0.5
+        prompt_tokens = len(self.texts[self.done])
+        self.done += 1
+        left = len(self.texts) - self.done
+        self.hearer.say(Embedded(array("f", self._total / (length or 1.0)), prompt_tokens, left))
+        self._total = None

@@ -257,15 +257,19 @@ class NativeModel:
         llama_cpp.llama_sampler_accept(sampler.sampler, token)
 
     def embed(self, rows: Sequence[Row]) -> npt.NDArray[np.float32] | int:
-        """Embeddings of `rows`, all of one sequence: one pooled vector, or one per row. An int is decode's code."""
+        """Embeddings of `rows`: one vector per row, or, pooled, one per sequence in the order in which they come.
+
+        An int is decode's code.
+        """
         llama_cpp.llama_set_embeddings(self._context, True)
         try:
             code = self.decode([row._replace(wants_logits=True) for row in rows])
             if code != 0:
                 return code
             if self.is_pooled:
-                vector = llama_cpp.llama_get_embeddings_seq(self._context, rows[0].sequence)
-                return np.array(np.ctypeslib.as_array(vector, (1, self.n_embd)))
+                sequences = dict.fromkeys(row.sequence for row in rows)
+                vectors = [llama_cpp.llama_get_embeddings_seq(self._context, sequence) for sequence in sequences]
+                return np.array([np.ctypeslib.as_array(vector, (self.n_embd,)) for vector in vectors])
             vectors = llama_cpp.llama_get_embeddings(self._context)
             return np.array(np.ctypeslib.as_array(vectors, (len(rows), self.n_embd)))
         finally:

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actors.serving.frames import N_CTX, TOKEN, BrokenFrame, Kind, receive, send
+from actors.frames import BrokenFrame, receive, send
+from actors.serving.dialogue import N_CTX, TOKEN, Kind
 from scheduler.errors import EngineFailed, Rejected
 
 ANSWER_TIMEOUT_S = 60.0

@@ -6,7 +6,7 @@ Whatever a stranger wrote is opened here and nowhere else: the text of requests,
 programs). It reads the vocabulary once, and then forks a *child* for every connection that its runner hands over
 (file descriptors, on the control socket). A child has limits: `CPU_S` seconds of computing for each question, and
 `MEMORY_BYTES` of memory beyond the vocabulary's. One that runs into them, or that llama.cpp ends, takes one request
-with it. The process ends with its runner, and the children with it. What is said on a connection: `frames`.
+with it. The process ends with its runner, and the children with it. What is said on a connection: `dialogue`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.devices.processes import end_with_parent
-from actors.serving.frames import N_CTX, TOKEN, Kind, receive, send
+from actors.frames import receive, send
+from actors.serving.dialogue import N_CTX, TOKEN, Kind
 from actors.serving.prompt import ChatTemplate
 from scheduler.errors import ArrieroError, Rejected
 from scheduler.units import MIB, format_bytes

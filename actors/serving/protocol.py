@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from actors.devices.processes import Process
+from actors.endpoint import Endpoint
 from scheduler.cluster.replica import Placement
 from scheduler.costs.paces import Pace
 from scheduler.costs.params import ContextParams, DeviceBytes, DeviceKind, HostBytes
@@ -76,6 +78,21 @@ def content_of(**parts: object) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplyForm:
+    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, whole or in events.
+
+    `created`: seconds since 1970.
+    """
+
+    form: Literal["chat", "text"] = "text"
+    stream: bool = False
+    include_usage: bool = False  # in the events
+    request_id: str = ""
+    model: str = ""
+    created: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """`content` is what the answer is made from, as JSON: {"messages": [...]} (rendered through the model's chat
     template) or {"prompt": a text or token ids} (as it is), never both; and, where the answer must follow one,
@@ -87,6 +104,7 @@ class GenerateRequest:
     max_tokens: int | None = None  # None: until end of generation or the context is full
     stop: tuple[str, ...] = ()
     sampling: Sampling = Sampling()
+    reply: ReplyForm = ReplyForm()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +163,14 @@ class LoadReport:
     pid: int
     process_started_at_s: float
     load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """What a runner says of itself before it loads."""
+
+    process: Process
+    endpoint: Endpoint
 
 
 RunnerState = Literal["idle", "loading", "ready", "broken", "closed"]

@@ -1,11 +1,10 @@
 """A replica in a process of its own: checks the memory, loads, serves, and dies with everything it holds.
 
 `Runner` is the logic, free of Ray; `RunnerActor` is the detached actor around it. It starts without a model, loads
-once, and is never restarted.
+once, and is never restarted. Requests come over its `Listener`.
 States: idle → loading → ready → broken or closed; a failed load ends in broken. What llama.cpp aborts on takes down
 this process and nothing else. The normal end is `ray.kill`: device processes and memory go with the process.
-Expected failures are values (`LoadFailure`, or the ArrieroError as the last item of a stream), for an exception that
-crosses Ray costs a traceback and its class.
+Expected failures are values (`LoadFailure`), for an exception that crosses Ray costs a traceback and its class.
 """
 
 from __future__ import annotations
@@ -14,29 +13,29 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 
 from actors.devices.host import memory_available_bytes
 from actors.devices.nvml import read_gpu
-from actors.devices.processes import Process, this_process
+from actors.devices.processes import this_process
 from actors.devices.pulse import sign_in
 from actors.devices.reporting import every
 from actors.devices.virtual import DeviceProcess, read_virtual_gpu, start_device_process
 from actors.serving.beat import Beat
 from actors.serving.engine import Engine
+from actors.serving.jobs import Hearer, Job
+from actors.serving.listener import Listener
 from actors.serving.preflight import PreflightUnavailable, ask_llama_cpp, check_prediction
 from actors.serving.protocol import (
-    Chunk,
     EmbedRequest,
-    EmbedResult,
     GenerateRequest,
+    Introduction,
     LoadDevice,
     LoadFailed,
     LoadFailure,
@@ -55,9 +54,8 @@ EngineLoader = Callable[[LoadSpec, Sequence[str], Callable[[float], object]], En
 
 log = logging.getLogger(__name__)
 
-STREAMS = 64
-"""Answers one runner actor can stream at once: more than any sensible number of slots, so that waiting for a slot
-happens in the engine, in order, and not in Ray."""
+QUESTIONS = 6
+"""Of Ray's at once: a runner answers while it loads, and while it is watched."""
 
 WATCH_EVERY_S = 0.25
 
@@ -82,7 +80,7 @@ def load_on_its_devices(
 
 
 class Runner:
-    """One replica. `load` once, then `generate` and `embed` from any number of threads."""
+    """One replica. `load` once, then `prepare` and `submit` requests from any number of threads."""
 
     def __init__(self, load_engine: EngineLoader = Engine) -> None:
         self._load_engine = load_engine
@@ -151,14 +149,28 @@ class Runner:
         """How much of the load is done, 0 to 1."""
         return self._progress
 
-    def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
-        """Streams the answer; closing the iterator cancels it within one token. Raises ArrieroError."""
-        with closing(self._ready_engine().generate(request)) as chunks:  # type: ignore[type-var]
-            yield from chunks
+    def prepare(self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any]) -> Job[Any]:
+        """The work that `request` makes: see `Engine.prepare`. Raises ArrieroError."""
+        return self._ready_engine().prepare(request, hearer)
 
-    def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Embeds the inputs. Raises ArrieroError."""
-        return self._ready_engine().embed(request)
+    def submit(self, job: Job[Any]) -> None:
+        """Queues `job`. Raises EngineFailed, and has closed it, when that cannot be."""
+        try:
+            engine = self._ready_engine()
+        except EngineFailed:
+            job.close()
+            raise
+        engine.submit(job)
+
+    def drop(self, job: Job[Any]) -> None:
+        """Ends `job` within one token; nothing happens if it has ended already."""
+        if self._engine is not None:
+            self._engine.drop(job)
+
+    def resume(self) -> None:
+        """A hearer takes again what it is told."""
+        if self._engine is not None:
+            self._engine.resume()
 
     def cancel(self, lease_id: str) -> bool:
         """Ends a request that runs or waits here, in the middle of its prompt too. False when there is none."""
@@ -266,11 +278,11 @@ def _read_device(device: LoadDevice) -> DeviceReading:
     return read_virtual_gpu(facts)
 
 
-@ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"gen": STREAMS, "ctl": 6})
+@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=QUESTIONS)
 class RunnerActor:
     """A `Runner` as a Ray actor. Name it `runner-…`, detached, on its node by hard affinity.
 
-    Streams run in the group "gen", everything else in "ctl", so that a runner answers while it loads or serves.
+    Ray starts it, loads it and asks how it is; requests come to its `Listener`.
     """
 
     def __init__(self) -> None:
@@ -281,50 +293,32 @@ class RunnerActor:
         every(TURN_EVERY_S, partial(self._turns.promise, TURN_WITHIN_S), "tell the node of it")
         decodes = sign_in(node_id, "RunnerActor", "a decode")
         self._runner = Runner(partial(load_on_its_devices, beat=Beat(decodes.promise, decodes.rest)))
+        self._listener = Listener(self._runner, NodeId(node_id), ray.util.get_node_ip_address())
         for name in IMPORTED_EARLY:
             importlib.import_module(name)
 
-    @ray.method(concurrency_group="ctl")
     def load(self, replica_id: str, spec: LoadSpec) -> LoadReport | LoadFailure:
         return self._runner.load(replica_id, spec)
 
-    @ray.method(concurrency_group="ctl")
     def progress(self) -> float:
         return self._runner.progress()
 
-    @ray.method(concurrency_group="gen", num_returns="streaming")
-    def generate(self, request: GenerateRequest) -> Iterator[Chunk | ArrieroError]:
-        """Chunks; an expected failure is the last item. `ray.cancel` on the stream takes effect at its next token."""
-        try:
-            yield from self._runner.generate(request)
-        except ArrieroError as error:
-            yield error
-
-    @ray.method(concurrency_group="gen")
-    def embed(self, request: EmbedRequest) -> EmbedResult | ArrieroError:
-        return _as_value(lambda: self._runner.embed(request))
-
-    @ray.method(concurrency_group="ctl")
     def cancel(self, lease_id: str) -> bool:
         return self._runner.cancel(lease_id)
 
-    @ray.method(concurrency_group="ctl")
     def set_threads(self, n_threads: int) -> ArrieroError | None:
         return _as_value(lambda: self._runner.set_threads(n_threads))
 
-    @ray.method(concurrency_group="ctl")
     def describe(self) -> RunnerStatus:
         return self._runner.describe()
 
-    @ray.method(concurrency_group="ctl")
     def watch(self) -> str:
         """Returns the reason when the replica breaks; fails with the actor when its process ends."""
         return self._runner.watch()
 
-    @ray.method(concurrency_group="ctl")
-    def process(self) -> Process:
-        """See `this_process`. Answers at once."""
-        return this_process()
+    def introduce(self) -> Introduction:
+        """Answers at once."""
+        return Introduction(this_process(), self._listener.endpoint)
 
 
 def _as_value(call: Callable[[], Result]) -> Result | ArrieroError:

@@ -1,0 +1,143 @@
+"""The gateway's end of the tokens' road: connections to runners, and answers on them (`actors.road`).
+
+A connection carries one answer at a time and is kept for the next one. An answer that nobody wants any more ends its
+connection, and so the generation. What a client does not take is bounded: beyond `AHEAD_BYTES` nothing is read from
+the runner, which then waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable
+
+from actors.endpoint import Endpoint
+from actors.frames import BrokenFrame, FrameReader, packed
+from actors.road import Kind, keep_alive
+from scheduler.units import LeaseId, NodeId
+
+AHEAD_BYTES = 65536  # of one answer; as much as a client's socket takes at once
+
+CONNECT_S = 5.0
+"""To a runner on another node. A machine that is away for so long is away."""
+
+Frame = tuple[int, bytes]
+
+
+class Road(asyncio.Protocol):
+    """One connection to a runner. `forget(road)` is called when it is lost."""
+
+    def __init__(self, forget: Callable[[Road], object]) -> None:
+        self._forget = forget
+        self.lost = False
+        self._transport: asyncio.Transport | None = None
+        self._reader = FrameReader()
+        self._arrived: list[Frame] = []
+        self._arrived_bytes = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._arrived += self._reader.frames(data)
+        except BrokenFrame:
+            self.close()
+            return
+        self._arrived_bytes += len(data)
+        if self._arrived_bytes > AHEAD_BYTES and self._transport is not None:
+            self._transport.pause_reading()
+        self._tell()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+        self._forget(self)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def ask(self, lease_proof: bytes, kind: int, payload: bytes) -> None:
+        """Send a request under a proven lease."""
+        assert self._transport is not None
+        self._transport.writelines([packed(Kind.PROOF, lease_proof), packed(kind, payload)])
+
+    async def frames(self) -> list[Frame]:
+        """All that has arrived since, at least one. Raises ConnectionError when the runner has gone."""
+        while not self._arrived:
+            if self.lost:
+                raise ConnectionError("the runner has gone")
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        arrived, self._arrived = self._arrived, []
+        if self._arrived_bytes > AHEAD_BYTES and self._transport is not None:
+            self._transport.resume_reading()
+        self._arrived_bytes = 0
+        return arrived
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class Roads:
+    """All connections of a gateway on `node_id`. Belongs to one event loop."""
+
+    def __init__(self, node_id: NodeId) -> None:
+        self._node_id = node_id
+        self._idle: dict[str, list[Road]] = defaultdict(list)  # by the name of the endpoint
+
+    async def answer(
+        self, endpoint: Endpoint, lease_id: LeaseId, kind: int, payload: bytes
+    ) -> AsyncGenerator[list[Frame], None]:
+        """What the runner says, frames that came together in one list. It ends with ENDED or FAILED.
+
+        Leaving it cancels the answer. Raises ConnectionError when the runner is gone, or goes.
+        """
+        road = await self._connection(endpoint)
+        over = False
+        try:
+            road.ask(endpoint.proof(lease_id), kind, payload)
+            while not over:
+                arrived = await road.frames()
+                over = arrived[-1][0] in (Kind.ENDED, Kind.FAILED)
+                if over:
+                    self._idle[endpoint.name].append(road)
+                yield arrived
+        finally:
+            if not over:
+                road.close()
+
+    async def _connection(self, endpoint: Endpoint) -> Road:
+        if idle := self._idle.get(endpoint.name):
+            return idle.pop()
+        loop = asyncio.get_running_loop()
+
+        def road() -> Road:
+            return Road(lambda lost: self._forget(endpoint, lost))
+
+        if endpoint.node_id == self._node_id:
+            connecting = socket.socket(socket.AF_UNIX)
+            connecting.setblocking(False)
+            try:
+                connecting.connect(f"\0{endpoint.name}")
+                _, made = await loop.create_unix_connection(road, sock=connecting)
+            except BaseException:
+                connecting.close()
+                raise
+            return made
+        connection = loop.create_connection(road, endpoint.host, endpoint.port)
+        transport, made = await asyncio.wait_for(connection, CONNECT_S)
+        keep_alive(transport.get_extra_info("socket"))
+        return made
+
+    def _forget(self, endpoint: Endpoint, lost: Road) -> None:
+        idle = self._idle.get(endpoint.name, [])
+        if lost in idle:
+            idle.remove(lost)
+        if not idle:
+            self._idle.pop(endpoint.name, None)

@@ -1,0 +1,117 @@
+"""The tokens' road: what a gateway and a runner say to each other, in frames on a socket of the runner's own.
+
+    gateway                          runner
+    PROOF lease                   -> (nothing; a wrong one ends the connection)
+    GENERATE head, content        -> EVENT* ENDED counts, or FAILED error
+    EMBED content                 -> VECTOR* ENDED counts, or FAILED error
+    (ends the connection)         -> (cancels the answer)
+
+A connection carries one answer at a time, and may be used again once that has ended. EVENT is for the client, byte by
+byte; VECTOR is an array of 4-byte floats. A runner that dies ends the connection. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import asdict
+from enum import IntEnum
+from typing import Any
+
+from actors.leasing import TokenCounts
+from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, Sampling
+from scheduler.costs.paces import Pace
+from scheduler.errors import (
+    ArrieroError,
+    EngineFailed,
+    Impossible,
+    InvariantBroken,
+    Rejected,
+    Unavailable,
+)
+from scheduler.units import MIB, LeaseId
+
+LONGEST_ASK_BYTES = 64 * MIB
+"""A body of 32 MiB, written anew: text with characters that JSON must escape may grow."""
+
+
+KEEPALIVE = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
+"""Seconds, seconds, times: a machine without power is noticed within 8 s, about as soon as Ray notices it."""
+
+
+class Kind(IntEnum):
+    PROOF = 1
+    GENERATE = 2
+    EMBED = 3
+    EVENT = 4
+    VECTOR = 5
+    ENDED = 6
+    FAILED = 7
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """For a connection between machines."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE.items():
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def packed_generate(request: GenerateRequest) -> bytes:
+    """Payload of GENERATE: a line of JSON, then the content. The lease is in the proof."""
+    sampling = asdict(request.sampling)
+    if request.sampling.logit_bias is not None:
+        sampling["logit_bias"] = list(request.sampling.logit_bias.items())  # JSON has no numbers as keys
+    head = {
+        "max_tokens": request.max_tokens,
+        "stop": request.stop,
+        "sampling": sampling,
+        "reply": asdict(request.reply),
+    }
+    return json.dumps(head).encode() + b"\n" + request.content
+
+
+def read_generate(payload: bytes, lease_id: LeaseId) -> GenerateRequest:
+    """The reverse. Raises ValueError, TypeError or KeyError for what is none."""
+    line, _, content = payload.partition(b"\n")
+    head = json.loads(line)
+    sampling = head["sampling"]
+    if sampling["logit_bias"] is not None:
+        sampling["logit_bias"] = dict(sampling["logit_bias"])
+    return GenerateRequest(
+        content,
+        lease_id,
+        max_tokens=head["max_tokens"],
+        stop=tuple(head["stop"]),
+        sampling=Sampling(**sampling),
+        reply=ReplyForm(**head["reply"]),
+    )
+
+
+def read_embed(payload: bytes, lease_id: LeaseId) -> EmbedRequest:
+    return EmbedRequest(payload, lease_id)
+
+
+def packed_counts(counts: TokenCounts) -> bytes:
+    """Payload of ENDED."""
+    return json.dumps(asdict(counts)).encode()
+
+
+def read_counts(payload: bytes) -> TokenCounts:
+    told: dict[str, Any] = json.loads(payload)
+    pace = told.pop("pace")
+    return TokenCounts(**told, pace=Pace(**pace) if pace is not None else None)
+
+
+_ERRORS = {kind.code: kind for kind in (Rejected, Impossible, Unavailable, EngineFailed, InvariantBroken)}
+
+
+def packed_error(error: ArrieroError) -> bytes:
+    """Payload of FAILED."""
+    told = {"code": error.code, "message": error.message, "details": error.details}
+    return json.dumps(told, default=str).encode()
+
+
+def read_error(payload: bytes) -> ArrieroError:
+    told: dict[str, Any] = json.loads(payload)
+    return _ERRORS.get(told["code"], EngineFailed)(told["message"], **told["details"])

@@ -1,0 +1,26 @@
+"""What a runner and its preparer say to each other, in frames. The runner asks, the preparer answers:
+
+PREPARE n_ctx, content   -> STEP* PROMPT* READY {"stops", "constrained"}, or REJECTED
+TRY token                -> TAKEN, or ALLOWED bits: only these tokens may come next
+(whoever was asked ended) -> ENDED why
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+
+N_CTX = struct.Struct("<I")
+TOKEN = struct.Struct("<i")
+
+
+class Kind(IntEnum):
+    PREPARE = 1
+    STEP = 2  # what is being done, for whoever has to say what it ended over
+    PROMPT = 3  # tokens, 4 bytes each
+    READY = 4
+    REJECTED = 5
+    TRY = 6
+    TAKEN = 7
+    ALLOWED = 8
+    ENDED = 9
