@@ -11,23 +11,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from actors.serving.engine import Engine
 from actors.serving.protocol import GenerateRequest, LoadSpec, Sampling, content_of
+from benchmarks.models import Shape, write_model
 from benchmarks.table import print_table
 from scheduler.costs.params import ContextParams
 from scheduler.errors import ArrieroError
 
-N_VOCAB, N_EMBD, N_FF, N_LAYER = 151_936, 256, 768, 6
+SHAPE = Shape(n_vocab=151_936, n_embd=256, n_ff=768, n_layer=6, n_head=4, n_head_kv=4, weights=GGMLQuantizationType.F16)
 N_CTX = 32768
 MIB = 1024 * 1024
 
@@ -60,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         spec = LoadSpec(
             model="neighbours",
-            path=str(write_model(Path(folder) / "model.gguf")),
+            path=str(write_model(Path(folder) / "model.gguf", SHAPE, N_CTX)),
             devices=(),
             n_gpu_layers=0,
             tensor_split=(),
@@ -117,7 +117,7 @@ def _pester(engine: Engine, content: bytes, stopping: threading.Event, counts: d
 
 
 def _stream(engine: Engine, content: bytes, max_tokens: int | None) -> Any:
-    never_ends = {N_VOCAB - 1: -100.0} if max_tokens is None else None
+    never_ends = {SHAPE.n_vocab - 1: -100.0} if max_tokens is None else None
     return engine.generate(
         GenerateRequest(
             content,
@@ -126,58 +126,6 @@ def _stream(engine: Engine, content: bytes, max_tokens: int | None) -> Any:
             sampling=Sampling(temperature=0, logit_bias=never_ends),
         )
     )
-
-
-def write_model(path: Path) -> Path:
-    """A small llama with random weights and a byte-pair vocabulary of Qwen's size, made up of random words."""
-    chance = random.Random(0)
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    tokens = [chr(code) for code in [*printable, *range(256, 256 + len(others))]]
-    merges, known, letters = [], set(tokens), [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    while len(tokens) < N_VOCAB - 1:
-        first, second = chance.choice(tokens[:60_000]), chance.choice(letters)
-        if len(first) < 12 and first + second not in known:
-            known.add(first + second)
-            tokens.append(first + second)
-            merges.append(f"{first} {second}")
-    tokens.append("<end>")
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(N_CTX)
-    writer.add_embedding_length(N_EMBD)
-    writer.add_block_count(N_LAYER)
-    writer.add_feed_forward_length(N_FF)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * (N_VOCAB - 1) + [gguf.TokenType.CONTROL])
-    writer.add_token_merges(merges)
-    writer.add_eos_token_id(N_VOCAB - 1)
-    numbers = np.random.default_rng(0)
-
-    def add(name: str, *shape: int) -> None:
-        values = numbers.standard_normal(shape, np.float32) * 0.02 if len(shape) > 1 else np.ones(shape, np.float32)
-        writer.add_tensor(f"{name}.weight", values.astype(np.float16 if len(shape) > 1 else np.float32))
-
-    add("token_embd", N_VOCAB, N_EMBD)
-    add("output", N_VOCAB, N_EMBD)
-    add("output_norm", N_EMBD)
-    for il in range(N_LAYER):
-        for name in ("attn_norm", "ffn_norm"):
-            add(f"blk.{il}.{name}", N_EMBD)
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            add(f"blk.{il}.{name}", N_EMBD, N_EMBD)
-        for name in ("ffn_gate", "ffn_up"):
-            add(f"blk.{il}.{name}", N_FF, N_EMBD)
-        add(f"blk.{il}.ffn_down", N_EMBD, N_FF)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 if __name__ == "__main__":

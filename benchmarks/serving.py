@@ -1,171 +1,237 @@
-"""What serving through Arriero costs over calling llama.cpp in one's own process, both measured in turn in one run.
+"""How fast answers come through Arriero, beside llama.cpp's own server on the same files and cores.
 
-Time to first token: a loaded model, streamed chat of one short message through the gateway, against the same through
-`llama_cpp.Llama`. Decoding: one long streamed answer, the same on both sides. Cold load: `client.load` of an unloaded
-model (page cache warm), against a `Llama(...)` call, in this process and in a fresh one. CPU only, the same threads on
-both sides. Run: python -m benchmarks.serving
+    python -m benchmarks.serving [--llama-server PATH] [--rounds 3] [--models tiny small half] [--no-swaps]
+
+Each round starts one side after the other, alone, and asks both the same: streamed completions of new prompts of 64
+words at 1, 4 and 8 clients, requests for one token, and swaps of two models of which one at a time may be loaded
+(llama-server's router; Arriero's single active model). Both have four slots, as many threads as there are cores, and
+the CPU alone. Before each measurement the machine is waited for to be quiet. Medians of the rounds are printed, and the
+ratio of the two sides. Without --llama-server only Arriero is measured.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import itertools
+import multiprocessing
+import random
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
 
-from arriero.client import Client
-from arriero.machine import end_ray, start_ray
-from arriero.sample_models import write_sample_model
+from benchmarks.http_load import Answer, ask_all, quantile, streamed
+from benchmarks.models import QWEN_HALF_B, SMALL, TINY, Shape, write_model
 from benchmarks.table import print_table
-from scheduler.config import Catalogue, ModelParams, Server
 
-FIRST_TOKEN_ROUNDS = 60
-DECODE_ROUNDS, DECODE_TOKENS = 7, 700
-LOAD_ROUNDS = 7
-N_CTX = 1024
-SETTLE_S = 3.0
-"""After a load its node starts another spare runner: no measurement is to hold that."""
+N_SLOTS, N_CTX = 4, 2048  # tokens of a slot
+WORDS = 64
+SHAPES: Mapping[str, Shape] = {"tiny": TINY, "small": SMALL, "half": QWEN_HALF_B}
+TOKENS: Mapping[str, int] = {"tiny": 400, "small": 128, "half": 48}  # of an answer: seconds for each measurement
+CLIENTS: Mapping[str, Sequence[int]] = {"tiny": (1, 4, 8), "small": (1, 4, 8), "half": (1, 4)}
+ONE_TOKEN_ROUNDS, SWAP_ROUNDS = 60, 9
+QUIET_PERCENT, QUIET_S, PATIENCE_S = 15.0, 1.0, 120.0
+
+Results = dict[tuple[str, str], list[float]]
+"""Figures of all rounds, by what was measured and by side."""
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_sample_model(Path(folder) / "bench.gguf", "llama", n_layer=6, n_embd=256)
-        large = write_sample_model(Path(folder) / "large.gguf", "llama", n_layer=30, n_embd=512, n_ff=1536, n_head=8)
-        state = start_ray()
-        try:
-            from actors.bootstrap import bring_up, take_down
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-server", type=Path, help="an executable, built from the same sources")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--no-swaps", action="store_true")
+    parser.add_argument("--busy", action="store_true", help="do not wait until the machine is quiet")
+    given = parser.parse_args()
+    results: Results = defaultdict(list)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for model in given.models:
+            write_model(folder / f"{model}.gguf", SHAPES[model])
+        if not given.no_swaps:
+            first = write_model(folder / "swap-a.gguf", QWEN_HALF_B)
+            (folder / "swap-b.gguf").write_bytes(first.read_bytes())
+        for number in range(given.rounds):
+            print(f"round {number + 1} of {given.rounds}", flush=True)
+            _measure_arriero(folder, given, results)
+            if given.llama_server:
+                _measure_llama_server(folder, given, results)
+    _print(results, bool(given.llama_server))
 
-            deployment = bring_up(
-                Catalogue(model_paths=(folder,), defaults=ModelParams(n_ctx=N_CTX, n_batch=512), server=Server(port=0))
-            )
-            with Client(deployment.url) as client:
-                first_token(client, path)
-                decoding(client, path)
-                cold_load(client, large)
-            take_down()
-        finally:
-            end_ray(state)
+
+# ---------------------------------------------------------------------- the two sides
 
 
-def first_token(client: Client, path: Path) -> None:
-    llama = _llama(path)
-    through, alone = [], []
-    client.load("bench")
-    time.sleep(SETTLE_S)
-    for round_number in range(FIRST_TOKEN_ROUNDS + 5):
-        messages = [{"role": "user", "content": f"message number {round_number}"}]
-        began = time.perf_counter()
-        with client.chat("bench", messages, stream=True, temperature=0.0, max_tokens=4) as stream:
-            pieces = iter(stream)
-            next(pieces)
-            through.append(time.perf_counter() - began)
-            for _ in pieces:  # heard out: a stream that is left early costs a connection and a cancellation
-                pass
-        began = time.perf_counter()
-        answers = llama.create_chat_completion(messages=messages, temperature=0.0, max_tokens=4, stream=True)
-        while not next(answers)["choices"][0]["delta"].get("content"):
-            pass
-        alone.append(time.perf_counter() - began)
-        for _ in answers:
-            pass
-    llama.close()
-    through, alone = through[5:], alone[5:]  # the first ones warm caches and connections
-    more = statistics.median(through) - statistics.median(alone)
-    print_table(
-        "Time to first token, loaded model (ms)",
-        ("", "median", "p90"),
-        [
-            ("through the gateway", *_ms(through)),
-            ("llama_cpp.Llama in-process", *_ms(alone)),
-            ("more at the median", f"{more * 1e3:.1f}", ""),
-        ],
+def _measure_arriero(folder: Path, given: argparse.Namespace, results: Results) -> None:
+    with arriero(folder, single=False) as url:
+        for model in given.models:
+            _measure(url, model, "Arriero", results)
+    if not given.no_swaps:
+        with arriero(folder, single=True) as url:
+            _swap(url, "Arriero", results)
+
+
+def _measure_llama_server(folder: Path, given: argparse.Namespace, results: Results) -> None:
+    for model in given.models:
+        with llama_server(given.llama_server, "--model", str(folder / f"{model}.gguf")) as url:
+            _measure(url, model, "llama-server", results)
+    if not given.no_swaps:
+        with llama_server(given.llama_server, "--models-dir", str(folder), "--models-max", "1") as url:
+            _swap(url, "llama-server", results)
+
+
+@contextlib.contextmanager
+def arriero(folder: Path, *, single: bool) -> Iterator[str]:
+    """The URL of a service on a Ray of its own, in a process of its own: a process connects to one Ray in its life."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_run_arriero, args=[str(folder), single, theirs])
+    child.start()
+    try:
+        yield ours.recv()
+    finally:
+        ours.send("end")
+        child.join()
+
+
+def _run_arriero(folder: str, single: bool, pipe: Connection) -> None:
+    import os
+
+    from arriero.machine import end_ray, start_ray
+    from scheduler.config import Catalogue, ModelParams, Policy, Server
+
+    state = start_ray()
+    try:
+        from actors.bootstrap import bring_up, take_down  # imports Ray, which must not be before it is started
+
+        catalogue = Catalogue(
+            model_paths=(folder,),
+            defaults=ModelParams(n_ctx=N_CTX, n_seq_max=N_SLOTS),
+            server=Server(port=0),
+            policy=Policy(max_active_models=1 if single else None),
+        )
+        pipe.send(bring_up(catalogue).url)
+        pipe.recv()
+        take_down()
+    finally:
+        end_ray(state)
+        os._exit(0)  # Ray's own end would wait for the head that is gone
+
+
+@contextlib.contextmanager
+def llama_server(path: Path, *options: str) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    threads = str(psutil.cpu_count(logical=False))
+    process = subprocess.Popen(
+        [path, *options, "--port", str(port), "-t", threads, "-np", str(N_SLOTS), "-c", str(N_SLOTS * N_CTX), "-kvu"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while not _healthy(url):
+            if process.poll() is not None:
+                raise RuntimeError(f"{path} ended with status {process.returncode}")
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def _measure(url: str, model: str, side: str, results: Results) -> None:
+    prompts = _prompts()
+    ask_all(url, [streamed(model, next(prompts), 8)], 1)  # loads it
+    for clients in CLIENTS[model]:
+        n_requests = max(4, 2 * clients)
+        bodies = [streamed(model, next(prompts), TOKENS[model]) for _ in range(n_requests)]
+        _wait_until_quiet()
+        answers, seconds = ask_all(url, bodies, clients)
+        results[f"{model}, tokens/s at {clients}", side].append(sum(answer.tokens for answer in answers) / seconds)
+        gaps_s = [gap for answer in answers for gap in answer.gaps_s()]
+        results[f"{model}, p95 between tokens at {clients}, ms", side].append(1e3 * quantile(gaps_s, 0.95))
+    _wait_until_quiet()
+    firsts_s = [_one(url, model, " ".join(next(prompts).split()[:8])).first_s for _ in range(ONE_TOKEN_ROUNDS)]
+    results[f"{model}, first token, ms", side].append(1e3 * statistics.median(firsts_s))
+
+
+def _swap(url: str, side: str, results: Results) -> None:
+    prompts = _prompts()
+    warm_s, swapped_s = [], []
+    for model in itertools.islice(itertools.cycle(("swap-a", "swap-b")), SWAP_ROUNDS + 2):
+        _wait_until_quiet()
+        swapped_s.append(_one(url, model, next(prompts)[:20]).first_s)
+        warm_s += [_one(url, model, next(prompts)[:20]).first_s for _ in range(3)]
+    results["swap beyond a warm request, ms", side].append(
+        1e3 * (statistics.median(swapped_s[2:]) - statistics.median(warm_s))
     )
 
 
-def decoding(client: Client, path: Path) -> None:
-    llama = _llama(path)
-    through, alone = [], []
-    for _ in range(DECODE_ROUNDS):
-        began = time.perf_counter()
-        with client.complete("bench", "llamas", stream=True, temperature=0.0, max_tokens=DECODE_TOKENS) as stream:
-            pieces = sum(1 for _ in stream)
-        through.append(pieces / (time.perf_counter() - began))
-        began = time.perf_counter()
-        answers = llama.create_completion("llamas", stream=True, temperature=0.0, max_tokens=DECODE_TOKENS)
-        pieces = sum(bool(answer["choices"][0]["text"]) for answer in answers)
-        alone.append(pieces / (time.perf_counter() - began))
-    llama.close()
-    ratio = statistics.median(through) / statistics.median(alone)
-    print_table(
-        f"Decoding, a small model, one answer of {DECODE_TOKENS} tokens (pieces of text per second)",
-        ("", "median", "worst"),
-        [
-            ("through the gateway", *_per_s(through)),
-            ("llama_cpp.Llama in-process", *_per_s(alone)),
-            ("ratio of the medians", f"{ratio:.2f}", ""),
-        ],
-    )
+def _one(url: str, model: str, prompt: str) -> Answer:
+    (answer,), _ = ask_all(url, [streamed(model, prompt, 1)], 1)
+    return answer
 
 
-def cold_load(client: Client, path: Path) -> None:
-    through, here, fresh = [], [], []
-    for _ in range(LOAD_ROUNDS):
-        time.sleep(SETTLE_S)
-        client.unload("large")
-        while client.status().replicas and any(r.model == "large" for r in client.status().replicas):
-            time.sleep(0.05)
-        began = time.perf_counter()
-        client.load("large")
-        through.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        _llama(path).close()
-        here.append(time.perf_counter() - began)
-        program = f"import llama_cpp; llama_cpp.Llama({str(path)!r}, n_ctx={N_CTX}, verbose=False, flash_attn=True)"
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", program], check=True)
-        fresh.append(time.perf_counter() - began)
-    more = statistics.median(through) - statistics.median(here)
-    print_table(
-        f"Cold load, {path.stat().st_size / 2**20:.0f} MiB, page cache warm (s)",
-        ("", "median", "worst"),
-        [
-            ("client.load", *_s(through)),
-            ("llama_cpp.Llama(...) in a running process", *_s(here)),
-            ("the same in a fresh process", *_s(fresh)),
-            ("more than Llama alone, at the median", f"{more:.2f}", ""),
-        ],
-    )
+def _prompts() -> Iterator[str]:
+    """Of 64 words each, and no two begin alike."""
+    chance = random.Random(time.time())
+    while True:
+        yield " ".join("".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(WORDS))
 
 
-def _llama(path: Path):  # type: ignore[no-untyped-def]
-    import llama_cpp
-
-    threads = psutil.cpu_count(logical=False)
-    return llama_cpp.Llama(
-        str(path),
-        n_ctx=N_CTX,
-        n_threads=threads,
-        n_threads_batch=threads,
-        flash_attn=True,
-        swa_full=False,
-        verbose=False,
-    )
+def _wait_until_quiet() -> None:
+    """Returns when the cores have been idle for a moment. Raises TimeoutError after two minutes."""
+    if "--busy" in sys.argv:
+        return
+    began_s = time.monotonic()
+    while psutil.cpu_percent(QUIET_S) > QUIET_PERCENT:
+        if time.monotonic() - began_s > PATIENCE_S:
+            raise TimeoutError("something else computes on this machine; measurements would mean nothing")
 
 
-def _ms(times: list[float]) -> tuple[str, str]:
-    return f"{statistics.median(times) * 1e3:.1f}", f"{statistics.quantiles(times, n=10)[-1] * 1e3:.1f}"
+# ---------------------------------------------------------------------- what is printed
 
 
-def _per_s(rates: list[float]) -> tuple[str, str]:
-    return f"{statistics.median(rates):.0f}", f"{min(rates):.0f}"
+def _print(results: Results, both: bool) -> None:
+    rows = []
+    for what in dict.fromkeys(what for what, _ in results):
+        ours = results[what, "Arriero"]
+        row = [what, _median(ours)]
+        if both:
+            rival = results[what, "llama-server"]
+            row += [_median(rival), f"{statistics.median(ours) / statistics.median(rival):.2f}"]
+        rows.append(row)
+    columns = ("", "Arriero", "llama-server", "ratio") if both else ("", "Arriero")
+    print_table("Medians of the rounds (lowest and highest)", columns, rows)
 
 
-def _s(times: list[float]) -> tuple[str, str]:
-    return f"{statistics.median(times):.2f}", f"{max(times):.2f}"
+def _median(values: Sequence[float]) -> str:
+    number: Callable[[float], str] = "{:.0f}".format if min(values) >= 100 else "{:.1f}".format
+    return f"{number(statistics.median(values))} ({number(min(values))}–{number(max(values))})"
 
 
 if __name__ == "__main__":

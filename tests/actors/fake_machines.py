@@ -14,7 +14,16 @@ from typing import Any
 from virtual_time import now_s
 
 from actors.devices.processes import Process
-from actors.serving.protocol import BufferSizes, LoadFailure, LoadReport, LoadSpec, RunnerState, RunnerStatus
+from actors.endpoint import Endpoint
+from actors.serving.protocol import (
+    BufferSizes,
+    Introduction,
+    LoadFailure,
+    LoadReport,
+    LoadSpec,
+    RunnerState,
+    RunnerStatus,
+)
 from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
 from scheduler.costs.params import DeviceBytes, HostBytes
 from scheduler.costs.shape import ModelShape
@@ -82,6 +91,7 @@ class FakeRunner:
         pid = next(_pids)
         self.body = machine.processes[pid] = FakeProcess(Process(pid, float(pid), f"/log/{pid}"))
         self._machine = machine
+        self.endpoint = Endpoint(machine.node_id, f"socket-{pid}", "127.0.0.1", pid, b"secret")
         self._replica_id = ""
         self._spec: LoadSpec | None = None
         self._report: LoadReport | None = None
@@ -94,6 +104,9 @@ class FakeRunner:
 
     def process(self) -> Process:
         return self.body.process
+
+    def introduce(self) -> Introduction:
+        return Introduction(self.process(), self.endpoint)
 
     async def load(self, replica_id: str, spec: LoadSpec) -> LoadReport | LoadFailure:
         if self.state != "idle":

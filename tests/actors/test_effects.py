@@ -148,9 +148,9 @@ class Stage:
         actor = self.ray.add_runner("runner-old", BOX)._actor
         actor.start()
         actor.inside.hold(REPLICA, SPEC)
-        self.effects.adopt(
-            REPLICA, RunnerHandle(actor.name, Handle(self.ray, actor), BOX, (GPU,), actor.inside.process())
-        )
+        said = actor.inside.introduce()
+        handle = Handle(self.ray, actor)
+        self.effects.adopt(REPLICA, RunnerHandle(actor.name, handle, BOX, (GPU,), said.process, said.endpoint))
         return actor
 
     def stop(self) -> None:
@@ -189,7 +189,7 @@ class Stage:
         if self.there and any(event.shape is None and not event.invalid for event in shapes):
             self.wrong.append("a header that can be read was not read")
         self.runners_left = self.ray.runners()
-        if len(self.runners_left) > 1 + bool(self.effects.runner_name(REPLICA)):  # a spare
+        if len(self.runners_left) > 1 + (REPLICA in self.effects._runners):  # a spare
             self.wrong.append(f"runners are left that nobody knows: {self.runners_left}")
         before = self.count(ev.ReplicaDied)
         self.told, self.steps = list(self.posted), list(self.ray.steps)

@@ -113,9 +113,17 @@ class Stage:
         return actor.inside.state if isinstance(actor.inside, FakeRunner) else ""
 
     def runner(self, lease: Grant) -> FakeRunner:
-        [actor] = [actor for actor in self.ray.actors if actor.name == lease.runner]
-        inside: FakeRunner = actor.inside
+        inside: FakeRunner = self.runner_actor(lease).inside
         return inside
+
+    def runner_actor(self, lease: Grant) -> Actor:
+        """The runner's."""
+        [actor] = [
+            actor
+            for actor in self.ray.actors
+            if isinstance(actor.inside, FakeRunner) and actor.inside.endpoint == lease.endpoint
+        ]
+        return actor
 
 
 Scene = Callable[[Stage], Coroutine[Any, Any, None]]
@@ -158,7 +166,7 @@ def test_a_slot_that_is_given_back_is_given_to_the_next() -> None:
         assert not second.done()
         await stage.release(first)
         granted = await second
-        assert isinstance(granted, Grant) and granted.runner == first.runner
+        assert isinstance(granted, Grant) and granted.endpoint == first.endpoint
 
     perform(scene)
 
@@ -186,7 +194,7 @@ def test_a_model_makes_room_for_another_once_it_is_idle() -> None:
         body = stage.runner(ant).body
         await stage.release(ant)
         granted = await bee
-        assert isinstance(granted, Grant) and granted.model == "bee" and granted.runner != ant.runner
+        assert isinstance(granted, Grant) and granted.model == "bee" and granted.endpoint != ant.endpoint
         assert not body.alive
 
     perform(scene)
@@ -290,8 +298,8 @@ def test_a_scheduler_that_starts_again_takes_back_what_serves_and_ends_what_does
         assert not waiting.done()  # the answer under way still holds the slot
         await stage.release(lease)
         granted = await waiting
-        assert isinstance(granted, Grant) and granted.runner == lease.runner
-        spares = set(before) - {lease.runner}
+        assert isinstance(granted, Grant) and granted.endpoint == lease.endpoint
+        spares = set(before) - {stage.runner_actor(lease).name}
         assert len(spares) == 1 and not spares & set(stage.ray.runners())
         assert len(stage.ray.runners()) == 2
         assert len(await stage.notices("scheduler_restarted")) == 1
@@ -307,7 +315,7 @@ def test_a_scheduler_that_starts_again_ends_a_load_under_way() -> None:
         stage.actor.end()
         stage.begin(again=True)
         granted = await stage.lease()
-        assert loading[0].dead is not None and granted.runner != loading[0].name
+        assert loading[0].dead is not None and stage.runner_actor(granted) is not loading[0]
 
     perform(scene)
 
@@ -470,7 +478,7 @@ def test_the_fate_of_a_replica_is_told_with_its_last_words() -> None:
         lease = await stage.lease()
         asking = asyncio.ensure_future(stage.scheduler.fate.remote(lease.replica_id))
         await asyncio.sleep(0.5)
-        stage.ray.kill(stage.ray.get_actor(lease.runner, "arriero"))
+        stage.ray.kill(Handle(stage.ray, stage.runner_actor(lease)))
         assert "ggml: a fault" in await asking
         assert await stage.scheduler.fate.remote(ReplicaId("another")) == ""
 
@@ -483,8 +491,8 @@ def test_the_fate_of_a_replica_is_told_with_its_last_words() -> None:
 def test_a_runner_that_dies_is_replaced() -> None:
     async def scene(stage: Stage) -> None:
         first = await stage.lease()
-        stage.ray.kill(stage.ray.get_actor(first.runner, "arriero"))
-        assert (await stage.lease()).runner != first.runner
+        stage.ray.kill(Handle(stage.ray, stage.runner_actor(first)))
+        assert (await stage.lease()).endpoint != first.endpoint
 
     perform(scene)
 
@@ -493,7 +501,7 @@ def test_a_replica_that_failed_a_request_and_serves_after_all_is_kept() -> None:
     async def scene(stage: Stage) -> None:
         first = await stage.lease()
         await stage.release(first, failed=True)
-        assert (await stage.lease()).runner == first.runner
+        assert (await stage.lease()).endpoint == first.endpoint
         assert "runner.describe answers" in stage.ray.steps
 
     perform(scene)
@@ -502,9 +510,9 @@ def test_a_replica_that_failed_a_request_and_serves_after_all_is_kept() -> None:
 def test_one_that_failed_a_request_and_does_not_answer_is_replaced() -> None:
     async def scene(stage: Stage) -> None:
         first = await stage.lease()
-        stage.ray.get_actor(first.runner, "arriero")._actor.stands_still = True
+        stage.runner_actor(first).stands_still = True
         await stage.release(first, failed=True)
-        assert (await stage.lease()).runner != first.runner
+        assert (await stage.lease()).endpoint != first.endpoint
 
     perform(scene)
 
@@ -518,7 +526,7 @@ def test_what_a_lost_machine_held_is_loaded_on_another() -> None:
         stage.ray.lose(BOX)
         second = await stage.lease()
         assert stage.ray.steps.count("runner is killed") == 2  # it may only be cut off; its spare too
-        assert second.runner != first.runner
+        assert second.endpoint != first.endpoint
         assert [node.node_id for node in (await stage.status()).nodes] == [BARN]
         assert stage.runner(second).body in stage.ray.machines[BARN].processes.values()
 

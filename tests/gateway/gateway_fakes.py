@@ -42,6 +42,7 @@ from actors.records import (
     UnloadResult,
 )
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
+from actors.serving.replies import Reply
 from scheduler.errors import ArrieroError, UnknownModel
 from scheduler.events import RequestArrived
 from scheduler.units import GIB, LeaseId, ReplicaId, RequestId
@@ -143,9 +144,7 @@ class FakeBackend:
             await self._step(self.acquisitions.popleft())
         number = len(self.saw("lease")) + 1
         self.note("lease", f"l{number}")
-        return posted(
-            Grant(LeaseId(f"l{number}"), ReplicaId(f"r{number}"), f"runner-{number}", MODEL, self.ttl_s, 4096)
-        )
+        return posted(Grant(LeaseId(f"l{number}"), ReplicaId(f"r{number}"), None, MODEL, self.ttl_s, 4096))
 
     async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
         self.note("release", lease_id, failed, usage)
@@ -156,14 +155,18 @@ class FakeBackend:
     async def cancel(self, request_id: RequestId) -> None:
         self.note("cancel", request_id)
 
-    async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[bytes | TokenCounts, None]:
         self.note("generate", lease, request)
         answer = self.answers.popleft() if self.answers else ANSWER
         ended = False
+        reply = Reply(request.reply)
         try:
             for step in answer:
                 if isinstance(step, Chunk):
-                    yield posted(step)
+                    if piece := reply.bytes_of(step):
+                        yield piece
+                    if step.finish_reason is not None:
+                        yield TokenCounts(step.prompt_tokens, step.cached_tokens, step.completion_tokens, step.pace)
                 else:
                     await self._step(step)
             ended = True

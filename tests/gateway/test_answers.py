@@ -10,7 +10,7 @@ from scheduler import events as ev
 from scheduler.errors import ArrieroError, Unavailable
 from scheduler.units import LeaseId, ReplicaId, RequestId
 
-LEASE = Grant(LeaseId("lease"), ReplicaId("replica"), "runner", "a", 60.0, 4096)
+LEASE = Grant(LeaseId("lease"), ReplicaId("replica"), None, "a", 60.0, 4096)
 ONE = ev.RequestArrived(RequestId("one"), "a")
 
 

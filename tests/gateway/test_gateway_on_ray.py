@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import time
@@ -16,17 +15,20 @@ import pytest
 ray = pytest.importorskip("ray")
 
 from gateway_fakes import MODEL, web  # noqa: E402
+from scripted_replica import ScriptedReplica  # noqa: E402
 
+from actors.endpoint import Endpoint  # noqa: E402
 from actors.gateway.actor import GatewayActor, GatewaySettings  # noqa: E402
 from actors.gateway.ray_backend import RayBackend  # noqa: E402
 from actors.gateway.server import listen  # noqa: E402
 from actors.leasing import Grant  # noqa: E402
 from actors.records import Health, Notice  # noqa: E402
-from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest, content_of  # noqa: E402
+from actors.serving.listener import Listener  # noqa: E402
+from actors.serving.protocol import GenerateRequest, content_of  # noqa: E402
 from arriero import Client  # noqa: E402
 from scheduler.errors import EngineFailed, InvariantBroken, Rejected, Unavailable, UnknownModel  # noqa: E402
 from scheduler.events import RequestArrived  # noqa: E402
-from scheduler.units import LeaseId, ReplicaId, RequestId  # noqa: E402
+from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId  # noqa: E402
 
 pytestmark = pytest.mark.ray
 NAMESPACE = "gateway-tests"
@@ -39,6 +41,7 @@ class ScriptedScheduler:
 
     def __init__(self) -> None:
         self.replicas: list[str] = []
+        self.endpoints: dict[str, Endpoint] = {}
         self.journal: list[tuple[Any, ...]] = []
         self.changed = asyncio.Condition()
         self.granted = 0
@@ -51,6 +54,9 @@ class ScriptedScheduler:
         self.replicas = replicas
         self.journal.clear()
         self.granted = 0
+
+    async def knows(self, replica: str, endpoint: Endpoint) -> None:
+        self.endpoints[replica] = endpoint
 
     async def note(self, *entry: Any) -> None:
         async with self.changed:
@@ -70,7 +76,7 @@ class ScriptedScheduler:
             return UnknownModel(f"no model {request.model!r} in the catalogue")
         replica = self.replicas[self.granted % len(self.replicas)]
         self.granted += 1
-        return Grant(LeaseId(f"l{self.granted}"), ReplicaId(replica), f"runner-{replica}", MODEL, 60.0, 4096)
+        return Grant(LeaseId(f"l{self.granted}"), ReplicaId(replica), self.endpoints[replica], MODEL, 60.0, 4096)
 
     async def release(self, lease_id: str, failed: bool, usage: Any) -> None:
         await self.note("release", lease_id, failed, usage)
@@ -100,50 +106,22 @@ class ScriptedScheduler:
         os._exit(1)
 
 
-@ray.remote(num_cpus=0, concurrency_groups={"gen": 4, "ctl": 2})
+@ray.remote(num_cpus=0)
 class ScriptedRunner:
-    """Says the prompt's words; "wait" makes it silent until its stream is closed, "die" ends the process."""
+    """A `ScriptedReplica` behind a real listener."""
 
     def __init__(self) -> None:
-        self.ended: list[str] = []
+        self.replica = ScriptedReplica()
+        self.listener = Listener(self.replica, ray.get_runtime_context().get_node_id(), "127.0.0.1")
 
-    @ray.method(concurrency_group="ctl")
     def pid(self) -> int:
         return os.getpid()
 
-    @ray.method(concurrency_group="gen", num_returns="streaming")
-    def generate(self, request: GenerateRequest) -> Iterator[Any]:
-        try:
-            for word in json.loads(request.content)["prompt"].split():
-                if word == "die":
-                    os._exit(1)
-                elif word == "refuse":
-                    yield Rejected("prompt is 5000 tokens; the slot holds 4096", n_ctx=4096)
-                    return
-                elif word == "crash":
-                    raise ZeroDivisionError("a bug")
-                while word == "wait":
-                    time.sleep(0.01)
-                    yield Chunk("")
-                yield Chunk(word)
-            yield Chunk("", "stop", 1, 0, 2)
-        finally:
-            self.ended.append(request.lease_id)
+    def endpoint(self) -> Endpoint:
+        return self.listener.endpoint
 
-    @ray.method(concurrency_group="gen")
-    def embed(self, request: EmbedRequest) -> Any:
-        inputs = json.loads(request.content)["inputs"]
-        if "refuse" in inputs:
-            return Rejected("this model has no embeddings")
-        return EmbedResult(tuple((1.0,) for _ in inputs), 3)
-
-    @ray.method(concurrency_group="ctl")
-    def cancel(self, lease_id: str) -> None:
-        pass
-
-    @ray.method(concurrency_group="ctl")
     def has_ended(self, lease_id: str) -> bool:
-        return lease_id in self.ended
+        return lease_id in self.replica.ended
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +141,15 @@ class Service:
         with listen("127.0.0.1", 0) as free:
             self.settings = GatewaySettings(port=free.getsockname()[1], api_keys={"": "s3cret"})
         self.scheduler = ScriptedScheduler.remote()
-        self.gateway = GatewayActor.remote(self.settings, self.scheduler, NAMESPACE)
+        self.gateway = GatewayActor.remote(self.settings, self.scheduler)
         self.runner = self.start_runner("stays")
-        self.backend = RayBackend(self.scheduler, NAMESPACE)
+        self.backend = RayBackend(self.scheduler, NodeId("another"))  # over TCP
         self.client = Client(get(self.gateway.url.remote()), api_key="s3cret")
 
     def start_runner(self, name: str) -> Any:
-        return ScriptedRunner.options(name=f"runner-{name}").remote()
+        runner = ScriptedRunner.remote()
+        get(self.scheduler.knows.remote(name, get(runner.endpoint.remote())))
+        return runner
 
     def use(self, *replicas: str) -> None:
         get(self.scheduler.begin.remote(list(replicas)))
@@ -278,7 +258,7 @@ def test_unsafe_and_impossible_addresses_fail_at_creation(here: Service) -> None
         (GatewaySettings(host="0.0.0.0", port=0), "needs an API key"),
         (here.settings, f"port {here.settings.port}"),
     ):
-        gateway = GatewayActor.remote(settings, here.scheduler, NAMESPACE)
+        gateway = GatewayActor.remote(settings, here.scheduler)
         with pytest.raises(ray.exceptions.ActorDiedError, match=says):
             get(gateway.url.remote())
     assert "s3cret" not in repr(here.settings)
@@ -286,7 +266,7 @@ def test_unsafe_and_impossible_addresses_fail_at_creation(here: Service) -> None
 
 def test_a_runner_that_is_not_there(here: Service) -> None:
     async def ask() -> None:
-        lease = Grant(LeaseId("l"), ReplicaId("nobody"), "runner-nobody", MODEL, 60.0, 4096)
+        lease = Grant(LeaseId("l"), ReplicaId("nobody"), None, MODEL, 60.0, 4096)
         async for _ in here.backend.generate(lease, GenerateRequest(content_of(prompt="x"))):
             pass
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
-from actors.serving.jobs import Embedding, Generation
+from actors.serving.jobs import Embedding, Generation, Results
 from actors.serving.model import Row
 from actors.serving.protocol import Chunk, LoadFailed
 from actors.serving.text import TextStream
@@ -122,7 +122,7 @@ class FakeModel:
 
 
 def job(prompt: Sequence[int], max_tokens: int = 20, name: str = "r") -> Generation:
-    return Generation(name, list(prompt), FakeSampler(), TextStream(), max_tokens)
+    return Generation(name, list(prompt), Results(), FakeSampler(), TextStream(), max_tokens)
 
 
 def expected(prompt: Sequence[int], max_tokens: int) -> tuple[str, str]:
@@ -180,7 +180,7 @@ def test_every_answer_is_that_of_a_clean_run(
         for one in jobs:
             batcher.submit(one)
         for one, (prompt, max_tokens) in zip(jobs, prompts, strict=True):
-            chunks = list(one.results())
+            chunks = list(one.hearer)
             assert heard(chunks) == expected(prompt, max_tokens)
             last = chunks[-1]
             assert last.prompt_tokens == len(prompt)
@@ -199,7 +199,7 @@ def test_a_longer_chat_decodes_only_what_is_new(running: Any) -> None:
     for prompt, cached in ((first, 0), ([5] * 20, 0), ([*first, 1, 2, 3], len(first)), ([*first, 4], len(first))):
         one = job(prompt, 1)
         batcher.submit(one)
-        assert list(one.results())[-1].cached_tokens == cached
+        assert list(one.hearer)[-1].cached_tokens == cached
     assert [len(batch) for batch in model.batches] == [29, 20, 3, 1]
 
 
@@ -208,7 +208,7 @@ def test_a_memory_that_cannot_be_cut_starts_clean(running: Any) -> None:
     for prompt, cached in (([1, 2, 3, 4], 0), ([1, 2, 3, 4, 9], 4), ([1, 2, 8], 0)):
         one = job(prompt, 1)
         batcher.submit(one)
-        assert list(one.results())[-1].cached_tokens == cached
+        assert list(one.hearer)[-1].cached_tokens == cached
 
 
 def test_waiting_jobs_are_served_in_order(running: Any) -> None:
@@ -221,7 +221,7 @@ def test_waiting_jobs_are_served_in_order(running: Any) -> None:
     assert [one.lease_id for one in batcher.jobs()] == ["0", "1", "2", "3", "4"]
     model.pause.set()
     for one in jobs:
-        list(one.results())
+        list(one.hearer)
     assert [batch[0].token for batch in model.batches] == [1, 2, 3, 4, 5]
 
 
@@ -233,8 +233,8 @@ def test_a_long_prompt_does_not_hold_up_another_answer(running: Any) -> None:
     batcher.submit(short)
     batcher.submit(long)
     model.pause.set()
-    list(short.results())
-    list(long.results())
+    list(short.hearer)
+    list(long.hearer)
     while_reading = [batch for batch in model.batches if any(row.sequence == 1 for row in batch)]
     assert all(len(batch) <= 4 for batch in while_reading)
     assert sum(row.sequence == 0 for batch in while_reading for row in batch) >= 2
@@ -249,9 +249,9 @@ def test_cancelling_in_the_middle_of_a_decode_aborts_it_and_frees_the_slot(runni
     batcher.submit(next_one)
     assert model.entered.wait(10)
     batcher.cancel(doomed)
-    assert list(doomed.results()) == []
+    assert list(doomed.hearer) == []
     model.pause.set()
-    assert heard(list(next_one.results())) == expected([2, 2], 3)
+    assert heard(list(next_one.hearer)) == expected([2, 2], 3)
     assert doomed.sampler.closed
 
 
@@ -267,8 +267,8 @@ def test_cancelling_one_does_not_abort_another_in_the_same_batch(running: Any) -
     batcher.submit(dropped)
     batcher.cancel(dropped)
     model.pause.set()
-    assert heard(list(kept.results())) == expected([2, 2], 6)
-    assert list(dropped.results()) == []
+    assert heard(list(kept.hearer)) == expected([2, 2], 6)
+    assert list(dropped.hearer) == []
 
 
 def test_a_failed_decode_fails_its_requests_and_the_next_one_works(running: Any) -> None:
@@ -278,10 +278,10 @@ def test_a_failed_decode_fails_its_requests_and_the_next_one_works(running: Any)
     unlucky = job([1, 2])
     batcher.submit(unlucky)
     with pytest.raises(EngineFailed, match="returned -3"):
-        list(unlucky.results())
+        list(unlucky.hearer)
     lucky = job([1, 2])
     batcher.submit(lucky)
-    assert heard(list(lucky.results())) == expected([1, 2], 20)
+    assert heard(list(lucky.hearer)) == expected([1, 2], 20)
     assert batcher.broken == ""
 
 
@@ -293,7 +293,7 @@ def test_two_failures_in_a_row_break_the_engine(running: Any) -> None:
         unlucky = job(prompt)
         batcher.submit(unlucky)
         with pytest.raises(EngineFailed):
-            list(unlucky.results())
+            list(unlucky.hearer)
     batcher.close()
     assert "returned -2" in batcher.broken
     with pytest.raises(EngineFailed, match="two decodes"):
@@ -311,7 +311,7 @@ def test_a_bug_ends_every_request_with_the_reason(running: Any) -> None:
     model.pause.set()
     for one in jobs:
         with pytest.raises(EngineFailed, match="ZeroDivisionError"):
-            list(one.results())
+            list(one.hearer)
 
 
 def talkative(n_tokens: int, at_least: int) -> list[int]:
@@ -325,7 +325,7 @@ def test_a_full_shared_cache_forgets_the_idle_first(running: Any) -> None:
     for prompt in ([1] * 18, [2] * 30):  # 48 tokens in all
         one = job(prompt, 1)
         batcher.submit(one)
-        assert heard(list(one.results())) == expected(prompt, 1)
+        assert heard(list(one.hearer)) == expected(prompt, 1)
 
 
 def test_a_full_shared_cache_then_ends_the_longest_answer(running: Any) -> None:
@@ -340,11 +340,11 @@ def test_a_full_shared_cache_then_ends_the_longest_answer(running: Any) -> None:
     batcher.submit(long)
     batcher.submit(short)
     model.pause.set()
-    said, ending = heard(list(long.results()))
+    said, ending = heard(list(long.hearer))
     assert ending == "length"
     assert 1 <= len(said.split()) < 12
     assert expected(long_prompt, 12)[0].startswith(said)
-    assert heard(list(short.results())) == expected(short_prompt, 12)
+    assert heard(list(short.hearer)) == expected(short_prompt, 12)
 
 
 def test_threads_change_at_the_next_turn(running: Any) -> None:
@@ -353,7 +353,7 @@ def test_threads_change_at_the_next_turn(running: Any) -> None:
     batcher.set_threads(7)
     one = job([1], 1)
     batcher.submit(one)
-    list(one.results())
+    list(one.hearer)
     assert model.threads == 7
 
 
@@ -368,7 +368,7 @@ def test_closing_fails_what_is_under_way(running: Any) -> None:
     batcher.close()
     for one in jobs:
         with pytest.raises(EngineFailed, match="being stopped"):
-            list(one.results())
+            list(one.hearer)
     with pytest.raises(EngineFailed, match="being stopped"):
         batcher.submit(job([3]))
 
@@ -376,14 +376,14 @@ def test_closing_fails_what_is_under_way(running: Any) -> None:
 def test_embeddings_are_means_of_length_one_and_leave_no_trace(running: Any) -> None:
     model = FakeModel(n_seq_max=1, n_ubatch=4)
     batcher = running(model)
-    text = Embedding("e", [3, 4, 5, 4, 3, 5, 4, 4, 4])
+    text = Embedding("e", [[3, 4, 5, 4, 3, 5, 4, 4, 4]], Results())
     batcher.submit(text)
-    (vector,) = text.results()
+    ((vector, *_),) = text.hearer
     assert vector == pytest.approx([4 / 17**0.5, 1 / 17**0.5, 0, 0])
     assert model.memory == [[]]
     one = job([3, 4], 4)
     batcher.submit(one)
-    assert heard(list(one.results())) == expected([3, 4], 4)
+    assert heard(list(one.hearer)) == expected([3, 4], 4)
 
 
 def test_the_node_hears_of_every_decode_before_it_begins_and_when_it_is_over() -> None:
@@ -397,7 +397,7 @@ def test_the_node_hears_of_every_decode_before_it_begins_and_when_it_is_over() -
         assert model.entered.wait(30)
         assert said == ["busy"], "a decode that hangs is overdue some day"
         model.pause.set()
-        list(asked.results())
+        list(asked.hearer)
         assert said == ["busy", "idle"] * len(model.batches)
     finally:
         batcher.close()

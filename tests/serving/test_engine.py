@@ -267,30 +267,16 @@ def test_embeddings_are_of_length_one_and_of_the_text(sample: Any, engine: Any, 
     for kind, extra in (("llama", {"embeddings": True}), ("llama", {}), ("mamba", {"embeddings": True})):
         loaded = engine(sample(kind), n_seq_max=2, n_ctx=1024, **extra)
         before = text(loaded, ask())
-        result = loaded.embed(EmbedRequest(content_of(inputs=("the salt", "the salt", "a bell " * 30))))
-        one, same, other = result.vectors
+        embedded = loaded.embed(EmbedRequest(content_of(inputs=("the salt", "the salt", "a bell " * 30))))
+        one, same, other = (each.vector for each in embedded)
         assert one == pytest.approx(same)
         assert sum(a * b for a, b in zip(one, other, strict=True)) < 0.99
-        assert all(sum(a * a for a in vector) == pytest.approx(1) for vector in result.vectors)
+        assert all(sum(a * a for a in each.vector) == pytest.approx(1) for each in embedded)
         assert len(one) == 128
-        assert result.prompt_tokens > 50
+        assert sum(each.prompt_tokens for each in embedded) > 50
         assert text(loaded, ask()) == before
         with pytest.raises(Rejected, match="at most 512"):
             loaded.embed(EmbedRequest(content_of(inputs=("x" * 600,))))
-
-
-def test_a_request_of_many_texts_takes_one_slot_at_a_time(sample: Any, engine: Any, ask: Any) -> None:
-    loaded = engine(sample("llama"), n_seq_max=2, n_ctx=1024, embeddings=True)
-    running: list[int] = []
-    submit = loaded._batcher.submit
-
-    def counting(job: Any) -> None:
-        submit(job)
-        running.append(len(loaded._batcher.jobs()))
-
-    loaded._batcher.submit = counting
-    result = loaded.embed(EmbedRequest(content_of(inputs=["the salt"] * 20)))
-    assert len(result.vectors) == 20 and max(running) == 1
 
 
 def test_progress_rises_to_one_and_may_stop_the_load(sample: Any, spec: Any) -> None:

@@ -21,7 +21,8 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.serving import frames, preparation
+from actors import frames
+from actors.serving import preparation
 from actors.serving.preparation import Preparer
 from actors.serving.protocol import content_of
 from actors.serving.vocabulary import Vocabulary

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,18 +17,16 @@ import pytest
 
 from actors.devices.byte_count import ByteCount
 from actors.devices.processes import started_at_s
+from actors.serving.jobs import Job, Results
 from actors.serving.protocol import (
     BufferSizes,
     Chunk,
-    EmbedRequest,
-    EmbedResult,
     GenerateRequest,
     LoadDevice,
     LoadFailed,
     LoadFailure,
     LoadReport,
     LoadSpec,
-    content_of,
 )
 from actors.serving.runner import Runner
 from actors.serving.visible import show_only
@@ -53,22 +50,19 @@ class FakeEngine:
         for progress in (0.0, 0.5, 1.0):
             on_progress(progress)
 
-    def generate(self, request: GenerateRequest) -> Iterator[Chunk]:
+    def prepare(self, request: GenerateRequest, hearer: Results[Chunk]) -> Job[Chunk]:
         assert pickle.loads(pickle.dumps(request)) == request
         if request.max_tokens == 0:
             raise Rejected("no tokens")
-        return self._stream(request.lease_id)
+        return Job(request.lease_id, [1], hearer)
 
-    def _stream(self, lease_id: str) -> Iterator[Chunk]:
-        try:
-            for word in ("salt ", "and ", "wool"):
-                yield pickle.loads(pickle.dumps(Chunk(word)))
-            yield Chunk("", "stop", 3, 0, 3)
-        finally:
-            self.cancelled.append(lease_id)
+    def submit(self, job: Job[Chunk]) -> None:
+        for word in ("salt ", "and ", "wool"):
+            job.hearer.say(Chunk(word))
+        job.end()
 
-    def embed(self, request: EmbedRequest) -> EmbedResult:
-        return EmbedResult(((1.0,),) * len(json.loads(request.content)["inputs"]), 1)
+    def drop(self, job: Job[Chunk]) -> None:
+        self.cancelled.append(job.lease_id)
 
     def cancel(self, lease_id: str) -> bool:
         return lease_id == "known"
@@ -78,6 +72,12 @@ class FakeEngine:
 
     def close(self) -> None:
         self.closed += 1
+
+
+def answer(runner: Runner, request: GenerateRequest) -> str:
+    results: Results[Chunk] = Results()
+    runner.submit(runner.prepare(request, results))
+    return "".join(chunk.text for chunk in results)
 
 
 def ready(spec: LoadSpec) -> tuple[Runner, FakeEngine]:
@@ -110,7 +110,7 @@ def test_a_load_reports_buffers_and_process(spec: Any) -> None:
 def test_a_runner_without_a_model_serves_nothing(ask: Any) -> None:
     runner = Runner(FakeEngine)  # type: ignore[arg-type]
     with pytest.raises(EngineFailed, match="this runner is idle"):
-        list(runner.generate(ask()))
+        answer(runner, ask())
     assert runner.watch() == "idle"
     assert (runner.progress(), runner.cancel("known")) == (0.0, False)
 
@@ -155,26 +155,18 @@ def test_a_failed_load_is_a_value_and_the_end_of_the_replica(
     assert failure == LoadFailure(kind, message)  # type: ignore[arg-type]
     assert runner.describe().state == "broken"
     with pytest.raises(EngineFailed, match=message):
-        list(runner.generate(ask()))
+        answer(runner, ask())
 
 
 def test_streams_and_passes_refusals_on(spec: Any, ask: Any) -> None:
     runner, engine = ready(spec("m.gguf"))
-    assert "".join(chunk.text for chunk in runner.generate(ask(lease_id="a"))) == "salt and wool"
+    assert answer(runner, ask(lease_id="a")) == "salt and wool"
     with pytest.raises(Rejected, match="no tokens"):
-        list(runner.generate(ask(max_tokens=0)))
-    assert runner.embed(EmbedRequest(content_of(inputs=["x", "y"]))).vectors == ((1.0,), (1.0,))
+        answer(runner, ask(max_tokens=0))
     assert runner.cancel("known")
     assert not runner.cancel("unknown")
-    assert engine.cancelled == ["a"]
-
-
-def test_closing_the_stream_closes_the_engines(spec: Any, ask: Any) -> None:
-    runner, engine = ready(spec("m.gguf"))
-    stream = runner.generate(ask(lease_id="a"))
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    assert engine.cancelled == ["a"]
+    runner.drop(runner.prepare(ask(lease_id="b"), Results()))
+    assert engine.cancelled == ["b"]
 
 
 def test_threads_wanted_during_the_load_hold_afterwards(spec: Any) -> None:
@@ -192,7 +184,7 @@ def test_a_broken_engine_breaks_the_replica(spec: Any, ask: Any) -> None:
     assert runner.watch() == "two decodes in a row failed"
     assert runner.describe().state == "broken"
     with pytest.raises(EngineFailed, match="two decodes"):
-        list(runner.generate(ask()))
+        answer(runner, ask())
 
 
 def test_only_the_latest_watcher_watches(spec: Any) -> None:
@@ -214,7 +206,7 @@ def test_a_closed_runner_serves_nothing(spec: Any, ask: Any) -> None:
     runner.close()
     assert engine.closed == 1
     with pytest.raises(EngineFailed, match="is closed"):
-        list(runner.generate(ask()))
+        answer(runner, ask())
 
 
 def test_refuses_when_the_host_has_too_little(spec: Any) -> None:
@@ -262,7 +254,7 @@ def test_two_runners_share_a_virtual_gpu_and_give_it_back(
     with closing(Runner()) as first, closing(Runner()) as second:
         for runner in (first, second):
             assert isinstance(runner.load("r", loaded), LoadReport)
-        one, other = ([chunk.text for chunk in runner.generate(ask())] for runner in (first, second))
+        one, other = (answer(runner, ask()) for runner in (first, second))
         assert one == other
         held = [holder.held_bytes for holder in count.holders()]
         assert len(held) == 2
@@ -284,10 +276,10 @@ def test_a_dead_device_process_breaks_the_replica(
     # Not closed: freeing buffers on a dead device is one of the things that llama.cpp aborts the process for.
     runner = Runner()
     assert isinstance(runner.load("r-1", loaded), LoadReport)
-    assert list(runner.generate(ask(max_tokens=3)))
+    assert answer(runner, ask(max_tokens=3))
     os.kill(runner._devices[1].pid, signal.SIGKILL)
     assert "has ended" in runner.watch()
     assert runner.describe().state == "broken"
     with pytest.raises(EngineFailed, match="broken"):
-        list(runner.generate(ask()))
+        answer(runner, ask())
     runner._devices[0].close()

@@ -1,0 +1,103 @@
+"""Models for measurements: llamas with random weights, quantised, and byte-pair vocabularies of random words.
+
+They compute what real ones of that size do, and say nonsense. They can be asked for as many tokens as wanted: none of
+hundreds of thousands of random numbers is likely to be the one that ends an answer.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+_POOL_ROWS = 61  # rows that are drawn for a matrix, and then repeated: quantising takes longer than all the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """`weights`: of the layers' matrices; the embedding is Q8_0 where they are quantised, and also the output."""
+
+    n_vocab: int
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    weights: Type
+
+
+TINY = Shape(2_000, 128, 384, 2, 2, 2, Type.F16)
+SMALL = Shape(32_000, 512, 1536, 8, 8, 4, Type.Q8_0)
+QWEN_HALF_B = Shape(151_936, 896, 4864, 24, 14, 2, Type.Q5_0)
+"""The shape and size of Qwen2.5-0.5B in Q4_K_M: its rows do not divide into k-quants and are Q5_0 for the most part."""
+
+
+def write_model(path: Path, shape: Shape, n_ctx: int = 32768) -> Path:
+    """Writes it, and returns its path."""
+    numbers = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_block_count(shape.n_layer)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    tokens, merges = _vocabulary(shape.n_vocab)
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * (shape.n_vocab - 1) + [gguf.TokenType.CONTROL])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(shape.n_vocab - 1)
+
+    def vector(name: str) -> None:
+        writer.add_tensor(f"{name}.weight", np.ones(shape.n_embd, np.float32))
+
+    def matrix(name: str, n_rows: int, n_columns: int, weights: Type, *, n_zeros: int = 0) -> None:
+        drawn = numbers.standard_normal((min(n_rows, _POOL_ROWS), n_columns), np.float32) * 0.02
+        rows = gguf.quants.quantize(drawn, weights)
+        every = np.tile(rows, (-(-n_rows // len(rows)), 1))[:n_rows]
+        every[:n_zeros] = gguf.quants.quantize(np.zeros((1, n_columns), np.float32), weights)
+        writer.add_tensor(f"{name}.weight", every, raw_dtype=weights)
+
+    n_kv = shape.n_embd // shape.n_head * shape.n_head_kv
+    # Single bytes are never said: half of a character would be held back until it is whole.
+    embedding = Type.F16 if shape.weights == Type.F16 else Type.Q8_0
+    matrix("token_embd", shape.n_vocab, shape.n_embd, embedding, n_zeros=256)
+    vector("output_norm")
+    for il in range(shape.n_layer):
+        vector(f"blk.{il}.attn_norm")
+        vector(f"blk.{il}.ffn_norm")
+        matrix(f"blk.{il}.attn_q", shape.n_embd, shape.n_embd, shape.weights)
+        matrix(f"blk.{il}.attn_k", n_kv, shape.n_embd, shape.weights)
+        matrix(f"blk.{il}.attn_v", n_kv, shape.n_embd, shape.weights)
+        matrix(f"blk.{il}.attn_output", shape.n_embd, shape.n_embd, shape.weights)
+        matrix(f"blk.{il}.ffn_gate", shape.n_ff, shape.n_embd, shape.weights)
+        matrix(f"blk.{il}.ffn_up", shape.n_ff, shape.n_embd, shape.weights)
+        matrix(f"blk.{il}.ffn_down", shape.n_embd, shape.n_ff, shape.weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _vocabulary(n_vocab: int) -> tuple[list[str], list[str]]:
+    """Tokens, the last of which ends an answer, and merges."""
+    chance = random.Random(0)
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    tokens = [chr(code) for code in [*printable, *range(256, 256 + len(others))]]
+    merges, known, letters = [], set(tokens), [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    while len(tokens) < n_vocab - 1:
+        first, second = chance.choice(tokens[:60_000]), chance.choice(letters)
+        if len(first) < 12 and first + second not in known:
+            known.add(first + second)
+            tokens.append(first + second)
+            merges.append(f"{first} {second}")
+    return [*tokens, "<end>"], merges
