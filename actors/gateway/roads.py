@@ -112,6 +112,11 @@ class Roads:
             if not over:
                 road.close()
 
+    def close(self) -> None:
+        """Ends the connections that are not in use."""
+        for road in [road for idle in self._idle.values() for road in idle]:
+            road.close()
+
     async def _connection(self, endpoint: Endpoint) -> Road:
         if idle := self._idle.get(endpoint.name):
             return idle.pop()

@@ -32,8 +32,9 @@ from scheduler.units import LeaseId, NodeId
 
 READ_BYTES = 65536
 PREPARED_AT_ONCE = 64  # more than any sensible number of slots
-MOST_UNPROVED = 64
-"""Connections that have not proved a lease; the oldest gives way. A gateway proves one with its first bytes."""
+MOST_UNPROVED = 256
+"""Connections that have not proved a lease; the oldest gives way. A gateway proves one with its first bytes, and never
+has more at once than a replica may have slots (64)."""
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 from actors.serving.jobs import Embedded, Hearer, Job
@@ -31,7 +32,7 @@ class ScriptedReplica:
             raise Rejected("prompt is 5000 tokens; the slot holds 4096", n_ctx=4096)
         if "crash" in words:
             raise ZeroDivisionError("a bug")
-        return _Script(request, words, hearer)
+        return _Script(request, words, hearer, self._note_end)
 
     def submit(self, job: Job[Any]) -> None:
         threading.Thread(target=self._play, args=[job], daemon=True).start()
@@ -70,14 +71,26 @@ class ScriptedReplica:
                     job.hearer.flush()
             if not job.cancelled:
                 job.hearer.say(Chunk("", "stop", 1, 0, 2))
-        with self._changed:
-            self.ended.append(job.lease_id)
-            self._changed.notify_all()
         job.end()
+
+    def _note_end(self, lease_id: str) -> None:
+        with self._changed:
+            self.ended.append(lease_id)
+            self._changed.notify_all()
 
 
 class _Script(Job[Any]):
-    def __init__(self, request: GenerateRequest | EmbedRequest, words: list[str], hearer: Hearer[Any]) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest | EmbedRequest,
+        words: list[str],
+        hearer: Hearer[Any],
+        closed: Callable[[str], None],
+    ) -> None:
         super().__init__(request.lease_id, [1], hearer)
         self.request = request
         self.words = words
+        self._closed = closed
+
+    def close(self) -> None:
+        self._closed(self.lease_id)
