@@ -7,7 +7,6 @@ What is wrong with a connection is answered in the shape of all errors, where an
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from typing import Any, Literal
 
 import h11
@@ -24,13 +23,42 @@ READ_BYTES = 8192
 for the 256 KiB that asyncio would read."""
 
 
-class Connection(H11Protocol):
-    """`open_by_address` counts the connections of all addresses, for all connections of a server."""
+class Opened:
+    """The open connections of a server, oldest first, by address."""
 
-    def __init__(self, *arguments: Any, open_by_address: Counter[str], **settings: Any) -> None:
+    def __init__(self) -> None:
+        self._of: dict[str, dict[Connection, None]] = {}
+
+    def add(self, address: str, connection: Connection) -> int:
+        """How many there are of `address` now."""
+        mine = self._of.setdefault(address, {})
+        mine[connection] = None
+        return len(mine)
+
+    def remove(self, address: str, connection: Connection) -> None:
+        del self._of[address][connection]
+        if not self._of[address]:
+            del self._of[address]
+
+    def give_way(self, newcomer: str) -> bool:
+        """Ends a connection without a request for one of the address `newcomer`, at the expense of the address that
+        has most of all. False when there is none, or when that is the newcomer's own."""
+        most = max(self._of, key=lambda address: len(self._of[address]))
+        waiting = next((each for each in self._of[most] if each.is_waiting), None)
+        if most == newcomer or waiting is None:
+            return False
+        waiting.transport.abort()
+        return True
+
+
+class Connection(H11Protocol):
+    """`opened`: all connections of the server."""
+
+    def __init__(self, *arguments: Any, opened: Opened, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self._open_by_address = open_by_address
+        self._opened = opened
         self._address = ""
+        self._head_lines = 0
         self._refusal: ArrieroError | None = None
         self._phase: Phase = "idle"
         self._arrival: asyncio.TimerHandle | None = None
@@ -41,14 +69,11 @@ class Connection(H11Protocol):
         transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # of asyncio's selector loop
         super().connection_made(transport)
         self._address = self.client[0] if self.client else ""
-        self._open_by_address[self._address] += 1
-        self._refusal = self._one_too_many()
+        self._refusal = self._one_too_many(self._opened.add(self._address, self))
         self._enter("idle")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._open_by_address[self._address] -= 1
-        if not self._open_by_address[self._address]:
-            del self._open_by_address[self._address]
+        self._opened.remove(self._address, self)
         for timer in (self._arrival, self._stall):
             if timer is not None:
                 timer.cancel()
@@ -57,7 +82,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:  # not before it asks: an answer to nothing would be lost
             self._refuse(self._refusal)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._has_too_long_a_head(data):
             return
         super().data_received(data)
         self._follow("head")
@@ -80,12 +105,28 @@ class Connection(H11Protocol):
         if self._stall is not None:
             self._stall.cancel()
 
-    def _one_too_many(self) -> TooMuchHeld | None:
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no request of it has arrived."""
+        return self._phase in ("idle", "head")
+
+    def _has_too_long_a_head(self, data: bytes) -> bool:
+        """Whether a request has too many headers; it is refused then. They are counted before anything is made of
+        them: that costs much more than their bytes."""
+        if self.is_waiting:
+            end = data.find(b"\r\n\r\n")
+            self._head_lines += data.count(b"\n") if end < 0 else data.count(b"\n", 0, end)
+            if self._head_lines > limits.MAX_HEAD_LINES:
+                self._refuse(Rejected(f"the request has more than {limits.MAX_HEAD_LINES} headers"))
+                return True
+        return False
+
+    def _one_too_many(self, of_address: int) -> TooMuchHeld | None:
         most = limits.connection_limit()
-        if len(self.connections) > most:
+        if len(self.connections) > most and not self._opened.give_way(self._address):
             return TooMuchHeld(f"{most} connections are open, the maximum", retry_after_s=limits.RETRY_S)
         most = limits.connection_limit_of_address()
-        if self._open_by_address[self._address] > most:
+        if of_address > most:
             return TooMuchHeld(
                 f"{most} connections from {self._address} are open, the maximum per address",
                 retry_after_s=limits.RETRY_S,
@@ -102,6 +143,8 @@ class Connection(H11Protocol):
         if phase == self._phase and self._arrival is not None:
             return
         self._phase = phase
+        if phase == "idle":
+            self._head_lines = 0
         if self._arrival is not None:
             self._arrival.cancel()
             self._arrival = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,9 +28,11 @@ PARSE_DATA_BYTES = 512 * MIB
 
 MAX_HELD_BYTES = 256 * MIB
 """Of all large requests together, from their first byte until they are answered. Waiting requests are held, too: this
-is room for 500 prompts of 128,000 tokens."""
+is room for 500 prompts of 128,000 tokens. One source (an API key, or an address) may have half of it."""
 
 MAX_HEAD_BYTES = 32 * KIB  # request line and headers; 8,000 empty headers cost 30 ms
+MAX_HEAD_LINES = 128  # 7,900 short headers took 17 ms of the event loop, each time
+MAX_QUERY_PARTS = 64  # 8,000 took 13 ms
 HEAD_S = 20.0  # from a connection's (or a request's) first moment to the end of its headers
 BODY_S = 60.0  # from there to the end of the body: 32 MiB at 4.5 Mbit/s
 STALL_S = 60.0
@@ -61,25 +64,44 @@ class Held:
     """Counts the bytes of large requests that the gateway holds."""
 
     def __init__(self, limit_bytes: int = MAX_HELD_BYTES) -> None:
-        self.limit_bytes = limit_bytes
+        self._limit_bytes = limit_bytes
         self.held_bytes = 0
+        self._of: Counter[str] = Counter()  # sources
 
     @contextmanager
-    def request(self, max_body_bytes: int) -> Iterator[HeldBody]:
-        """The share of one request, until it is answered."""
-        body = HeldBody(self, max_body_bytes)
+    def request(self, source: str, max_body_bytes: int) -> Iterator[HeldBody]:
+        """The share of one request of `source`, until it is answered."""
+        body = HeldBody(self, source, max_body_bytes)
         try:
             yield body
         finally:
-            self.held_bytes -= body.counted_bytes
+            self.count(source, -body.counted_bytes)
+            if not self._of[source]:
+                del self._of[source]
+
+    def count(self, source: str, more_bytes: int) -> None:
+        """`source` holds so much more. Raises TooMuchHeld."""
+        for whose, held_bytes, limit_bytes in (
+            ("", self.held_bytes, self._limit_bytes),
+            (" of yours", self._of[source], self._limit_bytes // 2),
+        ):
+            if more_bytes > 0 and held_bytes + more_bytes > limit_bytes:
+                raise TooMuchHeld(
+                    f"the gateway holds {format_bytes(held_bytes)} of large requests{whose} (waiting or running); "
+                    f"the maximum is {format_bytes(limit_bytes)}; try again later",
+                    retry_after_s=RETRY_S,
+                )
+        self.held_bytes += more_bytes
+        self._of[source] += more_bytes
 
 
 class HeldBody:
     """The share of one request in `Held`. The first `INLINE_BYTES` are not counted: small requests always get in, and
     the number of connections bounds them."""
 
-    def __init__(self, held: Held, max_body_bytes: int) -> None:
+    def __init__(self, held: Held, source: str, max_body_bytes: int) -> None:
         self._held = held
+        self._source = source
         self._max_body_bytes = max_body_bytes
         self._seen_bytes = 0
         self.counted_bytes = 0
@@ -90,14 +112,8 @@ class HeldBody:
         if self._seen_bytes > self._max_body_bytes:
             raise too_large(self._max_body_bytes)
         more = max(0, self._seen_bytes - INLINE_BYTES) - self.counted_bytes
-        if self._held.held_bytes + more > self._held.limit_bytes:
-            raise TooMuchHeld(
-                f"the gateway holds {format_bytes(self._held.held_bytes)} of large requests (waiting or running); "
-                f"the maximum is {format_bytes(self._held.limit_bytes)}; try again later",
-                retry_after_s=RETRY_S,
-            )
+        self._held.count(self._source, more)
         self.counted_bytes += more
-        self._held.held_bytes += more
 
 
 def too_large(limit_bytes: int) -> BodyTooLarge:

@@ -4,7 +4,8 @@
     names     without a key, only loopback names in `Host` and `Origin`: a web page must not reach the gateway through
               a name that its author points at 127.0.0.1, nor with a form of its own. Keyed gateways need no such rule,
               for the page does not know the key
-    bodies    bounded, each and all together, before anything reads them (`limits`)
+    turns     one request of each source begins in a turn of the event loop (`turns`)
+    bodies    bounded, each, all of a source, and all together, before anything reads them (`limits`)
     the end   when the gateway closes, every request gets a last word
 
 Health stays open, for probes. There are no CORS headers: pages of other origins cannot read answers.
@@ -24,9 +25,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from actors.gateway.address import is_loopback
 from actors.gateway.closing import Closing, shutting_down
 from actors.gateway.errors import Forbidden, Unauthorized, error_json
-from actors.gateway.limits import MAX_BODY_BYTES, MAX_ORDER_BYTES, Held, too_large
+from actors.gateway.limits import MAX_BODY_BYTES, MAX_ORDER_BYTES, MAX_QUERY_PARTS, Held, too_large
 from actors.gateway.stream import EVENT_STREAM, error_response, event
-from scheduler.errors import ArrieroError
+from actors.gateway.turns import Turns
+from scheduler.errors import ArrieroError, Rejected
 
 OPEN_PATHS = frozenset({"/health", "/api/v1/health"})
 _KEY = "arriero.key"
@@ -40,24 +42,16 @@ class Guard:
         self._api_keys = {name: key.encode() for name, key in api_keys.items()}
         self._held = held
         self._closing = closing
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = MAX_BODY_BYTES if scope["path"].startswith("/v1/") else MAX_ORDER_BYTES
         answer = _Answer(send)
         try:
-            scope[_KEY] = self._check(scope["path"], Headers(scope=scope), limit)
-            with self._held.request(limit) as body, self._closing.request():
-
-                async def counted() -> Message:
-                    message = await receive()
-                    if message["type"] == "http.request":
-                        body.add(len(message.get("body", b"")))
-                    return message
-
-                await self._app(scope, counted, answer.send)
+            with self._closing.request():
+                await self._serve(scope, receive, answer)
         except ArrieroError as error:
             await error_response(error)(scope, receive, send)
         except asyncio.CancelledError:
@@ -65,13 +59,33 @@ class Guard:
                 raise
             await answer.end(scope, receive, shutting_down())
 
-    def _check(self, path: str, headers: Headers, max_body_bytes: int) -> str:
+    async def _serve(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        limit = MAX_BODY_BYTES if scope["path"].startswith("/v1/") else MAX_ORDER_BYTES
+        source = scope["client"][0] if scope["client"] else ""
+        try:
+            scope[_KEY] = self._check(scope, Headers(scope=scope), limit)
+            source = scope[_KEY] or source
+        finally:
+            await self._turns.take(source)
+        with self._held.request(source, limit) as body:
+
+            async def counted() -> Message:
+                message = await receive()
+                if message["type"] == "http.request":
+                    body.add(len(message.get("body", b"")))
+                return message
+
+            await self._app(scope, counted, answer.send)
+
+    def _check(self, scope: Scope, headers: Headers, max_body_bytes: int) -> str:
         """The name of the key that the request carries."""
         name = ""
         if not self._api_keys:
             _check_names(headers)
-        elif path not in OPEN_PATHS:
+        elif scope["path"] not in OPEN_PATHS:
             name = self._name_of_key(headers.get("authorization", ""))
+        if scope["query_string"].count(b"&") >= MAX_QUERY_PARTS:
+            raise Rejected(f"the address has more than {MAX_QUERY_PARTS} parameters")
         announced = headers.get("content-length", "")
         if announced.isascii() and announced.isdigit() and int(announced[:20]) > max_body_bytes:
             raise too_large(max_body_bytes)

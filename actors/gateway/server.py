@@ -8,13 +8,12 @@ from __future__ import annotations
 import functools
 import gc
 import socket
-from collections import Counter
 from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
-from actors.gateway.connections import Connection
+from actors.gateway.connections import Connection, Opened
 from actors.gateway.limits import KEEP_ALIVE_S, MAX_HEAD_BYTES
 from scheduler.errors import Rejected
 
@@ -48,12 +47,12 @@ class Server(uvicorn.Server):
     """A server that tells the clients of requests under way when it ends: by a signal, or by `should_exit`."""
 
     def __init__(self, app: FastAPI) -> None:
-        connection = functools.partial(Connection, open_by_address=Counter())
+        connection = functools.partial(Connection, opened=Opened())
         super().__init__(
             uvicorn.Config(
                 app,
                 http=cast(Any, connection),
-                log_level="warning",
+                log_level="error",  # a warning for each odd request would fill the disk
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,

@@ -2,10 +2,10 @@
 
 The first decode of all runs in that thread too, for OpenMP keeps a team of threads for every thread that ever computed:
 with a second team there are more threads than cores, and then they sleep at every barrier where they would spin.
-Each turn decodes one batch: the next token of every answer under way, plus prompt tokens of slots still reading, oldest
-job first, up to one micro-batch (`n_ubatch`) in all. So a long prompt delays the others by one micro-batch at a time,
-and a cancelled job is gone after one. Jobs that find no free slot wait in order. Embeddings take their own turns,
-because they make every token an output.
+Each turn decodes one batch: the next token of every answer under way, plus prompt tokens of slots still reading, up to
+one micro-batch (`n_ubatch`) in all. Prompts share that room evenly. So a long prompt delays the others, their first
+tokens too, by one micro-batch at a time, and a cancelled job is gone after one. Jobs that find no free slot wait in
+order. Embeddings take their own turns, because they make every token an output.
 An answer whose hearer does not take it waits: no token is computed that nobody reads.
 What follows a grammar is chosen beside this thread: a grammar may take seconds for a token, and nobody else's answer
 waits for it. Its slot sits turns out until the token is there.
@@ -186,18 +186,18 @@ class Batcher:
         parts: list[tuple[Slot, Generation, list[int], int | None]] = []  # tokens in this batch, row to sample
         generating = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
         running = [(slot, job) for slot, job in generating if not job.choosing and not job.hearer.stalled]
-        running.sort(key=lambda pair: (pair[1].pending is None, pair[0].last_used))  # answers first, oldest first
+        running.sort(key=lambda pair: (pair[1].pending is None, len(pair[1].prompt) - len(pair[0].tokens)))
         room = max(self._model.n_ubatch, self._model.n_seq_max)
-        for slot, job in running:
+        for index, (slot, job) in enumerate(running):
+            start = len(slot.tokens)
             if job.pending is not None:
                 tokens = [job.pending]
-            else:
-                tokens = job.prompt[len(slot.tokens) : len(slot.tokens) + room - len(rows)]
+            else:  # the room that is left is shared evenly; what a short prompt does not need goes to the longer ones
+                tokens = job.prompt[start : start + (room - len(rows)) // (len(running) - index)]
             if not tokens:
                 continue
-            start = len(slot.tokens)
             samples = job.pending is not None or start + len(tokens) == len(job.prompt)
-            rows += (Row(token, start + index, slot.sequence, False) for index, token in enumerate(tokens))
+            rows += (Row(token, start + place, slot.sequence, False) for place, token in enumerate(tokens))
             if samples:
                 rows[-1] = rows[-1]._replace(wants_logits=True)
             parts.append((slot, job, tokens, len(rows) - 1 if samples else None))

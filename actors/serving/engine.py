@@ -21,6 +21,9 @@ from scheduler.errors import Rejected
 
 Result = TypeVar("Result")
 
+MOST_EMBEDDED = 300_000
+"""Tokens of all inputs of a request, OpenAI's own bound: it keeps its slot until all are embedded."""
+
 
 class Engine:
     """A loaded replica. Raises LoadFailed when loading does not work; an exception of `on_progress` stops the load."""
@@ -114,6 +117,8 @@ class Engine:
         for index, text in enumerate(texts):
             if len(text) > limit:
                 raise Rejected(f"input {index} is {len(text)} tokens; at most {limit} can be embedded at once")
+        if (total := sum(map(len, texts))) > MOST_EMBEDDED:
+            raise Rejected(f"the inputs are {total} tokens; at most {MOST_EMBEDDED} are allowed in one request")
         return Embedding(request.lease_id, texts, hearer)
 
     def submit(self, job: Job[Any]) -> None:

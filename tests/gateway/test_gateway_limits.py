@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from gateway_fakes import MODEL, FakeBackend, Gate, all_of, connect, head_of, running, serve, web
 
@@ -13,6 +16,7 @@ from actors.gateway import limits
 from actors.gateway.app import make_app
 from actors.gateway.errors import BodyTooLarge, TooMuchHeld
 from actors.gateway.limits import INLINE_BYTES, MAX_BODY_BYTES, Held
+from actors.gateway.turns import Turns
 
 BODY = json.dumps({"model": MODEL, "prompt": "Hi"}).encode()
 COMPLETIONS = "/v1/completions"
@@ -97,8 +101,8 @@ def crowded(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         yield url
 
 
-def get(connection: Any) -> bytes:
-    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+def get(connection: Any, headers: bytes = b"") -> bytes:
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n")
     answer = b""
     while b"}" not in answer:  # the body is the end of it
         answer += connection.recv(65536)
@@ -123,6 +127,69 @@ def test_there_are_so_many_connections_in_all(backend: FakeBackend, monkeypatch:
         assert refusal(get(two)) == (429, "too_much_held")
 
 
+def from_address(url: str, address: str) -> socket.socket:
+    """A connection from another address of loopback, which stands for another machine."""
+    target = httpx.URL(url)
+    return socket.create_connection((target.host, target.port or 0), 20.0, source_address=(address, 0))
+
+
+def test_who_has_most_connections_gives_way(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "connection_limit", lambda: 3)
+    monkeypatch.setattr(limits, "connection_limit_of_address", lambda: 2)
+    gate = Gate()
+    backend.acquisitions.append(gate)
+    with (
+        serve(backend) as url, from_address(url, "127.0.0.2") as busy, from_address(url, "127.0.0.2") as idle,
+        from_address(url, "127.0.0.3") as other,
+    ):  # fmt: skip
+        busy.sendall(head_of(COMPLETIONS, len(BODY)) + BODY)
+        backend.wait_for("acquire")
+        assert get(other).startswith(b"HTTP/1.1 200")
+        with from_address(url, "127.0.0.4") as newcomer:
+            assert get(newcomer).startswith(b"HTTP/1.1 200")
+            assert all_of(idle) == b"", "it waits for nothing, and its address has most"
+            with from_address(url, "127.0.0.5") as last:
+                assert refusal(get(last)) == (429, "too_much_held"), "whoever is answered stays"
+        gate.open()
+        assert busy.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_many_headers_or_parameters_are_refused_before_they_are_read(url: str) -> None:
+    many = b"a:b\r\n" * (limits.MAX_HEAD_LINES + 1)
+    with connect(url) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + many)
+        assert refusal(all_of(connection)) == (400, "invalid_request")
+    with connect(url) as connection:  # those of one request after the other are not added up
+        for _ in range(5):
+            assert get(connection, b"a:b\r\n" * 60).startswith(b"HTTP/1.1 200")
+    assert web.get(f"{url}/health?{'&'.join('abcdefghij' * 6)}").status_code == 200
+    reply = web.get(f"{url}/health?{'&'.join('a' * (limits.MAX_QUERY_PARTS + 1))}")
+    assert reply.status_code == 400 and "parameters" in reply.json()["error"]["message"]
+
+
+def test_a_source_with_many_requests_does_not_hold_up_another() -> None:
+    """Ann's comes in the next turn of the loop, however many of Bob's wait."""
+
+    async def scenario() -> list[str]:
+        turns = Turns()
+        began: list[str] = []
+
+        async def request(source: str) -> None:
+            await turns.take(source)
+            began.append(source)
+
+        waiting = [asyncio.ensure_future(request("bob")) for _ in range(50)]
+        await asyncio.sleep(0)
+        waiting[3].cancel()
+        waiting += [asyncio.ensure_future(request("ann")) for _ in range(2)]
+        await asyncio.wait(waiting)
+        return began
+
+    began = asyncio.run(scenario())
+    assert (began.count("bob"), began.count("ann")) == (49, 2)
+    assert began.index("ann") < 4 and "ann" in began[began.index("ann") + 1 :][:4]
+
+
 def until_answered(url: str) -> None:
     """Until the server has noticed that a connection is gone; the test's own time-out is the limit."""
     while web.get(f"{url}/health", headers={"Connection": "close"}).status_code != 200:
@@ -133,7 +200,7 @@ def test_large_requests_together_are_bounded_until_they_are_answered(backend: Fa
     large = {"model": MODEL, "prompt": "x" * 3 * INLINE_BYTES}
     gate = Gate()
     backend.acquisitions.append(gate)
-    with running(make_app(backend, max_held_bytes=3 * INLINE_BYTES)) as (url, _):
+    with running(make_app(backend, max_held_bytes=6 * INLINE_BYTES)) as (url, _):
         body = json.dumps(large).encode()
         with connect(url) as connection:
             connection.sendall(head_of(COMPLETIONS, len(body)) + body)
@@ -149,18 +216,21 @@ def test_large_requests_together_are_bounded_until_they_are_answered(backend: Fa
 
 def test_what_is_held_is_counted_to_the_byte() -> None:
     held = Held(limit_bytes=1000)
-    with held.request(MAX_BODY_BYTES) as one:
-        for piece in (INLINE_BYTES - 1, 2, 600):
+    with held.request("ann", MAX_BODY_BYTES) as one:
+        for piece in (INLINE_BYTES - 1, 2, 400):
             one.add(piece)
-        assert held.held_bytes == 601
-        with held.request(MAX_BODY_BYTES) as two:
-            two.add(INLINE_BYTES + 399)
+        assert held.held_bytes == 401
+        with held.request("bob", MAX_BODY_BYTES) as two, held.request("cat", MAX_BODY_BYTES) as three:
+            two.add(INLINE_BYTES + 499)
+            three.add(INLINE_BYTES + 100)
             assert held.held_bytes == 1000
-            with pytest.raises(TooMuchHeld):
+            with pytest.raises(TooMuchHeld, match=r"of large requests [(]"):
                 two.add(1)
-        assert held.held_bytes == 601
-        with held.request(10) as small, pytest.raises(BodyTooLarge):
+        assert held.held_bytes == 401
+        with held.request("bob", 10) as small, pytest.raises(BodyTooLarge):
             small.add(11)
+        with held.request("ann", MAX_BODY_BYTES) as more, pytest.raises(TooMuchHeld, match=r" of yours"):
+            more.add(INLINE_BYTES + 100)  # half of all is the most for one
     assert held.held_bytes == 0
 
 
