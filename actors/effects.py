@@ -39,7 +39,6 @@ Order = Union[  # noqa: UP007
     cmd.StartReplica,
     cmd.StopReplica,
     cmd.CheckReplica,
-    cmd.SetThreads,
     cmd.CancelAnswer,
     cmd.ReadShape,
     cmd.ReadAhead,
@@ -69,8 +68,6 @@ class Effects:
                 self._spawn(self._start(command))
             case cmd.StopReplica():
                 self._spawn(self._stop(command))
-            case cmd.SetThreads():
-                self._spawn(self._set_threads(command))
             case cmd.CheckReplica():
                 self._spawn(self._check(command.replica_id))
             case cmd.CancelAnswer():
@@ -197,6 +194,9 @@ class Effects:
 
     def _spec(self, command: cmd.StartReplica) -> LoadSpec:
         placement = command.placement
+        node = self._inventory.nodes.get(placement.node_id)
+        if node is None:
+            raise Unavailable(f"its node left the cluster before {command.model} was loaded")
         devices = []
         for device_id, need in zip(placement.device_ids, placement.device_bytes, strict=True):
             device = self._inventory.device(device_id)
@@ -212,7 +212,7 @@ class Effects:
             tensor_split=placement.layout.tensor_split,
             experts_pattern=experts_pattern(placement.layout),
             context=placement.context,
-            n_threads=command.n_threads,
+            n_threads=node.facts.physical_cores if placement.computes_on_cpu else 1,
             host_required_bytes=placement.host_bytes,
             use_mmap=command.use_mmap,
             use_extra_bufts=command.use_extra_bufts,
@@ -303,12 +303,6 @@ class Effects:
             self._post(ev.NodeSampled(reading))
 
     # ------------------------------------------------------------------ small things
-
-    async def _set_threads(self, command: cmd.SetThreads) -> None:
-        runner = self._runners.get(command.replica_id)
-        if runner is not None:
-            with contextlib.suppress(RayError):
-                await runner.actor.set_threads.remote(command.n_threads)
 
     def _cancel(self, command: cmd.CancelAnswer) -> None:
         runner = self._runners.get(command.replica_id)

@@ -31,7 +31,7 @@ class Ask(BaseModel):
 
 
 class NodeStatus(Record):
-    """A machine. `memory_reserved_bytes` of host RAM are booked by replicas; `booked_cores` of its cores likewise."""
+    """A machine. `memory_reserved_bytes` of host RAM are booked by replicas."""
 
     node_id: str
     hostname: str
@@ -40,7 +40,6 @@ class NodeStatus(Record):
     memory_available_bytes: int
     memory_reserved_bytes: int
     physical_cores: int
-    booked_cores: int
     state: str
 
 

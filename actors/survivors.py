@@ -68,7 +68,6 @@ async def _ask(name: str, namespace: str) -> Survivor | None:
         model=spec.model,
         path=spec.path,
         placement=placement,
-        n_threads=status.n_threads,
         ready=ready_event(replica_id, report),
         lease_ids=tuple(map(LeaseId, status.active_requests)),
     )

@@ -8,7 +8,7 @@ from actors import records
 from scheduler.choice.offer import Offer
 from scheduler.choice.placement import Choice
 from scheduler.cluster.inventory import Device, Node
-from scheduler.cluster.ledger import cores_account, device_account, host_account
+from scheduler.cluster.ledger import device_account, host_account
 from scheduler.cluster.models import Model
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.core import SchedulerCore
@@ -94,7 +94,7 @@ def plan(core: SchedulerCore, model: str, found: Preview, now: float) -> records
             tier=replica.placement.tier,
             node=_hostname(core, replica.placement),
             n_ctx=replica.n_ctx,
-            n_threads=replica.n_threads,
+            n_threads=_threads(core, replica.placement),
             speed=_speed(core, model, replica.placement),
             reasons=[
                 f"{replica.replica_id} is {replica.state.value}, "
@@ -161,7 +161,7 @@ def _options(core: SchedulerCore, name: str, offers: Sequence[Offer], now: float
 
 def _choice_plan(core: SchedulerCore, model: str, found: Preview, choice: Choice, now: float) -> records.Plan:
     placement = choice.placement
-    shares, n_threads = [], None
+    shares = []
     if placement is not None:
         before = core.rooms.now(placement.node_id)
         after = core.rooms.without(placement.node_id, choice.victims)
@@ -178,7 +178,6 @@ def _choice_plan(core: SchedulerCore, model: str, found: Preview, choice: Choice
                     free_after_bytes=max(0, later - share.bytes),
                 )
             )
-        n_threads = core.fleet.cores.share(placement.node_id, newcomers=1) if placement.computes_on_cpu else 1
     victims = [core.replicas[victim] for victim in sorted(choice.victims)]
     return records.Plan(
         model=model,
@@ -199,7 +198,7 @@ def _choice_plan(core: SchedulerCore, model: str, found: Preview, choice: Choice
         n_ctx=placement.context.n_ctx // (1 if placement.context.kv_unified else placement.context.n_seq_max)
         if placement
         else None,
-        n_threads=n_threads,
+        n_threads=_threads(core, placement) if placement else None,
         speed=_speed(core, model, placement) if placement else None,
         reasons=[*filter(None, (found.reason,)), *map(str, choice.rejections)],
         would_fit_if=list(choice.would_fit_if),
@@ -207,6 +206,11 @@ def _choice_plan(core: SchedulerCore, model: str, found: Preview, choice: Choice
         options=_options(core, model, found.options, now),
         rejected=[records.RejectedCandidate(tier=r.tier, reason=f"{r.where}: {r.reason}") for r in choice.rejections],
     )
+
+
+def _threads(core: SchedulerCore, placement: Placement) -> int:
+    """With how many threads a replica there computes on the CPU, while no other does."""
+    return core.inventory.nodes[placement.node_id].facts.physical_cores if placement.computes_on_cpu else 1
 
 
 def _node(core: SchedulerCore, node: Node) -> records.NodeStatus:
@@ -219,7 +223,6 @@ def _node(core: SchedulerCore, node: Node) -> records.NodeStatus:
         memory_available_bytes=node.reading.memory_available_bytes if node.reading else 0,
         memory_reserved_bytes=core.ledger.booked(host_account(facts.node_id), "held", "releasing"),
         physical_cores=facts.physical_cores,
-        booked_cores=core.ledger.booked(cores_account(facts.node_id), "held", "releasing"),
         state="ready" if node.known else "joining",
     )
 
@@ -268,7 +271,7 @@ def _replica(
         n_ctx=replica.n_ctx,
         slots=replica.slots,
         active=len(replica.leases),
-        n_threads=replica.n_threads,
+        n_threads=_threads(core, replica.placement),
         reserved_bytes=_reserved(core, replica),
         measured_bytes=measured,
         pinned=pinned,

@@ -10,7 +10,7 @@ import contextlib
 from scheduler import events as ev
 from scheduler.cluster.free_memory import Rooms
 from scheduler.cluster.inventory import Device, Inventory
-from scheduler.cluster.ledger import ACTIVE, AccountId, Ledger, cores_account, device_account, host_account
+from scheduler.cluster.ledger import ACTIVE, AccountId, Ledger, device_account, host_account
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.cluster.replicas import Replicas
@@ -50,8 +50,6 @@ class Charges:
         amounts = {host_account(placement.node_id): placement.host_bytes, ACTIVE: 1}
         for device_id, need in zip(placement.device_ids, placement.device_bytes, strict=True):
             amounts[device_account(device_id)] = need
-        if placement.computes_on_cpu:
-            amounts[cores_account(placement.node_id)] = replica.n_threads
         return amounts
 
     def _measured(self, placement: Placement, event: ev.ReplicaReady) -> dict[AccountId, int]:

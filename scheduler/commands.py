@@ -3,7 +3,7 @@
 StartReplica  -> ReplicaReady | ReplicaFailed         StopReplica -> ReplicaGone
 ReadShape     -> ShapeRead                            CheckReplica -> ReplicaVouched | ReplicaDied
 ReadAhead     -> ReadAheadEnded
-SetThreads, CancelAnswer, StopReadAhead -> (take effect at the runner's next turn)
+CancelAnswer, StopReadAhead -> (take effect at the runner's next turn)
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ class StartReplica:
     model: str
     path: str
     placement: Placement
-    n_threads: int
     use_mmap: bool
     use_extra_bufts: bool
     preflight: bool = False  # ask llama.cpp first what it would allocate
@@ -35,12 +34,6 @@ class StopReplica:
     replica_id: ReplicaId
     node_id: NodeId
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class SetThreads:
-    replica_id: ReplicaId
-    n_threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +109,6 @@ Command = Union[  # noqa: UP007
     StartReplica,
     StopReplica,
     CheckReplica,
-    SetThreads,
     CancelAnswer,
     ReadShape,
     ReadAhead,

@@ -162,7 +162,6 @@ class ReplicaAdopted:
     model: str
     path: str
     placement: Placement
-    n_threads: int
     ready: ReplicaReady
     lease_ids: tuple[LeaseId, ...] = ()  # of the answers under way
 

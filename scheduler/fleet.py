@@ -16,11 +16,10 @@ from scheduler.charges import Charges
 from scheduler.choice.explain import describe_placement
 from scheduler.choice.layouts import fits
 from scheduler.choice.placement import Choice
-from scheduler.cluster.cores import CoreShares
 from scheduler.cluster.free_memory import NO_LIMIT, SETTLING_S, Rooms
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.leases import Leases
-from scheduler.cluster.ledger import ACTIVE, Ledger, cores_account, device_account, host_account
+from scheduler.cluster.ledger import ACTIVE, Ledger, device_account, host_account
 from scheduler.cluster.models import Model, Models
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.cluster.replicas import Replicas
@@ -30,7 +29,7 @@ from scheduler.costs.footprint import is_verified
 from scheduler.costs.measurements import Measurements
 from scheduler.errors import InvariantBroken
 from scheduler.outbox import Outbox
-from scheduler.units import NodeId, ReplicaId
+from scheduler.units import ReplicaId
 
 
 class Fleet:
@@ -50,7 +49,6 @@ class Fleet:
         self.ledger.open(ACTIVE, catalogue.policy.max_active_models or NO_LIMIT)
         self.rooms = Rooms(inventory, self.ledger, self.replicas, catalogue.policy, catalogue.reserves)
         self.charges = Charges(self.ledger, self.rooms, self.replicas, inventory, models, measurements, outbox)
-        self.cores = CoreShares(self.ledger, self.replicas)
         self.leases = Leases(catalogue.policy.lease_ttl_s, tag)
         self.suspects = Suspects()
         self._catalogue = catalogue
@@ -68,7 +66,6 @@ class Fleet:
     def open_accounts(self, node: Node) -> None:
         facts = node.facts
         self.ledger.open(host_account(facts.node_id), facts.memory_total_bytes)
-        self.ledger.open(cores_account(facts.node_id), facts.physical_cores)
         for device in facts.devices:
             self.ledger.open(device_account(device.device_id), device.total_bytes)
 
@@ -80,7 +77,6 @@ class Fleet:
             self.forget(replica)
         self.rooms.changed(node_id)
         self.ledger.close(host_account(node_id))
-        self.ledger.close(cores_account(node_id))
         for device_id in node.devices:
             self.ledger.close(device_account(device_id))
 
@@ -111,9 +107,6 @@ class Fleet:
             for r in self.replicas.in_state(ReplicaState.STOPPING)
             if self.policy.max_active_models or r.placement.node_id == placement.node_id
         )
-        if placement.computes_on_cpu:
-            self._balance_threads(placement.node_id)
-            replica.n_threads = self.cores.share(placement.node_id)
         self.ledger.promise(replica.replica_id, self.charges.predicted(replica))
         self.rooms.changed(placement.node_id)
         return replica
@@ -126,7 +119,7 @@ class Fleet:
             wanted = replica.kept or replica.preloaded or replica.supersedes in self.replicas
             if not wanted and not waiting_for(replica.model):
                 self.forget(replica)
-            elif fits(replica.placement, self.rooms.to_start(replica)) and self._take_cores(replica):
+            elif fits(replica.placement, self.rooms.to_start(replica)):
                 self._start(replica)
             elif replica.waits_for:
                 continue
@@ -137,9 +130,6 @@ class Fleet:
                     "room_lost", f"other programs took the memory freed for {replica.model}", replica=replica
                 )
                 self.forget(replica)
-
-    def _take_cores(self, replica: Replica) -> bool:
-        return not replica.placement.computes_on_cpu or self.cores.take_free(replica)
 
     # ------------------------------------------------------------------ loading
 
@@ -154,7 +144,6 @@ class Fleet:
                 model=replica.model,
                 path=replica.path,
                 placement=replica.placement,
-                n_threads=replica.n_threads,
                 use_mmap=params.use_mmap is not False,
                 use_extra_bufts=bool(params.use_extra_bufts),
                 preflight=self._asks_first(model, replica),
@@ -183,7 +172,6 @@ class Fleet:
         slower = self.replicas.get(replica.supersedes) if replica.supersedes else None
         if slower is not None and slower.state is ReplicaState.READY:
             self.retire(slower, f"{replica.model} moved to {replica.placement.tier}")
-        self._balance_threads(replica.placement.node_id)
         self._out.announce(
             "replica_ready",
             f"{replica.model} is ready after {event.load_s:.1f} s",
@@ -194,7 +182,7 @@ class Fleet:
     def adopt(self, event: ev.ReplicaAdopted, now: float) -> bool:
         """Take a runner into the books that outlived a restart; False when they have no room for it."""
         replica = self._new(event.replica_id, event.model, event.path, event.placement, now)
-        replica.n_threads, replica.pid = event.n_threads, event.ready.pid
+        replica.pid = event.ready.pid
         try:
             self.ledger.promise(replica.replica_id, self.charges.adopted(replica, event.ready))
             self.ledger.hold(replica.replica_id)
@@ -261,8 +249,6 @@ class Fleet:
         self.rooms.changed(replica.placement.node_id)
         for other in self.replicas.in_state(ReplicaState.PENDING):
             other.waits_for -= {replica.replica_id}
-        if replica.placement.node_id in self._inventory.nodes:
-            self._balance_threads(replica.placement.node_id)
 
     # ------------------------------------------------------------------ bookings
 
@@ -285,9 +271,3 @@ class Fleet:
     def _become(self, replica: Replica, state: ReplicaState) -> None:
         self.replicas.become(replica, state)
         self.rooms.changed(replica.placement.node_id)
-
-    def _balance_threads(self, node_id: NodeId) -> None:
-        """Share the node's cores anew."""
-        for replica in self.cores.balance(node_id):
-            if replica.state in (ReplicaState.READY, ReplicaState.LOADING):
-                self._out.post(cmd.SetThreads(replica.replica_id, replica.n_threads))

@@ -72,8 +72,8 @@ def sign_in(node_id: str, title: str, what: str, *, folder: Path | None = None) 
     process = this_process()
     at = pulse_folder() if folder is None else folder
     try:
-        _own(at)
-        file = at / f"{_pids()}-{node_id}-{process.pid}-{next(_serial)}"
+        private_folder(at)
+        file = at / f"{pids_of()}-{node_id}-{process.pid}-{next(_serial)}"
         content = _HEAD.pack(_MAGIC, *process.identity) + _PROMISE.pack(0.0, 0.0, 0.0)
         content += _TEXT.pack(title.encode(), what.encode())
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -92,8 +92,8 @@ def promises(node_id: str, *, folder: Path | None = None) -> Iterator[Promise]:
     """The last words of all live processes of that node; files of processes that are gone are removed."""
     at = pulse_folder() if folder is None else folder
     try:
-        _own(at)
-        ours = _pids()
+        private_folder(at)
+        ours = pids_of()
         names = [name for name in os.listdir(at) if name.startswith(f"{ours}-")]  # noqa: PTH208 - names suffice
     except OSError:
         return
@@ -118,12 +118,12 @@ def pulse_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"arriero-pulse-{os.getuid()}"
 
 
-def _pids() -> int:
+def pids_of() -> int:
     """Names the pid namespace."""
     return os.stat("/proc/self/ns/pid").st_ino  # noqa: PTH116 - one number, no path handling
 
 
-def _own(folder: Path) -> None:
+def private_folder(folder: Path) -> None:
     """Make the folder. Raises PermissionError where somebody else could write what is read there."""
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()

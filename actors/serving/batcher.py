@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, cycle
 from typing import Any
 
+from actors.devices.cores import Cores
 from actors.serving.beat import Beat
 from actors.serving.jobs import Embedding, Generation, Job
 from actors.serving.model import Model, Row
@@ -40,16 +41,24 @@ class Batcher:
     Constructed once the model is warm; raises what warming it up raised.
     """
 
-    def __init__(self, model: Model, *, last_words: Callable[[], str] = lambda: "", beat: Beat | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        last_words: Callable[[], str] = lambda: "",
+        beat: Beat | None = None,
+        cores: Cores | None = None,
+    ) -> None:
         self._model = model
         self._beat = beat or Beat()
+        self._cores = cores or Cores.alone(1)
         self._last_words = last_words
         self._slots = [Slot(sequence) for sequence in range(model.n_seq_max)]
         self._waiting: deque[Job[Any]] = deque()
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
         self._beside = ThreadPoolExecutor(model.n_seq_max, "choosing")  # threads start when there is a grammar
-        self._threads_wanted: int | None = None
+        self._n_threads = 0
         self._failed_turns = 0
         self._ticks = 0
         self._closing = False
@@ -90,12 +99,6 @@ class Batcher:
         with self._changed:
             return [slot.job for slot in self._slots if slot.job is not None] + list(self._waiting)
 
-    def set_threads(self, n_threads: int) -> None:
-        """CPU threads from the next turn on."""
-        with self._changed:
-            self._threads_wanted = n_threads
-            self._changed.notify()
-
     def close(self) -> None:
         """Stops the thread; jobs that have not ended fail with EngineFailed."""
         with self._changed:
@@ -119,6 +122,7 @@ class Batcher:
                 self._embed()
         except BaseException as error:  # a bug must not leave callers waiting for ever
             self.broken = f"the engine thread failed: {type(error).__name__}: {error}"
+        self._cores.leave()
         self._stop_choosing()
         self._end_all(EngineFailed(self.broken or "this replica is being stopped"))
 
@@ -138,11 +142,9 @@ class Batcher:
                 self._assign()
                 if self._closing or self.broken:
                     return False
-                if self._threads_wanted is not None:
-                    self._model.set_threads(self._threads_wanted)
-                    self._threads_wanted = None
                 if any(slot.job is not None and not _waits(slot.job) for slot in self._slots):
                     return True
+                self._cores.leave()
                 self._changed.wait()
 
     def _drop_cancelled(self) -> None:
@@ -308,6 +310,7 @@ class Batcher:
         with self._changed:
             self._in_batch = tuple(jobs)
             self._model.abort(self._closing or all(job.cancelled for job in jobs))
+        self._take_cores()
         with self._beat.decode(len(rows), embeds=True):
             vectors = self._model.embed(rows)
         with self._changed:
@@ -322,6 +325,7 @@ class Batcher:
         with self._changed:
             self._in_batch = tuple(jobs)
             self._model.abort(self._closing or all(job.cancelled for job in jobs))
+        self._take_cores()
         with self._beat.decode(len(rows)):
             code = self._model.decode(rows)
         with self._changed:
@@ -329,6 +333,13 @@ class Batcher:
         if code == _NO_ROOM and self._forget_idle():
             return self._decode(rows, jobs)
         return code
+
+    def _take_cores(self) -> None:
+        """Compute with as many threads as are this replica's now."""
+        n_threads = self._cores.share()
+        if n_threads != self._n_threads:
+            self._model.set_threads(n_threads)
+            self._n_threads = n_threads
 
     def _forget_idle(self) -> bool:
         """Gives back the cache cells of idle slots (a unified cache is shared by all); True if there were any."""

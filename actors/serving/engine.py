@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+from actors.devices.cores import Cores
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
 from actors.serving.jobs import Embedded, Embedding, Generation, Hearer, Job, Results
@@ -34,6 +35,7 @@ class Engine:
         rpc_endpoints: Sequence[str] = (),
         on_progress: Callable[[float], object] = lambda progress: None,
         beat: Beat | None = None,
+        cores: Cores | None = None,
     ) -> None:
         from actors.serving.journal import llama_log
         from actors.serving.native import NativeModel
@@ -44,7 +46,9 @@ class Engine:
             unless_loaded.callback(self._preparer.close)
             self._model = NativeModel(spec, rpc_endpoints, on_progress)
             unless_loaded.callback(self._model.close)
-            self._batcher = Batcher(self._model, last_words=llama_log().last_errors, beat=beat)
+            self._batcher = Batcher(
+                self._model, last_words=llama_log().last_errors, beat=beat, cores=cores or Cores.alone(spec.n_threads)
+            )
             unless_loaded.pop_all()
         self._closed = False
 
@@ -157,12 +161,6 @@ class Engine:
         for job in jobs:
             self._batcher.cancel(job)
         return bool(jobs)
-
-    def set_threads(self, n_threads: int) -> None:
-        """CPU threads to compute with, from the next token on."""
-        if n_threads < 1:
-            raise Rejected(f"n_threads is {n_threads}; at least one thread has to compute")
-        self._batcher.set_threads(n_threads)
 
     def close(self) -> None:
         """Stops serving and frees the memory; requests under way fail with EngineFailed. Safe to call twice."""

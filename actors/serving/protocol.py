@@ -39,7 +39,7 @@ class LoadSpec:
     tensor_split: tuple[float, ...]
     experts_pattern: str  # of tensor names: these stay in host RAM; empty: none
     context: ContextParams
-    n_threads: int
+    n_threads: int  # the most that ever compute on the CPU; 1: a device computes
     host_required_bytes: int
     use_mmap: bool = True
     use_extra_bufts: bool = False
@@ -186,5 +186,4 @@ class RunnerStatus:
     reason: str  # why it is broken, "" otherwise
     report: LoadReport | None
     progress: float  # of the load, 0 to 1
-    n_threads: int
     active_requests: tuple[str, ...]

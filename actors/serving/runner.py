@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from actors.devices.cores import Cores
 from actors.devices.host import memory_available_bytes
 from actors.devices.nvml import read_gpu
 from actors.devices.processes import this_process
@@ -46,7 +47,7 @@ from actors.serving.protocol import (
 )
 from actors.serving.visible import show_only
 from scheduler.cluster.facts import DeviceFacts, DeviceReading
-from scheduler.errors import ArrieroError, EngineFailed
+from scheduler.errors import EngineFailed
 from scheduler.units import DeviceId, NodeId, format_bytes
 
 Result = TypeVar("Result")
@@ -72,11 +73,12 @@ IMPORTED_EARLY = ("jinja2.sandbox", "numpy")
 
 
 def load_on_its_devices(
-    spec: LoadSpec, endpoints: Sequence[str], on_progress: Callable[[float], object], *, beat: Beat
+    spec: LoadSpec, endpoints: Sequence[str], on_progress: Callable[[float], object], *, beat: Beat, node_id: str
 ) -> Engine:
-    """An engine that sees the spec's cards and no others."""
+    """An engine that sees the spec's cards and no others, and shares the node's cores where it computes on them."""
     show_only(spec.devices)
-    return Engine(spec, endpoints, on_progress, beat)
+    cores = Cores.on_node(node_id, spec.n_threads) if spec.n_threads > 1 else Cores.alone(1)
+    return Engine(spec, endpoints, on_progress, beat, cores)
 
 
 class Runner:
@@ -93,7 +95,6 @@ class Runner:
         self._reason = ""
         self._progress = 0.0
         self._report: LoadReport | None = None
-        self._n_threads: int | None = None  # what was asked for last, if it was
         self._watcher = object()
 
     def load(self, replica_id: str, spec: LoadSpec) -> LoadReport | LoadFailure:
@@ -117,8 +118,6 @@ class Runner:
         took_s = time.monotonic() - started
         self._report = LoadReport(self._engine.buffers, process.pid, process.started_at_s, load_s=took_s)
         self._progress, self._state = 1.0, "ready"
-        if self._n_threads is not None:  # the cores were divided anew during the load
-            self._engine.set_threads(self._n_threads)
         return self._report
 
     def _advance(self, progress: float) -> None:
@@ -176,16 +175,9 @@ class Runner:
         """Ends a request that runs or waits here, in the middle of its prompt too. False when there is none."""
         return self._engine is not None and self._engine.cancel(lease_id)
 
-    def set_threads(self, n_threads: int) -> None:
-        """CPU threads from the next token on: the scheduler divides a node's cores anew when replicas come and go."""
-        self._n_threads = n_threads
-        if self._state == "ready":
-            self._ready_engine().set_threads(n_threads)
-
     def describe(self) -> RunnerStatus:
         """All that a scheduler needs to take this replica into its books; notices a device that died."""
         self._check_devices()
-        n_threads = self._n_threads or (self._spec.n_threads if self._spec is not None else 0)
         return RunnerStatus(
             replica_id=self._replica_id,
             spec=self._spec,
@@ -193,7 +185,6 @@ class Runner:
             reason=self._reason,
             report=self._report,
             progress=self._progress,
-            n_threads=n_threads,
             active_requests=self._engine.active_requests if self._engine is not None else (),
         )
 
@@ -292,7 +283,7 @@ class RunnerActor:
         self._turns = sign_in(node_id, "RunnerActor", "a turn of its threads")
         every(TURN_EVERY_S, partial(self._turns.promise, TURN_WITHIN_S), "tell the node of it")
         decodes = sign_in(node_id, "RunnerActor", "a decode")
-        self._runner = Runner(partial(load_on_its_devices, beat=Beat(decodes.promise, decodes.rest)))
+        self._runner = Runner(partial(load_on_its_devices, beat=Beat(decodes.promise, decodes.rest), node_id=node_id))
         self._listener = Listener(self._runner, NodeId(node_id), ray.util.get_node_ip_address())
         for name in IMPORTED_EARLY:
             importlib.import_module(name)
@@ -306,9 +297,6 @@ class RunnerActor:
     def cancel(self, lease_id: str) -> bool:
         return self._runner.cancel(lease_id)
 
-    def set_threads(self, n_threads: int) -> ArrieroError | None:
-        return _as_value(lambda: self._runner.set_threads(n_threads))
-
     def describe(self) -> RunnerStatus:
         return self._runner.describe()
 
@@ -319,10 +307,3 @@ class RunnerActor:
     def introduce(self) -> Introduction:
         """Answers at once."""
         return Introduction(this_process(), self._listener.endpoint)
-
-
-def _as_value(call: Callable[[], Result]) -> Result | ArrieroError:
-    try:
-        return call()
-    except ArrieroError as error:
-        return error

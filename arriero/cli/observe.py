@@ -61,7 +61,7 @@ def ps(url: Url = None, json: AsJson = False) -> None:
         available, total = format_bytes(node.memory_available_bytes), format_bytes(node.memory_total_bytes)
         figures = (
             f"{available} of {total} RAM available, {format_bytes(node.memory_reserved_bytes)} booked; "
-            f"{node.booked_cores} of {node.physical_cores} cores booked"
+            f"{node.physical_cores} cores"
         )
         console.print(f"{node.hostname}: {figures}", style="dim")
 

@@ -23,7 +23,6 @@ class Runner:
     device_bytes: dict[DeviceId, int] = field(default_factory=dict)
     anonymous_bytes: int = 0
     ready: ev.ReplicaReady | None = None
-    n_threads: int = 1
 
     @property
     def placement(self) -> Placement:

@@ -27,7 +27,7 @@ class Processes:
 
     def start(self, command: cmd.StartReplica) -> None:
         """A process is started. What the others may hold and what was promised to it must fit by now."""
-        runner = Runner(command, pid=self._world.count(), n_threads=command.n_threads)
+        runner = Runner(command, pid=self._world.count())
         self._world.runners[command.replica_id] = runner
         for device in self._machine_of(runner).facts.devices:
             if need := runner.promised.get(device.device_id, 0):

@@ -14,7 +14,7 @@ from scheduler import events as ev
 from scheduler.cluster.ledger import STATES
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.core import SchedulerCore
-from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
+from scheduler.units import LeaseId, ReplicaId, RequestId
 
 ENTRY = {
     ReplicaState.PENDING: "promised",
@@ -157,7 +157,7 @@ class Referee:
         core = self.core
         core.ledger.check()
         core.rooms.check()
-        leases, threads = 0, Counter[NodeId]()
+        leases = 0
         for replica in core.replicas.values():
             if core.ledger.state(replica.replica_id) != ENTRY[replica.state]:
                 raise Violation(f"{replica.replica_id}: {replica.state}, {core.ledger.state(replica.replica_id)}")
@@ -165,15 +165,10 @@ class Referee:
                 leases += len(replica.leases)
                 if len(replica.leases) > replica.slots or replica.state is not ReplicaState.READY:
                     raise Violation(f"{replica.replica_id}: {len(replica.leases)} leases, {replica.state}")
-            if replica.placement.computes_on_cpu and replica.state is not ReplicaState.PENDING:
-                threads[replica.placement.node_id] += replica.n_threads
         if not leases == len(core.fleet.leases) == len(self.leases):
             raise Violation(f"{leases} leases on replicas, {len(core.fleet.leases)} in all, {len(self.leases)} known")
         if len(core.queue) != len(self.queued):
             raise Violation(f"{len(core.queue)} in the queue, of {len(self.queued)} who wait")
-        for node_id, count in threads.items():
-            if count > core.inventory.nodes[node_id].facts.physical_cores:
-                raise Violation(f"{count} threads on {node_id}")
         if isinstance(event, ev.Ticked) and (late := core.queue.expired(now)):
             raise Violation(f"{late[0]} waits beyond its deadline")
         self._checks += 1

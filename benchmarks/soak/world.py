@@ -127,9 +127,6 @@ class World:
                 self.answer(self.chance.expovariate(0.2), lambda: self._read_ahead(command, 1.0))
             case cmd.StopReadAhead():
                 pass  # read-ahead ends earlier, or just does not notice in time
-            case cmd.SetThreads():
-                if command.replica_id in self.runners:
-                    self.runners[command.replica_id].n_threads = command.n_threads
             case cmd.Remember():
                 self.records[command.record.kind, command.record.key] = command.record
             case cmd.RefuseRequest() | cmd.Announce():
@@ -247,9 +244,7 @@ class World:
             if client.replica_id == replica_id and not client.cancelled
         )
         self.send(
-            ev.ReplicaAdopted(
-                replica_id, command.model, command.path, command.placement, runner.n_threads, runner.ready, answering
-            )
+            ev.ReplicaAdopted(replica_id, command.model, command.path, command.placement, runner.ready, answering)
         )
 
     def read_machine(self, machine: Machine) -> None:

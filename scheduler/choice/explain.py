@@ -87,8 +87,6 @@ def _explained(candidate: LayoutFamily, here: Situation, idle: Mapping[ReplicaId
         if later.host_bytes > now.host_bytes:
             host += f", {format_bytes(max(0, later.host_bytes))} after evicting idle replicas"
         parts.append(host)
-    if plain.computes_on_cpu and now.cpu_seats < 1:
-        parts.append(f"all {node.facts.physical_cores} CPU cores are booked by other replicas")
     if now.active < 1:
         parts.append("the limit on active models is reached")
     parts += _too_slow(plain, candidate.workload.wishes.min_tokens_per_s, here.appraiser.tokens_per_s)

@@ -42,7 +42,6 @@ def fits(placement: Placement, room: Room) -> bool:
     return (
         room.active >= 1
         and placement.host_bytes <= room.host_bytes
-        and (not placement.computes_on_cpu or room.cpu_seats >= 1)
         and all(
             need <= room.devices.get(device_id, 0)
             for device_id, need in zip(placement.device_ids, placement.device_bytes, strict=True)

@@ -49,7 +49,6 @@ def _fits_together(workload: Workload, some: Sequence[tuple[Node, Room]]) -> boo
     room = Room(
         devices={device_id: free for each in rooms for device_id, free in each.devices.items() if free},
         host_bytes=sum(max(0, each.host_bytes) for each in rooms),
-        cpu_seats=sum(each.cpu_seats for each in rooms),
         active=min(each.active for each in rooms),
     )
     if sum(room.devices.values()) + workload.wishes.spill * room.host_bytes < workload.least_bytes():

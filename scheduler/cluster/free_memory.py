@@ -30,11 +30,10 @@ SETTLING_S = 2.0  # a reading taken while a replica was still loading may arrive
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Free bytes per usable device and in host RAM, seats for replicas that compute on the CPU, active models left."""
+    """Free bytes per usable device and in host RAM, and active models left."""
 
     devices: Mapping[DeviceId, int] = field(default_factory=dict)
     host_bytes: int = 0
-    cpu_seats: int = 0
     active: int = NO_LIMIT
 
 
@@ -52,15 +51,14 @@ class View:
 
     def without(self, victims: Iterable[ReplicaId]) -> Room:
         devices = dict(self.staying.devices)
-        host_bytes, cpu_seats, active = self.staying.host_bytes, self.staying.cpu_seats, self.staying.active
+        host_bytes, active = self.staying.host_bytes, self.staying.active
         for victim in victims:
             freed = self.freed.get(victim, ELSEWHERE)
             for device_id, count in freed.devices.items():
                 devices[device_id] += count
             host_bytes += freed.host_bytes
-            cpu_seats += freed.cpu_seats
             active += freed.active
-        return Room(devices, host_bytes, cpu_seats, active)
+        return Room(devices, host_bytes, active)
 
 
 class Rooms:
@@ -129,14 +127,12 @@ class Rooms:
             for device_id, device in node.devices.items()
         }
         host_bytes = node.facts.memory_total_bytes - self._reserves.host_bytes
-        room = Room(devices, host_bytes, node.facts.physical_cores, self._policy.max_active_models or NO_LIMIT)
+        room = Room(devices, host_bytes, self._policy.max_active_models or NO_LIMIT)
         for replica in keeping:
             kept = self._freed(replica, node_id, room)
             for device_id, count in kept.devices.items():
                 devices[device_id] -= count
-            room = Room(
-                devices, room.host_bytes - kept.host_bytes, room.cpu_seats - kept.cpu_seats, room.active - kept.active
-            )
+            room = Room(devices, room.host_bytes - kept.host_bytes, room.active - kept.active)
         return room
 
     def _room(self, node_id: NodeId, entries: Sequence[EntryState], states: Sequence[ReplicaState]) -> Room:
@@ -150,12 +146,9 @@ class Rooms:
                 others = max(self.device_reserve(node, device), device.foreign_bytes)
                 devices[device_id] = device.facts.total_bytes - others - booked(device_account(device_id), *entries)
         host = node.facts.memory_total_bytes - self._reserves.host_bytes - booked(host_account(node_id), *entries)
-        here = self._replicas.on_node(node_id)
-        seated = sum(replica.placement.computes_on_cpu and replica.state in states for replica in here)
         return Room(
             devices,
             host - node.foreign_bytes,
-            node.facts.physical_cores - seated,
             self._policy.max_active_models - self._replicas.count(*states)
             if self._policy.max_active_models
             else NO_LIMIT,
@@ -169,7 +162,6 @@ class Rooms:
         return Room(
             {device_id: amount for device_id, amount in amounts.items() if device_id in room.devices},
             self._ledger.amount(replica.replica_id, host_account(node_id)),
-            int(placement.computes_on_cpu),
             active=1,
         )
 

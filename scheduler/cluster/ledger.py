@@ -1,6 +1,6 @@
 """The books: who has been promised or given what, per account, in integers.
 
-An account is a device's memory, a node's host RAM, a node's cores, or the number of active models. An entry belongs to
+An account is a device's memory, a node's host RAM, or the number of active models. An entry belongs to
 a replica and is
 
     promised   booked for later: others may still be stopping to make room for it
@@ -33,10 +33,6 @@ def device_account(device_id: DeviceId) -> AccountId:
 
 def host_account(node_id: NodeId) -> AccountId:
     return AccountId(f"host:{node_id}")
-
-
-def cores_account(node_id: NodeId) -> AccountId:
-    return AccountId(f"cores:{node_id}")
 
 
 @dataclass(slots=True)
@@ -98,7 +94,7 @@ class Ledger:
         self._count(entry, -1)
 
     def rebook(self, replica_id: ReplicaId, account: AccountId, amount: int) -> None:
-        """Replace one amount: what a load really took, or another share of the cores."""
+        """Replace one amount: what a load really took."""
         entry = self._entries.get(replica_id)
         if entry is None or account not in self._capacity or amount < 0:
             raise InvariantBroken(f"{replica_id} cannot book {amount} on {account}")

@@ -82,7 +82,6 @@ class Replica:
     n_ctx: int  # per slot
     created_at: float
     last_used_at: float
-    n_threads: int = 1
     state: ReplicaState = ReplicaState.PENDING
     waits_for: frozenset[ReplicaId] = frozenset()  # pending: stopping replicas in whose room it will be
     leases: set[LeaseId] = field(default_factory=set)

@@ -111,7 +111,7 @@ class DescribedCluster:
         buffers = footprint(shape, placement.layout, context, CHECKED_BUILD)
         ready = ev.ReplicaReady(replica_id, serial, buffers, per_slot, 0.0)
         leases = (LeaseId(f"{replica_id}-lease"),) if said.busy else ()
-        adopted = ev.ReplicaAdopted(replica_id, said.model, self.models[said.model].path, placement, 1, ready, leases)
+        adopted = ev.ReplicaAdopted(replica_id, said.model, self.models[said.model].path, placement, ready, leases)
         self.core.handle(adopted, NOW - said.idle_s)
         if replica_id not in self.core.replicas:
             raise Rejected(

@@ -97,7 +97,6 @@ class FakeRunner:
         self._report: LoadReport | None = None
         self.state: RunnerState = "idle"
         self.reason = ""
-        self.n_threads = 0
         self.cancelled: list[str] = []
         self.answering: tuple[str, ...] = ()
         self._broken = asyncio.Event()
@@ -111,7 +110,7 @@ class FakeRunner:
     async def load(self, replica_id: str, spec: LoadSpec) -> LoadReport | LoadFailure:
         if self.state != "idle":
             return LoadFailure("failed", f"runner of replica {self._replica_id} is {self.state}; it loads once")
-        self._replica_id, self._spec, self.state, self.n_threads = replica_id, spec, "loading", spec.n_threads
+        self._replica_id, self._spec, self.state = replica_id, spec, "loading"
         self.body.holds = {DeviceId(device.device_id): device.required_bytes for device in spec.devices}
         await asyncio.sleep(LOAD_S)
         if self._machine.failure is not None:
@@ -121,7 +120,7 @@ class FakeRunner:
 
     def hold(self, replica_id: str, spec: LoadSpec) -> LoadReport:
         """It is loaded."""
-        self._replica_id, self._spec, self.state, self.n_threads = replica_id, spec, "ready", spec.n_threads
+        self._replica_id, self._spec, self.state = replica_id, spec, "ready"
         self.body.holds = {DeviceId(device.device_id): device.required_bytes for device in spec.devices}
         devices = tuple(DeviceBytes(device.required_bytes) for device in spec.devices)
         buffers = BufferSizes(devices, HostBytes(), spec.context.n_ctx // spec.context.n_seq_max)
@@ -144,16 +143,12 @@ class FakeRunner:
             reason=self.reason,
             report=self._report,
             progress=1.0,
-            n_threads=self.n_threads,
             active_requests=self.answering,
         )
 
     async def watch(self) -> str:
         await self._broken.wait()
         return self.reason
-
-    def set_threads(self, n_threads: int) -> None:
-        self.n_threads = n_threads
 
     def cancel(self, lease_id: str) -> bool:
         self.cancelled.append(lease_id)

@@ -94,7 +94,7 @@ def ends(command: Order) -> tuple[type, ...]:
             return (ev.ShapeRead,)
         case cmd.ReadAhead():
             return (ev.ReadAheadEnded,)
-        case cmd.SetThreads() | cmd.CancelAnswer() | cmd.StopReadAhead():
+        case cmd.CancelAnswer() | cmd.StopReadAhead():
             return ()
 
 
@@ -288,7 +288,6 @@ def read_ahead(stage: Stage) -> None:
 def small_things(stage: Stage) -> None:
     stage.adopt()
     for command in (
-        cmd.SetThreads(REPLICA, 2),
         cmd.CancelAnswer(REPLICA, LeaseId("l1")),
         cmd.StopReadAhead(BOX, "/m/ant.gguf"),
     ):

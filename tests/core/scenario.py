@@ -1,7 +1,7 @@
 """Scenarios in three lines: machines, models, and a driver that plays runners, devices, clock and Ray around the core.
 
 Every event and command is pickled on its way, as between processes; the books are balanced and the promises of
-placement (no stop under a lease, no oversubscribed memory, no more threads than cores) are checked after each event.
+placement (no stop under a lease, no oversubscribed memory) are checked after each event.
 """
 
 from __future__ import annotations
@@ -282,15 +282,6 @@ class Scenario:
             if replica.leases:
                 assert replica.state is ReplicaState.READY, f"{replica.replica_id} is {replica.state} under a lease"
         assert len(core.fleet.leases) == sum(len(replica.leases) for replica in core.replicas.values())
-        for node_id, node in core.inventory.nodes.items():
-            threads = sum(
-                r.n_threads
-                for r in core.replicas.values()
-                if r.placement.computes_on_cpu
-                and r.placement.node_id == node_id
-                and r.state is not ReplicaState.PENDING
-            )
-            assert threads <= node.facts.physical_cores
 
     def _pinned(self, replica_id: ReplicaId) -> bool:
         model = self.core.models.by_name.get(self.core.replicas[replica_id].model)
@@ -434,9 +425,6 @@ class Scenario:
         """What would be in the database now: the newest record of each kind and key."""
         newest = {(c.record.kind, c.record.key): c.record for c in self.log if isinstance(c, cmd.Remember)}
         return [*self.records, *newest.values()]
-
-    def threads(self) -> dict[str, int]:
-        return {r.model: r.n_threads for r in self.core.replicas.values() if r.placement.computes_on_cpu}
 
 
 @cache

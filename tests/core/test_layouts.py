@@ -45,8 +45,8 @@ def workload(dims: tuple[int, ...], **more: object) -> Workload:
     return Workload("m", shape(*dims), CONTEXT, Reserves(), **more)  # type: ignore[arg-type]
 
 
-def room(machine: Node, host: int = 64 * GIB, cpu_seats: int = 8) -> Room:
-    return Room({d: device.facts.total_bytes for d, device in machine.devices.items()}, host, cpu_seats)
+def room(machine: Node, host: int = 64 * GIB) -> Room:
+    return Room({d: device.facts.total_bytes for d, device in machine.devices.items()}, host)
 
 
 def tiers(dims: tuple[int, ...], machine: Node) -> list[tuple[str, int]]:
@@ -109,7 +109,7 @@ def test_repacked_weights_take_their_memory_again_and_mapped_ones_are_file_backe
 
 @pytest.mark.parametrize(
     "changed",
-    [{"active": 0}, {"host_bytes": 1}, {"cpu_seats": 0}, {"devices": {}}],
+    [{"active": 0}, {"host_bytes": 1}, {"devices": {}}],
 )
 def test_fits_looks_at_everything(changed: dict[str, object]) -> None:
     machine = node("3GiB")

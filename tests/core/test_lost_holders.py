@@ -65,7 +65,7 @@ def test_a_survivor_is_adopted_with_its_leases_and_not_evicted_under_them() -> N
     placement = start.placement
     ready = ev.ReplicaReady(start.replica_id, 77, buffers(*placement.device_bytes), placement.context.n_ctx, 0.5)
     lease = LeaseId("lease-of-before")
-    adopted = ev.ReplicaAdopted(start.replica_id, "a", start.path, placement, 1, ready, (lease,))
+    adopted = ev.ReplicaAdopted(start.replica_id, "a", start.path, placement, ready, (lease,))
 
     after = Scenario(**BOX)
     after.send(adopted)
@@ -88,6 +88,6 @@ def test_a_survivor_is_booked_with_what_it_took_not_with_what_was_predicted() ->
     predicted = replace(placement, device_bytes=(total + 1,))
     ready = ev.ReplicaReady(start.replica_id, 77, buffers(total // 2), placement.context.n_ctx, 0.5)
     after = Scenario(**BOX)
-    after.send(ev.ReplicaAdopted(start.replica_id, "a", start.path, predicted, 1, ready))
+    after.send(ev.ReplicaAdopted(start.replica_id, "a", start.path, predicted, ready))
     assert not after.stopped
     assert after.core.replicas[start.replica_id].idle

@@ -182,7 +182,7 @@ def test_a_runner_that_outlived_a_restart_goes_on_serving() -> None:
     before.run("a")
     old = before.replica("a")
     ready = ev.ReplicaReady(old.replica_id, old.pid, old.measured, old.n_ctx, 1.0)
-    adopted = ev.ReplicaAdopted(old.replica_id, "a", old.path, old.placement, 1, ready)
+    adopted = ev.ReplicaAdopted(old.replica_id, "a", old.path, old.placement, ready)
 
     s = Scenario([gpu("3GiB")], {"a": M})
     s.runners = before.runners
@@ -202,9 +202,9 @@ def test_a_runner_for_which_there_is_no_room_is_ended() -> None:
     ready = ev.ReplicaReady(old.replica_id, old.pid, old.measured, old.n_ctx, 1.0)
     s = Scenario([gpu("3GiB")], {"a": M})
     s.run("a")
-    s.send(ev.ReplicaAdopted(ReplicaId("older"), "a", old.path, old.placement, 1, ready))
+    s.send(ev.ReplicaAdopted(ReplicaId("older"), "a", old.path, old.placement, ready))
     elsewhere = replace(old.placement, node_id=NodeId("nowhere"))
-    s.send(ev.ReplicaAdopted(ReplicaId("lost"), "a", old.path, elsewhere, 1, ready))
+    s.send(ev.ReplicaAdopted(ReplicaId("lost"), "a", old.path, elsewhere, ready))
     assert [c.replica_id for c in s.stopped] == ["older", "lost"] and len(s.core.replicas) == 1
 
 

@@ -33,8 +33,8 @@ def test_foreign_memory_is_what_ours_cannot_explain(
 def test_a_view_adds_up_what_the_victims_give_back() -> None:
     a, b = ReplicaId("a"), ReplicaId("b")
     view = View(
-        Room({GPU0: 1}, host_bytes=2, cpu_seats=0, active=0),
-        {a: Room({GPU0: 10}, 20, 1, 1), b: Room({}, 5, 0, 1)},
+        Room({GPU0: 1}, host_bytes=2, active=0),
+        {a: Room({GPU0: 10}, 20, 1), b: Room({}, 5, 1)},
     )
     assert view.without([]) == view.staying
     assert view.without([a, b]) == Room({GPU0: 11}, 27, 1, 2)
@@ -77,7 +77,7 @@ def test_an_empty_machine_keeps_its_reserve_and_its_pinned_models() -> None:
     s.foreign[GPU0] = GIB
     s.read_devices()
     empty = s.core.rooms.empty(BOX)
-    assert (empty.devices[GPU0], empty.host_bytes, empty.cpu_seats) == (2 * GIB, 14 * GIB, 8)
+    assert (empty.devices[GPU0], empty.host_bytes) == (2 * GIB, 14 * GIB)
     s.ask("a")
     replica = s.replica("a")
     kept = s.core.rooms.empty(BOX, [replica])

@@ -90,7 +90,7 @@ REPLICA = ReplicaStatus(
 )  # fmt: skip
 NODE = NodeStatus(
     node_id="n0", hostname="box", address="127.0.0.1", memory_total_bytes=GIB, memory_available_bytes=GIB,
-    memory_reserved_bytes=0, physical_cores=4, booked_cores=1, state="ok",
+    memory_reserved_bytes=0, physical_cores=4, state="ok",
 )  # fmt: skip
 
 

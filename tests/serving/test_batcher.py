@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.devices.cores import Cores
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
 from actors.serving.jobs import Embedding, Generation, Results
@@ -123,6 +125,11 @@ class FakeModel:
 
 def job(prompt: Sequence[int], max_tokens: int = 20, name: str = "r") -> Generation:
     return Generation(name, list(prompt), Results(), FakeSampler(), TextStream(), max_tokens)
+
+
+def submitted(batcher: Batcher, one: Generation) -> Generation:
+    batcher.submit(one)
+    return one
 
 
 def expected(prompt: Sequence[int], max_tokens: int) -> tuple[str, str]:
@@ -347,14 +354,26 @@ def test_a_full_shared_cache_then_ends_the_longest_answer(running: Any) -> None:
     assert heard(list(short.hearer)) == expected(short_prompt, 12)
 
 
-def test_threads_change_at_the_next_turn(running: Any) -> None:
-    model = FakeModel()
-    batcher = running(model)
-    batcher.set_threads(7)
-    one = job([1], 1)
-    batcher.submit(one)
-    list(one.hearer)
-    assert model.threads == 7
+def test_cores_are_divided_among_those_that_decode(tmp_path: Path) -> None:
+    """Two replicas on a node of five cores: each has all of them, but for what the other takes while it computes."""
+    models = FakeModel(n_seq_max=1), FakeModel(n_seq_max=1)
+    batchers = [Batcher(model, cores=Cores.on_node("box", 5, folder=tmp_path / "node")) for model in models]
+    try:
+        list(submitted(batchers[0], job([1], 1)).hearer)
+        assert models[0].threads == 5
+        models[0].pause = threading.Event()
+        models[0].entered.clear()
+        long = submitted(batchers[0], job([1], 20))
+        assert models[0].entered.wait(20) and models[0].threads == 5, "the other one is idle"
+        list(submitted(batchers[1], job([1], 1)).hearer)
+        assert models[1].threads == 2
+        models[0].pause.set()
+        list(long.hearer)
+        list(submitted(batchers[1], job([2], 1)).hearer)
+        assert models[1].threads == 5
+    finally:
+        for batcher in batchers:
+            batcher.close()
 
 
 def test_closing_fails_what_is_under_way(running: Any) -> None:

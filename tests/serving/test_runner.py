@@ -43,7 +43,6 @@ class FakeEngine:
 
     def __init__(self, spec: LoadSpec, endpoints: Sequence[str], on_progress: Callable[[float], object]) -> None:
         pickle.loads(pickle.dumps(spec))
-        self.threads: list[int] = []
         self.cancelled: list[str] = []
         self.closed = 0
         self.buffers = BufferSizes((), HostBytes(1, 2, 3, 4), 256)
@@ -66,9 +65,6 @@ class FakeEngine:
 
     def cancel(self, lease_id: str) -> bool:
         return lease_id == "known"
-
-    def set_threads(self, n_threads: int) -> None:
-        self.threads.append(n_threads)
 
     def close(self) -> None:
         self.closed += 1
@@ -95,7 +91,7 @@ def ready(spec: LoadSpec) -> tuple[Runner, FakeEngine]:
 def test_a_load_reports_buffers_and_process(spec: Any) -> None:
     runner = Runner(FakeEngine)  # type: ignore[arg-type]
     idle = pickle.loads(pickle.dumps(runner.describe()))
-    assert (idle.replica_id, idle.spec, idle.state, idle.n_threads) == ("", None, "idle", 0)
+    assert (idle.replica_id, idle.spec, idle.state) == ("", None, "idle")
     report = pickle.loads(pickle.dumps(runner.load("r-1", spec("m.gguf"))))
     assert isinstance(report, LoadReport)
     assert report.pid == os.getpid()
@@ -167,15 +163,6 @@ def test_streams_and_passes_refusals_on(spec: Any, ask: Any) -> None:
     assert not runner.cancel("unknown")
     runner.drop(runner.prepare(ask(lease_id="b"), Results()))
     assert engine.cancelled == ["b"]
-
-
-def test_threads_wanted_during_the_load_hold_afterwards(spec: Any) -> None:
-    runner = Runner(FakeEngine)  # type: ignore[arg-type]
-    runner.set_threads(5)
-    runner.load("r-1", spec("m.gguf"))
-    assert runner._engine.threads == [5]  # type: ignore[union-attr]
-    runner.set_threads(1)
-    assert runner.describe().n_threads == 1
 
 
 def test_a_broken_engine_breaks_the_replica(spec: Any, ask: Any) -> None:
