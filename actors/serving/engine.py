@@ -116,6 +116,8 @@ class Engine:
         """The model's own pooling, or the mean of the token vectors."""
         if self._model.is_reranker:
             raise Rejected(f"{self._spec.model} is a reranker; it has scores, not embeddings")
+        if not self._spec.context.embeddings:  # its context has no room for them
+            raise Rejected(f"{self._spec.model} is not loaded for embeddings; set embeddings: true for it")
         texts = self._preparer.prepare(request.content, self.n_ctx_per_slot).prompts
         limit = self._model.n_ubatch if self._model.is_pooled else self.n_ctx_per_slot
         for index, text in enumerate(texts):

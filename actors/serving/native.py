@@ -131,6 +131,7 @@ class NativeModel:
         params.kv_unified = context.kv_unified
         params.swa_full = context.swa_full
         params.embeddings = context.embeddings
+        params.n_outputs_max = context.n_outputs_max
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             raise load_failed("llama.cpp could not make a context", lines)

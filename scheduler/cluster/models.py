@@ -181,6 +181,8 @@ class Models:
             kv_unified=bool(params.kv_unified),
             swa_full=bool(params.swa_full),
             embeddings=embeddings,
+            # One row per slot is all that is ever sampled; embeddings make every token an output.
+            n_outputs_max=0 if embeddings or shape.is_embedding_only else slots,
         )
 
     def alternatives(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> tuple[ContextParams, ...]:

@@ -38,6 +38,12 @@ class EffectiveContext:
     n_seq_max: int
     n_tokens: int
     """Tokens in the largest graph that llama.cpp reserves."""
+    n_outputs: int
+    """Rows of logits in that graph."""
+
+
+_WITH_ENCODER = frozenset({"t5", "t5encoder", "eagle3", "dflash"})
+"""`llama_model_has_encoder`: every token may have logits, whatever is asked for."""
 
 
 def effective_context(arch: Architecture, context: ContextParams) -> EffectiveContext:
@@ -59,6 +65,9 @@ def effective_context(arch: Architecture, context: ContextParams) -> EffectiveCo
     if not n_ctx_seq:
         raise Rejected(f"n_ctx {asked} leaves nothing for each of {context.n_seq_max} sequences; ask for more context")
     n_ctx = n_ctx if context.kv_unified else n_ctx_seq * context.n_seq_max
+    if 0 < context.n_outputs_max < context.n_seq_max:  # likewise
+        raise Rejected(f"n_outputs_max is {context.n_outputs_max}: {context.n_seq_max} sequences need at least as many")
+    n_outputs = n_batch if arch.name in _WITH_ENCODER else context.n_outputs_max or n_batch
     shares = context.kv_unified and not arch.streams_apart
     swa = 0
     if arch.n_swa:
@@ -73,6 +82,7 @@ def effective_context(arch: Architecture, context: ContextParams) -> EffectiveCo
         n_ubatch=n_ubatch,
         n_seq_max=context.n_seq_max,
         n_tokens=min(n_ctx, n_ubatch),
+        n_outputs=min(n_ctx, n_ubatch, n_outputs),
     )
 
 

@@ -51,6 +51,11 @@ class _Graph:
     def floats(self, per_token: int) -> int:
         return 4 * self.tokens * per_token
 
+    @property
+    def logits_bytes(self) -> int:
+        """All that are computed at once, with what the output matrix needs besides."""
+        return 4 * self.size.n_outputs * self.demand.logits * (1 if self.arch.known else 2)
+
     def cells(self, is_swa: bool) -> int:
         if not self.arch.has_cache or self.arch.row.idle_cache:
             return self.tokens
@@ -148,8 +153,8 @@ class _Graph:
             below += free
         elif 2 * last.inner >= last.gathered:
             below += last.gathered
-        logits = self.demand.logits * (1 if self.arch.known else 2)
-        total = self.floats(logits + self.arch.n_embd + below) + _SMALL_INPUTS_BYTES
+        below += self.demand.beside_logits
+        total = self.logits_bytes + self.floats(self.arch.n_embd + below) + _SMALL_INPUTS_BYTES
         total += 8 * self.size.n_seq_max * self.arch.state_r
         states = self.demand.layers if self.arch.name.startswith("nemotron_h") else (last,)
         return total + max(self.floats(layer.recurrent) + 4 * self.size.n_seq_max * layer.state for layer in states)
@@ -309,9 +314,8 @@ def _offloaded(
             ]
         )
     if places[-1] == HOST and graph.demand.logits:
-        total = max(
-            total, graph.floats(graph.demand.logits + 4 * graph.arch.n_embd) + pad(weights.output_tensor_bytes, 128)
-        )
+        at_end = graph.logits_bytes + graph.floats(graph.demand.beside_logits + 4 * graph.arch.n_embd)
+        total = max(total, at_end + pad(weights.output_tensor_bytes, 128))
     if total:
         total += graph.inputs(range(graph.arch.n_layer_all), True)
     return total

@@ -70,6 +70,8 @@ class ModelDemand:
     """Floats per token of per-layer embeddings (gemma3n, gemma4), which travel with the activations."""
     streams: int
     """Copies of the residual stream; architectures that the formulas do not know may have several."""
+    beside_logits: int = 0
+    """Floats per token that are kept until the logits are computed."""
 
     def borrows_index(self, layers: Sequence[int]) -> bool:
         """Whether any of `layers` attends to what the indexer of an earlier layer has found."""

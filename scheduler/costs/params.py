@@ -42,6 +42,8 @@ class ContextParams:
     swa_full: bool = False
     embeddings: bool = False
     op_offload: bool = True
+    n_outputs_max: int = 0
+    """Rows of logits in one micro-batch; 0: `n_batch`. llama.cpp ends the process when more are asked for."""
 
     def for_whole_sequences(self) -> ContextParams:
         """The same with batches that hold all that a slot does, as non-causal attention wants it: it sees a whole

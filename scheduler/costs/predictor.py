@@ -57,7 +57,7 @@ def read_predictor(arch: Architecture, tensors: Mapping[str, Tensor], n_vocab: i
         for il, layer in enumerate(demand.layers)
     )
     lookups = demand.host_lookups + arch.n_embd_out
-    demand = replace(demand, layers=layers, logits=n_vocab + entering, host_lookups=lookups)
+    demand = replace(demand, layers=layers, beside_logits=entering, host_lookups=lookups)
     return Predictor(alone, sum_weights(arch, tensors, load_mtp=True), demand)
 
 

@@ -37,7 +37,7 @@ def test_a_view_adds_up_what_the_victims_give_back() -> None:
         {a: Room({GPU0: 10}, 20, 1), b: Room({}, 5, 1)},
     )
     assert view.without([]) == view.staying
-    assert view.without([a, b]) == Room({GPU0: 11}, 27, 1, 2)
+    assert view.without([a, b]) == Room({GPU0: 11}, 27, 2)
 
 
 def test_nothing_is_free_twice() -> None:

@@ -42,9 +42,9 @@ OUTPUT_ROUNDING_MIB = 0.0051
 """llama.cpp tells the size of the output buffer in its log, with two decimals."""
 
 SMALL_CONTEXTS = [
-    ContextParams(n_ctx=1024),
-    ContextParams(n_ctx=3000, n_seq_max=3, flash_attn="off"),
-    ContextParams(n_ctx=2048, n_seq_max=4, n_ubatch=64, kv_unified=True),
+    ContextParams(n_ctx=1024, n_outputs_max=1),
+    ContextParams(n_ctx=3000, n_seq_max=3, flash_attn="off", n_outputs_max=3),
+    ContextParams(n_ctx=2048, n_seq_max=4, n_ubatch=64, kv_unified=True, n_outputs_max=4),
     ContextParams(n_ctx=2048, n_ubatch=1024, swa_full=True, embeddings=True),
     ContextParams(n_ctx=512, n_batch=128, type_k="q8_0", type_v="q8_0"),
     ContextParams(n_ctx=0, n_ubatch=128, type_k="bf16", type_v="bf16"),
@@ -55,8 +55,8 @@ CONTEXTS = [
     ContextParams(n_ctx=1024, type_k="q8_0", type_v="q8_0"),
 ]
 WIDE_CONTEXTS = [
-    ContextParams(n_ctx=4096),
-    ContextParams(n_ctx=16384, n_seq_max=4),
+    ContextParams(n_ctx=4096, n_outputs_max=1),
+    ContextParams(n_ctx=16384, n_seq_max=4, n_outputs_max=4),
     ContextParams(n_ctx=8192, n_ubatch=2048),
     ContextParams(n_ctx=8192, flash_attn="off"),
 ]

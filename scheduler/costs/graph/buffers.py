@@ -116,7 +116,7 @@ def _reserved(
     copies = PIPELINE_COPIES if host > 1 and whole and not any(experts_on_host) else 1
     offloads_to = kinds.index("cuda") if offloads else None
     totals = [0] * (host + 1)
-    batches = [Batch(pad(size.n_tokens, size.n_seq_max), size.n_seq_max, min(size.n_tokens, size.n_batch))]
+    batches = [Batch(pad(size.n_tokens, size.n_seq_max), size.n_seq_max, size.n_outputs)]
     if offloads or batches[0].tokens < _DWARFS * size.n_seq_max or model.arch.row.gathers:
         batches.append(Batch(size.n_seq_max, size.n_seq_max, size.n_seq_max))
     if model.arch.row.alone_too and size.n_seq_max > 1:
