@@ -195,9 +195,7 @@ def _choice_plan(core: SchedulerCore, model: str, found: Preview, choice: Choice
             )
             for victim in victims
         ],
-        n_ctx=placement.context.n_ctx // (1 if placement.context.kv_unified else placement.context.n_seq_max)
-        if placement
-        else None,
+        n_ctx=placement.context.n_ctx_slot if placement else None,
         n_threads=_threads(core, placement) if placement else None,
         speed=_speed(core, model, placement) if placement else None,
         reasons=[*filter(None, (found.reason,)), *map(str, choice.rejections)],
@@ -291,7 +289,7 @@ def _model(core: SchedulerCore, model: Model) -> records.ModelInfo:
     if shape is not None:
         try:
             context = core.models.context(model, shape, None)
-            n_ctx = context.n_ctx // (1 if context.kv_unified else context.n_seq_max)
+            n_ctx = context.n_ctx_slot
         except Rejected as error:
             reason = error.message
     first = next(iter(model.copies.values()), None)

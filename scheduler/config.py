@@ -18,6 +18,7 @@ from scheduler.units import GIB, MIB, parse_bytes
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"type": ["integer", "string"]})]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+Slots = Annotated[int, Field(ge=1, le=64)] | Literal["auto"]
 Context = Annotated[int, Field(ge=256)] | Literal["auto"]
 UNNAMED_KEY = "unnamed"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}")
@@ -43,13 +44,19 @@ class ModelParams(_Strict):
         description="context of all slots together; none: the trained context, 8192 per slot at most; auto: the same, "
         "and more where its GPUs have free VRAM",
     )
-    n_seq_max: int | None = Field(None, ge=1, le=64, description="slots: requests served at the same time (1)")
+    n_seq_max: Slots | None = Field(
+        None,
+        description="slots: requests served at the same time; auto: 4 that share the cache of one, where that takes no "
+        "larger cache, else 1 (auto)",
+    )
     n_batch: int | None = Field(None, ge=32, description="prompt tokens per llama_decode (2048)")
     n_ubatch: int | None = Field(None, ge=32, description="prompt tokens per graph; sets the compute buffer (512)")
     type_k: CacheType | None = Field(None, description="type of the K cache (f16)")
     type_v: CacheType | None = Field(None, description="type of the V cache (f16); quantised needs flash_attn on")
     flash_attn: Literal["on", "off"] | None = Field(None, description="flash attention (on)")
-    kv_unified: bool | None = Field(None, description="one KV cache shared by all slots (false)")
+    kv_unified: bool | None = Field(
+        None, description="one KV cache shared by all slots (false; true where n_seq_max is auto and comes to 4)"
+    )
     swa_full: bool | None = Field(None, description="full-size cache for sliding-window layers (false)")
     use_mmap: bool | None = Field(None, description="map the file instead of reading it (true)")
     use_extra_bufts: bool | None = Field(

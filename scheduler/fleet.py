@@ -260,7 +260,7 @@ class Fleet:
             path=path,
             placement=placement,
             slots=context.n_seq_max,
-            n_ctx=context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max,
+            n_ctx=context.n_ctx_slot,
             created_at=now,
             last_used_at=now,
         )

@@ -9,6 +9,7 @@ order. Embeddings take their own turns, because they make every token an output.
 An answer whose hearer does not take it waits: no token is computed that nobody reads.
 What follows a grammar is chosen beside this thread: a grammar may take seconds for a token, and nobody else's answer
 waits for it. Its slot sits turns out until the token is there.
+A cache that slots share may be full: then the youngest answer waits, and is continued when there is room.
 A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
 batcher for good: everything fails from then on, with the reason.
 Cost of a turn besides the decode: some microseconds per row.
@@ -156,7 +157,10 @@ class Batcher:
             job.end()
 
     def _assign(self) -> None:
-        while self._waiting and (choice := best_slot(self._slots, self._waiting[0].prompt)) is not None:
+        while self._waiting and self._has_room_for(self._waiting[0]):
+            choice = best_slot(self._slots, self._waiting[0].prompt)
+            if choice is None:
+                return
             slot, shared = choice
             job = self._waiting.popleft()
             if isinstance(job, Embedding):
@@ -165,8 +169,13 @@ class Batcher:
             del slot.tokens[kept:]
             slot.job = job
             slot.last_used = self._tick()
-            if isinstance(job, Generation):
+            if isinstance(job, Generation) and job.cached_tokens is None:
                 job.cached_tokens = kept
+
+    def _has_room_for(self, job: Job[Any]) -> bool:
+        """Whether the cache holds its prompt beside what is under way; what idle slots remember gives way."""
+        held = sum(max(len(slot.tokens), len(slot.job.prompt)) for slot in self._slots if slot.job is not None)
+        return not held or held + len(job.prompt) < self._model.n_cells
 
     def _release(self, slot: Slot) -> Job[Any]:
         job, slot.job = slot.job, None
@@ -286,6 +295,8 @@ class Batcher:
             parts.append((slot, job, tokens))
             taken[job] += 1
         vectors = self._decode_embeddings(rows, list(taken))
+        if isinstance(vectors, int) and vectors == _NO_ROOM and (self._forget_idle() or self._postpone()):
+            return  # the same again in the next turn
         if isinstance(vectors, int):
             self._decode_failed(vectors, [(slot, job) for slot, job in own if job in taken])
             return
@@ -351,8 +362,8 @@ class Batcher:
     def _decode_failed(self, code: int, parts: Sequence[tuple[Slot, Job[Any]]]) -> None:
         if self._closing:
             return  # the abort was ours; all jobs are about to end
-        if code == _NO_ROOM and len(parts) > 1:
-            parts = [max(parts, key=lambda part: len(part[0].tokens))]  # the longest makes the most room for the rest
+        if code == _NO_ROOM and self._postpone():
+            return
         for slot, job in parts:
             self._forget(slot)
             self._release_locked(slot)
@@ -366,6 +377,23 @@ class Batcher:
             self._failed_turns += 1
             if self._failed_turns > 1:
                 self.broken = f"two decodes in a row failed; the last returned {code}: {self._last_words()}"
+
+    def _postpone(self) -> bool:
+        """In a cache that is full one answer gives way, and is continued when there is room: one that nobody takes, or
+        the youngest. False when there is but one: it has all of the cache."""
+        if sum(slot.job is not None for slot in self._slots) < 2:
+            return False
+        answers = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
+        may_wait = [(slot, job) for slot, job in answers if not job.choosing]
+        if not may_wait:
+            return False
+        slot, job = max(may_wait, key=lambda pair: (pair[1].hearer.stalled, pair[0].last_used))
+        job.begin_again(slot.tokens)
+        self._forget(slot)
+        with self._changed:
+            self._release(slot)
+            self._waiting.appendleft(job)
+        return True
 
     def _end_all(self, error: EngineFailed) -> None:
         with self._changed:

@@ -127,12 +127,19 @@ class Generation(Job[Chunk]):
         self.choosing = False
         self.chosen: int | ArrieroError | None = None
         self.pending: int | None = None
-        self.cached_tokens = 0
+        self.cached_tokens: int | None = None  # of the prompt; None until it has had a slot
+        self._prompt_tokens = len(prompt)
         self._text = text
         self._max_tokens = max_tokens
         self._n_tokens = 0
         self._prompt_alone, self._prompt_s = 0, 0.0
         self._answer_alone, self._answer_s = 0, 0.0
+
+    def begin_again(self, known: list[int]) -> None:
+        """It loses its slot, which holds the tokens `known`: they, and the pending one, are to be read once more."""
+        if self.pending is not None:
+            self.prompt = [*known, self.pending]
+            self.pending = None
 
     def took(self, n_tokens: int, seconds: float) -> None:
         """A batch with nothing but `n_tokens` of this job was decoded. Short pieces of a prompt say little."""
@@ -144,7 +151,7 @@ class Generation(Job[Chunk]):
     def _pace(self) -> Pace | None:
         if not self._prompt_alone and not self._answer_alone:
             return None
-        n_past = len(self.prompt) + self._n_tokens // 2
+        n_past = self._prompt_tokens + self._n_tokens // 2
         return Pace(self._prompt_alone, self._prompt_s, self._answer_alone, self._answer_s, n_past)
 
     def accept(self, token: int, piece: bytes, *, ends: bool) -> bool:
@@ -174,8 +181,8 @@ class Generation(Job[Chunk]):
             Chunk(
                 text=shown + self._text.finish(),
                 finish_reason=reason,
-                prompt_tokens=len(self.prompt),
-                cached_tokens=self.cached_tokens,
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=self.cached_tokens or 0,
                 completion_tokens=self._n_tokens,
                 pace=self._pace(),
             )

@@ -20,6 +20,7 @@ class Model(Protocol):
 
     n_seq_max: int
     n_ubatch: int
+    n_cells: int  # tokens that all slots may hold together
     n_vocab: int
     n_embd: int
     is_pooled: bool

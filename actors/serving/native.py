@@ -57,6 +57,7 @@ class NativeModel:
                 device_buffers = self._load(spec, rpc_endpoints, on_progress, lines)
                 self._make_context(spec.context, spec.n_threads, lines)
                 self.n_ctx_per_slot: int = llama_cpp.llama_n_ctx_seq(self._context)
+                self.n_cells: int = llama_cpp.llama_n_ctx(self._context)
                 self.buffers: BufferSizes = parse_buffers(
                     (line.text for line in lines), device_buffers, self.n_ctx_per_slot
                 )

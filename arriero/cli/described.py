@@ -120,7 +120,7 @@ def _priced(found: PricedPlacement) -> dict[str, Any]:
                 "experts": placement.layout.spills_experts,
             },
             "n_cpu_moe": placement.n_spilled_experts,
-            "n_ctx": context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max,
+            "n_ctx": context.n_ctx_slot,
             "evicts": list(found.evicts),
             "beside": {
                 name: {"devices": [device.total_bytes for device in cost.devices], "host": cost.host.total_bytes}

@@ -49,7 +49,7 @@ class Admission:
     def _default_n_ctx(self, model: Model, shape: ModelShape) -> int:
         context = self._models.context(model, shape, None)
         contexts = context, *self._models.alternatives(model, shape, None)
-        return min(each.n_ctx if each.kv_unified else each.n_ctx // each.n_seq_max for each in contexts)
+        return min(each.n_ctx_slot for each in contexts)
 
     def workload(self, model: Model, waiting: Waiting, now: float) -> Workload | None:
         """The workload of the request. None while headers or machines have not been read yet.

@@ -113,7 +113,7 @@ class Chooser:
         if placement.tier in ON_GPU:
             most = max(most, here.workload.longest_n_ctx)
         room, node = self._search.room_of(offer), here.inventory.nodes[placement.node_id]
-        step = CONTEXT_STEP * placement.context.n_seq_max
+        step = CONTEXT_STEP * placement.context.n_streams
         low, high = placement.context.n_ctx // step, most // step + 1
         while high - low > 1:  # `low` fits, `high` does not
             middle = (low + high) // 2

@@ -51,7 +51,7 @@ class Speeds:
 
     def _predict(self, shape: ModelShape, placement: Placement, cached_fraction: float | None) -> Speed:
         context = placement.context
-        n_past = min(USUAL_TOKENS, context.n_ctx // context.n_seq_max // 2)
+        n_past = min(USUAL_TOKENS, context.n_ctx_slot // 2)
         load = self.load(shape, placement.node_id, cached_fraction)
         formulas = self._seconds(shape, placement, n_past)
         if formulas is None:

@@ -65,10 +65,10 @@ def _context_that_fits(here: Situation, rooms: Sequence[tuple[Node, Room]]) -> i
     context = here.workload.context
 
     def fits(steps: int, precision: Precision) -> bool:
-        smaller = here.workload.with_n_ctx(context, steps * CONTEXT_STEP * context.n_seq_max).at(precision)
+        smaller = here.workload.with_n_ctx(context, steps * CONTEXT_STEP * context.n_streams).at(precision)
         return any(_fits(here, tiers_of(smaller, [node]), node, room) for node, room in rooms)
 
-    low, most = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_seq_max) // CONTEXT_STEP
+    low, most = SMALLEST_CONTEXT // CONTEXT_STEP, -(-context.n_ctx // context.n_streams) // CONTEXT_STEP
     if most <= low or not fits(low, "if needed"):
         return 0
     low, _ = _bisected(low, most, lambda steps: not fits(steps, "bound"))

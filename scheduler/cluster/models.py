@@ -22,6 +22,7 @@ from scheduler.errors import Rejected, UnknownModel
 from scheduler.units import NodeId
 
 DEFAULT_SLOT_CONTEXT = 8192
+AUTO_SLOTS = 4  # as many as llama-server has by default
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -156,7 +157,19 @@ class Models:
 
     def _plain_context(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> ContextParams:
         params = self.params(model)
-        slots = params.n_seq_max or 1
+        if isinstance(params.n_seq_max, int):
+            return self._context_of_slots(model, shape, n_ctx_slot, params.n_seq_max, bool(params.kv_unified))
+        alone = self._context_of_slots(model, shape, n_ctx_slot, 1, bool(params.kv_unified))
+        if params.kv_unified is False:
+            return alone
+        shared = self._context_of_slots(model, shape, n_ctx_slot, AUTO_SLOTS, True)
+        return shared if _takes_no_more(shape, shared, alone) else alone
+
+    def _context_of_slots(
+        self, model: Model, shape: ModelShape, n_ctx_slot: int | None, slots: int, kv_unified: bool
+    ) -> ContextParams:
+        params = self.params(model)
+        divided = 1 if kv_unified else slots
         trained = shape.n_ctx_train or DEFAULT_SLOT_CONTEXT
         if n_ctx_slot is not None and n_ctx_slot > trained:
             raise Rejected(
@@ -165,9 +178,9 @@ class Models:
             )
         said = params.n_ctx if isinstance(params.n_ctx, int) else None
         if n_ctx_slot is not None:
-            n_ctx = max(n_ctx_slot * slots, said or 0)
+            n_ctx = max(n_ctx_slot * divided, said or 0)
         else:
-            n_ctx = said or min(trained, DEFAULT_SLOT_CONTEXT) * slots
+            n_ctx = said or min(trained, DEFAULT_SLOT_CONTEXT) * divided
         embeddings = shape.is_embedding_only if params.embeddings is None else params.embeddings
         n_batch = params.n_batch or 2048
         return ContextParams(
@@ -178,7 +191,7 @@ class Models:
             type_k=params.type_k or "f16",
             type_v=params.type_v or "f16",
             flash_attn=params.flash_attn or "on",
-            kv_unified=bool(params.kv_unified),
+            kv_unified=kv_unified,
             swa_full=bool(params.swa_full),
             embeddings=embeddings,
             # One row per slot is all that is ever sampled; embeddings make every token an output.
@@ -191,7 +204,7 @@ class Models:
         for other in self.params(model).alternatives or ():
             changes = other.model_dump(exclude_none=True)
             if n_ctx_slot is not None:  # what was asked for must be there
-                changes["n_ctx"] = max(changes.get("n_ctx", 0), n_ctx_slot * context.n_seq_max)
+                changes["n_ctx"] = max(changes.get("n_ctx", 0), n_ctx_slot * context.n_streams)
             found.append(replace(context, **changes))
         return tuple(each.for_whole_sequences() if shape.is_embedding_only else each for each in found)
 
@@ -208,7 +221,7 @@ class Models:
 
     @staticmethod
     def _trained(shape: ModelShape, context: ContextParams) -> int:
-        return (shape.n_ctx_train or 0) * (1 if context.kv_unified else context.n_seq_max)
+        return (shape.n_ctx_train or 0) * context.n_streams
 
     def update(self, node_id: NodeId, files: tuple[ModelFile, ...]) -> FileChanges:
         """Take a node's list of files: what to read because it is new, changed or was not readable; what changed."""
@@ -289,3 +302,11 @@ def _matches(path: str, pattern: str) -> bool:
     """A catalogue path matches the file itself, as a glob, or relative to any folder."""
     relative = re.sub(r"^(\./|~/)", "", pattern)
     return path == pattern or fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*/{relative}")
+
+
+def _takes_no_more(shape: ModelShape, shared: ContextParams, alone: ContextParams) -> bool:
+    """Whether the cache of `shared` is no larger; False where llama.cpp does not take it."""
+    try:
+        return shape.cache_bytes(shared) <= shape.cache_bytes(alone)
+    except Rejected:
+        return False

@@ -45,10 +45,20 @@ class ContextParams:
     n_outputs_max: int = 0
     """Rows of logits in one micro-batch; 0: `n_batch`. llama.cpp ends the process when more are asked for."""
 
+    @property
+    def n_streams(self) -> int:
+        """Among how many the cache is divided: slots that share one may each use all of it."""
+        return 1 if self.kv_unified else self.n_seq_max
+
+    @property
+    def n_ctx_slot(self) -> int:
+        """Tokens that a slot may hold."""
+        return self.n_ctx // self.n_streams
+
     def for_whole_sequences(self) -> ContextParams:
         """The same with batches that hold all that a slot does, as non-causal attention wants it: it sees a whole
         sequence in one graph."""
-        n_ubatch = max(self.n_ubatch, self.n_ctx // self.n_seq_max)
+        n_ubatch = max(self.n_ubatch, self.n_ctx_slot)
         return replace(self, n_batch=n_ubatch, n_ubatch=n_ubatch)
 
 

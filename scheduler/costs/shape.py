@@ -15,15 +15,17 @@ from functools import cached_property
 from pathlib import Path
 
 from scheduler.costs.architecture import Architecture, read_architecture
+from scheduler.costs.cache import place_cache
 from scheduler.costs.demand import ModelDemand, model_demand
 from scheduler.costs.families import row_of
 from scheduler.costs.ggml_types import FILE_TYPES
 from scheduler.costs.graph.model import GraphModel, graph_model
 from scheduler.costs.header import Array, Header, Tensor, read_header
 from scheduler.costs.metadata import Metadata
+from scheduler.costs.params import ContextParams, Layout
 from scheduler.costs.predictor import Predictor, read_predictor
 from scheduler.costs.vocabulary import Vocabulary, read_vocabulary
-from scheduler.costs.weights import StoredSums, WeightSums, sum_stored, sum_weights
+from scheduler.costs.weights import HOST, StoredSums, WeightSums, sum_stored, sum_weights
 from scheduler.errors import InvalidGGUF
 
 MAX_PARTS = 1024
@@ -100,6 +102,10 @@ class ModelShape:
     def is_recurrent(self) -> bool:
         """Some layers carry state that grows with sequences, not with context."""
         return any(layer.is_recurrent for layer in self.arch.layers)
+
+    def cache_bytes(self, context: ContextParams) -> int:
+        """The whole cache and state in that context, in host RAM. Raises Rejected for one that llama.cpp refuses."""
+        return place_cache(self.arch, Layout(), (HOST,) * (self.n_layer_all + 1), context)[1]
 
     @property
     def is_embedding_only(self) -> bool:

@@ -106,10 +106,9 @@ class DescribedCluster:
         said, placement = loaded.said, loaded.placement
         shape = self.models[said.model].shape
         context = placement.context
-        per_slot = context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
         replica_id = ReplicaId(f"{said.model}-{serial}")
         buffers = footprint(shape, placement.layout, context, CHECKED_BUILD)
-        ready = ev.ReplicaReady(replica_id, serial, buffers, per_slot, 0.0)
+        ready = ev.ReplicaReady(replica_id, serial, buffers, context.n_ctx_slot, 0.0)
         leases = (LeaseId(f"{replica_id}-lease"),) if said.busy else ()
         adopted = ev.ReplicaAdopted(replica_id, said.model, self.models[said.model].path, placement, ready, leases)
         self.core.handle(adopted, NOW - said.idle_s)

@@ -261,9 +261,8 @@ class _Simulation:
             return
         context = command.placement.context
         buffers = footprint(self._models[command.model].shape, command.placement.layout, context, CHECKED_BUILD)
-        per_slot = context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
         self._read(command.placement.node_id)
-        self._send(ev.ReplicaReady(command.replica_id, replica.pid, buffers, per_slot, load_s))
+        self._send(ev.ReplicaReady(command.replica_id, replica.pid, buffers, context.n_ctx_slot, load_s))
 
     def _gone(self, replica_id: ReplicaId) -> None:
         runner = self._end(replica_id)

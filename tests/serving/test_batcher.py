@@ -49,6 +49,7 @@ class FakeModel:
 
     def __init__(self, n_seq_max: int = 2, n_ubatch: int = 8, can_cut: bool = True, room: int = 10_000) -> None:
         self.n_seq_max, self.n_ubatch, self.can_cut, self.room = n_seq_max, n_ubatch, can_cut, room
+        self.n_cells = room
         self.memory: list[list[int]] = [[] for _ in range(n_seq_max)]
         self.codes: list[int] = []  # what the next decodes return
         self.batches: list[list[Row]] = []
@@ -321,9 +322,9 @@ def test_a_bug_ends_every_request_with_the_reason(running: Any) -> None:
             list(one.hearer)
 
 
-def talkative(n_tokens: int, at_least: int) -> list[int]:
+def talkative(n_tokens: int, at_least: int, of: int = 2) -> list[int]:
     """A prompt whose answer does not end before `at_least` tokens."""
-    prompts = ([*([2] * (n_tokens - 1)), last] for last in range(1, 1000))
+    prompts = ([*([of] * (n_tokens - 1)), last] for last in range(1, 1000))
     return next(prompt for prompt in prompts if expected(prompt, at_least)[1] == "length")
 
 
@@ -335,23 +336,59 @@ def test_a_full_shared_cache_forgets_the_idle_first(running: Any) -> None:
         assert heard(list(one.hearer)) == expected(prompt, 1)
 
 
-def test_a_full_shared_cache_then_ends_the_longest_answer(running: Any) -> None:
+def test_in_a_full_shared_cache_the_youngest_answer_waits(running: Any) -> None:
     model = FakeModel(n_seq_max=3, n_ubatch=64, room=40)
     model.pause = threading.Event()
     batcher = running(model)
     blocker = job([9], 1)  # holds the thread until both others wait, so that they start together
     batcher.submit(blocker)
     assert model.entered.wait(10)
-    long_prompt, short_prompt = talkative(25, 12), talkative(10, 12)
-    long, short = job(long_prompt, 12), job(short_prompt, 12)
-    batcher.submit(long)
-    batcher.submit(short)
+    prompts = talkative(20, 12), talkative(15, 12, of=3)
+    jobs = [submitted(batcher, job(prompt, 12)) for prompt in prompts]
     model.pause.set()
-    said, ending = heard(list(long.hearer))
-    assert ending == "length"
-    assert 1 <= len(said.split()) < 12
-    assert expected(long_prompt, 12)[0].startswith(said)
-    assert heard(list(short.hearer)) == expected(short_prompt, 12)
+    for one, prompt in zip(jobs, prompts, strict=True):
+        chunks = list(one.hearer)
+        assert heard(chunks) == expected(prompt, 12)
+        assert (chunks[-1].prompt_tokens, chunks[-1].completion_tokens) == (len(prompt), 12)
+    assert sum(map(len, model.batches)) > 1 + 20 + 11 + 15 + 11, "one of the two was read again"
+
+
+def test_an_answer_that_fills_the_cache_alone_ends_there(running: Any) -> None:
+    prompt = talkative(20, 30)
+    alone = submitted(running(FakeModel(n_seq_max=3, n_ubatch=64, room=40)), job(prompt, 30))
+    said, ending = heard(list(alone.hearer))
+    assert ending == "length" and len(said.split()) == 21  # the last one is not decoded any more
+
+
+def test_a_prompt_waits_until_the_shared_cache_has_room_for_it(running: Any) -> None:
+    model = FakeModel(n_seq_max=3, n_ubatch=64, room=40)
+    model.pause = threading.Event()
+    batcher = running(model)
+    first = submitted(batcher, job(talkative(25, 5), 5))
+    assert model.entered.wait(10)
+    second = submitted(batcher, job(talkative(20, 5), 5))
+    model.pause.set()
+    assert heard(list(first.hearer)) == expected(talkative(25, 5), 5)
+    assert heard(list(second.hearer)) == expected(talkative(20, 5), 5)
+    assert not any({row.sequence for row in batch} == {0, 1} for batch in model.batches)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(st.tuples(PROMPT, st.integers(1, 12)), min_size=1, max_size=8),
+    n_slots=st.integers(1, 4),
+    room=st.integers(33, 60),
+)
+def test_nobodys_answer_is_cut_in_a_small_shared_cache(
+    prompts: list[tuple[list[int], int]], n_slots: int, room: int
+) -> None:
+    batcher = Batcher(FakeModel(n_slots, 16, room=room))
+    try:
+        jobs = [submitted(batcher, job(prompt, max_tokens)) for prompt, max_tokens in prompts]
+        for one, (prompt, max_tokens) in zip(jobs, prompts, strict=True):
+            assert heard(list(one.hearer)) == expected(prompt, max_tokens)
+    finally:
+        batcher.close()
 
 
 def test_cores_are_divided_among_those_that_decode(tmp_path: Path) -> None:
