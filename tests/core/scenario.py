@@ -119,7 +119,9 @@ class Scenario:
     llama_build: str = CHECKED_BUILD
 
     def __post_init__(self) -> None:
-        self.core = SchedulerCore(parse_catalogue(self.catalogue), records=self.records)
+        # One slot, unless a test says otherwise: then a request makes its replica busy.
+        catalogue = {**self.catalogue, "defaults": {"n_seq_max": 1, **self.catalogue.get("defaults", {})}}
+        self.core = SchedulerCore(parse_catalogue(catalogue), records=self.records)
         self.now = 100.0
         self.log: list[cmd.Command] = []
         self.grants: dict[str, cmd.GrantLease] = {}
