@@ -123,7 +123,7 @@ class FakeRunner:
         self._replica_id, self._spec, self.state = replica_id, spec, "ready"
         self.body.holds = {DeviceId(device.device_id): device.required_bytes for device in spec.devices}
         devices = tuple(DeviceBytes(device.required_bytes) for device in spec.devices)
-        buffers = BufferSizes(devices, HostBytes(), spec.context.n_ctx // spec.context.n_seq_max)
+        buffers = BufferSizes(devices, HostBytes(), spec.context.n_ctx_slot)
         self._report = LoadReport(buffers, self.body.process.pid, self.body.process.started_at_s, LOAD_S)
         return self._report
 

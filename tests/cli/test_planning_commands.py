@@ -26,6 +26,9 @@ from scheduler.units import DeviceId
 
 SMALL = Dimensions(8, 1024, 8, 4, 2816, 4096)
 
+SLOTS = {"n_seq_max": 4, "kv_unified": True, "n_outputs_max": 4}
+"""Of a context that nobody has said anything of."""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -141,7 +144,7 @@ def test_a_service_plans_with_its_own_catalogue() -> None:
 
 def test_a_draft_takes_the_room_that_its_footprint_says(folder: Path) -> None:
     plan = planned(folder, "--draft", folder / "b.gguf", "--n-ctx", 8192)
-    (folder / "grid.json").write_text(json.dumps([{"devices": [{}], "n_ctx": 8192}]))
+    (folder / "grid.json").write_text(json.dumps([{"devices": [{}], "n_ctx": 8192, **SLOTS}]))
     grid = ("--grid", folder / "grid.json", "--draft", folder / "b.gguf", "--json")
     (bill,) = json.loads(run("footprint", folder / "a.gguf", *grid))
     draft = bill["beside"]["draft"]

@@ -29,7 +29,8 @@ BIG_CARD, SMALL_CARD = {"name": "RTX 3090"}, {"name": "GTX 1080"}
 def cluster(*nodes: dict[str, Any]) -> DescribedCluster:
     described = [{"name": f"box{i}", "ram": "64GiB", **node} for i, node in enumerate(nodes)]
     models = {name: ModelOnDisk(f"/models/{name}.gguf", shape(*dims)) for name, dims in MODELS.items()}
-    catalogue = parse_catalogue({"models": {name: {"path": model.path} for name, model in models.items()}})
+    entries = {name: {"path": model.path} for name, model in models.items()}
+    catalogue = parse_catalogue({"defaults": {"n_seq_max": 1}, "models": entries})
     return DescribedCluster(parse_cluster({"nodes": described}), catalogue, models)
 
 
