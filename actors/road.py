@@ -23,11 +23,16 @@ from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, Sa
 from scheduler.costs.paces import Pace
 from scheduler.errors import (
     ArrieroError,
+    Condemned,
+    DeadlineExceeded,
     EngineFailed,
     Impossible,
+    InvalidGGUF,
     InvariantBroken,
+    QueueFull,
     Rejected,
     Unavailable,
+    UnknownModel,
 )
 from scheduler.units import MIB, LeaseId
 
@@ -103,7 +108,11 @@ def read_counts(payload: bytes) -> TokenCounts:
     return TokenCounts(**told, pace=Pace(**pace) if pace is not None else None)
 
 
-_ERRORS = {kind.code: kind for kind in (Rejected, Impossible, Unavailable, EngineFailed, InvariantBroken)}
+_KINDS = (
+    Rejected, UnknownModel, InvalidGGUF, Impossible, Condemned, Unavailable, QueueFull, DeadlineExceeded, EngineFailed,
+    InvariantBroken,
+)  # fmt: skip
+_ERRORS: dict[str, type[ArrieroError]] = {kind.code: kind for kind in _KINDS}
 
 
 def packed_error(error: ArrieroError) -> bytes:

@@ -30,6 +30,8 @@ from actors.answers import Answers
 from actors.devices.node import NodeSettings
 from actors.devices.pulse import LOOP_WITHIN_S, sign_in
 from actors.effects import Effects
+from actors.endpoint import Endpoint
+from actors.lease_server import LeaseServer
 from actors.leasing import Grant, TokenCounts
 from actors.measurements import MeasurementStore, measurements_path
 from actors.metrics import FootprintMetrics
@@ -85,6 +87,9 @@ class SchedulerActor:
             self._announce(cmd.Announce("measurements_lost", self._store.trouble))
         self._answers = Answers(self._post)
         self._effects = Effects(self._core.inventory, self._core.policy, settings.namespace, self._post)
+        node_id = NodeId(ray.get_runtime_context().get_node_id())
+        self._leases = LeaseServer(self, node_id, ray.util.get_node_ip_address())
+        self._lease_endpoint: asyncio.Future[Endpoint] | None = None
         self._survivors: dict[NodeId, list[Survivor]] = defaultdict(list)
         self._failures: dict[NodeId, str] = {}  # of nodes that cannot join
         self._closing = False
@@ -202,6 +207,12 @@ class SchedulerActor:
 
     # ------------------------------------------------------------------ what the gateway asks
 
+    async def lease_endpoint(self) -> Endpoint:
+        """Where gateways ask for leases, and give them back."""
+        if self._lease_endpoint is None:
+            self._lease_endpoint = asyncio.ensure_future(self._leases.start())
+        return await self._lease_endpoint
+
     async def acquire(self, request: ev.RequestArrived) -> Grant | ArrieroError:
         return await self._answers.ask(request)
 
@@ -314,6 +325,7 @@ class SchedulerActor:
         self._pulse.rest()
         self._answers.refuse_all(Unavailable("Arriero is shutting down", retry_after_s=10.0))
         self._store.close()
+        self._leases.close()
         await asyncio.sleep(0)  # lets the answers go out
 
 

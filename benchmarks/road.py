@@ -90,10 +90,10 @@ class Backend(RayBackend):
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(None, NODE)
         self._endpoint = endpoint
-        self._leases = itertools.count()
+        self._serial = itertools.count()
 
     async def acquire(self, request: RequestArrived) -> Grant:
-        lease = LeaseId(f"l{next(self._leases)}")
+        lease = LeaseId(f"l{next(self._serial)}")
         return Grant(lease, ReplicaId("r"), self._endpoint, request.model, 60.0, 4096)
 
     async def renew(self, lease_ids: Sequence[LeaseId]) -> None: ...

@@ -1,4 +1,4 @@
-"""The backend: answers from the scheduler actor over Ray, tokens straight from the runners' sockets.
+"""The backend: leases and tokens over sockets of the scheduler and the runners, everything else over Ray.
 
 The scheduler's expected errors come back as values and are raised here. What Ray raises is translated: a scheduler that
 restarts is asked again for a few seconds and is then `Unavailable`; a runner that died is `EngineFailed`.
@@ -17,6 +17,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors import road
+from actors.endpoint import Endpoint
+from actors.gateway.lease_client import LeaseClient
 from actors.gateway.roads import Frame, Roads
 from actors.leasing import Grant, TokenCounts
 from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
@@ -39,19 +41,27 @@ class RayBackend:
         """`node_id`: where the gateway runs; runners of that node are reached without a network."""
         self._scheduler = scheduler
         self._roads = Roads(node_id)
+        self._leases = LeaseClient(self._lease_endpoint, node_id)
 
     async def acquire(self, request: RequestArrived) -> Grant:
-        lease: Grant = await self._ask("acquire", request)
-        return lease
+        pauses_s = iter(RESTART_PAUSES_S)
+        while True:
+            try:
+                return await self._leases.acquire(request)
+            except (OSError, asyncio.TimeoutError) as error:  # it restarts; to ask twice is safe
+                pause_s = next(pauses_s, None)
+                if pause_s is None:
+                    raise _away() from error
+                await asyncio.sleep(pause_s)
 
     async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
-        self._scheduler.release.remote(lease_id, failed, usage)
+        self._leases.release(lease_id, failed, usage)
 
     async def renew(self, lease_ids: Sequence[LeaseId]) -> None:
         await self._ask("renew", tuple(lease_ids))
 
     async def cancel(self, request_id: RequestId) -> None:
-        self._scheduler.cancel.remote(request_id)
+        self._leases.cancel(request_id)
 
     async def fate(self, replica_id: ReplicaId) -> str:
         fate: str = await self._ask("fate", replica_id)
@@ -137,6 +147,10 @@ class RayBackend:
             raise error
         return road.read_counts(payload) if kind == Kind.ENDED else None
 
+    async def _lease_endpoint(self) -> Endpoint:
+        endpoint: Endpoint = await self._ask("lease_endpoint")
+        return endpoint
+
     async def _ask(self, method: str, *arguments: object) -> Any:
         """The scheduler's answer. Safe to repeat: each of its methods may be called twice with the same effect."""
         pauses_s = iter(RESTART_PAUSES_S)
@@ -146,11 +160,7 @@ class RayBackend:
             except RayActorError as error:
                 pause_s = next(pauses_s, None)
                 if pause_s is None:
-                    raise Unavailable(
-                        "the scheduler does not answer; Ray restarts it. Try again in a few seconds. "
-                        "If this continues, run `arriero up`",
-                        retry_after_s=5.0,
-                    ) from error
+                    raise _away() from error
                 log.warning("the scheduler does not answer, asking again in %.1f s: %s", pause_s, error)
                 await asyncio.sleep(pause_s)
             except RayTaskError as error:
@@ -159,6 +169,14 @@ class RayBackend:
                 if isinstance(answer, ArrieroError):
                     raise answer
                 return answer
+
+
+def _away() -> Unavailable:
+    return Unavailable(
+        "the scheduler does not answer; Ray restarts it. Try again in a few seconds. "
+        "If this continues, run `arriero up`",
+        retry_after_s=5.0,
+    )
 
 
 def _cause(error: RayTaskError) -> ArrieroError | None:

@@ -11,6 +11,7 @@ import asyncio
 import socket
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
+from typing import TypeVar
 
 from actors.endpoint import Endpoint
 from actors.frames import BrokenFrame, FrameReader, packed
@@ -23,6 +24,25 @@ CONNECT_S = 5.0
 """To a runner on another node. A machine that is away for so long is away."""
 
 Frame = tuple[int, bytes]
+Made = TypeVar("Made", bound=asyncio.Protocol)
+
+
+async def connect(endpoint: Endpoint, node_id: NodeId, protocol: Callable[[], Made]) -> Made:
+    """A connection from `node_id` to the endpoint. Raises OSError or asyncio.TimeoutError."""
+    loop = asyncio.get_running_loop()
+    if endpoint.node_id == node_id:
+        connecting = socket.socket(socket.AF_UNIX)
+        connecting.setblocking(False)
+        try:
+            connecting.connect(f"\0{endpoint.name}")
+            _, made = await loop.create_unix_connection(protocol, sock=connecting)
+        except BaseException:
+            connecting.close()
+            raise
+        return made
+    transport, made = await asyncio.wait_for(loop.create_connection(protocol, endpoint.host, endpoint.port), CONNECT_S)
+    keep_alive(transport.get_extra_info("socket"))
+    return made
 
 
 class Road(asyncio.Protocol):
@@ -120,25 +140,7 @@ class Roads:
     async def _connection(self, endpoint: Endpoint) -> Road:
         if idle := self._idle.get(endpoint.name):
             return idle.pop()
-        loop = asyncio.get_running_loop()
-
-        def road() -> Road:
-            return Road(lambda lost: self._forget(endpoint, lost))
-
-        if endpoint.node_id == self._node_id:
-            connecting = socket.socket(socket.AF_UNIX)
-            connecting.setblocking(False)
-            try:
-                connecting.connect(f"\0{endpoint.name}")
-                _, made = await loop.create_unix_connection(road, sock=connecting)
-            except BaseException:
-                connecting.close()
-                raise
-            return made
-        connection = loop.create_connection(road, endpoint.host, endpoint.port)
-        transport, made = await asyncio.wait_for(connection, CONNECT_S)
-        keep_alive(transport.get_extra_info("socket"))
-        return made
+        return await connect(endpoint, self._node_id, lambda: Road(lambda lost: self._forget(endpoint, lost)))
 
     def _forget(self, endpoint: Endpoint, lost: Road) -> None:
         idle = self._idle.get(endpoint.name, [])

@@ -63,11 +63,6 @@ WATCH_EVERY_S = 0.25
 TURN_EVERY_S, TURN_WITHIN_S = 1.0, 60.0
 """A thread of Python's that comes round so late waits for a lock that nobody gives back."""
 
-OPENMP_SPINS = 30_000
-"""How often an OpenMP thread looks for work before it sleeps: some tenths of a millisecond, which outlasts the sampling
-between two tokens. By default it is ten times as many, and on a small machine the token just made waits for a core
-(docs/decisions/010)."""
-
 IMPORTED_EARLY = ("jinja2.sandbox", "numpy")
 """What llama_cpp imports first. Itself it has to wait until the GPUs are chosen."""
 
@@ -277,7 +272,6 @@ class RunnerActor:
     """
 
     def __init__(self) -> None:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(OPENMP_SPINS))  # read once, when llama_cpp is imported
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # or ggml starts a debugger before it ends the process
         node_id = ray.get_runtime_context().get_node_id()
         self._turns = sign_in(node_id, "RunnerActor", "a turn of its threads")

@@ -2,7 +2,7 @@
 
 The chain's order is the one llama-cpp-python uses, so that equal settings give equal text: penalties (over the last 64
 generated tokens), then greedy, or top-k, top-p, min-p, temperature and the seeded draw. Logit bias comes first. A seed
-makes the draw repeatable; without one llama.cpp takes a random seed.
+makes the draw repeatable; without one llama.cpp takes a random seed. Samplers that would do nothing are left out.
 """
 
 from __future__ import annotations
@@ -29,19 +29,23 @@ def build_sampler(n_vocab: int, sampling: Sampling) -> LlamaSampler:
         if sampling.logit_bias:
             _check_bias(sampling.logit_bias, n_vocab)
             chain.add_logit_bias(n_vocab, dict(sampling.logit_bias))
-        chain.add_penalties(
-            n_vocab,
-            _PENALTY_WINDOW,
-            sampling.repeat_penalty,
-            sampling.frequency_penalty,
-            sampling.presence_penalty,
-        )
+        if sampling.repeat_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty:
+            chain.add_penalties(
+                n_vocab,
+                _PENALTY_WINDOW,
+                sampling.repeat_penalty,
+                sampling.frequency_penalty,
+                sampling.presence_penalty,
+            )
         if sampling.temperature == 0:
             chain.add_greedy()
         else:
-            chain.add_top_k(sampling.top_k)
-            chain.add_top_p(sampling.top_p, 1)
-            chain.add_min_p(sampling.min_p, 1)
+            if sampling.top_k > 0:
+                chain.add_top_k(sampling.top_k)
+            if sampling.top_p < 1:
+                chain.add_top_p(sampling.top_p, 1)
+            if sampling.min_p > 0:
+                chain.add_min_p(sampling.min_p, 1)
             chain.add_temp(sampling.temperature)
             seed = llama_cpp.LLAMA_DEFAULT_SEED if sampling.seed is None else sampling.seed
             chain.add_dist(seed & 0xFFFFFFFF)

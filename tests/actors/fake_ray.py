@@ -170,7 +170,7 @@ class FakeRay:
         self.steps: list[str] = []
         self.on_step: Callable[[str, Actor | None], Outcome] = lambda step, actor: None
         self.restarted = False  # whether the scheduler is one that Ray has started again
-        self.util = SimpleNamespace(list_named_actors=self._list_named_actors)
+        self.util = SimpleNamespace(list_named_actors=self._list_named_actors, get_node_ip_address=lambda: "127.0.0.1")
         self._serving: set[asyncio.Task[None]] = set()
         self._scheduler: Handle | None = None
 

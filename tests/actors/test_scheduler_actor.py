@@ -37,7 +37,7 @@ from scheduler.units import GIB, DeviceId, NodeId, ReplicaId, RequestId
 
 BOX, BARN = NodeId("b0" * 28), NodeId("ba" * 28)
 CATALOGUE = {
-    "defaults": {"n_ctx": 2048, "max_replicas": 1, "spill": False},
+    "defaults": {"n_ctx": 2048, "n_seq_max": 1, "max_replicas": 1, "spill": False},
     "policy": {"max_active_models": 1, "min_residency_s": 0.0, "lease_ttl_s": 20.0, "drain_after_s": 0.0},
 }
 SERIAL = itertools.count()

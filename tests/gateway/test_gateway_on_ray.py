@@ -10,17 +10,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 ray = pytest.importorskip("ray")
 
+import scripted_replica  # noqa: E402
 from gateway_fakes import MODEL, web  # noqa: E402
-from scripted_replica import ScriptedReplica  # noqa: E402
 
 from actors.endpoint import Endpoint  # noqa: E402
 from actors.gateway.actor import GatewayActor, GatewaySettings  # noqa: E402
 from actors.gateway.ray_backend import RayBackend  # noqa: E402
 from actors.gateway.server import listen  # noqa: E402
+from actors.lease_server import LeaseServer  # noqa: E402
 from actors.leasing import Grant  # noqa: E402
 from actors.records import Health, Notice  # noqa: E402
 from actors.serving.listener import Listener  # noqa: E402
@@ -32,6 +34,7 @@ from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId  # noqa: E402
 
 pytestmark = pytest.mark.ray
 NAMESPACE = "gateway-tests"
+ray.cloudpickle.register_pickle_by_value(scripted_replica)  # workers do not find it
 PATIENCE_S = 30.0
 
 
@@ -49,14 +52,12 @@ class ScriptedScheduler:
     async def fate(self, replica_id: str) -> str:
         return f"{replica_id} died: killed"
 
-    async def begin(self, replicas: list[str]) -> None:
+    async def begin(self, replicas: list[str], endpoints: dict[str, Endpoint]) -> None:
         """A new test, with these replicas in turn."""
+        self.endpoints = endpoints
         self.replicas = replicas
         self.journal.clear()
         self.granted = 0
-
-    async def knows(self, replica: str, endpoint: Endpoint) -> None:
-        self.endpoints[replica] = endpoint
 
     async def note(self, *entry: Any) -> None:
         async with self.changed:
@@ -67,6 +68,9 @@ class ScriptedScheduler:
         async with self.changed:
             await self.changed.wait_for(lambda: any(entry[0] == what for entry in self.journal))
         return next(entry for entry in self.journal if entry[0] == what)
+
+    async def lease_endpoint(self) -> Endpoint:
+        return await LeaseServer(self, NodeId(ray.get_runtime_context().get_node_id()), "127.0.0.1").start()
 
     async def acquire(self, request: RequestArrived) -> Any:
         await self.note("acquire", request)
@@ -111,7 +115,7 @@ class ScriptedRunner:
     """A `ScriptedReplica` behind a real listener."""
 
     def __init__(self) -> None:
-        self.replica = ScriptedReplica()
+        self.replica = scripted_replica.ScriptedReplica()
         self.listener = Listener(self.replica, ray.get_runtime_context().get_node_id(), "127.0.0.1")
 
     def pid(self) -> int:
@@ -140,6 +144,7 @@ class Service:
     def __init__(self) -> None:
         with listen("127.0.0.1", 0) as free:
             self.settings = GatewaySettings(port=free.getsockname()[1], api_keys={"": "s3cret"})
+        self.endpoints: dict[str, Endpoint] = {}
         self.scheduler = ScriptedScheduler.remote()
         self.gateway = GatewayActor.remote(self.settings, self.scheduler)
         self.runner = self.start_runner("stays")
@@ -148,11 +153,11 @@ class Service:
 
     def start_runner(self, name: str) -> Any:
         runner = ScriptedRunner.remote()
-        get(self.scheduler.knows.remote(name, get(runner.endpoint.remote())))
+        self.endpoints[name] = get(runner.endpoint.remote())
         return runner
 
     def use(self, *replicas: str) -> None:
-        get(self.scheduler.begin.remote(list(replicas)))
+        get(self.scheduler.begin.remote(list(replicas), self.endpoints))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +188,7 @@ def test_answers_errors_and_embeddings(here: Service) -> None:
     with pytest.raises(Rejected, match="5000 tokens") as caught:
         client.complete(MODEL, "refuse")
     assert caught.value.details["n_ctx"] == 4096
-    with pytest.raises(Rejected, match="no embeddings"):
+    with pytest.raises(Rejected, match="5000 tokens"):
         client.embed(MODEL, "refuse")
     assert [notice.seq for notice in client.events(after=1, follow=False)] == [2, 3]
     following = client.events()
@@ -210,8 +215,9 @@ def test_a_runner_that_dies_in_mid_answer_is_named(here: Service) -> None:
 def test_a_runner_that_dies_before_its_first_token_is_replaced(here: Service) -> None:
     runner = here.start_runner("dead")
     here.use("dead", "stays")
-    get(runner.pid.remote())
+    pid = get(runner.pid.remote())
     ray.kill(runner)
+    until(lambda: not psutil.pid_exists(pid))
     assert here.client.complete(MODEL, "mules").text == "mules"
     assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", True)
 
@@ -283,7 +289,7 @@ def answers(client: Client) -> bool:
 
 def gone(scheduler: Any) -> bool:
     try:
-        get(scheduler.begin.remote([]))
+        get(scheduler.begin.remote([], {}))
     except ray.exceptions.RayActorError:
         return True
     return False
