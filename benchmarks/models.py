@@ -87,6 +87,11 @@ def write_model(path: Path, shape: Shape, n_ctx: int = 32768) -> Path:
     return path
 
 
+def words() -> list[str]:
+    """Words that every one of these models knows."""
+    return [token for token in _vocabulary(TINY.n_vocab)[0][256:-1] if token.isascii() and len(token) > 2]
+
+
 def _vocabulary(n_vocab: int) -> tuple[list[str], list[str]]:
     """Tokens, the last of which ends an answer, and merges."""
     chance = random.Random(0)

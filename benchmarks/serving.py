@@ -32,7 +32,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.http_load import Answer, ask_all, quantile, streamed
-from benchmarks.models import QWEN_HALF_B, SMALL, TINY, Shape, write_model
+from benchmarks.models import QWEN_HALF_B, SMALL, TINY, Shape, words, write_model
 from benchmarks.table import print_table
 
 N_SLOTS, N_CTX = 4, 2048  # tokens of a slot
@@ -198,9 +198,9 @@ def _one(url: str, model: str, prompt: str) -> Answer:
 
 def _prompts() -> Iterator[str]:
     """Of 64 words each, and no two begin alike."""
-    chance = random.Random(time.time())
+    chance, known = random.Random(time.time()), words()
     while True:
-        yield " ".join("".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(WORDS))
+        yield " ".join(chance.choices(known, k=WORDS))
 
 
 def _wait_until_quiet() -> None:

@@ -24,7 +24,7 @@ import ray
 from actors.devices.cores import Cores
 from actors.devices.host import memory_available_bytes
 from actors.devices.nvml import read_gpu
-from actors.devices.processes import this_process
+from actors.devices.processes import Process, this_process
 from actors.devices.pulse import sign_in
 from actors.devices.reporting import every
 from actors.devices.virtual import DeviceProcess, read_virtual_gpu, start_device_process
@@ -297,6 +297,10 @@ class RunnerActor:
     def watch(self) -> str:
         """Returns the reason when the replica breaks; fails with the actor when its process ends."""
         return self._runner.watch()
+
+    def process(self) -> Process:
+        """See `this_process`. Whoever takes another version down asks for it: it must stay."""
+        return this_process()
 
     def introduce(self) -> Introduction:
         """Answers at once."""
