@@ -8,7 +8,7 @@ import sys
 
 import psutil
 
-BENCHMARKS = ("header", "footprint", "decisions", "scale", "eviction", "neighbours", "serving")
+BENCHMARKS = ("header", "footprint", "decisions", "scale", "eviction", "neighbours", "road", "serving")
 
 
 def main() -> int:

@@ -62,6 +62,7 @@ class Batcher:
         self._n_threads = 0
         self._failed_turns = 0
         self._ticks = 0
+        self._releases = 0  # how often a job has left its slot
         self._closing = False
         self.broken = ""  # why nothing works any more
         warm: Future[None] = Future()
@@ -173,13 +174,20 @@ class Batcher:
                 job.cached_tokens = kept
 
     def _has_room_for(self, job: Job[Any]) -> bool:
-        """Whether the cache holds its prompt beside what is under way; what idle slots remember gives way."""
-        held = sum(max(len(slot.tokens), len(slot.job.prompt)) for slot in self._slots if slot.job is not None)
-        return not held or held + len(job.prompt) < self._model.n_cells
+        """Whether the cache holds its prompt, and a token more of each that is under way; what idle slots remember gives
+        way. Who had to wait waits until another has ended: else it would be read again for a few tokens, again and
+        again."""
+        held = sum(max(len(slot.tokens) + 1, len(slot.job.prompt)) for slot in self._slots if slot.job is not None)
+        if not held:
+            return True
+        if isinstance(job, Generation) and job.postponed_at == self._releases:
+            return False
+        return held + len(job.prompt) < self._model.n_cells
 
     def _release(self, slot: Slot) -> Job[Any]:
         job, slot.job = slot.job, None
         assert job is not None
+        self._releases += 1
         slot.last_used = self._tick()
         return job
 
@@ -268,14 +276,16 @@ class Batcher:
     def _embed(self) -> None:
         """One batch of texts to embed.
 
-        A pooled model takes each text whole; sequences that nobody uses help those who have several. Of others it is a
-        micro-batch of one text each.
+        A pooled model takes each text whole, several in a batch; sequences that nobody uses help those who have several.
+        Of others it is a micro-batch of one text.
         """
         own = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and not _waits(slot.job)]
         own = [(slot, job) for slot, job in own if not job.cancelled]
         if not own:
             return
         pooled = self._model.is_pooled
+        if not pooled:  # one text at a time: those half done would hold the cache
+            own = [min(own, key=lambda pair: pair[0].last_used)]
         room = self._model.n_ubatch if pooled else embed_step(self._model)
         free = [slot for slot in self._slots if slot.job is None] if pooled else []
         rows: list[Row] = []
@@ -392,6 +402,7 @@ class Batcher:
         self._forget(slot)
         with self._changed:
             self._release(slot)
+            job.postponed_at = self._releases
             self._waiting.appendleft(job)
         return True
 

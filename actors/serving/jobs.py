@@ -128,6 +128,7 @@ class Generation(Job[Chunk]):
         self.chosen: int | ArrieroError | None = None
         self.pending: int | None = None
         self.cached_tokens: int | None = None  # of the prompt; None until it has had a slot
+        self.postponed_at = -1  # when it lost its slot: a count of the batcher's
         self._prompt_tokens = len(prompt)
         self._text = text
         self._max_tokens = max_tokens

@@ -69,7 +69,7 @@ class Listener:
         for listening in (here, there):
             listening.setblocking(False)
             self._selector.register(listening, selectors.EVENT_READ)
-        self._thread = Thread(target=self._run, name="road", daemon=True)
+        self._thread = Thread(target=self._run_or_die, name="road", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -84,6 +84,14 @@ class Listener:
         os.eventfd_write(self._wake, 1)
 
     # ------------------------------------------------------------------ the road's thread
+
+    def _run_or_die(self) -> None:
+        try:
+            self._run()
+        except BaseException:  # a runner that hears nobody is of no use: its end is noticed, its silence is not
+            log.critical("the road's thread failed", exc_info=True)
+            logging.shutdown()
+            os._exit(1)
 
     def _run(self) -> None:
         while not self._closing:

@@ -442,6 +442,54 @@ def test_embeddings_are_means_of_length_one_and_leave_no_trace(running: Any) -> 
     assert heard(list(one.hearer)) == expected([3, 4], 4)
 
 
+class PooledModel(FakeModel):
+    """One vector per sequence: of the sum of its tokens."""
+
+    is_pooled = True
+
+    def embed(self, rows: Sequence[Row]) -> Any:
+        code = self.decode(rows)
+        sums: dict[int, int] = {}
+        for row in rows:
+            assert row.wants_logits
+            sums[row.sequence] = sums.get(row.sequence, 0) + row.token
+        return code or np.array([[total, 1.0, 0.0, 0.0] for total in sums.values()])
+
+
+TEXT = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(st.lists(TEXT, min_size=1, max_size=6), min_size=1, max_size=4),
+    n_slots=st.integers(1, 4),
+    answers=st.integers(0, 2),
+)
+def test_texts_share_batches_and_every_vector_is_that_of_its_text(
+    requests: list[list[list[int]]], n_slots: int, answers: int
+) -> None:
+    model = PooledModel(n_slots, n_ubatch=10)
+    batcher = Batcher(model)
+    try:
+        jobs = [Embedding(f"e{number}", texts, Results()) for number, texts in enumerate(requests)]
+        written = [submitted(batcher, job([1, 2, 3], 5)) for _ in range(answers)]
+        for one in jobs:
+            batcher.submit(one)
+        for one, texts in zip(jobs, requests, strict=True):
+            vectors = list(one.hearer)
+            assert [(v.prompt_tokens, v.left) for v in vectors] == [
+                (len(text), len(texts) - place - 1) for place, text in enumerate(texts)
+            ]
+            for embedded, text in zip(vectors, texts, strict=True):
+                assert embedded.vector[0] / embedded.vector[1] == pytest.approx(sum(text))
+        for answer in written:
+            assert heard(list(answer.hearer)) == expected([1, 2, 3], 5)
+    finally:
+        batcher.close()
+    if n_slots == 4 and len(requests) == 1 and not answers and sum(map(len, requests[0])) <= 10:
+        assert len(model.batches) == -(-len(requests[0]) // 4), "free sequences help"
+
+
 def test_the_node_hears_of_every_decode_before_it_begins_and_when_it_is_over() -> None:
     said: list[str] = []
     model = FakeModel()

@@ -279,6 +279,35 @@ def test_embeddings_are_of_length_one_and_of_the_text(sample: Any, engine: Any, 
             loaded.embed(EmbedRequest(content_of(inputs=("x" * 600,))))
 
 
+def test_a_model_that_pools_embeds_several_texts_at_once(
+    sample: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    from arriero import sample_models
+
+    add_parameters = sample_models._add_parameters
+
+    def with_pooling(writer: Any, *rest: Any) -> None:
+        add_parameters(writer, *rest)
+        writer.add_pooling_type(gguf.PoolingType.MEAN)
+
+    monkeypatch.setattr(sample_models, "_add_parameters", with_pooling)
+    path = sample("llama", n_layer=3)
+    texts = ["the salt", "a bell " * 20, "two blankets and some rope", "the salt", "maize"]
+    apart = engine(path, n_ctx=1024, n_batch=1024, n_ubatch=1024, embeddings=True)
+    together = engine(path, n_ctx=1024, n_batch=1024, n_ubatch=1024, n_seq_max=4, kv_unified=True, embeddings=True)
+    assert apart._model.is_pooled and together._model.is_pooled
+    batches: list[int] = []
+    embed = together._model.embed
+    monkeypatch.setattr(together._model, "embed", lambda rows: batches.append(len(rows)) or embed(rows))
+    one, other = (each.embed(EmbedRequest(content_of(inputs=texts))) for each in (apart, together))
+    assert len(batches) == 2, "four texts, and one"
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.prompt_tokens == theirs.prompt_tokens
+        assert sum(a * b for a, b in zip(mine.vector, theirs.vector, strict=True)) == pytest.approx(1, abs=1e-4)
+
+
 def test_progress_rises_to_one_and_may_stop_the_load(sample: Any, spec: Any) -> None:
     seen: list[float] = []
     Engine(spec(sample("llama")), (), seen.append).close()
