@@ -174,9 +174,9 @@ class Batcher:
                 job.cached_tokens = kept
 
     def _has_room_for(self, job: Job[Any]) -> bool:
-        """Whether the cache holds its prompt, and a token more of each that is under way; what idle slots remember gives
-        way. Who had to wait waits until another has ended: else it would be read again for a few tokens, again and
-        again."""
+        """Whether the cache holds its prompt, and a token more of each that is under way. What idle slots remember gives
+        way. An answer that had to wait waits until another has ended: else it would be read again for a few tokens,
+        again and again."""
         held = sum(max(len(slot.tokens) + 1, len(slot.job.prompt)) for slot in self._slots if slot.job is not None)
         if not held:
             return True
@@ -276,8 +276,8 @@ class Batcher:
     def _embed(self) -> None:
         """One batch of texts to embed.
 
-        A pooled model takes each text whole, several in a batch; sequences that nobody uses help those who have several.
-        Of others it is a micro-batch of one text.
+        A pooled model takes each text whole, several in a batch. Sequences that nobody uses help those who have
+        several. Of others it is a micro-batch of one text.
         """
         own = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and not _waits(slot.job)]
         own = [(slot, job) for slot, job in own if not job.cancelled]
