@@ -174,9 +174,11 @@ class Batcher:
                 job.cached_tokens = kept
 
     def _has_room_for(self, job: Job[Any]) -> bool:
-        """Whether the cache holds its prompt, and a token more of each that is under way. What idle slots remember gives
-        way. An answer that had to wait waits until another has ended: else it would be read again for a few tokens,
-        again and again."""
+        """Whether the cache holds its prompt, and a token more of each that is under way.
+
+        What idle slots remember gives way. An answer that had to wait waits until another has ended: else it would be
+        read again for a few tokens, again and again.
+        """
         held = sum(max(len(slot.tokens) + 1, len(slot.job.prompt)) for slot in self._slots if slot.job is not None)
         if not held:
             return True
