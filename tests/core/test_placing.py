@@ -46,7 +46,7 @@ def test_a_bound_that_is_too_low_is_done_without(monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setattr(scheduler.choice.workload, "_bounded_footprint", lies)
     whole = Layout((DeviceSpec("d0", "rpc"),), -1, (1.0,))
-    share = footprint(shape(*SMALL), whole, ContextParams(n_ctx=8192), CHECKED_BUILD).devices[0]
+    share = footprint(shape(*SMALL), whole, ContextParams(n_ctx=8192, n_outputs_max=1), CHECKED_BUILD).devices[0]
     s = Scenario([gpu(f"{share.total_bytes - 1}B"), gpu("8GiB", "gpu1")], ALL)
     s.run("small")
     assert s.where("small") == ["gpu1"]
