@@ -1,20 +1,23 @@
-"""Where a runner answers requests, and how somebody proves that they may ask there."""
+"""Where a runner, or the scheduler, answers gateways, and how these prove that they may ask there."""
 
 from __future__ import annotations
 
 import hmac
+import secrets
+import socket
 from dataclasses import dataclass, field
 
 from scheduler.units import LeaseId, NodeId
 
 _DIGEST, _DIGEST_BYTES = "sha256", 32
 LONGEST_PROOF_BYTES = 256
+_BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`name`: of the runner's Unix socket, in the abstract namespace of its node; `host` and `port`: for gateways on
-    other nodes. `secret` goes from the runner through the scheduler to gateways, and nowhere else."""
+    """`name`: of a Unix socket, in the abstract namespace of its node; `host` and `port`: for gateways on other nodes.
+    `secret` goes to the scheduler and to gateways, and nowhere else."""
 
     node_id: NodeId
     name: str
@@ -33,3 +36,14 @@ class Endpoint:
         if not hmac.compare_digest(given, hmac.digest(self.secret, lease, _DIGEST)):
             return None
         return LeaseId(lease.decode())
+
+
+def listen(node_id: NodeId, host: str) -> tuple[Endpoint, tuple[socket.socket, socket.socket]]:
+    """A new endpoint on this node, with a secret of its own, and the two sockets that listen there: Unix and TCP."""
+    name = f"arriero-{secrets.token_hex(16)}"
+    here = socket.socket(socket.AF_UNIX)
+    here.bind(f"\0{name}")
+    here.listen(_BACKLOG)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    there = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
+    return Endpoint(node_id, name, host, there.getsockname()[1], secrets.token_bytes(32)), (here, there)

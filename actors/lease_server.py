@@ -15,13 +15,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
 import socket
 from dataclasses import asdict
 from enum import IntEnum
 from typing import Any, Protocol
 
-from actors.endpoint import Endpoint
+from actors.endpoint import Endpoint, listen
 from actors.frames import BrokenFrame, FrameReader, packed
 from actors.leasing import Grant, TokenCounts
 from actors.road import keep_alive, packed_error, read_counts, read_error
@@ -65,13 +64,8 @@ class LeaseServer:
 
     async def start(self) -> Endpoint:
         """Where it answers from now on."""
-        name, secret = f"arriero-{secrets.token_hex(16)}", secrets.token_bytes(32)
         loop = asyncio.get_running_loop()
-        here = socket.socket(socket.AF_UNIX)
-        here.bind(f"\0{name}")
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        there = socket.create_server((self._host, 0), family=family)
-        endpoint = Endpoint(self._node_id, name, self._host, there.getsockname()[1], secret)
+        endpoint, (here, there) = listen(self._node_id, self._host)
 
         def connection() -> _Connection:
             return _Connection(self._office, endpoint)

@@ -19,21 +19,9 @@ from enum import IntEnum
 from typing import Any
 
 from actors.leasing import TokenCounts
-from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, Sampling
+from actors.serving.protocol import GenerateRequest, ReplyForm, Sampling
 from scheduler.costs.paces import Pace
-from scheduler.errors import (
-    ArrieroError,
-    Condemned,
-    DeadlineExceeded,
-    EngineFailed,
-    Impossible,
-    InvalidGGUF,
-    InvariantBroken,
-    QueueFull,
-    Rejected,
-    Unavailable,
-    UnknownModel,
-)
+from scheduler.errors import ERRORS, ArrieroError, EngineFailed
 from scheduler.units import MIB, LeaseId
 
 LONGEST_ASK_BYTES = 64 * MIB
@@ -93,10 +81,6 @@ def read_generate(payload: bytes, lease_id: LeaseId) -> GenerateRequest:
     )
 
 
-def read_embed(payload: bytes, lease_id: LeaseId) -> EmbedRequest:
-    return EmbedRequest(payload, lease_id)
-
-
 def packed_counts(counts: TokenCounts) -> bytes:
     """Payload of ENDED."""
     return json.dumps(asdict(counts)).encode()
@@ -108,11 +92,7 @@ def read_counts(payload: bytes) -> TokenCounts:
     return TokenCounts(**told, pace=Pace(**pace) if pace is not None else None)
 
 
-_KINDS = (
-    Rejected, UnknownModel, InvalidGGUF, Impossible, Condemned, Unavailable, QueueFull, DeadlineExceeded, EngineFailed,
-    InvariantBroken,
-)  # fmt: skip
-_ERRORS: dict[str, type[ArrieroError]] = {kind.code: kind for kind in _KINDS}
+_BY_CODE = {kind.code: kind for kind in ERRORS}
 
 
 def packed_error(error: ArrieroError) -> bytes:
@@ -123,4 +103,4 @@ def packed_error(error: ArrieroError) -> bytes:
 
 def read_error(payload: bytes) -> ArrieroError:
     told: dict[str, Any] = json.loads(payload)
-    return _ERRORS.get(told["code"], EngineFailed)(told["message"], **told["details"])
+    return _BY_CODE.get(told["code"], EngineFailed)(told["message"], **told["details"])

@@ -106,3 +106,18 @@ class InvariantBroken(ArrieroError):
 
     code = "internal_error"
     http_status = 500
+
+
+ERRORS: tuple[type[ArrieroError], ...] = (
+    Rejected,
+    UnknownModel,
+    InvalidGGUF,
+    Impossible,
+    Condemned,
+    Unavailable,
+    QueueFull,
+    DeadlineExceeded,
+    EngineFailed,
+    InvariantBroken,
+)
+"""All of them, for those who find a class by its `code`."""

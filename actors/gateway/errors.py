@@ -13,19 +13,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from scheduler.errors import (
-    ArrieroError,
-    Condemned,
-    DeadlineExceeded,
-    EngineFailed,
-    Impossible,
-    InvalidGGUF,
-    InvariantBroken,
-    QueueFull,
-    Rejected,
-    Unavailable,
-    UnknownModel,
-)
+from scheduler import errors
+from scheduler.errors import ArrieroError, InvariantBroken, QueueFull, Rejected, Unavailable
 
 
 class Unauthorized(Rejected):
@@ -71,22 +60,13 @@ class TooMuchHeld(Unavailable):
 
 
 ERRORS: tuple[type[ArrieroError], ...] = (
-    Rejected,
-    UnknownModel,
-    InvalidGGUF,
-    Impossible,
-    Condemned,
+    *errors.ERRORS,
     Unauthorized,
     Forbidden,
     NoSuchRoute,
     BodyTooSlow,
     BodyTooLarge,
-    Unavailable,
     TooMuchHeld,
-    QueueFull,
-    DeadlineExceeded,
-    EngineFailed,
-    InvariantBroken,
 )
 """Every error that a caller can meet, by `code`."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import selectors
 import socket
 from collections import OrderedDict, deque
@@ -20,7 +19,7 @@ from threading import Lock, Thread
 from typing import Any, Protocol
 
 from actors import road
-from actors.endpoint import LONGEST_PROOF_BYTES, Endpoint
+from actors.endpoint import LONGEST_PROOF_BYTES, listen
 from actors.frames import BrokenFrame, FrameReader, packed
 from actors.leasing import TokenCounts
 from actors.road import Kind
@@ -53,12 +52,7 @@ class Listener:
 
     def __init__(self, replica: Replica, node_id: NodeId, host: str) -> None:
         self._replica = replica
-        name = f"arriero-{secrets.token_hex(16)}"
-        here = socket.socket(socket.AF_UNIX)
-        here.bind(f"\0{name}")
-        here.listen(1024)
-        there = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
-        self.endpoint = Endpoint(node_id, name, host, there.getsockname()[1], secrets.token_bytes(32))
+        self.endpoint, listening = listen(node_id, host)
         self._preparing = ThreadPoolExecutor(PREPARED_AT_ONCE, "prepare")
         self._unproved: OrderedDict[_Connection, None] = OrderedDict()
         self._blocked: deque[_Connection] = deque()  # these want to be told when they can write
@@ -66,9 +60,9 @@ class Listener:
         self._closing = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
-        for listening in (here, there):
-            listening.setblocking(False)
-            self._selector.register(listening, selectors.EVENT_READ)
+        for each in listening:
+            each.setblocking(False)
+            self._selector.register(each, selectors.EVENT_READ)
         self._thread = Thread(target=self._run_or_die, name="road", daemon=True)
         self._thread.start()
 
@@ -178,7 +172,7 @@ class Listener:
                 request = road.read_generate(payload, lease_id)
                 hearer: _Answer | _Vectors = _Answer(connection, Reply(request.reply))
             elif kind == Kind.EMBED:
-                request = road.read_embed(payload, lease_id)
+                request = EmbedRequest(payload, lease_id)
                 hearer = _Vectors(connection)
             else:
                 raise BrokenFrame(f"a frame of kind {kind}")
