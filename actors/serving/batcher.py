@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, cycle
@@ -29,7 +29,7 @@ from actors.devices.cores import Cores
 from actors.serving.beat import Beat
 from actors.serving.jobs import Embedding, Generation, Job
 from actors.serving.model import Model, Row
-from actors.serving.slots import Slot, best_slot
+from actors.serving.slots import Slot, Slots
 from scheduler.costs.host import embedding_rows
 from scheduler.errors import ArrieroError, EngineFailed
 
@@ -54,15 +54,12 @@ class Batcher:
         self._beat = beat or Beat()
         self._cores = cores or Cores.alone(1)
         self._last_words = last_words
-        self._slots = [Slot(sequence) for sequence in range(model.n_seq_max)]
-        self._waiting: deque[Job[Any]] = deque()
+        self._slots = Slots(model)
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
         self._beside = ThreadPoolExecutor(model.n_seq_max, "choosing")  # threads start when there is a grammar
         self._n_threads = 0
         self._failed_turns = 0
-        self._ticks = 0
-        self._releases = 0  # how often a job has left its slot
         self._closing = False
         self.broken = ""  # why nothing works any more
         warm: Future[None] = Future()
@@ -78,7 +75,7 @@ class Batcher:
             if self.broken or self._closing:
                 job.close()
                 raise EngineFailed(self.broken or "this replica is being stopped")
-            self._waiting.append(job)
+            self._slots.waiting.append(job)
             self._changed.notify()
 
     def cancel(self, job: Job[Any]) -> None:
@@ -99,7 +96,7 @@ class Batcher:
     def jobs(self) -> list[Job[Any]]:
         """All jobs running or waiting, running ones first."""
         with self._changed:
-            return [slot.job for slot in self._slots if slot.job is not None] + list(self._waiting)
+            return [slot.job for slot in self._slots if slot.job is not None] + list(self._slots.waiting)
 
     def close(self) -> None:
         """Stops the thread; jobs that have not ended fail with EngineFailed."""
@@ -141,7 +138,7 @@ class Batcher:
             while True:
                 self._take_chosen()
                 self._drop_cancelled()
-                self._assign()
+                self._slots.assign()
                 if self._closing or self.broken:
                     return False
                 if any(slot.job is not None and not _waits(slot.job) for slot in self._slots):
@@ -152,54 +149,10 @@ class Batcher:
     def _drop_cancelled(self) -> None:
         for slot in self._slots:
             if slot.job is not None and slot.job.cancelled and not _is_choosing(slot.job):
-                self._release(slot).end()
-        for job in [job for job in self._waiting if job.cancelled]:
-            self._waiting.remove(job)
+                self._slots.release(slot).end()
+        for job in [job for job in self._slots.waiting if job.cancelled]:
+            self._slots.waiting.remove(job)
             job.end()
-
-    def _assign(self) -> None:
-        while self._waiting and self._has_room_for(self._waiting[0]):
-            choice = best_slot(self._slots, self._waiting[0].prompt)
-            if choice is None:
-                return
-            slot, shared = choice
-            job = self._waiting.popleft()
-            if isinstance(job, Embedding):
-                shared = 0
-            kept = self._model.keep_prefix(slot.sequence, shared, len(slot.tokens))
-            del slot.tokens[kept:]
-            slot.job = job
-            slot.last_used = self._tick()
-            if isinstance(job, Generation) and job.cached_tokens is None:
-                job.cached_tokens = kept
-
-    def _has_room_for(self, job: Job[Any]) -> bool:
-        """Whether the cache holds its prompt, and a token more of each that is under way.
-
-        What idle slots remember gives way. An answer that had to wait waits until another has ended: else it would be
-        read again for a few tokens, again and again.
-        """
-        held = sum(max(len(slot.tokens) + 1, len(slot.job.prompt)) for slot in self._slots if slot.job is not None)
-        if not held:
-            return True
-        if isinstance(job, Generation) and job.postponed_at == self._releases:
-            return False
-        return held + len(job.prompt) < self._model.n_cells
-
-    def _release(self, slot: Slot) -> Job[Any]:
-        job, slot.job = slot.job, None
-        assert job is not None
-        self._releases += 1
-        slot.last_used = self._tick()
-        return job
-
-    def _tick(self) -> int:
-        self._ticks += 1
-        return self._ticks
-
-    def _forget(self, slot: Slot) -> None:
-        self._model.keep_prefix(slot.sequence, 0, len(slot.tokens))
-        slot.tokens.clear()
 
     def _generate(self) -> None:
         """One turn of all generations."""
@@ -270,7 +223,7 @@ class Batcher:
                 continue
             chosen, job.chosen, job.choosing = job.chosen, None, False
             if isinstance(chosen, ArrieroError):
-                self._release(slot).end(None if job.cancelled else chosen)
+                self._slots.release(slot).end(None if job.cancelled else chosen)
             elif not job.cancelled:
                 self._accept(slot, job, chosen)
                 job.hearer.flush()
@@ -302,12 +255,12 @@ class Batcher:
             if not tokens or len(rows) + len(tokens) > room:
                 continue
             if slot.job is None:
-                self._forget(slot)
+                self._slots.forget(slot)
             rows += (Row(token, start + index, slot.sequence, True) for index, token in enumerate(tokens))
             parts.append((slot, job, tokens))
             taken[job] += 1
         vectors = self._decode_embeddings(rows, list(taken))
-        if isinstance(vectors, int) and vectors == _NO_ROOM and (self._forget_idle() or self._postpone()):
+        if isinstance(vectors, int) and vectors == _NO_ROOM and (self._slots.forget_idle() or self._postpone_one()):
             return  # the same again in the next turn
         if isinstance(vectors, int):
             self._decode_failed(vectors, [(slot, job) for slot, job in own if job in taken])
@@ -320,7 +273,7 @@ class Batcher:
             at += count
             slot.tokens += tokens
             if len(slot.tokens) == len(job.texts[job.done]):
-                self._forget(slot)
+                self._slots.forget(slot)
                 job.finish_text()
         for slot, job in own:
             if job.done == len(job.texts):
@@ -342,7 +295,7 @@ class Batcher:
 
     def _release_locked(self, slot: Slot) -> None:
         with self._changed:
-            self._release(slot)
+            self._slots.release(slot)
 
     def _decode(self, rows: list[Row], jobs: list[Generation]) -> int:
         with self._changed:
@@ -353,7 +306,7 @@ class Batcher:
             code = self._model.decode(rows)
         with self._changed:
             self._in_batch = ()
-        if code == _NO_ROOM and self._forget_idle():
+        if code == _NO_ROOM and self._slots.forget_idle():
             return self._decode(rows, jobs)
         return code
 
@@ -364,20 +317,13 @@ class Batcher:
             self._model.set_threads(n_threads)
             self._n_threads = n_threads
 
-    def _forget_idle(self) -> bool:
-        """Gives back the cache cells of idle slots (a unified cache is shared by all); True if there were any."""
-        idle = [slot for slot in self._slots if slot.job is None and slot.tokens]
-        for slot in idle:
-            self._forget(slot)
-        return bool(idle)
-
     def _decode_failed(self, code: int, parts: Sequence[tuple[Slot, Job[Any]]]) -> None:
         if self._closing:
             return  # the abort was ours; all jobs are about to end
-        if code == _NO_ROOM and self._postpone():
+        if code == _NO_ROOM and self._postpone_one():
             return
         for slot, job in parts:
-            self._forget(slot)
+            self._slots.forget(slot)
             self._release_locked(slot)
             if code == _NO_ROOM and isinstance(job, Generation) and job.pending is not None:
                 job.cut_short()
@@ -390,32 +336,18 @@ class Batcher:
             if self._failed_turns > 1:
                 self.broken = f"two decodes in a row failed; the last returned {code}: {self._last_words()}"
 
-    def _postpone(self) -> bool:
-        """In a cache that is full one answer gives way, and is continued when there is room: one that nobody takes, or
-        the youngest. False when there is but one: it has all of the cache."""
-        if sum(slot.job is not None for slot in self._slots) < 2:
-            return False
-        answers = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
-        may_wait = [(slot, job) for slot, job in answers if not job.choosing]
-        if not may_wait:
-            return False
-        slot, job = max(may_wait, key=lambda pair: (pair[1].hearer.stalled, pair[0].last_used))
-        job.begin_again(slot.tokens)
-        self._forget(slot)
+    def _postpone_one(self) -> bool:
         with self._changed:
-            self._release(slot)
-            job.postponed_at = self._releases
-            self._waiting.appendleft(job)
-        return True
+            return self._slots.postpone_one()
 
     def _end_all(self, error: EngineFailed) -> None:
         with self._changed:
             self._closing = True
             for slot in self._slots:
                 if slot.job is not None:
-                    self._release(slot).end(error)
-            while self._waiting:
-                self._waiting.popleft().end(error)
+                    self._slots.release(slot).end(error)
+            while self._slots.waiting:
+                self._slots.waiting.popleft().end(error)
 
 
 def embed_step(model: Model) -> int:

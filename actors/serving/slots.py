@@ -7,11 +7,13 @@ Invariant: `slot.tokens` is exactly what the model's memory holds for that seque
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.serving.jobs import Job
+from actors.serving.jobs import Embedding, Generation, Job
+from actors.serving.model import Model
 
 
 @dataclass(slots=True)
@@ -40,3 +42,87 @@ def best_slot(slots: Sequence[Slot], prompt: Sequence[int]) -> tuple[Slot, int] 
         return None
     shared, slot = max(free, key=lambda choice: (choice[0], -choice[1].last_used))
     return slot, shared
+
+
+class Slots:
+    """Who has which slot, and who waits for one. The caller sees to it that one thread at a time changes it."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._all = [Slot(sequence) for sequence in range(model.n_seq_max)]
+        self.waiting: deque[Job[Any]] = deque()
+        self._ticks = 0
+        self._releases = 0  # how often a job has left its slot
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._all)
+
+    def assign(self) -> None:
+        """Gives those who wait their slots, in order, as far as there are slots and room in the cache."""
+        while self.waiting and self._has_room_for(self.waiting[0]):
+            choice = best_slot(self._all, self.waiting[0].prompt)
+            if choice is None:
+                return
+            slot, shared = choice
+            job = self.waiting.popleft()
+            if isinstance(job, Embedding):
+                shared = 0
+            kept = self._model.keep_prefix(slot.sequence, shared, len(slot.tokens))
+            del slot.tokens[kept:]
+            slot.job = job
+            slot.last_used = self._tick()
+            if isinstance(job, Generation) and job.cached_tokens is None:
+                job.cached_tokens = kept
+
+    def _has_room_for(self, job: Job[Any]) -> bool:
+        """Whether the cache holds its prompt, and a token more of each that is under way.
+
+        What idle slots remember gives way. An answer that had to wait waits until another has ended: else it would be
+        read again for a few tokens, again and again.
+        """
+        held = sum(max(len(slot.tokens) + 1, len(slot.job.prompt)) for slot in self._all if slot.job is not None)
+        if not held:
+            return True
+        if isinstance(job, Generation) and job.postponed_at == self._releases:
+            return False
+        return held + len(job.prompt) < self._model.n_cells
+
+    def release(self, slot: Slot) -> Job[Any]:
+        """Its job leaves it; what it holds is remembered."""
+        job, slot.job = slot.job, None
+        assert job is not None
+        self._releases += 1
+        slot.last_used = self._tick()
+        return job
+
+    def _tick(self) -> int:
+        self._ticks += 1
+        return self._ticks
+
+    def forget(self, slot: Slot) -> None:
+        self._model.keep_prefix(slot.sequence, 0, len(slot.tokens))
+        slot.tokens.clear()
+
+    def forget_idle(self) -> bool:
+        """Gives back the cache cells of idle slots (a unified cache is shared by all); True if there were any."""
+        idle = [slot for slot in self._all if slot.job is None and slot.tokens]
+        for slot in idle:
+            self.forget(slot)
+        return bool(idle)
+
+    def postpone_one(self) -> bool:
+        """In a cache that is full one answer gives way, and is continued when there is room: one that nobody takes, or
+        the youngest. False when there is but one: it has all of the cache."""
+        if sum(slot.job is not None for slot in self._all) < 2:
+            return False
+        answers = [(slot, slot.job) for slot in self._all if isinstance(slot.job, Generation)]
+        may_wait = [(slot, job) for slot, job in answers if not job.choosing]
+        if not may_wait:
+            return False
+        slot, job = max(may_wait, key=lambda pair: (pair[1].hearer.stalled, pair[0].last_used))
+        job.begin_again(slot.tokens)
+        self.forget(slot)
+        self.release(slot)
+        job.postponed_at = self._releases
+        self.waiting.appendleft(job)
+        return True
