@@ -54,7 +54,8 @@ class Spares:
         """See to it that the node has a spare; returns before it has started. Whoever finds none starts one itself."""
         if node_id not in self._spares:
             try:
-                self._spares[node_id] = self.start(node_id)
+                self._spares[node_id] = spare = self.start(node_id)
+                spare.actor.introduce.remote()  # the first call takes longer than others: it finds the way
             except Exception as error:  # Ray's head may be away: no reason to give up what has just been loaded
                 log.warning("node %s gets no spare runner now: %s", node_id, error)
 

@@ -185,6 +185,7 @@ def _swap(url: str, side: str, results: Results) -> None:
     for model in itertools.islice(itertools.cycle(("swap-a", "swap-b")), SWAP_ROUNDS + 2):
         _wait_until_quiet()
         swapped_s.append(_one(url, model, next(prompts)[:20]).first_s)
+        _wait_until_quiet()
         warm_s += [_one(url, model, next(prompts)[:20]).first_s for _ in range(3)]
     results["swap beyond a warm request, ms", side].append(
         1e3 * (statistics.median(swapped_s[2:]) - statistics.median(warm_s))

@@ -1,5 +1,6 @@
 """What a runner and its preparer say to each other, in frames. The runner asks, the preparer answers:
 
+READ path                -> READY, or REJECTED (on the control socket: the model's file, before all else)
 PREPARE n_ctx, content   -> STEP* PROMPT* READY {"stops", "constrained"}, or REJECTED
 TRY token                -> TAKEN, or ALLOWED bits: only these tokens may come next
 (whoever was asked ended) -> ENDED why
@@ -15,6 +16,7 @@ TOKEN = struct.Struct("<i")
 
 
 class Kind(IntEnum):
+    READ = 0
     PREPARE = 1
     STEP = 2  # what is being done, for whoever has to say what it ended over
     PROMPT = 3  # tokens, 4 bytes each

@@ -36,14 +36,17 @@ class Engine:
         on_progress: Callable[[float], object] = lambda progress: None,
         beat: Beat | None = None,
         cores: Cores | None = None,
+        preparer: Preparer | None = None,
     ) -> None:
+        """`preparer`: one that has started, and is closed with the engine."""
         from actors.serving.journal import llama_log
         from actors.serving.native import NativeModel
 
         self._spec = spec
-        self._preparer = Preparer(spec.path)  # reads the vocabulary while the weights are loaded
+        self._preparer = preparer or Preparer()
         with ExitStack() as unless_loaded:
             unless_loaded.callback(self._preparer.close)
+            self._preparer.read(spec.path)  # while the weights are loaded
             self._model = NativeModel(spec, rpc_endpoints, on_progress)
             unless_loaded.callback(self._model.close)
             self._batcher = Batcher(

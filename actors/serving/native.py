@@ -3,7 +3,7 @@
 `NativeModel` loads exactly what a `LoadSpec` says: explicit devices, layer split and context, so that llama.cpp's own
 fitting has nothing to decide. Afterwards it decodes batches of rows, samples, embeds and forgets. All calls but
 `abort` and the vocabulary ones belong to the thread that owns the context.
-Importing this module imports llama_cpp, which reads CUDA_VISIBLE_DEVICES: set that first.
+A load makes llama.cpp look for devices, and the CUDA library read CUDA_VISIBLE_DEVICES: `show_only` comes first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A runner's side of its preparer: requests become prompts there, and tokens are tried against grammars.
 
-`Preparer(path)` starts the process (see `preparer`) and returns before it has read the vocabulary. Every method may be
-called from any thread. A request that the preparer refuses, or dies of, is Rejected, with what it was busy with; a
-preparer that is gone is started again. Cost of a request: one round trip on a socket pair.
+`Preparer()` starts the process (see `preparer`), which may be before its model is known; `read` tells it the file and
+returns before it has read the vocabulary. Every method may be called from any thread. A request that the preparer
+refuses, or dies of, is Rejected, with what it was busy with; a preparer that is gone is started again. Cost of a
+request: one round trip on a socket pair.
 """
 
 from __future__ import annotations
@@ -50,13 +51,19 @@ class Prepared:
 class Preparer:
     """One model's. `close()` ends the process."""
 
-    def __init__(self, path: str) -> None:
-        self._path = str(Path(path).absolute())
+    def __init__(self) -> None:
+        self._path = b""
         self._lock = Lock()
         self._idle: list[socket.socket] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._start()
+
+    def read(self, path: str) -> None:
+        """Its model's file. Once, and before anything is prepared."""
+        with self._lock:
+            self._path = os.fsencode(Path(path).absolute())
+            self._tell_path()
 
     def prepare(self, content: bytes, n_ctx: int) -> Prepared:
         """The prompts of a request's content, for slots of `n_ctx` tokens.
@@ -122,7 +129,7 @@ class Preparer:
         with theirs:
             # On the CPU alone, whatever the runner sees; what C++ says when it ends is of no use to anybody.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "actors.serving.preparer", self._path, str(theirs.fileno())],
+                [sys.executable, "-m", "actors.serving.preparer", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -132,6 +139,12 @@ class Preparer:
             )
         self._control.settimeout(ANSWER_TIMEOUT_S)
         self._is_ready = False
+        if self._path:
+            self._tell_path()
+
+    def _tell_path(self) -> None:
+        with contextlib.suppress(OSError):  # it has ended, which the first request will find
+            send(self._control, Kind.READ, self._path)
 
     def _connection(self) -> socket.socket:
         """One to a child that has nothing to do, or to a new one."""

@@ -1,9 +1,10 @@
 """The preparer: a process that makes prompts out of requests, beside the runner whose vocabulary it shares.
 
-    python -m actors.serving.preparer PATH CONTROL_FD
+    python -m actors.serving.preparer CONTROL_FD
 
 Whatever a stranger wrote is opened here and nowhere else: the text of requests, JSON schemas, chat templates (which are
-programs). It reads the vocabulary once, and then forks a *child* for every connection that its runner hands over
+programs). It imports what it needs,
+is told the file, reads its vocabulary once, and then forks a *child* for every connection that its runner hands over
 (file descriptors, on the control socket). A child has limits: `CPU_S` seconds of computing for each question, and
 `MEMORY_BYTES` of memory beyond the vocabulary's. One that runs into them, or that llama.cpp ends, takes one request
 with it. The process ends with its runner, and the children with it. What is said on a connection: `dialogue`.
@@ -28,7 +29,9 @@ from typing import Any
 from actors.devices.processes import end_with_parent
 from actors.frames import receive, send
 from actors.serving.dialogue import N_CTX, TOKEN, Kind
+from actors.serving.grammar import Grammar
 from actors.serving.prompt import ChatTemplate
+from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import ArrieroError, Rejected
 from scheduler.units import MIB, format_bytes
 
@@ -50,7 +53,7 @@ _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 class Nursery:
     """The parent of the children: forks one per connection, and says on it why it ended before its time."""
 
-    def __init__(self, control: socket.socket, vocabulary: Any) -> None:
+    def __init__(self, control: socket.socket, vocabulary: Vocabulary) -> None:
         self._control = control
         self._vocabulary = vocabulary
         self._selector = selectors.DefaultSelector()
@@ -121,7 +124,7 @@ def _why(status: int) -> str:
 class Child:
     """One connection's questions, one after the other."""
 
-    def __init__(self, connection: socket.socket, vocabulary: Any) -> None:
+    def __init__(self, connection: socket.socket, vocabulary: Vocabulary) -> None:
         self._connection = connection
         self._vocabulary = vocabulary
         self._held_bytes = _data_bytes()
@@ -179,8 +182,6 @@ class Child:
             prompts = [self._tokens(content["prompt"], n_ctx)]
         if "json_schema" in content:
             self._step("the JSON schema")
-            from actors.serving.grammar import Grammar
-
             self._grammar = Grammar(self._vocabulary, content["json_schema"])
         for tokens in prompts:
             send(self._connection, Kind.PROMPT, array("i", tokens).tobytes())
@@ -223,7 +224,7 @@ class Child:
                 f"{format_bytes(longest_bytes)} at the most. Shorten the prompt or load the model with a larger n_ctx",
                 n_ctx=n_ctx,
             )
-        return self._vocabulary.tokenize(text, add_special)  # type: ignore[no-any-return]
+        return self._vocabulary.tokenize(text, add_special)
 
     def _try(self, payload: bytes) -> None:
         (token,) = TOKEN.unpack(payload)
@@ -240,11 +241,11 @@ def _data_bytes() -> int:
 
 
 def main() -> None:
-    path, control = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
-    from actors.serving.vocabulary import Vocabulary
-
+    control = socket.socket(fileno=int(sys.argv[1]))
+    if (told := receive(control)) is None:
+        return  # its runner ended as a spare
     try:
-        vocabulary = Vocabulary(path)
+        vocabulary = Vocabulary(os.fsdecode(told[1]))
         _ = vocabulary.longest_bytes  # once, and not in every child
     except ArrieroError as error:
         send(control, Kind.REJECTED, error.message.encode())

@@ -33,6 +33,7 @@ from actors.serving.engine import Engine
 from actors.serving.jobs import Hearer, Job
 from actors.serving.listener import Listener
 from actors.serving.preflight import PreflightUnavailable, ask_llama_cpp, check_prediction
+from actors.serving.preparation import Preparer
 from actors.serving.protocol import (
     EmbedRequest,
     GenerateRequest,
@@ -63,17 +64,23 @@ WATCH_EVERY_S = 0.25
 TURN_EVERY_S, TURN_WITHIN_S = 1.0, 60.0
 """A thread of Python's that comes round so late waits for a lock that nobody gives back."""
 
-IMPORTED_EARLY = ("jinja2.sandbox", "numpy")
-"""What llama_cpp imports first. Itself it has to wait until the GPUs are chosen."""
+IMPORTED_EARLY = "llama_cpp"
+"""Importing it takes longer than all else of a load does that waits for Python. It looks for no GPUs yet."""
 
 
 def load_on_its_devices(
-    spec: LoadSpec, endpoints: Sequence[str], on_progress: Callable[[float], object], *, beat: Beat, node_id: str
+    spec: LoadSpec,
+    endpoints: Sequence[str],
+    on_progress: Callable[[float], object],
+    *,
+    beat: Beat,
+    node_id: str,
+    preparer: Preparer,
 ) -> Engine:
     """An engine that sees the spec's cards and no others, and shares the node's cores where it computes on them."""
     show_only(spec.devices)
     cores = Cores.on_node(node_id, spec.n_threads) if spec.n_threads > 1 else Cores.alone(1)
-    return Engine(spec, endpoints, on_progress, beat, cores)
+    return Engine(spec, endpoints, on_progress, beat, cores, preparer)
 
 
 class Runner:
@@ -277,10 +284,10 @@ class RunnerActor:
         self._turns = sign_in(node_id, "RunnerActor", "a turn of its threads")
         every(TURN_EVERY_S, partial(self._turns.promise, TURN_WITHIN_S), "tell the node of it")
         decodes = sign_in(node_id, "RunnerActor", "a decode")
-        self._runner = Runner(partial(load_on_its_devices, beat=Beat(decodes.promise, decodes.rest), node_id=node_id))
+        beat = Beat(decodes.promise, decodes.rest)
+        self._runner = Runner(partial(load_on_its_devices, beat=beat, node_id=node_id, preparer=Preparer()))
         self._listener = Listener(self._runner, NodeId(node_id), ray.util.get_node_ip_address())
-        for name in IMPORTED_EARLY:
-            importlib.import_module(name)
+        importlib.import_module(IMPORTED_EARLY)
 
     def load(self, replica_id: str, spec: LoadSpec) -> LoadReport | LoadFailure:
         return self._runner.load(replica_id, spec)

@@ -23,7 +23,7 @@ from ray.exceptions import ActorUnavailableError, RaySystemError
 from virtual_time import play
 
 from actors.devices.watchdog import STOOD_STILL
-from actors.effects import Effects, Order
+from actors.effects import SPARE_AFTER_S, Effects, Order
 from actors.serving.protocol import LoadDevice, LoadFailure, LoadSpec
 from actors.spares import RunnerHandle
 from arriero.example_models import Dimensions, write_example_model
@@ -533,6 +533,25 @@ def test_a_node_has_one_spare_however_often_it_is_asked_for() -> None:
             stage.effects.node_joined(BOX)
 
     assert len(undisturbed(again).runners_left) == 1
+
+
+def test_the_next_spare_leaves_the_cores_to_the_first_answer() -> None:
+    counted: list[tuple[bool, int]] = []  # whether it is loaded, and runners
+
+    def load(stage: Stage) -> None:
+        stage.carry_out(START)
+
+        def look() -> None:
+            ready = any(isinstance(event, ev.ReplicaReady) for event in stage.posted)
+            counted.append((ready, len(stage.ray.runners())))
+
+        for moment in range(60):
+            stage.later(0.1 * moment, look)
+
+    undisturbed(load)
+    runners = [count for ready, count in counted if ready]
+    assert runners[: round(SPARE_AFTER_S / 0.1) - 1] == [1] * (round(SPARE_AFTER_S / 0.1) - 1)
+    assert runners[-1] == 2
 
 
 def test_a_lost_node_s_spare_is_not_taken_for_another_load() -> None:

@@ -23,6 +23,7 @@ from ray.exceptions import ActorDiedError, RaySystemError
 from virtual_time import now_s, play
 
 from actors.devices.node import NodeSettings
+from actors.effects import SPARE_AFTER_S
 from actors.leasing import Grant, TokenCounts
 from actors.records import Notice, Status
 from actors.scheduler import SchedulerActor, SchedulerSettings
@@ -289,6 +290,7 @@ def test_a_scheduler_that_starts_again_takes_back_what_serves_and_ends_what_does
         lease = await stage.lease()
         serving = stage.runner(lease)
         serving.answering = (lease.lease_id,)
+        await asyncio.sleep(2 * SPARE_AFTER_S)
         before = stage.ray.runners()
         stage.actor.end()
         stage.begin(again=True)
@@ -324,7 +326,7 @@ def test_one_that_closes_refuses_who_waits_and_starts_nothing_more() -> None:
     async def scene(stage: Stage) -> None:
         lease = await stage.lease()
         waiting = stage.ask("bee")
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(2 * SPARE_AFTER_S)
         runners = stage.ray.runners()
         await stage.scheduler.close.remote()
         assert isinstance(await waiting, Unavailable)

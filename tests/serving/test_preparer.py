@@ -38,8 +38,8 @@ CHAT = content_of(messages=[{"role": "user", "content": "hello"}])
 
 @pytest.fixture(scope="module")
 def preparer(sample: Callable[..., Path]) -> Iterator[Preparer]:
-    with closing(Preparer(str(sample("llama")))) as started:
-        yield started
+    with closing(started(sample("llama"))) as preparer:
+        yield preparer
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,13 @@ def with_template(path: Path, template: str, to: Path) -> Preparer:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Preparer(str(to))
+    return started(to)
+
+
+def started(path: Path) -> Preparer:
+    preparer = Preparer()
+    preparer.read(str(path))
+    return preparer
 
 
 def children(preparer: Preparer) -> list[psutil.Process]:
@@ -130,7 +136,7 @@ def test_an_answer_has_a_budget_for_all_its_tokens(
         return subprocess.Popen([command[0], "-c", code, *command[3:]], **settings)
 
     monkeypatch.setattr(preparation, "subprocess", SimpleNamespace(Popen=with_less, DEVNULL=subprocess.DEVNULL))
-    with closing(Preparer(str(sample("llama")))) as preparer:
+    with closing(started(sample("llama"))) as preparer:
         for _ in range(2):  # the next answer has its own
             constraint = preparer.prepare(schema({"type": "string"}), N_CTX).constraint
             assert constraint is not None
@@ -177,7 +183,7 @@ def test_a_template_is_a_strangers_program(
 
 
 def test_children_are_reused_and_end_with_their_parent(sample: Callable[..., Path]) -> None:
-    with closing(Preparer(str(sample("llama")))) as preparer:
+    with closing(started(sample("llama"))) as preparer:
         for _ in range(5):
             preparer.prepare(CHAT, N_CTX)
         (child,) = children(preparer)
@@ -192,7 +198,7 @@ def test_children_are_reused_and_end_with_their_parent(sample: Callable[..., Pat
 
 
 def test_a_preparer_that_was_killed_is_started_again(sample: Callable[..., Path]) -> None:
-    with closing(Preparer(str(sample("llama")))) as preparer:
+    with closing(started(sample("llama"))) as preparer:
         assert preparer.prepare(CHAT, N_CTX).prompts
         assert preparer._process is not None
         family = children(preparer)

@@ -220,13 +220,13 @@ def test_refuses_when_a_device_has_less_than_was_booked(spec: Any, virtual_gpus:
 def test_shows_only_its_own_cards_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "")
-    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    monkeypatch.delitem(sys.modules, "actors.serving.native", raising=False)
     show_only((LoadDevice("GPU-b", "cuda", 0), LoadDevice("virtual", "rpc", 0), LoadDevice("GPU-a", "cuda", 0)))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-a"
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     show_only(())
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-    monkeypatch.setitem(sys.modules, "llama_cpp", sys)
+    monkeypatch.setitem(sys.modules, "actors.serving.native", sys)
     with pytest.raises(InvariantBroken, match="too late"):
         show_only(())
 
