@@ -34,6 +34,8 @@ _HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:/]+):(\d{1,5})")
 END_TIMEOUT_S = 20.0
 TURN_TIMEOUT_S = 400.0  # longer than another command may take: Ray's start, and what `actors.turn` waits
 OBJECT_STORE_BYTES = 100_000_000  # tokens and readings stay far below what goes through the object store
+UNUSED = ("ray.util.client.server", "dashboard/dashboard.py")
+"""Ray's server for remote drivers (49 MiB), and what is left of a dashboard that was not wanted (75 MiB)."""
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """What keeps our own Ray on loopback. Else Ray takes 127.0.0.1 for the machine's address in the network, and all of its
 processes listen on every interface. Ray means it for firewalls of other systems; it must be set on both sides, in the
@@ -187,6 +189,7 @@ def start_ray() -> Remembered:
     )
     try:
         _await_head(process, port, log)
+        _end_unused(process.pid)
         _init(state.ray_address)
     except BaseException:
         end_ray(state)
@@ -201,6 +204,14 @@ def _await_head(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise Unavailable(f"Ray did not start (log: {log}):\n{tail}")
         time.sleep(0.1)
+
+
+def _end_unused(head_pid: int) -> None:
+    """End what `ray start` has no switch for. It takes the end by SIGTERM for intended, and watches the others on."""
+    for child in psutil.Process(head_pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(argument.endswith(UNUSED) for argument in child.cmdline()):
+                child.terminate()
 
 
 def end_ray(state: Remembered) -> None:
@@ -236,8 +247,9 @@ def _ray_head(port: int, log: Path) -> subprocess.Popen[bytes]:
     }
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-        f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats",
+        f"--port={port}", "--node-ip-address=127.0.0.1", "--disable-usage-stats",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
+        "--include-dashboard=false", "--no-monitor", "--include-log-monitor=false",
     ]  # fmt: skip
     with log.open("wb") as output:
         return subprocess.Popen(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol
 
+from actors.gateway.shortcut import Shortcut
 from actors.leasing import Grant, TokenCounts
 from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
@@ -36,9 +37,11 @@ class Backend(Protocol):
         """Take a request out of the queue, or release the lease that it was granted meanwhile; one way."""
         ...
 
-    def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[bytes | TokenCounts, None]:
-        """The answer straight from the lease's replica: bytes for the client, then the counts. `aclose()` ends
-        generation within one token."""
+    def generate(
+        self, lease: Grant, request: GenerateRequest, shortcut: Shortcut | None = None
+    ) -> AsyncGenerator[bytes | TokenCounts, None]:
+        """The answer straight from the lease's replica: bytes for the client, as far as they do not take the shortcut,
+        then the counts. `aclose()` ends generation within one token."""
         ...
 
     async def embed(self, lease: Grant, request: EmbedRequest) -> EmbedResult: ...

@@ -16,6 +16,8 @@ from actors.gateway import limits
 from actors.gateway.errors import BodyTooSlow, TooMuchHeld, error_headers, error_json
 from scheduler.errors import ArrieroError, Rejected
 
+CONNECTION = "connection"
+
 Phase = Literal["idle", "head", "body", "answer"]
 
 READ_BYTES = 8192
@@ -56,6 +58,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *arguments: Any, opened: Opened, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        self.app_state = {**self.app_state, CONNECTION: self}  # the application finds it in the state of its scope
         self._opened = opened
         self._address = ""
         self._head_lines = 0
@@ -86,6 +89,19 @@ class Connection(H11Protocol):
             return
         super().data_received(data)
         self._follow("head")
+
+    def take(self, data: bytes) -> bool:
+        """Sends `data`, not empty, as the next part of the answer under way: see `shortcut`. False when it cannot be
+        sent at once, or the answer is not sent in chunks."""
+        if (
+            self.conn.our_state is not h11.SEND_BODY
+            or self.scope["http_version"] != "1.1"
+            or self.flow.write_paused
+            or self.transport.is_closing()
+        ):
+            return False
+        self.transport.write(b"%x\r\n%s\r\n" % (len(data), data))  # as h11 writes it
+        return True
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls it for what is no HTTP."""

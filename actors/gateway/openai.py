@@ -17,6 +17,7 @@ from actors.gateway.embeddings import Vectors
 from actors.gateway.openai_requests import Form
 from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
+from actors.gateway.shortcut import Shortcut
 from actors.gateway.stream import EventStream, while_connected
 from actors.records import ModelInfo
 from actors.serving.protocol import EmbedRequest, GenerateRequest
@@ -59,7 +60,8 @@ def openai_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
         ask = await reader.ask(request, form, _new_id(prefix))
         assert isinstance(ask.request, GenerateRequest)
         if ask.request.reply.stream:
-            return EventStream(relay.generate(ask.need, ask.request), pulse_s)
+            shortcut = Shortcut()
+            return EventStream(relay.generate(ask.need, ask.request, shortcut), pulse_s, shortcut)
         whole = await while_connected(request, relay.generate_whole(ask.need, ask.request))
         return Response(whole, media_type="application/json")
 

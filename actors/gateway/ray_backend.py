@@ -20,6 +20,7 @@ from actors import road
 from actors.endpoint import Endpoint
 from actors.gateway.lease_client import LeaseClient
 from actors.gateway.roads import Frame, Roads
+from actors.gateway.shortcut import Shortcut
 from actors.leasing import Grant, TokenCounts
 from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from actors.road import Kind
@@ -106,8 +107,10 @@ class RayBackend:
                 yield notice
                 after_seq = notice.seq
 
-    async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[bytes | TokenCounts, None]:
-        async with aclosing(self._answer(lease, Kind.GENERATE, road.packed_generate(request))) as answer:
+    async def generate(
+        self, lease: Grant, request: GenerateRequest, shortcut: Shortcut | None = None
+    ) -> AsyncGenerator[bytes | TokenCounts, None]:
+        async with aclosing(self._answer(lease, Kind.GENERATE, road.packed_generate(request), shortcut)) as answer:
             async for arrived in answer:
                 if events := b"".join(payload for kind, payload in arrived if kind == Kind.EVENT):
                     yield events
@@ -123,13 +126,16 @@ class RayBackend:
                     return EmbedResult(tuple(vectors), counts.prompt_tokens)
         raise AssertionError("an answer ends or raises")
 
-    async def _answer(self, lease: Grant, kind: Kind, payload: bytes) -> AsyncGenerator[list[Frame], None]:
+    async def _answer(
+        self, lease: Grant, kind: Kind, payload: bytes, shortcut: Shortcut | None = None
+    ) -> AsyncGenerator[list[Frame], None]:
         """What the lease's runner says. Raises EngineFailed when it is gone, or goes."""
         replica = f"replica {lease.replica_id} of {lease.model}"
         if lease.endpoint is None:
             raise EngineFailed(f"{replica} is gone; try again", replica_id=lease.replica_id)
         try:
-            async with aclosing(self._roads.answer(lease.endpoint, lease.lease_id, kind, payload)) as answer:
+            answer_of = self._roads.answer(lease.endpoint, lease.lease_id, kind, payload, shortcut)
+            async with aclosing(answer_of) as answer:
                 async for arrived in answer:
                     yield arrived
         except (OSError, asyncio.TimeoutError) as error:

@@ -15,6 +15,7 @@ from contextlib import aclosing
 from typing import TypeVar
 
 from actors.gateway.backend import Backend
+from actors.gateway.shortcut import Shortcut
 from actors.leasing import Grant, TokenCounts
 from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
 from scheduler.errors import ArrieroError, EngineFailed
@@ -36,13 +37,16 @@ class Relay:
         self._leases: dict[LeaseId, Grant] = {}
         self._renewals: asyncio.Task[None] | None = None
 
-    async def generate(self, need: RequestArrived, request: GenerateRequest) -> AsyncGenerator[bytes, None]:
-        """The answer as it comes. Closing the generator cancels the generation. Raises ArrieroError."""
+    async def generate(
+        self, need: RequestArrived, request: GenerateRequest, shortcut: Shortcut | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """The answer as it comes, as far as it does not take the shortcut. Closing the generator cancels the
+        generation. Raises ArrieroError."""
         replays_left = REPLAYS
         while True:
             started = False
             try:
-                async with aclosing(self._pieces(need, request)) as pieces:
+                async with aclosing(self._pieces(need, request, shortcut)) as pieces:
                     async for piece in pieces:
                         started = True
                         yield piece
@@ -86,10 +90,12 @@ class Relay:
             fate = ""
         return EngineFailed(f"{error.message}. {fate}", **error.details) if fate else error
 
-    async def _pieces(self, need: RequestArrived, request: GenerateRequest) -> AsyncGenerator[bytes, None]:
+    async def _pieces(
+        self, need: RequestArrived, request: GenerateRequest, shortcut: Shortcut | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """One attempt: what one replica says, under a lease."""
         lease = await self._acquire(need)
-        answer = self._backend.generate(lease, request)
+        answer = self._backend.generate(lease, request, shortcut)
         usage: TokenCounts | None = None
         failed = False
         try:

@@ -56,6 +56,8 @@ def test_up_use_and_down(arriero: Arriero, models: Path, tmp_path: Path) -> None
         if door.status == psutil.CONN_LISTEN and not door.laddr.ip.removeprefix("::ffff:").startswith("127.")
     ]
     assert open_doors == []
+    parts = [part.name() for part in head.children() if part.status() != psutil.STATUS_ZOMBIE]
+    assert sorted(parts) == ["gcs_server", "raylet"], "what is not needed takes no memory"
 
     assert arriero("run", "alba", "llamas", "--max-tokens", "5").stdout.strip()
     (replica,) = json.loads(arriero("ps", "--json").stdout)["replicas"]

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 
 from actors.gateway.app import make_app
 from actors.gateway.server import Server, listen, make_server, url_of
+from actors.gateway.shortcut import Shortcut
 from actors.leasing import Grant, TokenCounts
 from actors.records import (
     GpuStatus,
@@ -155,7 +156,9 @@ class FakeBackend:
     async def cancel(self, request_id: RequestId) -> None:
         self.note("cancel", request_id)
 
-    async def generate(self, lease: Grant, request: GenerateRequest) -> AsyncGenerator[bytes | TokenCounts, None]:
+    async def generate(
+        self, lease: Grant, request: GenerateRequest, shortcut: Shortcut | None = None
+    ) -> AsyncGenerator[bytes | TokenCounts, None]:
         self.note("generate", lease, request)
         answer = self.answers.popleft() if self.answers else ANSWER
         ended = False
