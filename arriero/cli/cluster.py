@@ -22,6 +22,8 @@ from scheduler.units import parse_bytes
 
 DEFAULT_FILES = (Path("arriero.yaml"), Path("~/.config/arriero/arriero.yaml"))
 
+FOLLOW_AGAIN_S = 1.0
+
 DEFAULT_MODELS = "~/models"  # on each node
 
 Address = Annotated[
@@ -202,9 +204,13 @@ def _follow(url: str) -> None:
         signal.signal(name, lambda *_: stop.set())
 
     def follow() -> None:
-        with contextlib.suppress(ArrieroError), client(url) as api:  # it ends with the service
-            for notice in api.events():
-                print_notice(notice)
+        seen = 0
+        while not stop.is_set():
+            with contextlib.suppress(ArrieroError), client(url) as api:  # a gateway may be started again
+                for notice in api.events(after=seen):
+                    print_notice(notice)
+                    seen = notice.seq
+            stop.wait(FOLLOW_AGAIN_S)
 
     threading.Thread(target=follow, daemon=True).start()
     console.print("Ctrl-C stops Arriero.", style="dim")

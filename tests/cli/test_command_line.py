@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import types
 from collections.abc import Iterator
@@ -258,3 +260,33 @@ def test_the_state_file_is_private_and_forgets() -> None:
     assert recall() == Remembered()
     state_path().write_text("{broken")
     assert recall() == Remembered()
+
+
+def test_up_goes_on_showing_events_when_the_gateway_was_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    class Restarting(Gateway):
+        def events(self, *, after: int = 0, follow: bool = True) -> Iterator[Notice]:
+            asked.append(after)
+            yield from [notice for notice in NOTICES if notice.seq > after][:2]
+            if len(asked) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise Unavailable("the gateway has gone")
+
+    @contextmanager
+    def fake(url: str) -> Iterator[Restarting]:
+        yield Restarting()
+
+    monkeypatch.setattr(cluster, "client", fake)
+    monkeypatch.setattr(cluster, "FOLLOW_AGAIN_S", 0.01)
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        cluster._follow("http://127.0.0.1:1")
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert asked == [0, 2, 4]
+    shown = capsys.readouterr().out
+    assert [shown.count(notice.message) for notice in NOTICES] == [1] * len(NOTICES)
