@@ -224,6 +224,7 @@ class Effects:
             use_mmap=command.use_mmap,
             use_extra_bufts=command.use_extra_bufts,
             preflight=command.preflight,
+            chat_template=command.chat_template,
             placement=placement,
         )
 

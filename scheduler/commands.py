@@ -27,6 +27,7 @@ class StartReplica:
     use_mmap: bool
     use_extra_bufts: bool
     preflight: bool = False  # ask llama.cpp first what it would allocate
+    chat_template: str = ""  # in place of the file's
 
 
 @dataclass(frozen=True, slots=True)

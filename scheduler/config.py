@@ -63,6 +63,7 @@ class ModelParams(_Strict):
         None, description="repack host weights for faster prefill on the CPU, at up to twice their memory (false)"
     )
     embeddings: bool | None = Field(None, description="serve /v1/embeddings from this model (embedding models: true)")
+    chat_template: str | None = Field(None, min_length=1, description="Jinja template of chats, in place of the file's")
     alternatives: tuple[Alternative, ...] | None = Field(
         None,
         description="other contexts and caches, in order of preference: if the model would not be wholly on GPUs now, "

@@ -147,6 +147,7 @@ class Fleet:
                 use_mmap=params.use_mmap is not False,
                 use_extra_bufts=bool(params.use_extra_bufts),
                 preflight=self._asks_first(model, replica),
+                chat_template=params.chat_template or "",
             )
         )
 

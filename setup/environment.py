@@ -1,8 +1,9 @@
 """Makes `.venv`: the environment that every make target runs in. `make setup` calls this; it needs only Python >= 3.10.
 
 Steps, each skipped when its stamp says that it is done: create the environment, install requirements/lock.txt (every
-package pinned, with hashes), build llama-cpp-python, install Arriero itself as an editable package. Stamps lie in the
-environment and name what they were made from, so that a changed lock file, interpreter or build variant is noticed.
+package pinned, with hashes), build llama-cpp-python and llama.cpp's chat code, install Arriero itself as an editable
+package. Stamps lie in the environment and name what they were made from, so that a changed lock file, interpreter or
+build variant is noticed.
 `.venv/ready` holds the build variant (cpu or cuda) and is there only while everything is in place.
 """
 
@@ -24,6 +25,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import common_build
 import llama_build
 from progress import SetupFailed, run
 
@@ -59,7 +61,9 @@ def set_up(wanted_variant: str | None) -> None:
     READY.unlink(missing_ok=True)
     create_environment()
     _once("packages", _digest(LOCK), install_packages)
-    _once("llama", f"{variant} {_digest(LLAMA)}", lambda: llama_build.install(PYTHON, LLAMA, variant, _log("llama")))
+    llama = f"{variant} {_digest(LLAMA)}"
+    _once("llama", llama, lambda: install_llama(variant))
+    _once("common", " ".join([llama, *map(_digest, common_build.SOURCES)]), install_common)
     _once("arriero", _digest(PROJECT), install_arriero)
     READY.write_text(variant + "\n")
     print(f"Ready: {VENV.name} holds Arriero with llama.cpp for {variant.upper()}.")
@@ -105,6 +109,17 @@ def install_packages() -> None:
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
     step = r"^(?:Collecting|Processing) \S+|^Installing collected packages"
     run([*command, "-r", str(LOCK)], label="packages", log=_log("packages"), step=step)
+
+
+def install_llama(variant: str) -> None:
+    """Builds llama-cpp-python; what lay beside its libraries goes with the old ones."""
+    _stamp("common").unlink(missing_ok=True)
+    llama_build.install(PYTHON, LLAMA, variant, _log("llama"))
+
+
+def install_common() -> None:
+    """Builds llama.cpp's chat code, which llama-cpp-python leaves out."""
+    common_build.install(PYTHON, LLAMA, _log("common"))
 
 
 def install_arriero() -> None:

@@ -31,6 +31,8 @@ MAX_STOPS = 32
 MAX_STOP_LENGTH = 1024  # characters: they are looked for at every token
 MAX_BIASES = 1024  # OpenAI takes 300
 PREFIX_LENGTH = 256  # characters or tokens
+MAX_TOOLS = 128  # OpenAI's own bound
+MAX_TOOL_NAME = 256
 MAX_INPUTS = 2048  # OpenAI's own bound on an embeddings request
 
 
@@ -68,6 +70,30 @@ class Message(BaseModel):
 
     role: str
     content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+
+
+class Function(BaseModel):
+    """What a tool is called, what it is for, and the JSON schema of its arguments."""
+
+    name: str = Field(min_length=1, max_length=MAX_TOOL_NAME)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+
+class ToolName(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    """A tool that must be called."""
+
+    type: Literal["function"] = "function"
+    function: ToolName
 
 
 class StreamOptions(BaseModel):
@@ -126,7 +152,14 @@ class SamplingRequest(ModelRequest):
     n: int | None = None
 
     def generation(
-        self, form: Literal["chat", "text"], request_id: str, key: str, beginning: object, **content: object
+        self,
+        form: Literal["chat", "text"],
+        request_id: str,
+        key: str,
+        beginning: object,
+        *,
+        as_functions: bool = False,
+        **content: object,
     ) -> Ask:
         """`content`: the parts of the request's content; `beginning`: that of its prompt. Raises Rejected."""
         if self.n not in (None, 1):
@@ -143,6 +176,7 @@ class SamplingRequest(ModelRequest):
                 request_id=request_id,
                 model=self.model,
                 created=int(time.time()),
+                as_functions=as_functions,
             ),
         )
         return Ask(self.need(request_id, request, "generate", key, _prefix_of(beginning)), request)
@@ -183,21 +217,64 @@ class ChatRequest(SamplingRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
-    tools: Any = None
-    functions: Any = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[Function], Field(fail_fast=True)] | None = None  # what tools were before
+    function_call: Literal["auto", "none"] | ToolName | None = None
+    reasoning_effort: str | None = Field(default=None, max_length=MAX_TOOL_NAME)
+    reasoning_format: Literal["none", "auto", "deepseek", "deepseek-legacy"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | Literal["reasoning_content", "content"] | None = None
     logprobs: bool | None = None
     modalities: Texts | None = None
 
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
-        if self.tools or self.functions:
-            raise _refused("tools" if self.tools else "functions", "tools are not supported yet; leave them out")
         if self.logprobs:
             raise _refused("logprobs", "token probabilities are not supported")
         if self.modalities not in (None, ["text"]):
             raise _refused("modalities", "only the modality text is supported")
         messages = [_plain(index, message) for index, message in enumerate(self.messages)]
-        return self.generation("chat", request_id, key, _opening(messages), messages=messages)
+        options = self.chat_template_kwargs or {}
+        if not isinstance(options.get("enable_thinking", True), bool):
+            raise _refused("chat_template_kwargs", "enable_thinking must be true or false")
+        tools, choice = self._tools()
+        return self.generation(
+            "chat",
+            request_id,
+            key,
+            [tools, *_opening(messages)] if tools else _opening(messages),
+            as_functions=bool(self.functions),
+            messages=messages,
+            tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=self.parallel_tool_calls if tools else None,
+            reasoning_effort=self.reasoning_effort,
+            reasoning_format=self.reasoning_format,
+            chat_template_kwargs=options or None,
+            continue_final_message=self.continue_final_message or None,
+        )
+
+    def _tools(self) -> tuple[list[dict[str, Any]] | None, str | None]:
+        """The tools that may be called, and whether one must be. A named one is the only one."""
+        if self.tools and self.functions:
+            raise _refused("functions", "they are what tools were before; send one of both")
+        given = self.tools or [Tool(type="function", function=each) for each in self.functions or ()]
+        if not given:
+            if self.tool_choice not in (None, "auto", "none"):
+                raise _refused("tool_choice", "there are no tools to choose from; send tools")
+            return None, None
+        if len(given) > MAX_TOOLS:
+            raise _refused("tools", f"{len(given)} tools; at most {MAX_TOOLS} are allowed")
+        choice = self.tool_choice or self.function_call
+        if isinstance(choice, NamedTool | ToolName):
+            wanted = choice.function.name if isinstance(choice, NamedTool) else choice.name
+            given = [tool for tool in given if tool.function.name == wanted]
+            if not given:
+                raise _refused("tool_choice", f"there is no tool {clipped(wanted, TOLD_LENGTH)!r}")
+            choice = "required"
+        return [tool.model_dump(exclude_none=True) for tool in given], choice or "auto"
 
 
 class CompletionRequest(SamplingRequest):

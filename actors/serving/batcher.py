@@ -197,7 +197,7 @@ class Batcher:
 
     def _accept(self, slot: Slot, job: Generation, token: int) -> None:
         ends = self._model.ends_generation(token)
-        if job.accept(token, b"" if ends else self._model.piece(token), ends=ends):
+        if job.accept(token, b"" if ends else self._model.piece(token, special=token in job.preserved), ends=ends):
             self._release_locked(slot)
 
     def _choose(self, job: Generation, logits: Any) -> None:

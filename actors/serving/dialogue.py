@@ -1,8 +1,10 @@
 """What a runner and its preparer say to each other, in frames. The runner asks, the preparer answers:
 
-READ path                -> READY, or REJECTED (on the control socket: the model's file, before all else)
-PREPARE n_ctx, content   -> STEP* PROMPT* READY {"stops", "constrained"}, or REJECTED
+READ path, 0, template   -> READY, or REJECTED (on the control socket, before all else; no template: the file's)
+PREPARE n_ctx, content   -> STEP* PROMPT* READY {"stops", "constrained", "syntax", "preserved"}, or REJECTED
 TRY token                -> TAKEN, or ALLOWED bits: only these tokens may come next
+SYNTAX how to read an answer -> (nothing; only said to a child that is asked nothing else until the answer has ended)
+SAID text, or ENDS text  -> DELTAS what it adds to the message (ENDS: nothing follows, CUT: more would have)
 (whoever was asked ended) -> ENDED why
 """
 
@@ -26,3 +28,8 @@ class Kind(IntEnum):
     TAKEN = 7
     ALLOWED = 8
     ENDED = 9
+    SYNTAX = 10
+    SAID = 11
+    ENDS = 12
+    CUT = 13
+    DELTAS = 14

@@ -15,6 +15,7 @@ from actors.devices.cores import Cores
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
 from actors.serving.jobs import Embedded, Embedding, Generation, Hearer, Job, Results
+from actors.serving.parsing import ParsedAnswer
 from actors.serving.preparation import Prepared, Preparer
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec
 from actors.serving.text import TextStream
@@ -46,7 +47,7 @@ class Engine:
         self._preparer = preparer or Preparer()
         with ExitStack() as unless_loaded:
             unless_loaded.callback(self._preparer.close)
-            self._preparer.read(spec.path)  # while the weights are loaded
+            self._preparer.read(spec.path, spec.chat_template)  # while the weights are loaded
             self._model = NativeModel(spec, rpc_endpoints, on_progress)
             unless_loaded.callback(self._model.close)
             self._batcher = Batcher(
@@ -105,15 +106,21 @@ class Engine:
                 prompt_tokens=len(prompt),
                 n_ctx=self.n_ctx_per_slot,
             )
-        return Generation(
+        parsed = ParsedAnswer(hearer, self._preparer.parsing(prepared.syntax)) if prepared.syntax is not None else None
+        sampler = self._model.sampler(request.sampling)
+        job = Generation(
             request.lease_id,
             prompt,
-            hearer,
-            self._model.sampler(request.sampling),
+            parsed or hearer,
+            sampler,
             TextStream(request.stop + prepared.stops),
             room if request.max_tokens is None else min(room, request.max_tokens),
             prepared.constraint,
+            prepared.preserved,
         )
+        if parsed is not None:
+            parsed.give_up = lambda: self.drop(job)
+        return job
 
     def _embedding(self, request: EmbedRequest, hearer: Hearer[Embedded]) -> Embedding:
         """The model's own pooling, or the mean of the token vectors."""

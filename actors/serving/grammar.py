@@ -1,35 +1,55 @@
-"""A grammar that an answer must follow, made from a JSON schema: which tokens may come next.
+"""A grammar that an answer must follow: which tokens may come next.
 
-llama.cpp's grammars have no bounds of their own: one schema overflows its stack, another computes for hours or throws
-where C++ ends the process. So a grammar lives in a preparer's process, which has limits and may end, and never in a
-runner's.
+llama.cpp's grammars have no bounds of their own: one overflows its stack, another computes for hours or throws where
+C++ ends the process. So a grammar lives in a preparer's process, which has limits and may end, and never in a runner's.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp import llama_grammar
 
 from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import Rejected
 
+TOKEN, WORD, PATTERN, PATTERN_FULL = range(4)  # common_grammar_trigger_type, common.h
+
 
 class Grammar:
-    """Raises Rejected for a schema that gives no grammar."""
+    """`text`: GBNF. With `triggers` (of llama.cpp's chat code) anything may come until one of them has. `begun`: tokens
+    of the answer that are in the prompt already. Raises Rejected for a grammar that cannot be used."""
 
-    def __init__(self, vocabulary: Vocabulary, schema: object) -> None:
-        text = gbnf(schema).encode()
-        self._sampler = llama_cpp.llama_sampler_init_grammar(vocabulary.pointer, text, b"root")
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        text: str,
+        triggers: Sequence[Mapping[str, Any]] | None = None,
+        begun: Iterable[int] = (),
+    ) -> None:
+        root = text.encode(), b"root"
+        if triggers is None:
+            self._sampler = llama_cpp.llama_sampler_init_grammar(vocabulary.pointer, *root)
+        else:
+            patterns = [_pattern(trigger) for trigger in triggers if trigger["type"] != TOKEN]
+            tokens = [trigger["token"] for trigger in triggers if trigger["type"] == TOKEN]
+            self._sampler = llama_cpp.llama_sampler_init_grammar_lazy_patterns(
+                vocabulary.pointer, *root,
+                (ctypes.c_char_p * len(patterns))(*patterns), len(patterns),
+                (llama_cpp.llama_token * len(tokens))(*tokens), len(tokens),
+            )  # fmt: skip
         if not self._sampler:
-            raise Rejected("the JSON schema gives a grammar that llama.cpp cannot use; simplify the schema")
+            raise Rejected("the schema or the tools give a grammar that llama.cpp cannot use; simplify them")
         self._tokens = (llama_cpp.llama_token_data * vocabulary.n_tokens)()
         self._view = np.ctypeslib.as_array(self._tokens)
         self._numbers = np.arange(vocabulary.n_tokens)
+        for token in begun:
+            if not self.take(token):
+                raise Rejected("the grammar does not allow what the chat template begins the answer with")
 
     def take(self, token: int) -> bool:
         """Go on with `token` if it may come next; False, and nothing changed, if it may not."""
@@ -54,15 +74,11 @@ class Grammar:
         llama_cpp.llama_sampler_free(self._sampler)
 
 
-def gbnf(schema: object) -> str:
-    """llama.cpp's grammar for a JSON schema; the empty schema means any JSON object. Raises Rejected."""
-    if not isinstance(schema, Mapping):
-        raise Rejected(f"a JSON schema must be an object, not {type(schema).__name__}")
-    if not schema:
-        return str(llama_grammar.JSON_GBNF)
-    try:
-        return str(llama_grammar.json_schema_to_gbnf(json.dumps(schema)))
-    except MemoryError:
-        raise
-    except Exception as error:  # the converter raises whatever it trips over
-        raise Rejected(f"the JSON schema cannot be turned into a grammar: {type(error).__name__}: {error}") from error
+def _pattern(trigger: Mapping[str, Any]) -> bytes:
+    """The regular expression of a trigger, as `common_sampler_init` makes it."""
+    value: str = trigger["value"]
+    if trigger["type"] == WORD:
+        return re.sub(r"([.^$|()*+?\[\]{}\\])", r"\\\1", value).encode()
+    if trigger["type"] == PATTERN_FULL:
+        value = ("" if value.startswith("^") else "^") + value + ("" if value.endswith("$") else "$")
+    return value.encode()

@@ -109,6 +109,7 @@ class Generation(Job[Chunk]):
     """One answer under way. `pending` is the sampled token that the next batch has to decode.
 
     With a `constraint` the token is chosen beside the engine's thread: `choosing` until then, `chosen` after it.
+    `preserved`: special tokens that belong to the text.
     """
 
     def __init__(
@@ -120,8 +121,10 @@ class Generation(Job[Chunk]):
         text: TextStream,
         max_tokens: int,
         constraint: Constraint | None = None,
+        preserved: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__(lease_id, prompt, hearer)
+        self.preserved = preserved
         self.sampler: Any = sampler
         self.constraint = constraint
         self.choosing = False

@@ -180,12 +180,12 @@ class NativeModel:
 
     # Vocabulary (any thread)
 
-    def piece(self, token: int) -> bytes:
-        """The bytes that `token` adds to the answer; special tokens add none."""
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that `token` adds to the answer; special tokens add none, or, with `special`, their name."""
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
-            count = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, room, 0, False)
+            count = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, room, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
             room = -count

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from actors.frames import BrokenFrame, receive, send
 from actors.serving.dialogue import N_CTX, TOKEN, Kind
+from actors.serving.protocol import Delta, FinishReason
 from scheduler.errors import EngineFailed, Rejected
 
 ANSWER_TIMEOUT_S = 60.0
@@ -41,29 +42,34 @@ Pick = Callable[[npt.NDArray[np.bool_] | None], int]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """`prompts`: tokens of each; `stops`: strings that end the answer; `constraint`: what its tokens must follow."""
+    """`prompts`: tokens of each; `stops`: strings that end the answer; `constraint`: what its tokens must follow.
+
+    `syntax`: of an answer that must be parsed (`Preparer.parsing`), or None. `preserved`: special tokens that are text.
+    """
 
     prompts: tuple[list[int], ...]
     stops: tuple[str, ...]
     constraint: Constraint | None = None
+    syntax: bytes | None = None
+    preserved: frozenset[int] = frozenset()
 
 
 class Preparer:
     """One model's. `close()` ends the process."""
 
     def __init__(self) -> None:
-        self._path = b""
+        self._model = b""
         self._lock = Lock()
         self._idle: list[socket.socket] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._start()
 
-    def read(self, path: str) -> None:
-        """Its model's file. Once, and before anything is prepared."""
+    def read(self, path: str, chat_template: str = "") -> None:
+        """Its model's file, and the template in place of the file's. Once, and before anything is prepared."""
         with self._lock:
-            self._path = os.fsencode(Path(path).absolute())
-            self._tell_path()
+            self._model = os.fsencode(Path(path).absolute()) + b"\0" + chat_template.encode()
+            self._tell_model()
 
     def prepare(self, content: bytes, n_ctx: int) -> Prepared:
         """The prompts of a request's content, for slots of `n_ctx` tokens.
@@ -91,6 +97,16 @@ class Preparer:
             self._keep(connection)
         return prepared
 
+    def parsing(self, syntax: bytes) -> Parsing:
+        """What parses an answer that was prepared with `syntax`. Raises EngineFailed when there is no preparer."""
+        connection = self._connection()
+        try:
+            send(connection, Kind.SYNTAX, syntax)
+        except OSError as error:
+            connection.close()
+            raise EngineFailed(f"its preparer has ended ({error}); ask again") from error
+        return Parsing(connection, self._keep)
+
     def _answer(self, connection: socket.socket) -> Prepared:
         prompts: list[list[int]] = []
         step = "the request"
@@ -104,7 +120,9 @@ class Preparer:
                 case Kind.READY:
                     ready = json.loads(payload)
                     constraint = Constraint(connection, self._keep) if ready["constrained"] else None
-                    return Prepared(tuple(prompts), tuple(ready["stops"]), constraint)
+                    syntax = json.dumps(ready["syntax"]).encode() if ready["syntax"] else None
+                    preserved = frozenset(ready["preserved"])
+                    return Prepared(tuple(prompts), tuple(ready["stops"]), constraint, syntax, preserved)
                 case Kind.REJECTED:
                     raise _rejected(step, payload)
                 case Kind.ENDED:
@@ -139,12 +157,12 @@ class Preparer:
             )
         self._control.settimeout(ANSWER_TIMEOUT_S)
         self._is_ready = False
-        if self._path:
-            self._tell_path()
+        if self._model:
+            self._tell_model()
 
-    def _tell_path(self) -> None:
+    def _tell_model(self) -> None:
         with contextlib.suppress(OSError):  # it has ended, which the first request will find
-            send(self._control, Kind.READ, self._path)
+            send(self._control, Kind.READ, self._model)
 
     def _connection(self) -> socket.socket:
         """One to a child that has nothing to do, or to a new one."""
@@ -249,6 +267,47 @@ class Constraint:
             self._give_back(self._connection)
         else:
             self._connection.close()
+
+
+class Parsing:
+    """Parses one answer, in a child of the preparer. One thread at a time."""
+
+    def __init__(self, connection: socket.socket, give_back: Callable[[socket.socket], None]) -> None:
+        self._connection = connection
+        self._give_back = give_back
+        self._usable = True
+
+    def feed(self, text: str, *, last: FinishReason | None = None) -> tuple[Delta, ...]:
+        """What the next piece of text adds to the message. `last`: nothing follows, and why. Raises EngineFailed."""
+        kind = Kind.SAID if last is None else Kind.ENDS if last == "stop" else Kind.CUT
+        try:
+            send(self._connection, kind, text.encode())
+            frame = receive(self._connection)
+        except OSError as error:
+            self._usable = False
+            raise EngineFailed(f"its preparer has ended ({error})") from error
+        if frame is None or frame[0] != Kind.DELTAS:
+            self._usable = False
+            why = frame[1].decode() if frame is not None else "it ended"
+            raise EngineFailed(f"the answer could not be parsed: {why}")
+        return tuple(_delta(told) for told in json.loads(frame[1]))
+
+    def close(self) -> None:
+        """The answer has ended."""
+        if self._usable:
+            self._give_back(self._connection)
+        else:
+            self._connection.close()
+
+
+def _delta(told: dict[str, Any]) -> Delta:
+    return Delta(
+        told.get("content", ""),
+        told.get("reasoning_content", ""),
+        told.get("index"),
+        told.get("name", ""),
+        told.get("arguments", ""),
+    )
 
 
 def _rejected(step: str, payload: bytes) -> Rejected:

@@ -28,9 +28,10 @@ from typing import Any
 
 from actors.devices.processes import end_with_parent
 from actors.frames import receive, send
+from actors.serving.chat import Chat, ThoughtfulGrammar, render, whole_schema
 from actors.serving.dialogue import N_CTX, TOKEN, Kind
 from actors.serving.grammar import Grammar
-from actors.serving.prompt import ChatTemplate
+from actors.serving.llama_common import AnswerParser, ChatTemplate, grammar_of
 from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import ArrieroError, Rejected
 from scheduler.units import MIB, format_bytes
@@ -53,8 +54,9 @@ _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 class Nursery:
     """The parent of the children: forks one per connection, and says on it why it ended before its time."""
 
-    def __init__(self, control: socket.socket, vocabulary: Vocabulary) -> None:
+    def __init__(self, control: socket.socket, vocabulary: Vocabulary, chat_template: str) -> None:
         self._control = control
+        self._chat_template = chat_template
         self._vocabulary = vocabulary
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -81,7 +83,7 @@ class Nursery:
         if pid == 0:
             try:
                 self._let_go()
-                Child(connection, self._vocabulary).serve()
+                Child(connection, self._vocabulary, self._chat_template).serve()
             finally:
                 os._exit(0)
         pidfd = os.pidfd_open(pid)
@@ -124,12 +126,14 @@ def _why(status: int) -> str:
 class Child:
     """One connection's questions, one after the other."""
 
-    def __init__(self, connection: socket.socket, vocabulary: Vocabulary) -> None:
+    def __init__(self, connection: socket.socket, vocabulary: Vocabulary, chat_template: str) -> None:
         self._connection = connection
+        self._chat_template = chat_template
         self._vocabulary = vocabulary
         self._held_bytes = _data_bytes()
-        self._chat: ChatTemplate | None = None
-        self._grammar: Any = None
+        self._template: ChatTemplate | None = None
+        self._grammar: Grammar | ThoughtfulGrammar | None = None
+        self._parser: AnswerParser | None = None
         self._left_s = ANSWER_CPU_S
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -137,7 +141,7 @@ class Child:
         """Returns at the end of the stream, or when its memory or its time is used up."""
         while (question := receive(self._connection)) is not None:
             kind, payload = question
-            if kind == Kind.PREPARE:
+            if kind in (Kind.PREPARE, Kind.SYNTAX):
                 self._left_s = ANSWER_CPU_S
             elif self._left_s <= 0:  # the timer does not meet many short questions
                 _say(self._connection, _why(-signal.SIGPROF))
@@ -145,7 +149,7 @@ class Child:
             began_s = time.process_time()
             signal.setitimer(signal.ITIMER_PROF, min(CPU_S, self._left_s))  # its signal ends us, in the middle of C too
             try:
-                self._try(payload) if kind == Kind.TRY else self._prepare(payload)
+                self._answer(kind, payload)
             except MemoryError:
                 _say(self._connection, "it needs more memory than a request may take")
                 return
@@ -156,6 +160,17 @@ class Child:
             signal.setitimer(signal.ITIMER_PROF, 0)
             self._left_s -= time.process_time() - began_s
 
+    def _answer(self, kind: int, payload: bytes) -> None:
+        match kind:
+            case Kind.PREPARE:
+                self._prepare(payload)
+            case Kind.TRY:
+                self._try(payload)
+            case Kind.SYNTAX:
+                self._begin_parsing(payload)
+            case _:
+                self._parse(kind, payload)
+
     def _reject(self, error: ArrieroError) -> None:
         told = {"message": error.message, "details": error.details}
         send(self._connection, Kind.REJECTED, json.dumps(told, default=str).encode())
@@ -165,45 +180,55 @@ class Child:
 
     def _prepare(self, payload: bytes) -> None:
         (n_ctx,) = N_CTX.unpack_from(payload)
-        most = self._held_bytes + MEMORY_BYTES + MEMORY_PER_TOKEN_BYTES * n_ctx + len(payload)
-        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
-        self._drop_grammar()
+        self._limit_memory(MEMORY_PER_TOKEN_BYTES * n_ctx + len(payload))
+        self._forget()
         self._step("the request")
         content: Mapping[str, Any] = json.loads(payload[N_CTX.size :])
-        stops: tuple[str, ...] = ()
+        chat: Chat | None = None
         if sum(name in content for name in ("inputs", "messages", "prompt")) != 1:
             raise Rejected("a request needs either messages or a prompt, and not both")
         if "inputs" in content:
             prompts = [self._tokens(each, n_ctx) for each in content["inputs"]]
         elif "messages" in content:
-            prompt, stops = self._chat_tokens(content["messages"], n_ctx)
-            prompts = [prompt]
+            chat = self._chat(content)
+            prompts = [self._tokenized(chat.prompt, n_ctx)]
         else:
             prompts = [self._tokens(content["prompt"], n_ctx)]
-        if "json_schema" in content:
+        if chat is not None:
+            self._grammar = chat.grammar
+        elif "json_schema" in content:
             self._step("the JSON schema")
-            self._grammar = Grammar(self._vocabulary, content["json_schema"])
+            self._grammar = Grammar(self._vocabulary, grammar_of(whole_schema(content["json_schema"])))
         for tokens in prompts:
             send(self._connection, Kind.PROMPT, array("i", tokens).tobytes())
-        ready = {"stops": stops, "constrained": self._grammar is not None}
+        ready = {
+            "stops": chat.stops if chat else (),
+            "constrained": self._grammar is not None,
+            "syntax": chat.syntax if chat else None,
+            "preserved": chat.preserved if chat else (),
+        }
         send(self._connection, Kind.READY, json.dumps(ready).encode())
 
-    def _drop_grammar(self) -> None:
-        if self._grammar is not None:
-            self._grammar.close()
-            self._grammar = None
+    def _limit_memory(self, more_bytes: int) -> None:
+        most = self._held_bytes + MEMORY_BYTES + more_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
 
-    def _chat_tokens(self, messages: Sequence[Mapping[str, Any]], n_ctx: int) -> tuple[list[int], tuple[str, ...]]:
-        self._step("the model's chat template")
-        words = self._vocabulary
-        if self._chat is None:
-            self._chat = ChatTemplate(words.chat_template, bos_token=words.bos_text, eos_token=words.eos_text)
-        rendered = self._chat.render(messages)
-        return self._tokenized(rendered.text, n_ctx, add_special=rendered.add_special), rendered.stops
+    def _forget(self) -> None:
+        """What belonged to the last answer."""
+        for held in (self._grammar, self._parser):
+            if held is not None:
+                held.close()
+        self._grammar = self._parser = None
+
+    def _chat(self, content: Mapping[str, Any]) -> Chat:
+        self._step("the model's chat template, the tools or the JSON schema")
+        if self._template is None:
+            self._template = ChatTemplate(self._vocabulary.model, self._chat_template)
+        return render(self._template, self._vocabulary, content)
 
     def _tokens(self, prompt: str | Sequence[int], n_ctx: int) -> list[int]:
         if isinstance(prompt, str):
-            tokens = self._tokenized(prompt, n_ctx, add_special=True)
+            tokens = self._tokenized(prompt, n_ctx)
         else:
             tokens = list(prompt)
             if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary.n_tokens:
@@ -214,7 +239,7 @@ class Child:
             raise Rejected("the prompt is empty")
         return tokens
 
-    def _tokenized(self, text: str, n_ctx: int, *, add_special: bool) -> list[int]:
+    def _tokenized(self, text: str, n_ctx: int) -> list[int]:
         """Refused before it is cut into tokens when it is longer than any text of `n_ctx` tokens can be."""
         self._step("the prompt's text")
         longest_bytes = n_ctx * self._vocabulary.longest_bytes
@@ -224,9 +249,22 @@ class Child:
                 f"{format_bytes(longest_bytes)} at the most. Shorten the prompt or load the model with a larger n_ctx",
                 n_ctx=n_ctx,
             )
-        return self._vocabulary.tokenize(text, add_special)
+        return self._vocabulary.tokenize(text, add_special=True)
+
+    def _begin_parsing(self, payload: bytes) -> None:
+        self._limit_memory(len(payload))
+        self._forget()
+        self._parser = AnswerParser(json.loads(payload))
+
+    def _parse(self, kind: int, payload: bytes) -> None:
+        assert self._parser is not None
+        deltas = self._parser.feed(payload.decode(), is_partial=kind != Kind.ENDS)
+        if deltas is None and kind == Kind.ENDS:  # it is not what it should be: what can be read of it counts
+            deltas = self._parser.feed("", is_partial=True)
+        send(self._connection, Kind.DELTAS, json.dumps(deltas or []).encode())
 
     def _try(self, payload: bytes) -> None:
+        assert self._grammar is not None
         (token,) = TOKEN.unpack(payload)
         if self._grammar.take(token):
             send(self._connection, Kind.TAKEN)
@@ -245,14 +283,15 @@ def main() -> None:
     if (told := receive(control)) is None:
         return  # its runner ended as a spare
     try:
-        vocabulary = Vocabulary(os.fsdecode(told[1]))
+        path, _, chat_template = told[1].partition(b"\0")
+        vocabulary = Vocabulary(os.fsdecode(path))
         _ = vocabulary.longest_bytes  # once, and not in every child
     except ArrieroError as error:
         send(control, Kind.REJECTED, error.message.encode())
         return
     send(control, Kind.READY)
     gc.freeze()  # or every child would copy what the collector looks at
-    Nursery(control, vocabulary).run()
+    Nursery(control, vocabulary, chat_template.decode()).run()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from actors.devices.processes import Process
 from actors.endpoint import Endpoint
@@ -15,6 +15,7 @@ from scheduler.costs.params import ContextParams, DeviceBytes, DeviceKind, HostB
 from scheduler.events import FailureKind
 
 FinishReason = Literal["stop", "length"]
+"""Of the engine; an answer that calls tools says "tool_calls" to its client instead of "stop"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class LoadSpec:
     use_extra_bufts: bool = False
     placement: Placement | None = None  # the scheduler's own record, kept for one that restarts
     preflight: bool = False  # ask llama.cpp first what it would allocate
+    chat_template: str = ""  # in place of the file's
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class ReplyForm:
     form: Literal["chat", "text"] = "text"
     stream: bool = False
     include_usage: bool = False  # in the events
+    as_functions: bool = False  # a call of a tool is told as OpenAI's `function_call` of old
     request_id: str = ""
     model: str = ""
     created: int = 0
@@ -96,8 +99,9 @@ class ReplyForm:
 class GenerateRequest:
     """`content` is what the answer is made from, as JSON: {"messages": [...]} (rendered through the model's chat
     template) or {"prompt": a text or token ids} (as it is), never both; and, where the answer must follow one,
-    {"json_schema": {...}} (empty: any JSON object). It may be large, and only the preparer opens it. The runner knows
-    the request by its lease."""
+    {"json_schema": {...}} (empty: any JSON object). With messages also, in OpenAI's and llama-server's words: tools,
+    tool_choice, parallel_tool_calls, reasoning_format, reasoning_effort, chat_template_kwargs, continue_final_message.
+    It may be large, and only the preparer opens it. The runner knows the request by its lease."""
 
     content: bytes
     lease_id: str = ""
@@ -107,9 +111,25 @@ class GenerateRequest:
     reply: ReplyForm = ReplyForm()
 
 
+class Delta(NamedTuple):
+    """What a piece of an answer adds to its message: to one of its parts.
+
+    `tool`: the number of a tool call, which `name` and `arguments` (a piece of its JSON) belong to; else None.
+    """
+
+    content: str = ""
+    reasoning: str = ""
+    tool: int | None = None
+    name: str = ""
+    arguments: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of the answer. The last one has `finish_reason` and the usage counts; earlier ones have text."""
+    """A piece of the answer. The last one has `finish_reason` and the usage counts; earlier ones have text.
+
+    `deltas`: what the text means, in an answer that is parsed; else None, and the text is the content.
+    """
 
     text: str
     finish_reason: FinishReason | None = None
@@ -117,6 +137,7 @@ class Chunk:
     cached_tokens: int = 0  # prompt tokens found in the slot's KV cache
     completion_tokens: int = 0
     pace: Pace | None = None  # how fast it went while no other answer was in the batch
+    deltas: tuple[Delta, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
-"""A model's vocabulary alone, without its weights: text to tokens, and the chat template that the file carries.
+"""A model's vocabulary alone, without its weights: text to tokens and back.
 
 Takes what the vocabulary takes: 0.6 s and 45 MiB for 150,000 tokens on one core. Free of Ray; imports llama_cpp.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cached_property
 from typing import Any
 
@@ -19,10 +20,10 @@ class Vocabulary:
     def __init__(self, path: str) -> None:
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
-        self._model: Any = llama_cpp.llama_model_load_from_file(path.encode(), params)
-        if not self._model:
+        self.model: Any = llama_cpp.llama_model_load_from_file(path.encode(), params)
+        if not self.model:
             raise EngineFailed(f"llama.cpp could not read the vocabulary of {path}")
-        self.pointer: Any = llama_cpp.llama_model_get_vocab(self._model)
+        self.pointer: Any = llama_cpp.llama_model_get_vocab(self.model)
         self.n_tokens: int = llama_cpp.llama_vocab_n_tokens(self.pointer)
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
@@ -36,26 +37,18 @@ class Vocabulary:
             count = llama_cpp.llama_tokenize(self.pointer, raw, len(raw), tokens, -count, add_special, True)
         return list(tokens[:count])
 
-    def text(self, token: int) -> str:
-        """How the vocabulary spells `token`; "" for a token that the model does not have (-1)."""
-        text = llama_cpp.llama_vocab_get_text(self.pointer, token) if token >= 0 else b""
-        return (text or b"").decode("utf-8", "replace")
+    def piece(self, token: int) -> bytes:
+        """The bytes that `token` stands for; of a special token its name."""
+        room = 256
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            count = llama_cpp.llama_token_to_piece(self.pointer, token, buffer, room, 0, True)
+            if count >= 0:
+                return buffer.raw[:count]
+            room = -count
 
     @cached_property
     def longest_bytes(self) -> int:
         """No token stands for more bytes of text than this."""
         spelled = (llama_cpp.llama_vocab_get_text(self.pointer, token) for token in range(self.n_tokens))
         return max((len(text) for text in spelled if text), default=1)
-
-    @property
-    def bos_text(self) -> str:
-        return self.text(llama_cpp.llama_vocab_bos(self.pointer))
-
-    @property
-    def eos_text(self) -> str:
-        return self.text(llama_cpp.llama_vocab_eos(self.pointer))
-
-    @property
-    def chat_template(self) -> str | None:
-        template = llama_cpp.llama_model_chat_template(self._model, None)
-        return None if template is None else template.decode("utf-8", "replace")

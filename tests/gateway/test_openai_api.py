@@ -15,6 +15,7 @@ from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest, Sampli
 from scheduler.errors import EngineFailed, Impossible, QueueFull, Rejected
 
 HELLO = [{"role": "user", "content": "Hi"}]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
 @pytest.fixture
@@ -215,7 +216,17 @@ def test_spellings(url: str, backend: FakeBackend, body: dict[str, Any], seen: d
     [
         ("chat/completions", {"n": 2}, "n"),
         ("chat/completions", {"tools": [{"type": "function"}]}, "tools"),
-        ("chat/completions", {"functions": [{"name": "f"}]}, "functions"),
+        ("chat/completions", {"functions": [{"description": "f"}]}, "functions"),
+        ("chat/completions", {"tools": [TOOL], "functions": [{"name": "f"}]}, "functions"),
+        ("chat/completions", {"tools": [TOOL] * 129}, "tools"),
+        ("chat/completions", {"tools": [TOOL], "tool_choice": {"function": {"name": "other"}}}, "tool_choice"),
+        ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
+        ("chat/completions", {"tool_choice": "sometimes"}, "tool_choice"),
+        (
+            "chat/completions",
+            {"chat_template_kwargs": {"enable_thinking": "no"}},
+            "chat_template_kwargs",
+        ),
         ("chat/completions", {"logprobs": True}, "logprobs"),
         ("chat/completions", {"modalities": ["audio"]}, "modalities"),
         ("chat/completions", {"max_tokens": 0}, "max_tokens"),

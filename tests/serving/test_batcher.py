@@ -104,7 +104,7 @@ class FakeModel:
         code = self.decode(rows)
         return code or np.array([[row.token, 1.0, 0.0, 0.0] for row in rows])
 
-    def piece(self, token: int) -> bytes:
+    def piece(self, token: int, *, special: bool = False) -> bytes:
         return b"%d " % token
 
     def ends_generation(self, token: int) -> bool:
@@ -310,7 +310,7 @@ def test_two_failures_in_a_row_break_the_engine(running: Any) -> None:
 
 def test_a_bug_ends_every_request_with_the_reason(running: Any) -> None:
     model = FakeModel(n_seq_max=1)
-    model.piece = lambda token: 1 // 0  # type: ignore[method-assign, assignment]
+    model.piece = lambda token, special: 1 // 0  # type: ignore[method-assign, assignment]
     model.pause = threading.Event()
     batcher = running(model)
     jobs = [job([1, 2]), job([3])]

@@ -195,13 +195,13 @@ def test_a_json_schema_is_obeyed(sample: Any, engine: Any, ask: Any) -> None:
         "properties": {"animal": {"enum": ["llama", "alpaca"]}, "tame": {"type": "boolean"}},
         "required": ["animal", "tame"],
     }
-    chunks = list(loaded.generate(ask(max_tokens=120, json_schema=schema)))
+    chunks = list(loaded.generate(ask(max_tokens=600, json_schema=schema)))
     assert chunks[-1].finish_reason == "stop"
     answer = json.loads("".join(chunk.text for chunk in chunks))
     assert answer["animal"] in ("llama", "alpaca")
     assert isinstance(answer["tame"], bool)
-    anything = text(loaded, ask(max_tokens=5, json_schema={}))
-    assert anything.startswith("{")
+    anything = text(loaded, ask(max_tokens=200, json_schema={}))
+    assert anything.lstrip().startswith("{")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from scheduler.errors import EngineFailed, Rejected
 pytestmark = pytest.mark.llama
 
 N_CTX = 512
+GROWING = "{% set a = namespace(x='xxxx') %}{% for i in range(99) %}{% set a.x = a.x ~ a.x %}{% endfor %}{{ a.x }}"
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 EXPONENTIAL = {"type": "string", "pattern": "^x" + "(" * 24 + "a?" + "){2}" * 24 + "$"}
 CHAT = content_of(messages=[{"role": "user", "content": "hello"}])
@@ -89,7 +90,7 @@ def test_a_prompt_is_what_the_vocabulary_says(preparer: Preparer, words: Vocabul
 def test_a_chat_goes_through_the_models_template(preparer: Preparer, words: Vocabulary) -> None:
     prepared = preparer.prepare(CHAT, N_CTX)
     assert prepared.prompts == (words.tokenize("<s>user:hello\nassistant:", add_special=False),)
-    assert prepared.stops == ("</s>",)
+    assert prepared.stops == () and prepared.syntax is None
 
 
 def test_a_text_that_cannot_fit_is_not_even_cut_into_tokens(preparer: Preparer) -> None:
@@ -156,9 +157,9 @@ def test_a_token_that_may_not_come_next_is_picked_anew(preparer: Preparer, words
     text = b""
     for _ in range(9):
         picked = constraint.choose(lambda allowed: 1 if allowed is None else int(np.flatnonzero(allowed)[-1]))
-        if words.text(picked) == "</s>":
+        if words.piece(picked) == b"</s>":
             break
-        text += words.text(picked).replace("\u2581", " ").encode()
+        text += words.piece(picked)
     assert json.loads(text) == "ab"
     constraint.close()
 
@@ -167,8 +168,8 @@ def test_a_token_that_may_not_come_next_is_picked_anew(preparer: Preparer, words
     ("template", "why"),
     [
         (ENDLESS, "took more than"),
-        ("{{ 'x' * 4000000000 }}", "more memory"),
-        ("{% for a in range(99) %}{{ 'x' * 90000000 }}{% endfor %}", "more memory"),
+        (GROWING, "more memory|took more than"),
+        ("{{ 'x' * 4000000000 }}", "chat template refused|took more than"),
         ("{% if %}", "chat template is broken"),
     ],
 )
@@ -178,7 +179,7 @@ def test_a_template_is_a_strangers_program(
     with closing(with_template(sample("llama"), template, tmp_path / "hostile.gguf")) as preparer:
         with pytest.raises(Rejected, match=why) as refused:
             preparer.prepare(CHAT, N_CTX)
-        assert "template" in refused.value.message or refused.value.details["step"] == "the model's chat template"
+        assert "template" in refused.value.message or "template" in refused.value.details["step"]
         assert preparer.prepare(content_of(prompt="the salt"), N_CTX).prompts  # a plain prompt needs none
 
 

@@ -1,0 +1,88 @@
+"""An answer that is parsed on its way: its text becomes content, thoughts and tool calls before anybody hears of it.
+
+llama.cpp parses all of the text again for every piece, in a preparer's child. So this has a thread of its own: the
+engine's never waits for it, and text that came meanwhile is parsed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from queue import SimpleQueue
+from threading import Thread
+from typing import Literal
+
+from actors.serving.jobs import Hearer
+from actors.serving.preparation import Parsing
+from actors.serving.protocol import Chunk
+from scheduler.errors import ArrieroError
+
+End = tuple[Literal["end"], BaseException | None]
+
+
+class ParsedAnswer:
+    """A `Hearer` that tells `hearer` what the chunks mean. Its thread starts with the first of them.
+
+    `give_up`: called when the text cannot be parsed any more; the generation is to end.
+    """
+
+    def __init__(self, hearer: Hearer[Chunk], parsing: Parsing) -> None:
+        self._hearer = hearer
+        self._parsing = parsing
+        self._heard: SimpleQueue[Chunk | End] = SimpleQueue()
+        self._begun = False
+        self.give_up: Callable[[], object] = lambda: None
+
+    @property
+    def stalled(self) -> bool:
+        return self._hearer.stalled
+
+    def say(self, result: Chunk) -> None:
+        if not self._begun:
+            self._begun = True
+            Thread(target=self._run, name="parsing", daemon=True).start()
+        self._heard.put(result)
+
+    def flush(self) -> None:
+        """The thread does, after each piece."""
+
+    def end(self, error: BaseException | None) -> None:
+        if self._begun:
+            self._heard.put(("end", error))
+        else:
+            self._parsing.close()
+            self._hearer.end(error)
+
+    def _run(self) -> None:
+        failure: ArrieroError | None = None
+        while True:
+            chunks, end = self._take()
+            if chunks and failure is None:
+                try:
+                    self._tell(chunks)
+                except ArrieroError as error:
+                    failure = error
+                    self.give_up()
+            if end is not None:
+                self._parsing.close()
+                self._hearer.end(failure or end[1])
+                return
+
+    def _take(self) -> tuple[list[Chunk], End | None]:
+        """All that was heard since, at least one thing."""
+        chunks: list[Chunk] = []
+        while True:
+            item = self._heard.get()
+            if isinstance(item, tuple):
+                return chunks, item
+            chunks.append(item)
+            if self._heard.empty():
+                return chunks, None
+
+    def _tell(self, chunks: list[Chunk]) -> None:
+        text = "".join(chunk.text for chunk in chunks)
+        last = chunks[-1]
+        deltas = self._parsing.feed(text, last=last.finish_reason)
+        if deltas or last.finish_reason is not None:
+            self._hearer.say(replace(last, text=text, deltas=deltas))
+            self._hearer.flush()
