@@ -20,7 +20,7 @@ from dataclasses import asdict
 from enum import IntEnum
 from typing import Any, Protocol
 
-from actors.endpoint import Endpoint, listen
+from actors.endpoint import LONGEST_PROOF_BYTES, Endpoint, listen
 from actors.frames import BrokenFrame, FrameReader, packed
 from actors.leasing import Grant, TokenCounts
 from actors.road import keep_alive, packed_error, read_counts, read_error
@@ -84,7 +84,7 @@ class LeaseServer:
 class _Connection(asyncio.Protocol):
     def __init__(self, office: Office, endpoint: Endpoint) -> None:
         self._office, self._endpoint = office, endpoint
-        self._reader = FrameReader(LONGEST_BYTES)
+        self._reader = FrameReader(LONGEST_PROOF_BYTES)
         self._proved = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -105,12 +105,14 @@ class _Connection(asyncio.Protocol):
             for kind, payload in self._reader.frames(data):
                 self._take(kind, payload)
         except (BrokenFrame, ValueError, TypeError, KeyError) as error:
-            log.warning("a connection is ended: %s", error)
+            if self._proved:  # strangers would fill the log
+                log.warning("a connection is ended: %s", error)
             self._transport.abort()
 
     def _take(self, kind: int, payload: bytes) -> None:
         if kind == Kind.PROOF:
             self._proved = self._endpoint.proved(payload) == GATEWAYS
+            self._reader.longest_bytes = LONGEST_BYTES if self._proved else LONGEST_PROOF_BYTES
         if not self._proved:
             raise BrokenFrame("it came without a proof")
         match kind:

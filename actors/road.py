@@ -3,7 +3,7 @@
     gateway                          runner
     PROOF lease                   -> (nothing; a wrong one ends the connection)
     GENERATE head, content        -> EVENT* ENDED counts, or FAILED error
-    EMBED content                 -> VECTOR* ENDED counts, or FAILED error
+    EMBED head, content           -> VECTOR* ENDED counts, or FAILED error
     (ends the connection)         -> (cancels the answer)
 
 A connection carries one answer at a time, and may be used again once that has ended. EVENT is for the client, byte by
@@ -19,7 +19,7 @@ from enum import IntEnum
 from typing import Any
 
 from actors.leasing import TokenCounts
-from actors.serving.protocol import GenerateRequest, ReplyForm, Sampling
+from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, Sampling
 from scheduler.costs.paces import Pace
 from scheduler.errors import ERRORS, ArrieroError, EngineFailed
 from scheduler.units import MIB, LeaseId
@@ -60,6 +60,7 @@ def packed_generate(request: GenerateRequest) -> bytes:
         "stop": request.stop,
         "sampling": sampling,
         "reply": asdict(request.reply),
+        "source": request.source,
     }
     return json.dumps(head).encode() + b"\n" + request.content
 
@@ -78,7 +79,19 @@ def read_generate(payload: bytes, lease_id: LeaseId) -> GenerateRequest:
         stop=tuple(head["stop"]),
         sampling=Sampling(**sampling),
         reply=ReplyForm(**head["reply"]),
+        source=head["source"],
     )
+
+
+def packed_embed(request: EmbedRequest) -> bytes:
+    """Payload of EMBED: a line of JSON, then the content."""
+    return json.dumps({"source": request.source}).encode() + b"\n" + request.content
+
+
+def read_embed(payload: bytes, lease_id: LeaseId) -> EmbedRequest:
+    """The reverse. Raises ValueError, TypeError or KeyError for what is none."""
+    line, _, content = payload.partition(b"\n")
+    return EmbedRequest(content, lease_id, json.loads(line)["source"])
 
 
 def packed_counts(counts: TokenCounts) -> bytes:

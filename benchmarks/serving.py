@@ -118,7 +118,7 @@ def _run_arriero(folder: str, single: bool, pipe: Connection) -> None:
 
         catalogue = Catalogue(
             model_paths=(folder,),
-            defaults=ModelParams(n_ctx=N_CTX, n_seq_max=N_SLOTS),
+            defaults=ModelParams(n_ctx=N_SLOTS * N_CTX, n_seq_max=N_SLOTS, kv_unified=True),
             server=Server(port=0),
             policy=Policy(max_active_models=1 if single else None),
         )

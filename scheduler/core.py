@@ -271,6 +271,8 @@ class SchedulerCore:
 
     def _pin(self, event: ev.PinAsked) -> None:
         model = self.models.find(event.model)
+        if model.pinned == event.pinned:
+            return
         model.pinned = event.pinned
         what = "is pinned: it is never evicted" if event.pinned else "is no longer pinned"
         self._out.announce("model_pinned", f"{model.name} {what}", model.name)

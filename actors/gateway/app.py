@@ -17,6 +17,7 @@ from actors.gateway.closing import Closing
 from actors.gateway.errors import NoSuchRoute, unexpected
 from actors.gateway.limits import MAX_HELD_BYTES, Held
 from actors.gateway.management import management_routes
+from actors.gateway.ollama import ollama_routes
 from actors.gateway.openai import openai_routes
 from actors.gateway.openapi import CLIENT_CLOSED_REQUEST, document
 from actors.gateway.reader import Reader
@@ -57,6 +58,7 @@ def make_app(
     app.add_middleware(Guard, api_keys=api_keys or {}, held=Held(max_held_bytes), closing=closing)
     app.include_router(openai_routes(backend, relay, reader, pulse_s))
     app.include_router(management_routes(backend, reader, pulse_s))
+    app.include_router(ollama_routes(backend, relay, reader, pulse_s))
     app.openapi = document(app)  # type: ignore[method-assign]
 
     @app.exception_handler(ArrieroError)

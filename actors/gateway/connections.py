@@ -20,6 +20,8 @@ CONNECTION = "connection"
 
 Phase = Literal["idle", "head", "body", "answer"]
 
+_CHUNKED = b"transfer-encoding"
+
 READ_BYTES = 8192
 """Read at once. A body in chunks of one byte costs h11 40 µs a chunk on a busy machine: 55 ms for so much, 1.8 s
 for the 256 KiB that asyncio would read."""
@@ -62,6 +64,9 @@ class Connection(H11Protocol):
         self._opened = opened
         self._address = ""
         self._head_lines = 0
+        self._comes_in_chunks = False
+        self._seen = b""  # the end of what came, where the name of a header may begin
+        self._lines = self._bytes = 0  # of a request whose body comes in chunks
         self._refusal: ArrieroError | None = None
         self._phase: Phase = "idle"
         self._arrival: asyncio.TimerHandle | None = None
@@ -85,7 +90,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refusal is not None:  # not before it asks: an answer to nothing would be lost
             self._refuse(self._refusal)
-        if self.transport.is_closing() or self._has_too_long_a_head(data):
+        if self.transport.is_closing() or self._has_too_long_a_head(data) or self._has_too_small_chunks(data):
             return
         super().data_received(data)
         self._follow("head")
@@ -137,6 +142,22 @@ class Connection(H11Protocol):
                 return True
         return False
 
+    def _has_too_small_chunks(self, data: bytes) -> bool:
+        """Whether a body comes in chunks so small that they cost much more than their bytes; it is refused then. Lines
+        are counted, before anything is made of them: a chunk has two, and each header that follows the last has one."""
+        if self._phase != "body":
+            seen = self._seen + data
+            self._comes_in_chunks = self._comes_in_chunks or _CHUNKED in seen.lower()
+            self._seen = seen[-len(_CHUNKED) :]
+        if not self._comes_in_chunks:
+            return False
+        self._lines += data.count(b"\n")
+        self._bytes += len(data)
+        if self._lines <= limits.FREE_LINES or self._bytes >= limits.MIN_LINE_BYTES * self._lines:
+            return False
+        self._refuse(Rejected("the body comes in chunks that are too small; send larger ones, or its length"))
+        return True
+
     def _one_too_many(self, of_address: int) -> TooMuchHeld | None:
         most = limits.connection_limit()
         if len(self.connections) > most and not self._opened.give_way(self._address):
@@ -160,7 +181,8 @@ class Connection(H11Protocol):
             return
         self._phase = phase
         if phase == "idle":
-            self._head_lines = 0
+            self._head_lines = self._lines = self._bytes = 0
+            self._comes_in_chunks = False
         if self._arrival is not None:
             self._arrival.cancel()
             self._arrival = None

@@ -14,9 +14,10 @@ from fastapi.responses import JSONResponse
 
 from actors.gateway.backend import Backend
 from actors.gateway.embeddings import Vectors
-from actors.gateway.openai_requests import Form
+from actors.gateway.forms import Form
 from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
+from actors.gateway.security import hold
 from actors.gateway.shortcut import Shortcut
 from actors.gateway.stream import EventStream, while_connected
 from actors.records import ModelInfo
@@ -54,6 +55,7 @@ def openai_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
         ask = await reader.ask(request, "embed", _new_id("embd"))
         assert isinstance(ask.request, EmbedRequest)
         result = await while_connected(request, relay.embed(ask.need, ask.request))
+        hold(request, sum(4 * len(vector) for vector in result.vectors))
         return Vectors(ask.need.model, result, ask.encoding_format)
 
     async def generate(form: Form, request: Request, prefix: str) -> Response:

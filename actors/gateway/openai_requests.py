@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from actors.gateway.bodies import TOLD_LENGTH, checked
+from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
 from actors.records import MAX_NAME_LENGTH, MAX_TOKENS
 from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, Sampling, content_of
@@ -61,6 +61,7 @@ class Ask:
     need: RequestArrived
     request: GenerateRequest | EmbedRequest
     encoding_format: Literal["float", "base64"] = "float"
+    keep_alive_s: float | None = None  # Ollama's: 0 unloads the model after the answer, a negative one pins it
 
 
 class Message(BaseModel):
@@ -163,11 +164,11 @@ class SamplingRequest(ModelRequest):
     ) -> Ask:
         """`content`: the parts of the request's content; `beginning`: that of its prompt. Raises Rejected."""
         if self.n not in (None, 1):
-            raise _refused("n", "Arriero gives one answer per request; send several requests")
+            raise refused("n", "Arriero gives one answer per request; send several requests")
         request = GenerateRequest(
             content_of(**content, json_schema=self._json_schema()),
             max_tokens=self._token_limit(),
-            stop=self._stops(),
+            stop=checked_stops("stop", self.stop),
             sampling=self._sampling(),
             reply=ReplyForm(
                 form,
@@ -179,21 +180,13 @@ class SamplingRequest(ModelRequest):
                 as_functions=as_functions,
             ),
         )
-        return Ask(self.need(request_id, request, "generate", key, _prefix_of(beginning)), request)
+        return Ask(self.need(request_id, request, "generate", key, prefix_of(beginning)), request)
 
     def _token_limit(self) -> int | None:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if limit == 0:
-            raise _refused("max_tokens", "0 tokens give no answer; set at least 1, or leave the limit out")
+            raise refused("max_tokens", "0 tokens give no answer; set at least 1, or leave the limit out")
         return None if limit == -1 else limit
-
-    def _stops(self) -> tuple[str, ...]:
-        texts = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(texts) > MAX_STOPS:
-            raise _refused("stop", f"{len(texts)} stop strings; at most {MAX_STOPS} are allowed")
-        if (longest := max(map(len, texts), default=0)) > MAX_STOP_LENGTH:
-            raise _refused("stop", f"a stop string has {longest} characters; at most {MAX_STOP_LENGTH} are allowed")
-        return tuple(text for text in texts if text)
 
     def _sampling(self) -> Sampling:
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
@@ -209,7 +202,7 @@ class SamplingRequest(ModelRequest):
             return {}
         schema = (wanted.json_schema or {}).get("schema")
         if not isinstance(schema, Mapping):
-            raise _refused("response_format", 'json_schema needs {"name": …, "schema": {…}}')
+            raise refused("response_format", 'json_schema needs {"name": …, "schema": {…}}')
         return schema
 
 
@@ -232,19 +225,19 @@ class ChatRequest(SamplingRequest):
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.logprobs:
-            raise _refused("logprobs", "token probabilities are not supported")
+            raise refused("logprobs", "token probabilities are not supported")
         if self.modalities not in (None, ["text"]):
-            raise _refused("modalities", "only the modality text is supported")
+            raise refused("modalities", "only the modality text is supported")
         messages = [_plain(index, message) for index, message in enumerate(self.messages)]
         options = self.chat_template_kwargs or {}
         if not isinstance(options.get("enable_thinking", True), bool):
-            raise _refused("chat_template_kwargs", "enable_thinking must be true or false")
+            raise refused("chat_template_kwargs", "enable_thinking must be true or false")
         tools, choice = self._tools()
         return self.generation(
             "chat",
             request_id,
             key,
-            [tools, *_opening(messages)] if tools else _opening(messages),
+            [tools, *opening_of(messages)] if tools else opening_of(messages),
             as_functions=bool(self.functions),
             messages=messages,
             tools=tools,
@@ -259,20 +252,20 @@ class ChatRequest(SamplingRequest):
     def _tools(self) -> tuple[list[dict[str, Any]] | None, str | None]:
         """The tools that may be called, and whether one must be. A named one is the only one."""
         if self.tools and self.functions:
-            raise _refused("functions", "they are what tools were before; send one of both")
+            raise refused("functions", "they are what tools were before; send one of both")
         given = self.tools or [Tool(type="function", function=each) for each in self.functions or ()]
         if not given:
             if self.tool_choice not in (None, "auto", "none"):
-                raise _refused("tool_choice", "there are no tools to choose from; send tools")
+                raise refused("tool_choice", "there are no tools to choose from; send tools")
             return None, None
         if len(given) > MAX_TOOLS:
-            raise _refused("tools", f"{len(given)} tools; at most {MAX_TOOLS} are allowed")
+            raise refused("tools", f"{len(given)} tools; at most {MAX_TOOLS} are allowed")
         choice = self.tool_choice or self.function_call
         if isinstance(choice, NamedTool | ToolName):
             wanted = choice.function.name if isinstance(choice, NamedTool) else choice.name
             given = [tool for tool in given if tool.function.name == wanted]
             if not given:
-                raise _refused("tool_choice", f"there is no tool {clipped(wanted, TOLD_LENGTH)!r}")
+                raise refused("tool_choice", f"there is no tool {clipped(wanted, TOLD_LENGTH)!r}")
             choice = "required"
         return [tool.model_dump(exclude_none=True) for tool in given], choice or "auto"
 
@@ -289,16 +282,16 @@ class CompletionRequest(SamplingRequest):
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.suffix:
-            raise _refused("suffix", "suffixes are not supported")
+            raise refused("suffix", "suffixes are not supported")
         if self.echo:
-            raise _refused("echo", "echoing the prompt is not supported")
+            raise refused("echo", "echoing the prompt is not supported")
         if self.logprobs is not None:
-            raise _refused("logprobs", "token probabilities are not supported")
+            raise refused("logprobs", "token probabilities are not supported")
         if self.best_of not in (None, 1):
-            raise _refused("best_of", "Arriero gives one answer per request")
+            raise refused("best_of", "Arriero gives one answer per request")
         prompts = _texts_or_tokens("prompt", self.prompt)
         if len(prompts) > 1:
-            raise _refused("prompt", f"{len(prompts)} prompts; send each in its own request")
+            raise refused("prompt", f"{len(prompts)} prompts; send each in its own request")
         return self.generation("text", request_id, key, prompts[0][:PREFIX_LENGTH], prompt=prompts[0])
 
 
@@ -312,25 +305,22 @@ class EmbeddingsRequest(ModelRequest):
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.dimensions is not None:
-            raise _refused("dimensions", "vectors have the model's own length only; leave it out")
+            raise refused("dimensions", "vectors have the model's own length only; leave it out")
         inputs = _texts_or_tokens("input", self.input)
         if len(inputs) > MAX_INPUTS:
-            raise _refused("input", f"{len(inputs)} inputs; at most {MAX_INPUTS} are allowed in one request")
+            raise refused("input", f"{len(inputs)} inputs; at most {MAX_INPUTS} are allowed in one request")
         request = EmbedRequest(content_of(inputs=inputs))
         return Ask(self.need(request_id, request, "embed", key), request, encoding_format=self.encoding_format)
 
 
-Form = Literal["chat", "text", "embed"]
-FORMS: Mapping[Form, type[ChatRequest | CompletionRequest | EmbeddingsRequest]] = {
-    "chat": ChatRequest,
-    "text": CompletionRequest,
-    "embed": EmbeddingsRequest,
-}
-
-
-def read_ask(form: Form, body: bytes | bytearray, request_id: str, key: str) -> Ask:
-    """What `body` asks for. Raises Rejected. Costs time and memory by the size of `body`: see `parsers`."""
-    return checked(FORMS[form], body).ask(request_id, key)
+def checked_stops(param: str, given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The stop strings of a request. Raises Rejected when they are too many or too long."""
+    texts = (given,) if isinstance(given, str) else tuple(given or ())
+    if len(texts) > MAX_STOPS:
+        raise refused(param, f"{len(texts)} stop strings; at most {MAX_STOPS} are allowed")
+    if (longest := max(map(len, texts), default=0)) > MAX_STOP_LENGTH:
+        raise refused(param, f"a stop string has {longest} characters; at most {MAX_STOP_LENGTH} are allowed")
+    return tuple(text for text in texts if text)
 
 
 def fingerprint_of(model: str, asked: GenerateRequest | EmbedRequest) -> str:
@@ -341,17 +331,17 @@ def fingerprint_of(model: str, asked: GenerateRequest | EmbedRequest) -> str:
     return digest.hexdigest()
 
 
-def _prefix_of(beginning: object) -> str:
+def prefix_of(beginning: object) -> str:
     return blake2b(json.dumps(beginning).encode(), digest_size=12).hexdigest()
 
 
-def _opening(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+def opening_of(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """All up to the first message of the user, which stays while the chat goes on."""
     first = next((i for i, message in enumerate(messages) if message.get("role") == "user"), 0)
     return messages[: first + 1]
 
 
-def _refused(param: str, message: str) -> Rejected:
+def refused(param: str, message: str) -> Rejected:
     return Rejected(f"{param}: {message}", param=param)
 
 
@@ -367,9 +357,9 @@ def _text_of_part(index: int, part: Mapping[str, Any]) -> str:
     kind, text = part.get("type"), part.get("text")
     if kind != "text":
         named = clipped(kind, TOLD_LENGTH) if isinstance(kind, str) else "unknown"
-        raise _refused(f"messages.{index}.content", f"a part of type {named!r} is not supported; only text is")
+        raise refused(f"messages.{index}.content", f"a part of type {named!r} is not supported; only text is")
     if not isinstance(text, str):
-        raise _refused(f"messages.{index}.content", 'a part of type "text" needs its "text"')
+        raise refused(f"messages.{index}.content", 'a part of type "text" needs its "text"')
     return text
 
 
@@ -379,7 +369,7 @@ def _texts_or_tokens(
     """One entry per input, whichever of OpenAI's four spellings was used."""
     inputs: Sequence[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not inputs or not all(inputs):
-        raise _refused(param, "it is empty" if len(inputs) < 2 else f"item {_first_empty(inputs)} is empty")
+        raise refused(param, "it is empty" if len(inputs) < 2 else f"item {_first_empty(inputs)} is empty")
     return inputs
 
 

@@ -18,7 +18,7 @@ from actors.gateway.errors import (
     TooMuchHeld,
     Unauthorized,
 )
-from actors.gateway.openai_requests import FORMS
+from actors.gateway.forms import FORMS
 from actors.records import LoadRequest, PinRequest, UnloadRequest
 from scheduler.errors import (
     ArrieroError,

@@ -23,8 +23,8 @@ from dataclasses import replace
 from io import BufferedRWPair
 
 from actors.devices.processes import end_with_parent
+from actors.gateway.forms import Form, read_ask
 from actors.gateway.limits import MAX_BODY_BYTES, PARSE_CPU_S, PARSE_DATA_BYTES, too_large
-from actors.gateway.openai_requests import Form, read_ask
 from scheduler.errors import ArrieroError
 
 READY = b"ready"

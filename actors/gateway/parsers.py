@@ -20,8 +20,9 @@ from heapq import heappop, heappush
 from pathlib import Path
 
 from actors.gateway.errors import BodyTooLarge
+from actors.gateway.forms import Form
 from actors.gateway.limits import PARSE_CPU_S, PARSE_DATA_BYTES, PARSE_S
-from actors.gateway.openai_requests import Ask, Form
+from actors.gateway.openai_requests import Ask
 from actors.gateway.parser_process import HEAD, READY, message
 from scheduler.errors import ArrieroError, InvariantBroken
 from scheduler.units import MIB, format_bytes
@@ -58,7 +59,7 @@ class Parsers:
         self._workers: list[asyncio.Task[None]] = []
 
     async def read_ask(self, form: Form, body: bytes | bytearray, request_id: str, key: str, source: str = "") -> Ask:
-        """What `body` asks for, as `openai_requests.read_ask` says. Raises Rejected, BodyTooLarge for a body that takes
+        """What `body` asks for, as `forms.read_ask` says. Raises Rejected, BodyTooLarge for a body that takes
         too much to read."""
         if not self._workers:
             self._workers = [asyncio.ensure_future(self._work()) for _ in range(self._processes)]

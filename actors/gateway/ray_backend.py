@@ -119,7 +119,7 @@ class RayBackend:
 
     async def embed(self, lease: Grant, request: EmbedRequest) -> EmbedResult:
         vectors: list[array[float]] = []
-        async with aclosing(self._answer(lease, Kind.EMBED, request.content)) as answer:
+        async with aclosing(self._answer(lease, Kind.EMBED, road.packed_embed(request))) as answer:
             async for arrived in answer:
                 vectors += (array("f", payload) for kind, payload in arrived if kind == Kind.VECTOR)
                 if counts := self._counts(lease, arrived):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
 
 from actors.gateway.bodies import checked
+from actors.gateway.forms import Form, read_ask
 from actors.gateway.limits import INLINE_BYTES
-from actors.gateway.openai_requests import Ask, Form, read_ask
+from actors.gateway.openai_requests import Ask
 from actors.gateway.parsers import Parsers
 from actors.gateway.security import key_of, source_of
 from actors.gateway.stream import ClientGone, while_connected
@@ -24,26 +26,28 @@ class Reader:
     def __init__(self) -> None:
         self._parsers = Parsers()
 
-    async def ask(self, request: Request, form: Form, request_id: str) -> Ask:
-        """What `request` asks for. Raises Rejected, or ClientGone."""
-        body = await _body_of(request)
+    async def ask(self, request: Request, form: Form, request_id: str, *, any_type: bool = False) -> Ask:
+        """What `request` asks for. `any_type`: whatever its Content-Type says. Raises Rejected, or ClientGone."""
+        body = await _body_of(request, any_type=any_type)
+        source = source_of(request)
         if len(body) <= INLINE_BYTES:
-            return read_ask(form, body, request_id, key_of(request))
-        return await while_connected(
-            request, self._parsers.read_ask(form, body, request_id, key_of(request), source_of(request))
-        )
+            ask = read_ask(form, body, request_id, key_of(request))
+        else:
+            reading = self._parsers.read_ask(form, body, request_id, key_of(request), source)
+            ask = await while_connected(request, reading)
+        return replace(ask, request=replace(ask.request, source=source))
 
-    async def order(self, request: Request, kind: type[Order]) -> Order:
+    async def order(self, request: Request, kind: type[Order], *, any_type: bool = False) -> Order:
         """The order that `request` gives: these are short (`MAX_ORDER_BYTES`). Raises Rejected, or ClientGone."""
-        return checked(kind, await _body_of(request))
+        return checked(kind, await _body_of(request, any_type=any_type))
 
     def close(self) -> None:
         self._parsers.close()
 
 
-async def _body_of(request: Request) -> bytes | bytearray:
+async def _body_of(request: Request, *, any_type: bool) -> bytes | bytearray:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not (
+    if not any_type and not (
         media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
     ):
         raise Rejected("the body must be JSON, with the header Content-Type: application/json")

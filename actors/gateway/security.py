@@ -24,14 +24,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.gateway.address import is_loopback
 from actors.gateway.closing import Closing, shutting_down
-from actors.gateway.errors import Forbidden, Unauthorized, error_json
+from actors.gateway.errors import Forbidden, Unauthorized
 from actors.gateway.limits import MAX_BODY_BYTES, MAX_ORDER_BYTES, MAX_QUERY_PARTS, Held, too_large
-from actors.gateway.stream import EVENT_STREAM, error_response, event
+from actors.gateway.stream import error_response, failure_in
 from actors.gateway.turns import Turns
 from scheduler.errors import ArrieroError, Rejected
 
 OPEN_PATHS = frozenset({"/health", "/api/v1/health"})
+LARGE_PATHS = frozenset(
+    f"{before}/{name}"
+    for before, names in (
+        ("/v1", ("chat/completions", "completions", "embeddings")),
+        ("/api", ("chat", "generate", "embed", "embeddings")),
+    )
+    for name in names
+)
+"""Whose bodies may be large."""
 _KEY = "arriero.key"
+_BODY = "arriero.body"
 
 
 class Guard:
@@ -60,7 +70,7 @@ class Guard:
             await answer.end(scope, receive, shutting_down())
 
     async def _serve(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        limit = MAX_BODY_BYTES if scope["path"].startswith("/v1/") else MAX_ORDER_BYTES
+        limit = MAX_BODY_BYTES if scope["path"] in LARGE_PATHS else MAX_ORDER_BYTES
         source = scope["client"][0] if scope["client"] else ""
         try:
             scope[_KEY] = self._check(scope, Headers(scope=scope), limit)
@@ -68,6 +78,7 @@ class Guard:
         finally:
             await self._turns.take(source)
         with self._held.request(source, limit) as body:
+            scope[_BODY] = body
 
             async def counted() -> Message:
                 message = await receive()
@@ -116,14 +127,21 @@ class _Answer:
         await self._send(message)
 
     async def end(self, scope: Scope, receive: Receive, error: ArrieroError) -> None:
-        """Say `error` in the place of what has not been sent: as an answer, or as the last event of a stream. Any other
+        """Say `error` in the place of what has not been sent: as an answer, or as the end of a stream. Any other
         answer that has begun stays cut off, which its client notices."""
         if self._start is None:
             await error_response(error)(scope, receive, self._send)
-        elif not self._complete and Headers(raw=self._start["headers"]).get("content-type", "").startswith(
-            EVENT_STREAM
-        ):
-            await self._send({"type": "http.response.body", "body": event(error_json(error)), "more_body": False})
+        elif not self._complete and (said := failure_in(self._media_type, error)):
+            await self._send({"type": "http.response.body", "body": said, "more_body": False})
+
+    @property
+    def _media_type(self) -> str:
+        return Headers(raw=self._start["headers"]).get("content-type", "") if self._start is not None else ""
+
+
+def hold(request: Request, answer_bytes: int) -> None:
+    """Count an answer that is held until its client has taken it. Raises TooMuchHeld."""
+    request.scope[_BODY].hold(answer_bytes)
 
 
 def key_of(request: Request) -> str:

@@ -12,6 +12,7 @@ Cost per event: one lock and one send, no task; less by a `Shortcut`.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
@@ -21,13 +22,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from actors.gateway.connections import CONNECTION, Connection
-from actors.gateway.errors import error_headers, error_json, unexpected
+from actors.gateway.errors import MAX_MESSAGE_LENGTH, clipped, error_headers, error_json, unexpected
 from actors.gateway.shortcut import Shortcut
 from scheduler.errors import ArrieroError
 
 T = TypeVar("T")
 
 EVENT_STREAM = "text/event-stream"
+LINES = "application/x-ndjson"
 COMMENT = b": waiting\n\n"
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,22 @@ def event(data: bytes, event_id: int | None = None) -> bytes:
     return b"%sdata: %s\n\n" % (prefix, data)
 
 
+def failure_in(media_type: str, error: ArrieroError) -> bytes:
+    """How a stream of that type says that it ends with `error`; empty for other answers."""
+    kind = media_type.partition(";")[0]
+    if kind == LINES:
+        return json.dumps({"error": error.message}).encode() + b"\n"
+    return event(error_json(error)) if kind == EVENT_STREAM else b""
+
+
 def error_response(error: ArrieroError) -> Response:
     return Response(error_json(error), error.http_status, error_headers(error), "application/json")
+
+
+def lines_error(error: ArrieroError) -> Response:
+    """An error as Ollama's clients expect it."""
+    body = json.dumps({"error": clipped(error.message, MAX_MESSAGE_LENGTH)})
+    return Response(body, error.http_status, error_headers(error), "application/json")
 
 
 async def while_connected(request: Request, answer: Awaitable[T]) -> T:
@@ -64,13 +80,20 @@ async def while_connected(request: Request, answer: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """Sends what `events` yields. After `pulse_s` seconds of silence a comment goes out, and again every `pulse_s`.
+    """Sends what `events` yields: server-sent events, or `LINES` of JSON. After `pulse_s` seconds of silence a comment
+    goes out, and again every `pulse_s`; among lines there are none.
 
     `shortcut` is opened to the client's connection once the first of them is sent.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], pulse_s: float, shortcut: Shortcut | None = None) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=EVENT_STREAM)
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        pulse_s: float,
+        shortcut: Shortcut | None = None,
+        media_type: str = EVENT_STREAM,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=media_type)
         del self.headers["content-length"]
         self._events = events
         self._pulse_s = pulse_s
@@ -78,7 +101,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection: Connection | None = scope.get("state", {}).get(CONNECTION)
-        line = _Line(send, self.status_code, self.raw_headers, connection)
+        line = _Line(send, self.status_code, self.raw_headers, connection, self.media_type or EVENT_STREAM)
         pump = asyncio.ensure_future(self._pump(line))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
@@ -87,12 +110,13 @@ class EventStream(Response):
                 await asyncio.wait({pump, gone}, timeout=self._pulse_s, return_when=asyncio.FIRST_COMPLETED)
                 if pump.done() or gone.done():
                     break
-                if line.sent == sent and not line.blocked:
+                if line.sent == sent and not line.blocked and self.media_type == EVENT_STREAM:
                     await line.write(COMMENT)
         finally:
             await _end(pump, gone)
         if line.failure is not None:
-            await error_response(line.failure)(scope, receive, send)
+            refusal = lines_error if self.media_type == LINES else error_response
+            await refusal(line.failure)(scope, receive, send)
 
     async def _pump(self, line: _Line) -> None:
         try:
@@ -115,8 +139,14 @@ class _Line:
     """The response being sent. Two tasks write to it (events and comments), one at a time, or a shortcut."""
 
     def __init__(
-        self, send: Send, status: int, headers: list[tuple[bytes, bytes]], connection: Connection | None
+        self,
+        send: Send,
+        status: int,
+        headers: list[tuple[bytes, bytes]],
+        connection: Connection | None,
+        media_type: str,
     ) -> None:
+        self._media_type = media_type
         self._send = send
         self._connection = connection
         self._start = {"type": "http.response.start", "status": status, "headers": headers}
@@ -143,7 +173,7 @@ class _Line:
 
     async def fail(self, error: ArrieroError) -> None:
         if self.sent:
-            await self.write(event(error_json(error)), more=False)
+            await self.write(failure_in(self._media_type, error), more=False)
         else:
             self.failure = error
 

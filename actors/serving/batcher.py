@@ -190,8 +190,7 @@ class Batcher:
             if row is not None and job.constraint is None:
                 self._accept(slot, job, self._model.sample(job.sampler, row))
             elif row is not None:
-                job.choosing = True
-                self._beside.submit(self._choose, job, self._model.logits(row))
+                self._begin_to_choose(job, row)
         for _, job, _, _ in parts:
             job.hearer.flush()
 
@@ -199,6 +198,13 @@ class Batcher:
         ends = self._model.ends_generation(token)
         if job.accept(token, b"" if ends else self._model.piece(token, special=token in job.preserved), ends=ends):
             self._release_locked(slot)
+
+    def _begin_to_choose(self, job: Generation, row: int) -> None:
+        with self._changed:
+            if job.cancelled:  # meanwhile: nobody would interrupt it any more
+                return
+            job.choosing = True
+        self._beside.submit(self._choose, job, self._model.logits(row))
 
     def _choose(self, job: Generation, logits: Any) -> None:
         """In a thread of its own: the job's next token, or why there is none."""

@@ -117,6 +117,7 @@ class Engine:
             room if request.max_tokens is None else min(room, request.max_tokens),
             prepared.constraint,
             prepared.preserved,
+            request.source,
         )
         if parsed is not None:
             parsed.give_up = lambda: self.drop(job)
@@ -135,7 +136,7 @@ class Engine:
                 raise Rejected(f"input {index} is {len(text)} tokens; at most {limit} can be embedded at once")
         if (total := sum(map(len, texts))) > MOST_EMBEDDED:
             raise Rejected(f"the inputs are {total} tokens; at most {MOST_EMBEDDED} are allowed in one request")
-        return Embedding(request.lease_id, texts, hearer)
+        return Embedding(request.lease_id, texts, hearer, request.source)
 
     def submit(self, job: Job[Any]) -> None:
         """Queues `job`. Raises EngineFailed, and has closed it, when the engine is broken or closed."""

@@ -90,8 +90,10 @@ class Embedded(NamedTuple):
 class Job(Generic[Result]):
     """What generations and embeddings have in common."""
 
-    def __init__(self, lease_id: str, prompt: list[int], hearer: Hearer[Result]) -> None:
+    def __init__(self, lease_id: str, prompt: list[int], hearer: Hearer[Result], source: str = "") -> None:
         self.lease_id = lease_id
+        self.source = source  # who asks for it: an API key's name, or an address
+        self.passed = 0  # how many that came later got a slot before it
         self.prompt = prompt
         self.hearer = hearer
         self.cancelled = False
@@ -122,8 +124,9 @@ class Generation(Job[Chunk]):
         max_tokens: int,
         constraint: Constraint | None = None,
         preserved: frozenset[int] = frozenset(),
+        source: str = "",
     ) -> None:
-        super().__init__(lease_id, prompt, hearer)
+        super().__init__(lease_id, prompt, hearer, source)
         self.preserved = preserved
         self.sampler: Any = sampler
         self.constraint = constraint
@@ -202,8 +205,8 @@ class Generation(Job[Chunk]):
 class Embedding(Job[Embedded]):
     """Texts to embed, one after the other; `done` of them are. Several may be in one batch."""
 
-    def __init__(self, lease_id: str, texts: Sequence[list[int]], hearer: Hearer[Embedded]) -> None:
-        super().__init__(lease_id, texts[0], hearer)
+    def __init__(self, lease_id: str, texts: Sequence[list[int]], hearer: Hearer[Embedded], source: str = "") -> None:
+        super().__init__(lease_id, max(texts, key=len), hearer, source)
         self.texts = texts
         self.done = 0
         self._total: Any = None  # of the vectors of the next text, so far

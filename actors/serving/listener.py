@@ -24,8 +24,9 @@ from actors.frames import BrokenFrame, FrameReader, packed
 from actors.leasing import TokenCounts
 from actors.road import Kind
 from actors.serving.jobs import Embedded, Hearer, Job
+from actors.serving.ollama_reply import OllamaReply
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
-from actors.serving.replies import Reply
+from actors.serving.replies import Reply, reply_in
 from scheduler.errors import ArrieroError, EngineFailed
 from scheduler.units import LeaseId, NodeId
 
@@ -137,7 +138,7 @@ class Listener:
             except BlockingIOError:
                 pass
             except OSError as error:
-                if isinstance(error, BrokenFrame):
+                if isinstance(error, BrokenFrame) and connection not in self._unproved:  # strangers would fill the log
                     log.warning("a connection is ended: %s", error)
                 self._end(connection)
 
@@ -170,9 +171,9 @@ class Listener:
         try:
             if kind == Kind.GENERATE:
                 request = road.read_generate(payload, lease_id)
-                hearer: _Answer | _Vectors = _Answer(connection, Reply(request.reply))
+                hearer: _Answer | _Vectors = _Answer(connection, reply_in(request.reply))
             elif kind == Kind.EMBED:
-                request = EmbedRequest(payload, lease_id)
+                request = road.read_embed(payload, lease_id)
                 hearer = _Vectors(connection)
             else:
                 raise BrokenFrame(f"a frame of kind {kind}")
@@ -186,6 +187,8 @@ class Listener:
     def _answer(
         self, connection: _Connection, request: GenerateRequest | EmbedRequest, hearer: _Answer | _Vectors
     ) -> None:
+        if connection.gone:  # while it waited for a thread
+            return
         try:
             job = self._replica.prepare(request, hearer)
             if connection.begin(job):
@@ -267,7 +270,7 @@ class _Connection:
 class _Answer:
     """Says the chunks of one generation."""
 
-    def __init__(self, connection: _Connection, reply: Reply) -> None:
+    def __init__(self, connection: _Connection, reply: Reply | OllamaReply) -> None:
         self._connection = connection
         self._reply = reply
         self._said = b""  # in this turn

@@ -17,7 +17,7 @@ import gc
 import json
 import os
 import resource
-import selectors
+import select
 import signal
 import socket
 import sys
@@ -58,21 +58,24 @@ class Nursery:
         self._control = control
         self._chat_template = chat_template
         self._vocabulary = vocabulary
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(control, selectors.EVENT_READ)
-        self._connections: dict[int, tuple[int, socket.socket]] = {}  # pid and connection, by pidfd
+        self._poll = select.epoll()
+        self._poll.register(control, select.EPOLLIN)
+        self._children: dict[int, tuple[int, socket.socket]] = {}  # pid and connection, by pidfd
+        self._pidfds: dict[int, int] = {}  # by the connection's descriptor
 
     def run(self) -> None:
         """Returns in the parent when the runner is gone. A child never returns."""
         while True:
-            for ready, _ in self._selector.select():
-                if ready.fileobj is not self._control:
-                    self._bury(ready.fd)
-                    continue
-                _, descriptors, _, _ = socket.recv_fds(self._control, 1, 1)
-                if not descriptors:
-                    return
-                self._fork(socket.socket(fileno=descriptors[0]))
+            for ready, _ in self._poll.poll():
+                if ready in self._children:
+                    self._bury(ready)
+                elif ready in self._pidfds:
+                    self._end(ready)
+                elif ready == self._control.fileno():
+                    _, descriptors, _, _ = socket.recv_fds(self._control, 1, 1)
+                    if not descriptors:
+                        return
+                    self._fork(socket.socket(fileno=descriptors[0]))
 
     def _fork(self, connection: socket.socket) -> None:
         try:
@@ -87,22 +90,31 @@ class Nursery:
             finally:
                 os._exit(0)
         pidfd = os.pidfd_open(pid)
-        self._connections[pidfd] = pid, connection
-        self._selector.register(pidfd, selectors.EVENT_READ)
+        self._children[pidfd] = pid, connection
+        self._pidfds[connection.fileno()] = pidfd
+        self._poll.register(pidfd, select.EPOLLIN)
+        self._poll.register(connection, 0)  # the child reads it; only its end is looked for
+
+    def _end(self, connection: int) -> None:
+        """Nobody waits for what a child computes any more; it may be inside C, for seconds."""
+        self._poll.unregister(connection)
+        signal.pidfd_send_signal(self._pidfds.pop(connection), signal.SIGKILL)
 
     def _let_go(self) -> None:
         """In a child: close what belongs to the parent, and end with it."""
         end_with_parent()
-        for pidfd, (_, connection) in self._connections.items():
+        for pidfd, (_, connection) in self._children.items():
             os.close(pidfd)
             connection.close()
-        self._selector.close()
+        self._poll.close()
         self._control.close()
 
     def _bury(self, pidfd: int) -> None:
-        self._selector.unregister(pidfd)
+        self._poll.unregister(pidfd)
         os.close(pidfd)
-        pid, connection = self._connections.pop(pidfd)
+        pid, connection = self._children.pop(pidfd)
+        if self._pidfds.pop(connection.fileno(), None) is not None:
+            self._poll.unregister(connection)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         with connection:
             if status and status not in _FROM_OUTSIDE:

@@ -81,12 +81,13 @@ def content_of(**parts: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ReplyForm:
-    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, whole or in events.
+    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, or as Ollama's;
+    whole or streamed.
 
     `created`: seconds since 1970.
     """
 
-    form: Literal["chat", "text"] = "text"
+    form: Literal["chat", "text", "ollama-chat", "ollama-generate"] = "text"
     stream: bool = False
     include_usage: bool = False  # in the events
     as_functions: bool = False  # a call of a tool is told as OpenAI's `function_call` of old
@@ -109,6 +110,7 @@ class GenerateRequest:
     stop: tuple[str, ...] = ()
     sampling: Sampling = Sampling()
     reply: ReplyForm = ReplyForm()
+    source: str = ""  # who asks: an API key's name, or an address
 
 
 class Delta(NamedTuple):
@@ -140,12 +142,18 @@ class Chunk:
     deltas: tuple[Delta, ...] | None = None
 
 
+def deltas_of(chunk: Chunk) -> tuple[Delta, ...]:
+    """What a chunk adds to the message, parsed or not."""
+    return (Delta(content=chunk.text),) if chunk.deltas is None else chunk.deltas
+
+
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """`content` as JSON: {"inputs": texts or lists of token ids}."""
+    """`content` as JSON: {"inputs": texts or lists of token ids}. `source`: as in `GenerateRequest`."""
 
     content: bytes
     lease_id: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,20 @@ Cost of an event: one JSON string; what stands around it is the same for all eve
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-from actors.serving.protocol import Chunk, Delta, ReplyForm
+from actors.serving.message import Message
+from actors.serving.ollama_reply import OllamaReply
+from actors.serving.protocol import Chunk, Delta, ReplyForm, deltas_of
 
 DONE = b"data: [DONE]\n\n"
 _MARK = "text"  # of an event, where its own text will stand
+
+
+def reply_in(wanted: ReplyForm) -> Reply | OllamaReply:
+    """What makes an answer that reads as it is wanted."""
+    return OllamaReply(wanted) if wanted.form.startswith("ollama") else Reply(wanted)
 
 
 class Reply:
@@ -27,7 +32,7 @@ class Reply:
         self._head = {"id": wanted.request_id, "object": kind, "created": wanted.created, "model": wanted.model}
         # OpenAI's clients expect `usage` in every event once they have asked for it: null until the end.
         self._tail: dict[str, Any] = {"usage": None} if wanted.include_usage else {}
-        self._said = _Message(wanted.as_functions)
+        self._said = _Telling(wanted.as_functions)
         self._begun = True
         self._before, _, self._after = self._event(_choice(self._delta(_MARK))).rpartition(_MARK.encode())
         self._begun = False
@@ -35,7 +40,7 @@ class Reply:
     def bytes_of(self, chunk: Chunk) -> bytes:
         """What the client reads for `chunk`; empty for all but the last one of an answer that is sent whole."""
         if not self._wanted.stream:
-            for _ in self._said.take(_deltas(chunk)):
+            for _ in self._said.take(deltas_of(chunk)):
                 pass
             return self._whole(chunk) if chunk.finish_reason is not None else b""
         if chunk.deltas is not None:
@@ -48,7 +53,7 @@ class Reply:
 
     def _parsed(self, chunk: Chunk) -> bytes:
         """The events of a chunk that was parsed."""
-        deltas = [*self._said.take(_deltas(chunk))]
+        deltas = [*self._said.take(deltas_of(chunk))]
         if chunk.finish_reason is not None:
             deltas += self._said.left()
         events = []
@@ -76,97 +81,65 @@ class Reply:
         return usage + DONE
 
     def _whole(self, last: Chunk) -> bytes:
-        said = {"message": self._said.whole()} if self._chat else {"text": self._said.content}
+        said = {"message": self._said.whole()} if self._chat else {"text": self._said.message.content}
         choice = _choice(said, self._said.finish_reason(last))
         return json.dumps({**self._head, "choices": [choice], "usage": _usage(last)}).encode()
 
 
-@dataclass(slots=True)
-class _Call:
-    """A tool call. Its name is told with the first of its arguments: until then it may grow."""
-
-    call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
-    name: str = ""
-    arguments: str = ""
-    told: bool = False
-
-
-class _Message:
-    """The message as far as it was said. `as_functions`: in the words of OpenAI's API before there were tools."""
+class _Telling:
+    """What was said, and how it is told. `as_functions`: in the words of OpenAI's API before there were tools."""
 
     def __init__(self, as_functions: bool) -> None:
         self._as_functions = as_functions
-        self._contents: list[str] = []
-        self._thoughts: list[str] = []
-        self._calls: dict[int, _Call] = {}
-
-    @property
-    def content(self) -> str:
-        return "".join(self._contents)
+        self.message = Message()
 
     def take(self, deltas: tuple[Delta, ...]) -> Iterator[dict[str, Any]]:
-        """Adds them; yields each as the client reads it."""
+        """Adds them; yields each as the client reads it. A call is told with the first of its arguments: until then its
+        name may grow."""
         for delta in deltas:
+            if delta.content or (delta.tool is not None and delta.tool not in self.message.calls):
+                yield from self.left()
+            self.message.add(delta)
             if delta.reasoning:
-                self._thoughts.append(delta.reasoning)
                 yield {"reasoning_content": delta.reasoning}
             if delta.content:
-                self._contents.append(delta.content)
-                yield from self.left()
                 yield {"content": delta.content}
-            if delta.tool is not None:
-                yield from self._take_call(delta.tool, delta)
-
-    def _take_call(self, number: int, delta: Delta) -> Iterator[dict[str, Any]]:
-        if number not in self._calls:
-            yield from self.left()
-        call = self._calls.setdefault(number, _Call())
-        call.name = delta.name or call.name
-        call.arguments += delta.arguments
-        if not delta.arguments:
-            return
-        yield self._told(number, call, delta.arguments)
-        call.told = True
+            if delta.tool is not None and delta.arguments:
+                yield self._told(delta.tool, delta.arguments)
 
     def left(self) -> Iterator[dict[str, Any]]:
         """Calls that have no arguments."""
-        for number, call in self._calls.items():
+        for number, call in self.message.calls.items():
             if not call.told:
-                yield self._told(number, call, "")
-                call.told = True
+                yield self._told(number, "")
 
-    def _told(self, number: int, call: _Call, arguments: str) -> dict[str, Any]:
+    def _told(self, number: int, arguments: str) -> dict[str, Any]:
+        call = self.message.calls[number]
         function = {"arguments": arguments} if call.told else {"name": call.name, "arguments": arguments}
-        if self._as_functions:
-            return {"function_call": function}
         head = {"index": number} if call.told else {"index": number, "id": call.call_id, "type": "function"}
-        return {"tool_calls": [{**head, "function": function}]}
+        call.told = True
+        return {"function_call": function} if self._as_functions else {"tool_calls": [{**head, "function": function}]}
 
     def whole(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
-        if self._thoughts:
-            message["reasoning_content"] = "".join(self._thoughts)
-        if self._calls:
-            message["content"] = self.content or None
-            functions = [{"name": call.name, "arguments": call.arguments} for call in self._calls.values()]
+        said = self.message
+        message: dict[str, Any] = {"role": "assistant", "content": said.content}
+        if said.thoughts:
+            message["reasoning_content"] = said.thoughts
+        if said.calls:
+            message["content"] = said.content or None
+            calls = [(call.call_id, {"name": call.name, "arguments": call.arguments}) for call in said.calls.values()]
             if self._as_functions:
-                message["function_call"] = functions[0]
+                message["function_call"] = calls[0][1]
             else:
-                ids = [call.call_id for call in self._calls.values()]
                 message["tool_calls"] = [
-                    {"id": call_id, "type": "function", "function": function}
-                    for call_id, function in zip(ids, functions, strict=True)
+                    {"id": call_id, "type": "function", "function": function} for call_id, function in calls
                 ]
         return message
 
     def finish_reason(self, last: Chunk) -> str | None:
-        if self._calls and last.finish_reason == "stop":
+        if self.message.calls and last.finish_reason == "stop":
             return "function_call" if self._as_functions else "tool_calls"
         return last.finish_reason
-
-
-def _deltas(chunk: Chunk) -> tuple[Delta, ...]:
-    return (Delta(content=chunk.text),) if chunk.deltas is None else chunk.deltas
 
 
 def _event(told: dict[str, Any]) -> bytes:

@@ -7,13 +7,17 @@ Invariant: `slot.tokens` is exactly what the model's memory holds for that seque
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from actors.serving.jobs import Embedding, Generation, Job
 from actors.serving.model import Model
+
+MOST_PASSED = 8
+"""A prompt nearly as long as the cache waits until the cache is empty. If nobody passed it, all would wait for it with
+their slots free (TTFT 2.9 s instead of 0.01 s for a model of 2 MB); if everybody did, it would wait for ever."""
 
 
 @dataclass(slots=True)
@@ -58,13 +62,24 @@ class Slots:
         return iter(self._all)
 
     def assign(self) -> None:
-        """Gives those who wait their slots, in order, as far as there are slots and room in the cache."""
-        while self.waiting and self._has_room_for(self.waiting[0]):
-            choice = best_slot(self._all, self.waiting[0].prompt)
+        """Gives those who wait their slots, as far as there are slots and room in the cache.
+
+        In order; but who needs more room than there is lets others pass, `MOST_PASSED` of them.
+        """
+        for job in list(self.waiting):
+            if not self._has_room_for(job):
+                if job.passed >= MOST_PASSED:
+                    return
+                continue
+            choice = best_slot(self._all, job.prompt)
             if choice is None:
                 return
             slot, shared = choice
-            job = self.waiting.popleft()
+            for earlier in self.waiting:
+                if earlier is job:
+                    break
+                earlier.passed += 1
+            self.waiting.remove(job)
             if isinstance(job, Embedding):
                 shared = 0
             kept = self._model.keep_prefix(slot.sequence, shared, len(slot.tokens))
@@ -112,14 +127,17 @@ class Slots:
 
     def postpone_one(self) -> bool:
         """In a cache that is full one answer gives way, and is continued when there is room: one that nobody takes, or
-        the youngest. False when there is but one: it has all of the cache."""
+        the youngest of the source that holds most of it. False when there is but one: it has all of the cache."""
         if sum(slot.job is not None for slot in self._all) < 2:
             return False
         answers = [(slot, slot.job) for slot in self._all if isinstance(slot.job, Generation)]
         may_wait = [(slot, job) for slot, job in answers if not job.choosing]
         if not may_wait:
             return False
-        slot, job = max(may_wait, key=lambda pair: (pair[1].hearer.stalled, pair[0].last_used))
+        held: Counter[str] = Counter()
+        for slot, job in answers:
+            held[job.source] += len(slot.tokens)
+        slot, job = max(may_wait, key=lambda pair: (pair[1].hearer.stalled, held[pair[1].source], pair[0].last_used))
         job.begin_again(slot.tokens)
         self.forget(slot)
         self.release(slot)

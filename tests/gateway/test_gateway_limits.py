@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from gateway_fakes import MODEL, FakeBackend, Gate, all_of, connect, head_of, running, serve, web
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from actors.gateway import limits
 from actors.gateway.app import make_app
@@ -91,6 +93,68 @@ def test_what_is_no_http_is_refused_in_our_shape(url: str, what: bytes) -> None:
     with connect(url) as connection:
         connection.sendall(what)
         assert refusal(connection.recv(65536)) == (400, "invalid_request")
+
+
+IN_CHUNKS = (
+    f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    "Transfer-Encoding: chunked\r\n{}\r\n"
+).encode()
+
+
+def chunks(body: bytes, size: int) -> bytes:
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        IN_CHUNKS.replace(b"{}", b"") + chunks(BODY + b" " * 5000, 1),
+        IN_CHUNKS.replace(b"{}", b"") + b"0\r\n" + b"a:\r\n" * 3000,
+    ],
+    ids=["chunks", "trailers"],
+)
+@pytest.mark.parametrize("step", [1 << 20, 1000, 60])
+def test_bodies_in_tiny_pieces_are_refused_before_they_are_read(
+    sent: bytes, step: int, url: str, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+    receive = H11Protocol.data_received
+
+    def counting(connection: Any, data: bytes) -> None:
+        nonlocal read
+        read += data.count(b"\n")
+        receive(connection, data)
+
+    monkeypatch.setattr(H11Protocol, "data_received", counting)
+    with connect(url) as connection:
+        with contextlib.suppress(OSError):  # it closes before all of it is sent
+            for at in range(0, len(sent), step):
+                connection.sendall(sent[at : at + step])
+        with contextlib.suppress(ConnectionResetError):
+            answer = connection.recv(65536)
+            assert refusal(answer) == (400, "invalid_request") and b"too small" in answer
+    assert read <= limits.FREE_LINES
+    assert not backend.saw("acquire")
+
+
+def test_bodies_in_chunks_of_some_size_are_welcome(url: str, backend: FakeBackend) -> None:
+    long = BODY[:-1] + b', "user": "%s"}' % (b"x" * 100_000)
+    for body, size in ((BODY, 10), (long, 200)):
+        with connect(url) as connection:
+            connection.sendall(IN_CHUNKS.replace(b"{}", b"") + chunks(body, size))
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_a_refused_client_may_not_go_on_in_tiny_pieces(backend: FakeBackend) -> None:
+    with serve(backend, {"ann": "secret"}) as url, connect(url) as connection:
+        connection.sendall(IN_CHUNKS.replace(b"{}", b""))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 401")
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                connection.sendall(b"1\r\n \r\n" * 100)
+            pytest.fail("it was let go on")
+    assert not backend.journal
 
 
 @pytest.fixture

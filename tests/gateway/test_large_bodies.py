@@ -17,8 +17,9 @@ from gateway_fakes import MODEL, FakeBackend, content, web
 from actors.gateway import parsers
 from actors.gateway.bodies import MAX_FIELDS, checked
 from actors.gateway.errors import BodyTooLarge
+from actors.gateway.forms import Form, read_ask
 from actors.gateway.limits import INLINE_BYTES, MAX_BODY_BYTES, MAX_ORDER_BYTES
-from actors.gateway.openai_requests import MAX_BIASES, MAX_STOP_LENGTH, Form, read_ask
+from actors.gateway.openai_requests import MAX_BIASES, MAX_STOP_LENGTH
 from actors.gateway.parsers import Parsers
 from actors.records import LoadRequest
 from scheduler.errors import Rejected

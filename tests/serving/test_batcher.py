@@ -22,6 +22,7 @@ from actors.serving.beat import Beat
 from actors.serving.jobs import Embedding, Generation, Results
 from actors.serving.model import Row
 from actors.serving.protocol import Chunk, LoadFailed
+from actors.serving.slots import MOST_PASSED, Slots
 from actors.serving.text import TextStream
 from scheduler.errors import EngineFailed
 
@@ -124,8 +125,10 @@ class FakeModel:
         (self.aborts.set if wanted else self.aborts.clear)()
 
 
-def job(prompt: Sequence[int], max_tokens: int = 20, name: str = "r") -> Generation:
-    return Generation(name, list(prompt), Results(), FakeSampler(), TextStream(), max_tokens)
+def job(
+    prompt: Sequence[int], max_tokens: int = 20, name: str = "r", source: str = "", constraint: Any = None
+) -> Generation:
+    return Generation(name, list(prompt), Results(), FakeSampler(), TextStream(), max_tokens, constraint, source=source)
 
 
 def submitted(batcher: Batcher, one: Generation) -> Generation:
@@ -279,6 +282,47 @@ def test_cancelling_one_does_not_abort_another_in_the_same_batch(running: Any) -
     assert list(dropped.hearer) == []
 
 
+class SlowConstraint:
+    """Chooses until it is interrupted."""
+
+    def __init__(self) -> None:
+        self.began, self.interrupted = threading.Event(), threading.Event()
+
+    def choose(self, pick: Any) -> int:
+        self.began.set()
+        self.interrupted.wait()
+        raise EngineFailed("interrupted")
+
+    def interrupt(self) -> None:
+        self.interrupted.set()
+
+    def close(self) -> None: ...
+
+
+def test_who_leaves_while_its_prompt_is_read_never_begins_to_choose(running: Any) -> None:
+    model = FakeModel(n_seq_max=3)
+    model.pause = threading.Event()
+    batcher = running(model)
+    blocker = submitted(batcher, job([9], 1))  # until both others wait, so that they start together
+    assert model.entered.wait(10)
+    constraint = SlowConstraint()
+    other = submitted(batcher, job([1, 2], 3, "other"))
+    left = submitted(batcher, job([3, 4], 20, "left", constraint=constraint))
+    decode = model.decode
+
+    def meanwhile(rows: Sequence[Row]) -> int:
+        code = decode(rows)
+        batcher.cancel(left)
+        return code
+
+    model.decode = meanwhile  # type: ignore[method-assign]
+    model.pause.set()
+    assert list(left.hearer) == []
+    assert not constraint.began.is_set()
+    for each in (blocker, other):
+        assert list(each.hearer)
+
+
 def test_a_failed_decode_fails_its_requests_and_the_next_one_works(running: Any) -> None:
     model = FakeModel(n_seq_max=1)
     model.codes = [-3]
@@ -371,6 +415,35 @@ def test_a_prompt_waits_until_the_shared_cache_has_room_for_it(running: Any) -> 
     assert heard(list(first.hearer)) == expected(talkative(25, 5), 5)
     assert heard(list(second.hearer)) == expected(talkative(20, 5), 5)
     assert not any({row.sequence for row in batch} == {0, 1} for batch in model.batches)
+
+
+def test_who_needs_little_passes_who_needs_the_whole_cache_but_not_for_ever() -> None:
+    slots = Slots(FakeModel(n_seq_max=2, room=100))
+    small = [job([1] * 5, name=f"small-{number}") for number in range(20)]
+    slots.waiting += [job([1] * 20, name="running"), job([1] * 95, name="large"), *small]
+    slots.assign()
+    served = []
+    while "large" not in served:  # those who need little leave one by one, at last nobody is left to wait for
+        inside = [slot for slot in slots if slot.job is not None]
+        served += [slot.job.lease_id for slot in inside if slot.job is not None and slot.job.lease_id not in served]
+        slots.release(inside[-1])
+        slots.assign()
+    assert served == ["running", *(f"small-{number}" for number in range(MOST_PASSED)), "large"]
+
+
+def test_in_a_full_cache_the_source_that_holds_most_of_it_gives_way(running: Any) -> None:
+    model = FakeModel(n_seq_max=4, n_ubatch=64, room=60)
+    model.pause = threading.Event()
+    batcher = running(model)
+    blocker = submitted(batcher, job([9], 1))
+    assert model.entered.wait(10)
+    greedy = [submitted(batcher, job(talkative(22, 12, of), 12, source="bob")) for of in (1, 2)]
+    modest = submitted(batcher, job(talkative(4, 12, of=3), 12, source="ann"))  # the youngest
+    model.pause.set()
+    for each in (blocker, modest, *greedy):
+        assert list(each.hearer)[-1].completion_tokens == (1 if each is blocker else 12)
+    begun = [token for rows in model.batches for token, position, _, _ in rows if position == 0]
+    assert begun.count(3) == 1 and len(begun) > 4, "only one of bob's was read again"
 
 
 @settings(max_examples=60, deadline=None)

@@ -151,6 +151,44 @@ def test_an_answer_has_a_budget_for_all_its_tokens(
             constraint.close()
 
 
+def test_a_child_whose_runner_has_hung_up_computes_no_longer(
+    sample: Callable[..., Path], words: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_more(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+        code = "from actors.serving import preparer; preparer.CPU_S = 1000.0; preparer.main()"
+        return subprocess.Popen([command[0], "-c", code, *command[3:]], **settings)
+
+    monkeypatch.setattr(preparation, "subprocess", SimpleNamespace(Popen=with_more, DEVNULL=subprocess.DEVNULL))
+    with closing(started(sample("llama"))) as preparer:
+        constraint = preparer.prepare(schema(EXPONENTIAL), N_CTX).constraint
+        assert constraint is not None
+        (child,) = children(preparer)
+        began, failures = threading.Event(), []
+
+        def choose() -> None:
+            tokens = itertools.chain(
+                words.tokenize('"', add_special=False)[-1:],
+                itertools.repeat(words.tokenize("x", add_special=False)[-1]),
+            )
+            try:
+                for token in tokens:
+                    began.set()
+                    constraint.choose(lambda allowed, token=token: token)
+            except (Rejected, EngineFailed) as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=choose)
+        thread.start()
+        began.wait()
+        constraint.interrupt()
+        thread.join()
+        assert failures
+        psutil.wait_procs([child], timeout=60)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+        constraint.close()
+        assert preparer.prepare(CHAT, N_CTX).prompts
+
+
 def test_a_token_that_may_not_come_next_is_picked_anew(preparer: Preparer, words: Vocabulary) -> None:
     constraint = preparer.prepare(schema({"const": "ab"}), N_CTX).constraint
     assert constraint is not None

@@ -1,0 +1,37 @@
+"""Every form that a request for an answer or for vectors may have, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from actors.gateway import ollama_requests, openai_requests
+from actors.gateway.bodies import checked
+from actors.gateway.openai_requests import Ask
+
+Form = Literal["chat", "text", "embed", "ollama-chat", "ollama-generate", "ollama-embed", "ollama-embedding"]
+
+Body = (
+    openai_requests.ChatRequest
+    | openai_requests.CompletionRequest
+    | openai_requests.EmbeddingsRequest
+    | ollama_requests.OllamaChatRequest
+    | ollama_requests.OllamaGenerateRequest
+    | ollama_requests.OllamaEmbedRequest
+    | ollama_requests.OllamaEmbeddingRequest
+)
+
+FORMS: Mapping[Form, type[Body]] = {
+    "chat": openai_requests.ChatRequest,
+    "text": openai_requests.CompletionRequest,
+    "embed": openai_requests.EmbeddingsRequest,
+    "ollama-chat": ollama_requests.OllamaChatRequest,
+    "ollama-generate": ollama_requests.OllamaGenerateRequest,
+    "ollama-embed": ollama_requests.OllamaEmbedRequest,
+    "ollama-embedding": ollama_requests.OllamaEmbeddingRequest,
+}
+
+
+def read_ask(form: Form, body: bytes | bytearray, request_id: str, key: str) -> Ask:
+    """What `body` asks for. Raises Rejected. Costs time and memory by the size of `body`: see `parsers`."""
+    return checked(FORMS[form], body).ask(request_id, key)

@@ -1,0 +1,45 @@
+"""An assistant's message as far as it was said: content, thoughts, and calls of tools."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+from actors.serving.protocol import Delta
+
+
+@dataclass(slots=True)
+class Call:
+    """A tool call. `arguments`: the text of its JSON so far. `told`: whether its client knows of it."""
+
+    call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+    name: str = ""
+    arguments: str = ""
+    told: bool = False
+
+
+class Message:
+    """`calls`: by number."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Call] = {}
+        self._contents: list[str] = []
+        self._thoughts: list[str] = []
+
+    @property
+    def content(self) -> str:
+        return "".join(self._contents)
+
+    @property
+    def thoughts(self) -> str:
+        return "".join(self._thoughts)
+
+    def add(self, delta: Delta) -> None:
+        if delta.reasoning:
+            self._thoughts.append(delta.reasoning)
+        if delta.content:
+            self._contents.append(delta.content)
+        if delta.tool is not None:
+            call = self.calls.setdefault(delta.tool, Call())
+            call.name = delta.name or call.name
+            call.arguments += delta.arguments

@@ -1,0 +1,105 @@
+"""An answer in the words of Ollama's API: lines of JSON, or one object. Durations are nanoseconds.
+
+What a request waited, in the queue and for a load, counts as `load_duration`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+from actors.serving.message import Message
+from actors.serving.protocol import Chunk, Delta, ReplyForm, deltas_of
+
+
+class OllamaReply:
+    """Turns the chunks of one answer, in order, into what the client reads."""
+
+    def __init__(self, wanted: ReplyForm) -> None:
+        self._wanted = wanted
+        self._chat = wanted.form == "ollama-chat"
+        self._said = Message()
+        self._told_calls = 0
+        self._began_s = time.time()
+        self._first_s: float | None = None
+
+    def bytes_of(self, chunk: Chunk) -> bytes:
+        """What the client reads for `chunk`; empty for all but the last one of an answer that is sent whole."""
+        if self._first_s is None:
+            self._first_s = time.time()
+        last = chunk.finish_reason is not None
+        parts = [part for delta in deltas_of(chunk) for part in self._take(delta)]
+        if last:
+            parts += self._calls(len(self._said.calls))
+        if not self._wanted.stream:
+            return self._line(self._whole(), chunk) if last else b""
+        lines = [self._line(part) for part in parts]
+        return b"".join([*lines, self._line({}, chunk)] if last else lines)
+
+    def _take(self, delta: Delta) -> list[dict[str, Any]]:
+        """What of it can be told now: a call only when it is whole."""
+        self._said.add(delta)
+        parts: list[dict[str, Any]] = []
+        if delta.reasoning:
+            parts.append({"thinking": delta.reasoning})
+        if delta.content:
+            parts += [*self._calls(len(self._said.calls)), {"content": delta.content}]
+        if delta.tool is not None:
+            parts += self._calls(len(self._said.calls) - 1)
+        return parts
+
+    def _calls(self, count: int) -> list[dict[str, Any]]:
+        """Those of the first `count` calls that were not told."""
+        calls = list(self._said.calls.values())[self._told_calls : count]
+        self._told_calls = max(self._told_calls, count)
+        return [
+            {"tool_calls": [{"function": {"name": call.name, "arguments": _object(call.arguments)}}]} for call in calls
+        ]
+
+    def _whole(self) -> dict[str, Any]:
+        whole: dict[str, Any] = {"content": self._said.content}
+        if self._said.thoughts:
+            whole["thinking"] = self._said.thoughts
+        if self._said.calls:
+            self._told_calls = 0
+            whole["tool_calls"] = [call for part in self._calls(len(self._said.calls)) for call in part["tool_calls"]]
+        return whole
+
+    def _line(self, part: dict[str, Any], last: Chunk | None = None) -> bytes:
+        now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+        said = {"content": "", **part}
+        told: dict[str, Any] = {"model": self._wanted.model, "created_at": now}
+        if self._chat:
+            told["message"] = {"role": "assistant", **said}
+        else:
+            told |= {"response": said.pop("content"), **said}
+        told["done"] = last is not None
+        if last is not None:
+            told |= self._end(last)
+        return json.dumps(told).encode() + (b"\n" if self._wanted.stream else b"")
+
+    def _end(self, last: Chunk) -> dict[str, Any]:
+        now_s, first_s = time.time(), self._first_s or self._began_s
+        seconds = {
+            "total_duration": now_s - self._wanted.created,
+            "load_duration": self._began_s - self._wanted.created,
+            "prompt_eval_duration": first_s - self._began_s,
+            "eval_duration": now_s - first_s,
+        }
+        return {
+            "done_reason": last.finish_reason,
+            **{name: max(0, round(1e9 * value)) for name, value in seconds.items()},
+            "prompt_eval_count": last.prompt_tokens,
+            "eval_count": last.completion_tokens,
+        }
+
+
+def _object(arguments: str) -> Any:
+    """The arguments of a call as the object that they spell; one that is cut off as an empty one."""
+    try:
+        told = json.loads(arguments)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
