@@ -43,7 +43,7 @@ from actors.records import (
     UnloadResult,
 )
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
-from actors.serving.replies import Reply
+from actors.serving.replies import reply_in
 from scheduler.errors import ArrieroError, UnknownModel
 from scheduler.events import RequestArrived
 from scheduler.units import GIB, LeaseId, ReplicaId, RequestId
@@ -162,7 +162,7 @@ class FakeBackend:
         self.note("generate", lease, request)
         answer = self.answers.popleft() if self.answers else ANSWER
         ended = False
-        reply = Reply(request.reply)
+        reply = reply_in(request.reply)
         try:
             for step in answer:
                 if isinstance(step, Chunk):
