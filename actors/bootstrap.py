@@ -114,11 +114,14 @@ def _start_all(catalogue: Catalogue, head: str, version: str, say: Say) -> str:
     host = catalogue.server.host
     port: int = catalogue.server.port or _get(scheduler.free_port.remote(host), "the scheduler does not start")
     say("starting the gateway")
-    gateway = _start(GatewayActor, GATEWAY, on_head, GatewaySettings(host, port, catalogue.server.keys), scheduler)
+    more_ports = (catalogue.server.ollama_port,) if catalogue.server.ollama_port else ()
+    listening = GatewaySettings(host, port, catalogue.server.keys, more_ports)
+    gateway = _start(GatewayActor, GATEWAY, on_head, listening, scheduler)
     try:
         url: str = _get(gateway.url.remote(), "the gateway does not start")
     except RayActorError as error:
-        raise Rejected(f"the gateway cannot listen on {host}:{port}: {_cause(error)}") from error
+        ports = " and ".join(map(str, (port, *more_ports)))
+        raise Rejected(f"the gateway cannot listen on {host}:{ports}: {_cause(error)}") from error
     say("waiting for the first node")
     if trouble := _get(scheduler.await_ready.remote(START_TIMEOUT_S), "the scheduler does not answer"):
         raise Unavailable(f"no machine joined within {START_TIMEOUT_S:.0f} s: {trouble}", retry_after_s=10.0)

@@ -204,6 +204,12 @@ class Server(_Strict):
 
     host: str = Field("127.0.0.1", description="address to listen on; other addresses than loopback need api_key")
     port: int = Field(11535, ge=0, le=65535)
+    ollama_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="a second port, for clients of Ollama, which look for 11434; none: no second one",
+    )
     api_key: str | None = Field(None, min_length=8, description="clients send it as a bearer token")
     api_keys: dict[str, Annotated[str, Field(min_length=8)]] = Field(
         default_factory=dict, description="API keys of several users, by name: each has a fair share of the queue"

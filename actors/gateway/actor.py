@@ -24,11 +24,12 @@ from scheduler.units import NodeId
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """Where to listen, and the key to ask for. `port` 0 takes any free one."""
+    """Where to listen, and the key to ask for. `port` 0 takes any free one; `more_ports`: those beside it."""
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    more_ports: tuple[int, ...] = ()
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=100)
@@ -40,12 +41,12 @@ class GatewayActor:
 
     def __init__(self, settings: GatewaySettings, scheduler: ActorHandle[Any]) -> None:
         check_exposure(settings.host, settings.api_keys)
-        listener = listen(settings.host, settings.port)
-        self._url = url_of(listener)
+        listeners = [listen(settings.host, port) for port in (settings.port, *settings.more_ports)]
+        self._url = url_of(listeners[0])
         scheduler.forget_clients.remote()  # those of a gateway before this one
         node_id = ray.get_runtime_context().get_node_id()
         self._server = make_server(make_app(RayBackend(scheduler, NodeId(node_id)), settings.api_keys))
-        self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
+        self._serving = asyncio.ensure_future(self._server.serve(sockets=listeners))
         self._pulse = sign_in(node_id, "GatewayActor", "a turn of its event loop")
         self._beating = asyncio.ensure_future(self._beat())
 

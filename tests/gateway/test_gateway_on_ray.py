@@ -142,8 +142,9 @@ class Service:
     """A scheduler, a gateway and a runner that stay; tests that kill a runner start one of their own."""
 
     def __init__(self) -> None:
-        with listen("127.0.0.1", 0) as free:
-            self.settings = GatewaySettings(port=free.getsockname()[1], api_keys={"": "s3cret"})
+        with listen("127.0.0.1", 0) as free, listen("127.0.0.1", 0) as second:
+            ports = [each.getsockname()[1] for each in (free, second)]
+        self.settings = GatewaySettings(port=ports[0], api_keys={"": "s3cret"}, more_ports=(ports[1],))
         self.endpoints: dict[str, Endpoint] = {}
         self.scheduler = ScriptedScheduler.remote()
         self.gateway = GatewayActor.remote(self.settings, self.scheduler)
@@ -175,6 +176,12 @@ def here(service: Service) -> Service:
 
 def get(reference: Any) -> Any:
     return ray.get(reference, timeout=PATIENCE_S)
+
+
+def test_it_listens_on_a_second_port_for_ollamas_clients(here: Service) -> None:
+    url = f"http://127.0.0.1:{here.settings.more_ports[0]}/api/version"
+    assert httpx.get(url, trust_env=False).status_code == 401
+    assert httpx.get(url, trust_env=False, headers={"Authorization": "Bearer s3cret"}).json()["version"]
 
 
 def test_answers_errors_and_embeddings(here: Service) -> None:
