@@ -11,9 +11,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from actors.gateway.anthropic import anthropic_routes
 from actors.gateway.backend import Backend
 from actors.gateway.bodies import problems_of
 from actors.gateway.closing import Closing
+from actors.gateway.dialects import dialect_of
 from actors.gateway.errors import NoSuchRoute, unexpected
 from actors.gateway.limits import MAX_HELD_BYTES, Held
 from actors.gateway.management import management_routes
@@ -23,7 +25,7 @@ from actors.gateway.openapi import CLIENT_CLOSED_REQUEST, document
 from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
 from actors.gateway.security import Guard
-from actors.gateway.stream import ClientGone, error_response
+from actors.gateway.stream import ClientGone
 from scheduler.errors import ArrieroError, Rejected
 
 PULSE_S = 5.0
@@ -59,28 +61,32 @@ def make_app(
     app.include_router(openai_routes(backend, relay, reader, pulse_s))
     app.include_router(management_routes(backend, reader, pulse_s))
     app.include_router(ollama_routes(backend, relay, reader, pulse_s))
+    app.include_router(anthropic_routes(relay, reader, pulse_s))
     app.openapi = document(app)  # type: ignore[method-assign]
 
+    def refusal(request: Request, error: ArrieroError) -> Response:
+        return dialect_of(request.url.path).refusal(error)
+
     @app.exception_handler(ArrieroError)
-    async def arriero_error(_: Request, error: ArrieroError) -> Response:
-        return error_response(error)
+    async def arriero_error(request: Request, error: ArrieroError) -> Response:
+        return refusal(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return error_response(problems_of(error.errors()))
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return refusal(request, problems_of(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code in (404, 405):
-            return error_response(NoSuchRoute(f"no route {request.method} {request.url.path}; see /openapi.json"))
-        return error_response(Rejected(str(error.detail)))
+            return refusal(request, NoSuchRoute(f"no route {request.method} {request.url.path}; see /openapi.json"))
+        return refusal(request, Rejected(str(error.detail)))
 
     @app.exception_handler(ClientGone)
     async def client_gone(_: Request, __: ClientGone) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:
-        return error_response(unexpected(error))
+    async def failed(request: Request, error: Exception) -> Response:
+        return refusal(request, unexpected(error))
 
     return app

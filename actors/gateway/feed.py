@@ -14,8 +14,8 @@ from itertools import islice
 
 from actors.gateway import limits
 from actors.gateway.backend import Backend
+from actors.gateway.dialects import event
 from actors.gateway.errors import TooMuchHeld
-from actors.gateway.stream import event
 from actors.notices import REMEMBERED
 from actors.records import Notice
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from actors.gateway import ollama_requests, openai_requests
+from actors.gateway import anthropic_requests, ollama_requests, openai_requests
 from actors.gateway.bodies import checked
 from actors.gateway.openai_requests import Ask
 
-Form = Literal["chat", "text", "embed", "ollama-chat", "ollama-generate", "ollama-embed", "ollama-embedding"]
+Form = Literal[
+    "chat", "text", "embed", "ollama-chat", "ollama-generate", "ollama-embed", "ollama-embedding", "anthropic",
+    "anthropic-count",
+]  # fmt: skip
 
 Body = (
     openai_requests.ChatRequest
@@ -19,6 +22,8 @@ Body = (
     | ollama_requests.OllamaGenerateRequest
     | ollama_requests.OllamaEmbedRequest
     | ollama_requests.OllamaEmbeddingRequest
+    | anthropic_requests.MessagesRequest
+    | anthropic_requests.CountTokensRequest
 )
 
 FORMS: Mapping[Form, type[Body]] = {
@@ -29,6 +34,8 @@ FORMS: Mapping[Form, type[Body]] = {
     "ollama-generate": ollama_requests.OllamaGenerateRequest,
     "ollama-embed": ollama_requests.OllamaEmbedRequest,
     "ollama-embedding": ollama_requests.OllamaEmbeddingRequest,
+    "anthropic": anthropic_requests.MessagesRequest,
+    "anthropic-count": anthropic_requests.CountTokensRequest,
 }
 
 

@@ -1,14 +1,13 @@
 """Ollama's routes, for the clients that know no other: chats, generation, embeddings, and what is there.
 
-The catalogue says which models there are, so nothing is created, copied, pulled or deleted here. Errors are
-`{"error": "..."}`, before and in a stream.
+The catalogue says which models there are, so nothing is created, copied, pulled or deleted here.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -16,9 +15,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.routing import APIRoute
 
 from actors.gateway.backend import Backend
+from actors.gateway.dialects import OLLAMA
 from actors.gateway.forms import Form
 from actors.gateway.ollama_requests import ModelName
 from actors.gateway.openai_requests import Ask
@@ -26,10 +25,10 @@ from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
 from actors.gateway.security import hold
 from actors.gateway.shortcut import Shortcut
-from actors.gateway.stream import LINES, EventStream, lines_error, while_connected
+from actors.gateway.stream import EventStream, while_connected
 from actors.records import ModelInfo, ReplicaStatus
 from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
-from scheduler.errors import ArrieroError, Rejected, UnknownModel
+from scheduler.errors import Rejected, UnknownModel
 
 VERSION = "0.12.0"
 """Of Ollama's API, whose words these are: clients ask for it, and some refuse an older one."""
@@ -37,24 +36,9 @@ VERSION = "0.12.0"
 NEVER = "2318-01-01T00:00:00Z"  # as Ollama says it of a model that stays
 
 
-class _Route(APIRoute):
-    """Errors in Ollama's shape."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def answered(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except ArrieroError as error:
-                return lines_error(error)
-
-        return answered
-
-
 def ollama_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float) -> APIRouter:
     """`/api/*` and `/`."""
-    router = APIRouter(route_class=_Route, include_in_schema=False)
+    router = APIRouter(include_in_schema=False)
 
     @router.api_route("/", methods=["GET", "HEAD"])
     async def root() -> Response:
@@ -124,7 +108,7 @@ def ollama_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
         if ask.request.reply.stream:
             shortcut = Shortcut()
             answer = kept(relay.generate(ask.need, ask.request, shortcut), ask)
-            return EventStream(answer, pulse_s, shortcut, LINES)
+            return EventStream(answer, pulse_s, shortcut, OLLAMA)
         whole = await while_connected(request, relay.generate_whole(ask.need, ask.request))
         await keep(ask)
         return Response(whole, media_type="application/json")

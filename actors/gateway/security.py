@@ -24,9 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from actors.gateway.address import is_loopback
 from actors.gateway.closing import Closing, shutting_down
+from actors.gateway.dialects import dialect_of
 from actors.gateway.errors import Forbidden, Unauthorized
 from actors.gateway.limits import MAX_BODY_BYTES, MAX_ORDER_BYTES, MAX_QUERY_PARTS, Held, too_large
-from actors.gateway.stream import error_response, failure_in
 from actors.gateway.turns import Turns
 from scheduler.errors import ArrieroError, Rejected
 
@@ -34,7 +34,7 @@ OPEN_PATHS = frozenset({"/health", "/api/v1/health"})
 LARGE_PATHS = frozenset(
     f"{before}/{name}"
     for before, names in (
-        ("/v1", ("chat/completions", "completions", "embeddings")),
+        ("/v1", ("chat/completions", "completions", "embeddings", "messages", "messages/count_tokens")),
         ("/api", ("chat", "generate", "embed", "embeddings")),
     )
     for name in names
@@ -63,7 +63,7 @@ class Guard:
             with self._closing.request():
                 await self._serve(scope, receive, answer)
         except ArrieroError as error:
-            await error_response(error)(scope, receive, send)
+            await dialect_of(scope["path"]).refusal(error)(scope, receive, send)
         except asyncio.CancelledError:
             if not self._closing.begun:
                 raise
@@ -94,7 +94,7 @@ class Guard:
         if not self._api_keys:
             _check_names(headers)
         elif scope["path"] not in OPEN_PATHS:
-            name = self._name_of_key(headers.get("authorization", ""))
+            name = self._name_of_key(headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}")
         if scope["query_string"].count(b"&") >= MAX_QUERY_PARTS:
             raise Rejected(f"the address has more than {MAX_QUERY_PARTS} parameters")
         announced = headers.get("content-length", "")
@@ -129,10 +129,11 @@ class _Answer:
     async def end(self, scope: Scope, receive: Receive, error: ArrieroError) -> None:
         """Say `error` in the place of what has not been sent: as an answer, or as the end of a stream. Any other
         answer that has begun stays cut off, which its client notices."""
+        dialect = dialect_of(scope["path"])
         if self._start is None:
-            await error_response(error)(scope, receive, self._send)
-        elif not self._complete and (said := failure_in(self._media_type, error)):
-            await self._send({"type": "http.response.body", "body": said, "more_body": False})
+            await dialect.refusal(error)(scope, receive, self._send)
+        elif not self._complete and self._media_type.partition(";")[0] == dialect.stream_type:
+            await self._send({"type": "http.response.body", "body": dialect.failure(error), "more_body": False})
 
     @property
     def _media_type(self) -> str:

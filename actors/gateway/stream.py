@@ -1,18 +1,17 @@
-"""Server-sent events over raw ASGI, and the care for clients that leave.
+"""Streams over raw ASGI, and the care for clients that leave.
 
-    EventStream       sends an async generator's bytes; silence is bridged with comments, so that proxies stay patient
+    EventStream       sends an async generator's bytes; silence is bridged, so that proxies stay patient
     while_connected   awaits an answer and gives up when the client has gone
 
 A generator is always closed: at its end, when the client disconnects (which one that stops reading is made to do:
 `connections`), and when the gateway closes.
-An error before the first byte is an ordinary HTTP error; after it, an `{"error": ...}` event ends the stream.
+An error before the first byte is an ordinary HTTP error; after it, it ends the stream (`dialects`).
 Cost per event: one lock and one send, no task; less by a `Shortcut`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
@@ -22,45 +21,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from actors.gateway.connections import CONNECTION, Connection
-from actors.gateway.errors import MAX_MESSAGE_LENGTH, clipped, error_headers, error_json, unexpected
+from actors.gateway.dialects import OPENAI, Dialect
+from actors.gateway.errors import unexpected
 from actors.gateway.shortcut import Shortcut
 from scheduler.errors import ArrieroError
 
 T = TypeVar("T")
-
-EVENT_STREAM = "text/event-stream"
-LINES = "application/x-ndjson"
-COMMENT = b": waiting\n\n"
 
 log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
     """The client closed its connection before the answer was ready."""
-
-
-def event(data: bytes, event_id: int | None = None) -> bytes:
-    """One server-sent event; `data` is a single line."""
-    prefix = b"" if event_id is None else b"id: %d\n" % event_id
-    return b"%sdata: %s\n\n" % (prefix, data)
-
-
-def failure_in(media_type: str, error: ArrieroError) -> bytes:
-    """How a stream of that type says that it ends with `error`; empty for other answers."""
-    kind = media_type.partition(";")[0]
-    if kind == LINES:
-        return json.dumps({"error": error.message}).encode() + b"\n"
-    return event(error_json(error)) if kind == EVENT_STREAM else b""
-
-
-def error_response(error: ArrieroError) -> Response:
-    return Response(error_json(error), error.http_status, error_headers(error), "application/json")
-
-
-def lines_error(error: ArrieroError) -> Response:
-    """An error as Ollama's clients expect it."""
-    body = json.dumps({"error": clipped(error.message, MAX_MESSAGE_LENGTH)})
-    return Response(body, error.http_status, error_headers(error), "application/json")
 
 
 async def while_connected(request: Request, answer: Awaitable[T]) -> T:
@@ -80,8 +52,8 @@ async def while_connected(request: Request, answer: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """Sends what `events` yields: server-sent events, or `LINES` of JSON. After `pulse_s` seconds of silence a comment
-    goes out, and again every `pulse_s`; among lines there are none.
+    """Sends what `events` yields, in a dialect. After `pulse_s` seconds of silence it says that it waits, and again
+    every `pulse_s`, where the dialect has a word for it.
 
     `shortcut` is opened to the client's connection once the first of them is sent.
     """
@@ -91,17 +63,19 @@ class EventStream(Response):
         events: AsyncGenerator[bytes, None],
         pulse_s: float,
         shortcut: Shortcut | None = None,
-        media_type: str = EVENT_STREAM,
+        dialect: Dialect = OPENAI,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=media_type)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=dialect.stream_type)
         del self.headers["content-length"]
         self._events = events
         self._pulse_s = pulse_s
         self._shortcut = shortcut
+        self._dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection: Connection | None = scope.get("state", {}).get(CONNECTION)
-        line = _Line(send, self.status_code, self.raw_headers, connection, self.media_type or EVENT_STREAM)
+        line = _Line(send, self.status_code, self.raw_headers, connection, self._dialect)
         pump = asyncio.ensure_future(self._pump(line))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
@@ -110,13 +84,12 @@ class EventStream(Response):
                 await asyncio.wait({pump, gone}, timeout=self._pulse_s, return_when=asyncio.FIRST_COMPLETED)
                 if pump.done() or gone.done():
                     break
-                if line.sent == sent and not line.blocked and self.media_type == EVENT_STREAM:
-                    await line.write(COMMENT)
+                if line.sent == sent and not line.blocked and self._dialect.waiting:
+                    await line.write(self._dialect.waiting)
         finally:
             await _end(pump, gone)
         if line.failure is not None:
-            refusal = lines_error if self.media_type == LINES else error_response
-            await refusal(line.failure)(scope, receive, send)
+            await self._dialect.refusal(line.failure)(scope, receive, send)
 
     async def _pump(self, line: _Line) -> None:
         try:
@@ -144,9 +117,9 @@ class _Line:
         status: int,
         headers: list[tuple[bytes, bytes]],
         connection: Connection | None,
-        media_type: str,
+        dialect: Dialect,
     ) -> None:
-        self._media_type = media_type
+        self._dialect = dialect
         self._send = send
         self._connection = connection
         self._start = {"type": "http.response.start", "status": status, "headers": headers}
@@ -173,7 +146,7 @@ class _Line:
 
     async def fail(self, error: ArrieroError) -> None:
         if self.sent:
-            await self.write(failure_in(self._media_type, error), more=False)
+            await self.write(self._dialect.failure(error), more=False)
         else:
             self.failure = error
 

@@ -24,9 +24,8 @@ from actors.frames import BrokenFrame, FrameReader, packed
 from actors.leasing import TokenCounts
 from actors.road import Kind
 from actors.serving.jobs import Embedded, Hearer, Job
-from actors.serving.ollama_reply import OllamaReply
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
-from actors.serving.replies import Reply, reply_in
+from actors.serving.replies import AnyReply, reply_in
 from scheduler.errors import ArrieroError, EngineFailed
 from scheduler.units import LeaseId, NodeId
 
@@ -270,7 +269,7 @@ class _Connection:
 class _Answer:
     """Says the chunks of one generation."""
 
-    def __init__(self, connection: _Connection, reply: Reply | OllamaReply) -> None:
+    def __init__(self, connection: _Connection, reply: AnyReply) -> None:
         self._connection = connection
         self._reply = reply
         self._said = b""  # in this turn

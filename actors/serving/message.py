@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
 from actors.serving.protocol import Delta
 
@@ -16,6 +18,14 @@ class Call:
     name: str = ""
     arguments: str = ""
     told: bool = False
+
+    def as_object(self) -> dict[str, Any]:
+        """The arguments as the object that they spell; those that are cut off as an empty one."""
+        try:
+            told = json.loads(self.arguments)
+        except ValueError:
+            return {}
+        return told if isinstance(told, dict) else {}
 
 
 class Message:

@@ -54,9 +54,7 @@ class OllamaReply:
         """Those of the first `count` calls that were not told."""
         calls = list(self._said.calls.values())[self._told_calls : count]
         self._told_calls = max(self._told_calls, count)
-        return [
-            {"tool_calls": [{"function": {"name": call.name, "arguments": _object(call.arguments)}}]} for call in calls
-        ]
+        return [{"tool_calls": [{"function": {"name": call.name, "arguments": call.as_object()}}]} for call in calls]
 
     def _whole(self) -> dict[str, Any]:
         whole: dict[str, Any] = {"content": self._said.content}
@@ -94,12 +92,3 @@ class OllamaReply:
             "prompt_eval_count": last.prompt_tokens,
             "eval_count": last.completion_tokens,
         }
-
-
-def _object(arguments: str) -> Any:
-    """The arguments of a call as the object that they spell; one that is cut off as an empty one."""
-    try:
-        told = json.loads(arguments)
-    except ValueError:
-        return {}
-    return told if isinstance(told, dict) else {}

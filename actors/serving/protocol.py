@@ -81,13 +81,13 @@ def content_of(**parts: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ReplyForm:
-    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, or as Ollama's;
-    whole or streamed.
+    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, as Ollama's, or as
+    Anthropic's message; whole or streamed.
 
     `created`: seconds since 1970.
     """
 
-    form: Literal["chat", "text", "ollama-chat", "ollama-generate"] = "text"
+    form: Literal["chat", "text", "ollama-chat", "ollama-generate", "anthropic"] = "text"
     stream: bool = False
     include_usage: bool = False  # in the events
     as_functions: bool = False  # a call of a tool is told as OpenAI's `function_call` of old

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
+from actors.serving.anthropic_reply import AnthropicReply
 from actors.serving.message import Message
 from actors.serving.ollama_reply import OllamaReply
 from actors.serving.protocol import Chunk, Delta, ReplyForm, deltas_of
@@ -17,9 +18,21 @@ DONE = b"data: [DONE]\n\n"
 _MARK = "text"  # of an event, where its own text will stand
 
 
-def reply_in(wanted: ReplyForm) -> Reply | OllamaReply:
+class AnyReply(Protocol):
+    """Turns the chunks of one answer, in order, into what the client reads."""
+
+    def bytes_of(self, chunk: Chunk) -> bytes: ...
+
+
+def reply_in(wanted: ReplyForm) -> AnyReply:
     """What makes an answer that reads as it is wanted."""
-    return OllamaReply(wanted) if wanted.form.startswith("ollama") else Reply(wanted)
+    match wanted.form:
+        case "anthropic":
+            return AnthropicReply(wanted)
+        case "ollama-chat" | "ollama-generate":
+            return OllamaReply(wanted)
+        case _:
+            return Reply(wanted)
 
 
 class Reply:
