@@ -14,8 +14,8 @@ import pytest
 from gateway_fakes import ANSWER, MODEL, FakeBackend, Gate, serve, web
 
 from actors.gateway import limits
+from actors.gateway.dialects import OPENAI
 from actors.gateway.relay import REPLAYS, Relay
-from actors.gateway.stream import COMMENT
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest, content_of
 from scheduler.errors import ArrieroError, EngineFailed, Impossible, Rejected
 from scheduler.events import RequestArrived
@@ -112,7 +112,7 @@ def test_a_waiting_stream_is_kept_alive(impatient: str, backend: FakeBackend) ->
     with web.stream("POST", f"{impatient}/v1/chat/completions", json={**CHAT, "stream": True}) as reply:
         lines = reply.iter_lines()
         assert (reply.status_code, reply.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
-        assert next(lines) == COMMENT.decode().strip()
+        assert next(lines) == OPENAI.waiting.decode().strip()
         loading.open()
         events = data_of(lines)
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1]) == "Hello"
