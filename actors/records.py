@@ -321,13 +321,16 @@ class Usage(Record):
 
 
 class Answer(Record):
-    """A finished chat or completion."""
+    """A finished chat or completion. `reasoning`: what the model thought, apart from its text. `tool_calls`: as in
+    OpenAI's API; the reason is "tool_calls" then."""
 
     id: str
     model: str
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     usage: Usage
+    reasoning: str = ""
+    tool_calls: list[dict[str, Any]] = Field(default_factory=list)
 
 
 class Embeddings(Record):

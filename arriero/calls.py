@@ -61,6 +61,11 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str]
     logit_bias: Mapping[int, float]
     response_format: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
+    reasoning_effort: str
+    chat_template_kwargs: Mapping[str, Any]
     n_ctx: int
     deadline_s: float
     priority: int
@@ -202,12 +207,15 @@ def events(after: int, follow: bool) -> Call[Notice]:
 def _read_answer(body: bytes) -> Answer:
     reply = json.loads(body)
     choice = reply["choices"][0]
+    message = choice.get("message") or {"content": choice.get("text")}
     return Answer(
         id=reply["id"],
         model=reply["model"],
-        text=choice["message"]["content"] if "message" in choice else choice["text"],
+        text=message["content"] or "",
         finish_reason=choice["finish_reason"],
         usage=_usage(reply["usage"]),
+        reasoning=message.get("reasoning_content") or "",
+        tool_calls=message.get("tool_calls") or [],
     )
 
 
@@ -241,11 +249,17 @@ class Progress:
         self.usage: Usage | None = None
         self._ended = False
         self._texts: list[str] = []
+        self._thoughts: list[str] = []
 
     @property
     def text(self) -> str:
         """All the text so far."""
         return "".join(self._texts)
+
+    @property
+    def reasoning(self) -> str:
+        """All that the model has thought so far, apart from its text."""
+        return "".join(self._thoughts)
 
     def feed(self, line: str) -> str:
         """The text that a line of the event stream adds, often none. Raises the ArrieroError that the gateway sent."""
@@ -263,8 +277,10 @@ class Progress:
             return ""
         choice = reply["choices"][0]
         self.finish_reason = choice["finish_reason"] or self.finish_reason
-        text: str = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+        delta = choice.get("delta") or {"content": choice.get("text")}
+        text: str = delta.get("content") or ""
         self._texts.append(text)
+        self._thoughts.append(delta.get("reasoning_content") or "")
         return text
 
     def check_end(self) -> None:

@@ -129,6 +129,8 @@ def _nothing(stream: TextStream) -> str:
     """Why the whole answer is empty."""
     if stream.finish_reason == "length":
         return "used all its tokens without any text; --max-tokens allows more"
+    if stream.reasoning:
+        return "thought, and gave no answer"
     return "gave an empty answer: it ended at once"
 
 

@@ -17,7 +17,7 @@ from gateway_fakes import MODEL, FakeBackend, Gate, content, serve
 
 from actors.gateway.server import listen, url_of
 from actors.records import Health, Notice
-from actors.serving.protocol import Chunk
+from actors.serving.protocol import Chunk, Delta
 from arriero import AsyncClient, Client, api, calls
 from scheduler.errors import EngineFailed, QueueFull, Rejected, Unavailable, UnknownModel
 
@@ -55,6 +55,23 @@ def test_chat_with_messages(client: Client, backend: FakeBackend) -> None:
     client.chat(MODEL, turns)
     ((_, request),) = backend.saw("generate")
     assert content(request) == {"messages": turns}
+
+
+def test_thoughts_and_calls_are_apart_from_the_text(client: Client, backend: FakeBackend) -> None:
+    deltas = (Delta(reasoning="Hm. "), Delta(reasoning="Yes."), Delta(content="Hello"))
+    answer = (*(Chunk("", deltas=(delta,)) for delta in deltas), Chunk("", "stop", 1, 0, 3, deltas=()))
+    call = (Chunk("", deltas=(Delta(tool=0, name="weather", arguments="{}"),)), Chunk("", "stop", 1, 0, 3, deltas=()))
+    backend.answers += [answer, answer, call]
+    whole = client.chat(MODEL, "Hi")
+    assert (whole.text, whole.reasoning, whole.tool_calls) == ("Hello", "Hm. Yes.", [])
+    with client.chat(MODEL, "Hi", stream=True) as stream:
+        assert [piece for piece in stream if piece] == ["Hello"]
+    assert (stream.text, stream.reasoning) == ("Hello", "Hm. Yes.")
+    tool = {"type": "function", "function": {"name": "weather"}}
+    called = client.chat(MODEL, "Hi", tools=[tool], tool_choice="required")
+    assert (called.text, called.finish_reason) == ("", "tool_calls")
+    assert called.tool_calls[0]["function"] == {"name": "weather", "arguments": "{}"}
+    assert content(backend.saw("generate")[-1][-1])["tool_choice"] == "required"
 
 
 def test_a_stream(client: Client) -> None:
