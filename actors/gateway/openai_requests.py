@@ -31,6 +31,7 @@ MAX_STOPS = 32
 MAX_STOP_LENGTH = 1024  # characters: they are looked for at every token
 MAX_BIASES = 1024  # OpenAI takes 300
 PREFIX_LENGTH = 256  # characters or tokens
+MAX_GRAMMAR_LENGTH = 65536  # characters; what it costs is limited in the preparer
 MAX_TOOLS = 128  # OpenAI's own bound
 MAX_TOOL_NAME = 256
 MAX_INPUTS = 2048  # OpenAI's own bound on an embeddings request
@@ -150,6 +151,7 @@ class SamplingRequest(ModelRequest):
     seed: int | None = None
     logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
+    grammar: str | None = Field(default=None, max_length=MAX_GRAMMAR_LENGTH)  # GBNF, llama.cpp's own
     n: int | None = None
 
     def generation(
@@ -163,10 +165,12 @@ class SamplingRequest(ModelRequest):
         **content: object,
     ) -> Ask:
         """`content`: the parts of the request's content; `beginning`: that of its prompt. Raises Rejected."""
+        if self.grammar and (content.get("tools") or self._json_schema() is not None):
+            raise refused("grammar", "it cannot be combined with tools or a response format; send one of them")
         if self.n not in (None, 1):
             raise refused("n", "Arriero gives one answer per request; send several requests")
         request = GenerateRequest(
-            content_of(**content, json_schema=self._json_schema()),
+            content_of(**content, json_schema=self._json_schema(), grammar=self.grammar or None),
             max_tokens=self._token_limit(),
             stop=checked_stops("stop", self.stop),
             sampling=self._sampling(),

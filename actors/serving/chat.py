@@ -47,14 +47,14 @@ def render(template: ChatTemplate, vocabulary: Vocabulary, content: Mapping[str,
         (*template.stops, *params["additional_stops"]),
         syntax if params["grammar"] or _has_parts(params["parser"]) else None,
         tuple(preserved.values()),
-        _grammar(vocabulary, params, preserved),
+        Grammar(vocabulary, content["grammar"]) if "grammar" in content else _grammar(vocabulary, params, preserved),
     )
 
 
 def _request_of(content: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """For `ChatTemplate.render`, and whether the answer may call tools."""
     names = (
-        "messages", "tools", "tool_choice", "parallel_tool_calls", "json_schema", "grammar", "continue_final_message",
+        "messages", "tools", "tool_choice", "parallel_tool_calls", "json_schema", "continue_final_message",
     )  # fmt: skip
     request = {name: content[name] for name in names if name in content}
     if "json_schema" in request:

@@ -61,9 +61,6 @@ common_chat_templates_inputs inputs_of(const common_chat_templates * templates, 
     if (request.contains("json_schema")) {
         inputs.json_schema = request.at("json_schema").dump();
     }
-    if (request.contains("grammar")) {
-        inputs.grammar = request.at("grammar").get<std::string>();
-    }
     if (request.contains("continue_final_message")) {
         inputs.continue_final_message = common_chat_continuation_parse(request.at("continue_final_message"));
         inputs.add_generation_prompt = inputs.continue_final_message == COMMON_CHAT_CONTINUATION_NONE;

@@ -62,7 +62,7 @@ class ChatTemplate:
 
     def render(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """`request`: messages, reasoning_format, enable_thinking, chat_template_kwargs; and where they are wanted
-        tools, tool_choice, parallel_tool_calls, json_schema, grammar, continue_final_message.
+        tools, tool_choice, parallel_tool_calls, json_schema, continue_final_message.
 
         Returns the fields of llama.cpp's `common_chat_params`. Raises Rejected when the template refuses the messages.
         """

@@ -208,6 +208,9 @@ class Child:
             prompts = [self._tokens(content["prompt"], n_ctx)]
         if chat is not None:
             self._grammar = chat.grammar
+        elif "grammar" in content:
+            self._step("the grammar")
+            self._grammar = Grammar(self._vocabulary, content["grammar"])
         elif "json_schema" in content:
             self._step("the JSON schema")
             self._grammar = Grammar(self._vocabulary, grammar_of(whole_schema(content["json_schema"])))

@@ -100,9 +100,10 @@ class ReplyForm:
 class GenerateRequest:
     """`content` is what the answer is made from, as JSON: {"messages": [...]} (rendered through the model's chat
     template) or {"prompt": a text or token ids} (as it is), never both; and, where the answer must follow one,
-    {"json_schema": {...}} (empty: any JSON object). With messages also, in OpenAI's and llama-server's words: tools,
-    tool_choice, parallel_tool_calls, reasoning_format, reasoning_effort, chat_template_kwargs, continue_final_message.
-    It may be large, and only the preparer opens it. The runner knows the request by its lease."""
+    {"json_schema": {...}} (empty: any JSON object) or {"grammar": GBNF}. With messages also, in OpenAI's and
+    llama-server's words: tools, tool_choice, parallel_tool_calls, reasoning_format, reasoning_effort,
+    chat_template_kwargs, continue_final_message. It may be large, and only the preparer opens it. The runner knows the
+    request by its lease."""
 
     content: bytes
     lease_id: str = ""

@@ -221,6 +221,8 @@ def test_spellings(url: str, backend: FakeBackend, body: dict[str, Any], seen: d
         ("chat/completions", {"tools": [TOOL] * 129}, "tools"),
         ("chat/completions", {"tools": [TOOL], "tool_choice": {"function": {"name": "other"}}}, "tool_choice"),
         ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
+        ("chat/completions", {"tools": [TOOL], "grammar": "root ::= x"}, "grammar"),
+        ("completions", {"response_format": {"type": "json_object"}, "grammar": "root ::= x"}, "grammar"),
         ("chat/completions", {"tool_choice": "sometimes"}, "tool_choice"),
         (
             "chat/completions",

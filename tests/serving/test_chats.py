@@ -185,6 +185,18 @@ def test_an_answer_in_a_format_is_that_format(sample: Any, spec: Any) -> None:
         assert json.loads(said)["city"] in ("Lima", "Cusco")
 
 
+@pytest.mark.parametrize("asked", [{"messages": HELLO}, {"prompt": "Say:"}], ids=["chat", "prompt"])
+def test_an_answer_follows_a_grammar_of_the_client_s(
+    asked: dict[str, Any], preparer: Preparer, words: Vocabulary
+) -> None:
+    content = content_of(**asked, grammar='root ::= "yes" | "no"')
+    constraint = preparer.prepare(content, N_CTX).constraint
+    assert said_under(constraint, words, "no") == "no"
+    assert said_under(preparer.prepare(content, N_CTX).constraint, words, "maybe") in ("yes", "no")
+    with pytest.raises(Rejected, match="cannot use"):
+        preparer.prepare(content_of(**asked, grammar="root ::= nothing"), N_CTX)
+
+
 # ---------------------------------------------------------------------- on its way
 
 
