@@ -28,6 +28,8 @@ LONGEST_ASK_BYTES = 64 * MIB
 """A body of 32 MiB, written anew: text with characters that JSON must escape may grow."""
 
 
+LONGEST_MESSAGE = 4000  # characters of an error's
+
 KEEPALIVE = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
 """Seconds, seconds, times: a machine without power is noticed within 8 s, about as soon as Ray notices it."""
 
@@ -110,7 +112,8 @@ _BY_CODE = {kind.code: kind for kind in ERRORS}
 
 def packed_error(error: ArrieroError) -> bytes:
     """Payload of FAILED."""
-    told = {"code": error.code, "message": error.message, "details": error.details}
+    message = error.message[:LONGEST_MESSAGE]  # it may quote what a client sent
+    told = {"code": error.code, "message": message, "details": error.details}
     return json.dumps(told, default=str).encode()
 
 

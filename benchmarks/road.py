@@ -25,6 +25,7 @@ from actors.gateway.server import listen, make_server, url_of
 from actors.leasing import Grant, TokenCounts
 from actors.serving.jobs import Hearer, Job
 from actors.serving.listener import Listener
+from actors.serving.preparation import Errand
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
 from benchmarks.http_load import ask_all, streamed
 from benchmarks.table import print_table
@@ -45,7 +46,9 @@ class Paced:
         self._changed = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()
 
-    def prepare(self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any]) -> Job[Any]:
+    def prepare(
+        self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any], errand: Errand | None = None
+    ) -> Job[Any]:
         assert isinstance(request, GenerateRequest) and request.max_tokens is not None
         job: Job[Any] = Job(request.lease_id, [request.max_tokens, int(request.content.split(b'"')[3])], hearer)
         return job

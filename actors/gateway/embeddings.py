@@ -52,6 +52,22 @@ class Vectors(Response):
         yield b'],"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (tokens, tokens)
 
 
+class OllamaVectors(Vectors):
+    """The same in Ollama's words. `took_s`: seconds."""
+
+    def __init__(self, model: str, result: EmbedResult, took_s: float) -> None:
+        super().__init__(model, result, "float")
+        self._took_s = took_s
+
+    def _parts(self) -> Iterator[bytes]:
+        yield b'{"model":%s,"embeddings":[' % to_json(self._model)
+        for index, vector in enumerate(self._result.vectors):
+            yield (b"," if index else b"") + self._encode(vector)
+        took_ns = round(1e9 * self._took_s)
+        tokens = self._result.prompt_tokens
+        yield b'],"total_duration":%d,"load_duration":0,"prompt_eval_count":%d}' % (took_ns, tokens)
+
+
 def _numbers(vector: Sequence[float]) -> bytes:
     return to_json(list(vector), inf_nan_mode="null")
 

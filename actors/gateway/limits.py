@@ -13,6 +13,9 @@ from scheduler.units import KIB, MIB, format_bytes
 MAX_BODY_BYTES = 32 * MIB
 MAX_ORDER_BYTES = 64 * KIB  # of /api/v1: a name and a number
 
+MAX_CONTENT_BYTES = 60 * MIB
+"""Of a request as it goes to a runner, which takes 64 MiB: numbers such as 1e15 are written anew, and grow."""
+
 INLINE_BYTES = 4 * KIB
 """Bodies up to this size are read on the event loop. The worst of them (1,000 lists of one token) took 0.3 ms there,
 less than any request costs. Of 64 KiB they took 4 ms, or 45 on a busy machine, and a hundred clients starved all

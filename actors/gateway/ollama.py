@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from actors.gateway.backend import Backend
 from actors.gateway.dialects import OLLAMA
+from actors.gateway.embeddings import OllamaVectors
 from actors.gateway.forms import Form
 from actors.gateway.ollama_requests import ModelName
 from actors.gateway.openai_requests import Ask
@@ -79,15 +80,7 @@ def ollama_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
     async def embed(request: Request) -> Response:
         began_s = time.monotonic()
         ask, result = await embedded("ollama-embed", request)
-        return JSONResponse(
-            {
-                "model": ask.need.model,
-                "embeddings": [list(vector) for vector in result.vectors],
-                "total_duration": round(1e9 * (time.monotonic() - began_s)),
-                "load_duration": 0,
-                "prompt_eval_count": result.prompt_tokens,
-            }
-        )
+        return OllamaVectors(ask.need.model, result, time.monotonic() - began_s)
 
     @router.post("/api/embeddings")
     async def embedding(request: Request) -> Response:

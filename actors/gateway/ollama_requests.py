@@ -30,7 +30,8 @@ from scheduler.events import RequestArrived
 from scheduler.units import RequestId
 
 LATEST = ":latest"
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ns|us|µs|ms|s|m|h)")
+_LONGEST_DURATION = 32  # characters
 _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -38,9 +39,9 @@ def seconds_of(given: object) -> object:
     """Of Ollama's durations: a number of seconds, or a text such as "1h30m"."""
     if not isinstance(given, str):
         return given
-    text = given.strip()
+    text = given.strip() if len(given) <= _LONGEST_DURATION else ""
     sign, text = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
-    if re.fullmatch(r"\d+(\.\d+)?", text):
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text):
         return sign * float(text)
     if not text or _DURATION.sub("", text):
         raise ValueError('a duration is a number of seconds, or a text such as "5m"')

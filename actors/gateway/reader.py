@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from actors.gateway.bodies import checked
 from actors.gateway.forms import Form, read_ask
-from actors.gateway.limits import INLINE_BYTES
+from actors.gateway.limits import INLINE_BYTES, MAX_CONTENT_BYTES, too_large
 from actors.gateway.openai_requests import Ask
 from actors.gateway.parsers import Parsers
 from actors.gateway.security import key_of, source_of
@@ -35,6 +35,8 @@ class Reader:
         else:
             reading = self._parsers.read_ask(form, body, request_id, key_of(request), source)
             ask = await while_connected(request, reading)
+        if len(ask.request.content) > MAX_CONTENT_BYTES:
+            raise too_large(MAX_CONTENT_BYTES)
         return replace(ask, request=replace(ask.request, source=source))
 
     async def order(self, request: Request, kind: type[Order], *, any_type: bool = False) -> Order:

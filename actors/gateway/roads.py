@@ -72,7 +72,8 @@ class Road(asyncio.Protocol):
         if self._take_shortcut(frames):
             return
         self._arrived += frames
-        self._arrived_bytes += len(data)
+        # Not what has come of a frame that is not whole: whoever waits for that frame would wait for ever.
+        self._arrived_bytes += sum(len(payload) for _, payload in frames)
         if self._arrived_bytes > AHEAD_BYTES and self._transport is not None:
             self._transport.pause_reading()
         self._tell()

@@ -16,7 +16,7 @@ from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
 from actors.serving.jobs import Embedded, Embedding, Generation, Hearer, Job, Results
 from actors.serving.parsing import ParsedAnswer
-from actors.serving.preparation import Prepared, Preparer
+from actors.serving.preparation import Errand, Prepared, Preparer
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec
 from actors.serving.text import TextStream
 from scheduler.errors import Rejected
@@ -76,19 +76,22 @@ class Engine:
         """Ids of the requests running or waiting."""
         return tuple(dict.fromkeys(job.lease_id for job in self._batcher.jobs()))
 
-    def prepare(self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any]) -> Job[Any]:
-        """The work that `request` makes: `submit` or `close` it. Its hearer gets chunks (the last one has the finish
-        reason and the counts), or what was embedded: a vector of length 1 per input.
+    def prepare(
+        self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any], errand: Errand | None = None
+    ) -> Job[Any]:
+        """The work that `request` makes: `submit`, `end` or `close` it. Its hearer gets chunks (the last one has the
+        finish reason and the counts), or what was embedded: a vector of length 1 per input. Ending the `errand` ends
+        the wait for it.
 
         Raises Rejected for a request that cannot be served, EngineFailed when there is nobody to ask.
         """
         if isinstance(request, EmbedRequest):
-            return self._embedding(request, hearer)
+            return self._embedding(request, hearer, errand)
         if not self._model.can_generate:
             raise Rejected(f"{self._spec.model} is an embedding model; ask it for embeddings")
         if request.max_tokens is not None and request.max_tokens < 1:
             raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 1")
-        prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot)
+        prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand)
         try:
             return self._generation(request, prepared, hearer)
         except BaseException:
@@ -106,8 +109,13 @@ class Engine:
                 prompt_tokens=len(prompt),
                 n_ctx=self.n_ctx_per_slot,
             )
-        parsed = ParsedAnswer(hearer, self._preparer.parsing(prepared.syntax)) if prepared.syntax is not None else None
         sampler = self._model.sampler(request.sampling)
+        try:
+            parsing = self._preparer.parsing(prepared.syntax) if prepared.syntax is not None else None
+        except BaseException:
+            sampler.close()
+            raise
+        parsed = ParsedAnswer(hearer, parsing) if parsing is not None else None
         job = Generation(
             request.lease_id,
             prompt,
@@ -123,13 +131,13 @@ class Engine:
             parsed.give_up = lambda: self.drop(job)
         return job
 
-    def _embedding(self, request: EmbedRequest, hearer: Hearer[Embedded]) -> Embedding:
+    def _embedding(self, request: EmbedRequest, hearer: Hearer[Embedded], errand: Errand | None) -> Embedding:
         """The model's own pooling, or the mean of the token vectors."""
         if self._model.is_reranker:
             raise Rejected(f"{self._spec.model} is a reranker; it has scores, not embeddings")
         if not self._spec.context.embeddings:  # its context has no room for them
             raise Rejected(f"{self._spec.model} is not loaded for embeddings; set embeddings: true for it")
-        texts = self._preparer.prepare(request.content, self.n_ctx_per_slot).prompts
+        texts = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand).prompts
         limit = self._model.n_ubatch if self._model.is_pooled else self.n_ctx_per_slot
         for index, text in enumerate(texts):
             if len(text) > limit:

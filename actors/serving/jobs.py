@@ -52,6 +52,8 @@ class Hearer(Protocol[Said_contra]):
         """Nothing more will be said in this turn."""
 
     def end(self, error: BaseException | None) -> None: ...
+    def close(self) -> None:
+        """Frees what it holds before anything was said, for a job that is closed without an end."""
 
 
 class Results(Generic[Result]):
@@ -70,6 +72,9 @@ class Results(Generic[Result]):
 
     def end(self, error: BaseException | None) -> None:
         self._results.put(error)
+
+    def close(self) -> None:
+        """It holds nothing."""
 
     def __iter__(self) -> Iterator[Result]:
         """The results as they come; blocks in between. Raises the error that ended the job."""
@@ -105,6 +110,7 @@ class Job(Generic[Result]):
 
     def close(self) -> None:
         """Frees what the job holds."""
+        self.hearer.close()
 
 
 class Generation(Job[Chunk]):
@@ -197,6 +203,7 @@ class Generation(Job[Chunk]):
         self.end()
 
     def close(self) -> None:
+        super().close()
         self.sampler.close()
         if self.constraint is not None:
             self.constraint.close()

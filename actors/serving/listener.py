@@ -24,6 +24,7 @@ from actors.frames import BrokenFrame, FrameReader, packed
 from actors.leasing import TokenCounts
 from actors.road import Kind
 from actors.serving.jobs import Embedded, Hearer, Job
+from actors.serving.preparation import Errand
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
 from actors.serving.replies import AnyReply, reply_in
 from scheduler.errors import ArrieroError, EngineFailed
@@ -41,7 +42,9 @@ log = logging.getLogger(__name__)
 class Replica(Protocol):
     """What answers (`Runner`). Methods raise ArrieroError."""
 
-    def prepare(self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any]) -> Job[Any]: ...
+    def prepare(
+        self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any], errand: Errand | None = None
+    ) -> Job[Any]: ...
     def submit(self, job: Job[Any]) -> None: ...
     def drop(self, job: Job[Any]) -> None: ...
     def resume(self) -> None: ...
@@ -179,6 +182,7 @@ class Listener:
         except (ValueError, TypeError, KeyError) as error:
             raise BrokenFrame(f"a request cannot be read ({error})") from error
         connection.answering = True
+        connection.errand = Errand()
         self._preparing.submit(self._answer, connection, request, hearer)
 
     # ------------------------------------------------------------------ threads that prepare
@@ -189,11 +193,11 @@ class Listener:
         if connection.gone:  # while it waited for a thread
             return
         try:
-            job = self._replica.prepare(request, hearer)
+            job = self._replica.prepare(request, hearer, connection.errand)
             if connection.begin(job):
                 self._replica.submit(job)
             else:
-                job.close()
+                job.end()
         except ArrieroError as error:
             hearer.end(error)
         except Exception as error:
@@ -210,6 +214,7 @@ class _Connection:
         self.lease_id = LeaseId("")  # proved, for the next request
         self.answering = False
         self.gone = False
+        self.errand = Errand()  # of the request under way
         self._listener = listener
         self._lock = Lock()
         self._job: Job[Any] | None = None
@@ -231,6 +236,7 @@ class _Connection:
             self.gone = True
             self._unsent.clear()
             self.socket.close()
+            self.errand.end()
             job, self._job = self._job, None
             return job
 
@@ -290,6 +296,9 @@ class _Answer:
             self._connection.write(self._said)
             self._said = b""
 
+    def close(self) -> None:
+        """It holds nothing."""
+
     def end(self, error: BaseException | None) -> None:
         last, said = self._last, self._said
         self._said = b""
@@ -322,6 +331,9 @@ class _Vectors:
         if self._said:
             self._connection.write(b"".join(self._said))
             self._said.clear()
+
+    def close(self) -> None:
+        """It holds nothing."""
 
     def end(self, error: BaseException | None) -> None:
         if error is None and self._complete:

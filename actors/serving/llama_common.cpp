@@ -171,11 +171,11 @@ EXPORT void arriero_parser_free(void * parser) {
     delete static_cast<Parser *>(parser);
 }
 
-// What `text`, the next piece of the answer, adds to the message. `is_partial`: more may come.
-EXPORT char * arriero_parse(void * made, const char * text, bool is_partial) {
+// What `text` (`length` bytes), the next piece of the answer, adds to the message. `is_partial`: more may come.
+EXPORT char * arriero_parse(void * made, const char * text, size_t length, bool is_partial) {
     return attempt([&]() {
         auto & parser = *static_cast<Parser *>(made);
-        parser.text += text;
+        parser.text.append(text, length);
         auto message = common_chat_parse(parser.text, is_partial, parser.params);
         json deltas = json::array();
         if (!message.empty()) {

@@ -34,7 +34,7 @@ def _library() -> ctypes.CDLL:
         ("arriero_render", text, [pointer, ctypes.c_char_p]),
         ("arriero_parser", pointer, [ctypes.c_char_p, error]),
         ("arriero_parser_free", None, [pointer]),
-        ("arriero_parse", text, [pointer, ctypes.c_char_p, ctypes.c_bool]),
+        ("arriero_parse", text, [pointer, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_bool]),
         ("arriero_grammar", text, [ctypes.c_char_p]),
     ):
         function = getattr(library, name)
@@ -91,7 +91,8 @@ class AnswerParser:
     def feed(self, text: str, *, is_partial: bool) -> list[dict[str, Any]] | None:
         """What the next piece of text adds to the message: reasoning_content, content, or index, name, id and
         arguments of a tool call. None when the text is not what it should be. `is_partial`: more may come."""
-        told = _told(_library().arriero_parse(self._made, text.encode(), is_partial))
+        raw = text.encode()
+        told = _told(_library().arriero_parse(self._made, raw, len(raw), is_partial))
         return told.get("deltas")
 
     def close(self) -> None:

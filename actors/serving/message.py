@@ -23,7 +23,7 @@ class Call:
         """The arguments as the object that they spell; those that are cut off as an empty one."""
         try:
             told = json.loads(self.arguments)
-        except ValueError:
+        except (ValueError, RecursionError):  # cut off, or nested too deeply
             return {}
         return told if isinstance(told, dict) else {}
 

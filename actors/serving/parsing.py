@@ -6,6 +6,7 @@ engine's never waits for it, and text that came meanwhile is parsed at once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from queue import SimpleQueue
@@ -15,7 +16,9 @@ from typing import Literal
 from actors.serving.jobs import Hearer
 from actors.serving.preparation import Parsing
 from actors.serving.protocol import Chunk
-from scheduler.errors import ArrieroError
+from scheduler.errors import ArrieroError, EngineFailed
+
+log = logging.getLogger(__name__)
 
 End = tuple[Literal["end"], BaseException | None]
 
@@ -30,7 +33,7 @@ class ParsedAnswer:
         self._hearer = hearer
         self._parsing = parsing
         self._heard: SimpleQueue[Chunk | End] = SimpleQueue()
-        self._begun = False
+        self._begun = self._closed = False
         self.give_up: Callable[[], object] = lambda: None
 
     @property
@@ -50,8 +53,13 @@ class ParsedAnswer:
         if self._begun:
             self._heard.put(("end", error))
         else:
-            self._parsing.close()
+            self.close()
             self._hearer.end(error)
+
+    def close(self) -> None:
+        if not self._begun and not self._closed:
+            self._closed = True
+            self._parsing.close()
 
     def _run(self) -> None:
         failure: ArrieroError | None = None
@@ -60,7 +68,10 @@ class ParsedAnswer:
             if chunks and failure is None:
                 try:
                     self._tell(chunks)
-                except ArrieroError as error:
+                except Exception as error:  # whatever it was: nobody else would tell the client
+                    if not isinstance(error, ArrieroError):
+                        log.exception("an answer could not be told")
+                        error = EngineFailed(f"the answer could not be told: {type(error).__name__}: {error}")
                     failure = error
                     self.give_up()
             if end is not None:

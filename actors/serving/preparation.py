@@ -54,6 +54,34 @@ class Prepared:
     preserved: frozenset[int] = frozenset()
 
 
+class Errand:
+    """What is being prepared for somebody who may leave: `end` it from any thread, before, during or after it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._connection: socket.socket | None = None
+        self._ended = False
+
+    def begin(self, connection: socket.socket) -> None:
+        """It is done on this connection now."""
+        with self._lock:
+            self._connection = connection
+            if self._ended:
+                _shut(connection)
+
+    def finish(self) -> None:
+        """It is done."""
+        with self._lock:
+            self._connection = None
+
+    def end(self) -> None:
+        """Nobody wants it any more: whoever waits for it gets an error, and the child that computes is killed."""
+        with self._lock:
+            self._ended = True
+            if self._connection is not None:
+                _shut(self._connection)
+
+
 class Preparer:
     """One model's. `close()` ends the process."""
 
@@ -71,13 +99,15 @@ class Preparer:
             self._model = os.fsencode(Path(path).absolute()) + b"\0" + chat_template.encode()
             self._tell_model()
 
-    def prepare(self, content: bytes, n_ctx: int) -> Prepared:
-        """The prompts of a request's content, for slots of `n_ctx` tokens.
+    def prepare(self, content: bytes, n_ctx: int, errand: Errand | None = None) -> Prepared:
+        """The prompts of a request's content, for slots of `n_ctx` tokens. Ending the `errand` ends the wait for them.
 
         Raises Rejected for a request that cannot be made into one, EngineFailed when there is no preparer to ask.
         """
         connection = self._connection()
+        errand = errand or Errand()
         try:
+            errand.begin(connection)
             send(connection, Kind.PREPARE, N_CTX.pack(n_ctx) + content)
             prepared = self._answer(connection)
         except Rejected:
@@ -93,6 +123,8 @@ class Preparer:
         except BaseException:
             connection.close()
             raise
+        finally:
+            errand.finish()
         if prepared.constraint is None:
             self._keep(connection)
         return prepared
@@ -258,8 +290,7 @@ class Constraint:
     def interrupt(self) -> None:
         """Whoever is choosing stops, with an error."""
         self._usable = False
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
+        _shut(self._connection)
 
     def close(self) -> None:
         """The answer has ended, and nobody is choosing."""
@@ -288,8 +319,9 @@ class Parsing:
             raise EngineFailed(f"its preparer has ended ({error})") from error
         if frame is None or frame[0] != Kind.DELTAS:
             self._usable = False
-            why = frame[1].decode() if frame is not None else "it ended"
-            raise EngineFailed(f"the answer could not be parsed: {why}")
+            if frame is None:
+                raise EngineFailed("its preparer has ended")
+            raise Rejected(f"the answer cannot be parsed: {frame[1].decode()}")  # it is to blame itself
         return tuple(_delta(told) for told in json.loads(frame[1]))
 
     def close(self) -> None:
@@ -298,6 +330,11 @@ class Parsing:
             self._give_back(self._connection)
         else:
             self._connection.close()
+
+
+def _shut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _delta(told: dict[str, Any]) -> Delta:

@@ -47,6 +47,9 @@ MEMORY_BYTES = 256 * MIB
 MEMORY_PER_TOKEN_BYTES = 1024
 """Of a child, beyond what it was forked with: so much, and so much for each token of the context."""
 
+LONGEST_MESSAGE = 4000
+"""Characters of a refusal. llama.cpp quotes what it was sent, whatever its size."""
+
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 """Exit statuses of a child that somebody ended: nothing is said of the request, and it may be asked again."""
 
@@ -184,7 +187,7 @@ class Child:
                 self._parse(kind, payload)
 
     def _reject(self, error: ArrieroError) -> None:
-        told = {"message": error.message, "details": error.details}
+        told = {"message": error.message[:LONGEST_MESSAGE], "details": error.details}
         send(self._connection, Kind.REJECTED, json.dumps(told, default=str).encode())
 
     def _step(self, name: str) -> None:

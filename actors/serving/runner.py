@@ -33,7 +33,7 @@ from actors.serving.engine import Engine
 from actors.serving.jobs import Hearer, Job
 from actors.serving.listener import Listener
 from actors.serving.preflight import PreflightUnavailable, ask_llama_cpp, check_prediction
-from actors.serving.preparation import Preparer
+from actors.serving.preparation import Errand, Preparer
 from actors.serving.protocol import (
     EmbedRequest,
     GenerateRequest,
@@ -150,9 +150,11 @@ class Runner:
         """How much of the load is done, 0 to 1."""
         return self._progress
 
-    def prepare(self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any]) -> Job[Any]:
+    def prepare(
+        self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any], errand: Errand | None = None
+    ) -> Job[Any]:
         """The work that `request` makes: see `Engine.prepare`. Raises ArrieroError."""
-        return self._ready_engine().prepare(request, hearer)
+        return self._ready_engine().prepare(request, hearer, errand)
 
     def submit(self, job: Job[Any]) -> None:
         """Queues `job`. Raises EngineFailed, and has closed it, when that cannot be."""

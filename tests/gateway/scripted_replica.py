@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.serving.jobs import Embedded, Hearer, Job
+from actors.serving.preparation import Errand
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
 from scheduler.errors import Rejected
 
@@ -24,7 +25,9 @@ class ScriptedReplica:
         self._changed = threading.Condition()
         self.said = 0
 
-    def prepare(self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any]) -> Job[Any]:
+    def prepare(
+        self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any], errand: Errand | None = None
+    ) -> Job[Any]:
         content = json.loads(request.content)
         self.asked.append(request)
         words = content["inputs"] if isinstance(request, EmbedRequest) else content["prompt"].split()

@@ -13,6 +13,7 @@ import ollama
 import pytest
 from gateway_fakes import MODEL, FakeBackend, Gate, content, serve, web
 
+from actors.gateway.ollama_requests import seconds_of
 from actors.serving.message import Message
 from actors.serving.ollama_reply import OllamaReply
 from actors.serving.protocol import Chunk, Delta, EmbedResult, GenerateRequest, ReplyForm
@@ -157,6 +158,19 @@ def test_errors_come_in_ollamas_shape(client: ollama.Client, backend: FakeBacken
     for body in ({"model": MODEL, "messages": 7}, {"model": MODEL, "messages": HELLO, "keep_alive": "soon"}):
         reply = web.post(f"{url}/api/chat", json=body)
         assert reply.status_code == 400 and isinstance(reply.json()["error"], str)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [(7, 7), (-1, -1), ("0", 0), ("5m", 300), ("1h30m", 5400), ("1.5s", 1.5), ("-1", -1), ("-5m", -300),
+     ("250ms", 0.25), ("soon", None), ("5 minutes", None), ("1" * 4000 + "x", None), ("1.1" * 1000, None)],
+)  # fmt: skip
+def test_durations(said: object, seconds: float | None) -> None:
+    if seconds is None:
+        with pytest.raises(ValueError, match="duration"):
+            seconds_of(said)
+    else:
+        assert seconds_of(said) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from scripted_replica import ScriptedReplica
 
 from actors.endpoint import Endpoint
 from actors.frames import BrokenFrame, FrameReader, packed
-from actors.gateway.roads import Frame, Roads
+from actors.gateway.roads import AHEAD_BYTES, Frame, Roads
 from actors.leasing import TokenCounts
-from actors.road import Kind, packed_counts, packed_generate, read_counts, read_error, read_generate
+from actors.road import Kind, packed_counts, packed_error, packed_generate, read_counts, read_error, read_generate
 from actors.serving.listener import MOST_UNPROVED, Listener
 from actors.serving.protocol import GenerateRequest, ReplyForm, Sampling, content_of
 from scheduler.costs.paces import Pace
@@ -107,6 +107,22 @@ def test_errors_come_as_what_they_are(stage: Stage) -> None:
         assert words(await heard(roads, stage.endpoint, "well")) == ["well", ""]
 
     stage.run(scene)
+
+
+def test_a_frame_larger_than_what_is_read_ahead_arrives(stage: Stage) -> None:
+    word = "x" * (10 * AHEAD_BYTES)
+
+    async def scene(roads: Roads) -> None:
+        for _ in range(2):
+            assert words(await heard(roads, stage.endpoint, f"{word} small")) == [word, "small", ""]
+
+    for node_id in (HERE, THERE):
+        stage.run(scene, node_id)
+
+
+def test_a_refusal_is_told_without_all_that_it_quotes() -> None:
+    told = packed_error(Rejected("no " * 1_000_000))
+    assert len(told) < 10_000 and read_error(told).message.startswith("no no")
 
 
 def test_a_reader_that_stops_stalls_its_own_answer_alone(stage: Stage) -> None:

@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from actors.serving.engine import Engine
-from actors.serving.jobs import Results
+from actors.serving.jobs import Generation, Results
+from actors.serving.message import Call
 from actors.serving.parsing import ParsedAnswer
 from actors.serving.preparation import Parsing, Preparer
 from actors.serving.protocol import Chunk, Delta, GenerateRequest, ReplyForm, Sampling, content_of
 from actors.serving.replies import Reply
+from actors.serving.text import TextStream
 from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import EngineFailed, Rejected
 
@@ -240,6 +243,44 @@ def test_an_answer_that_cannot_be_parsed_ends_with_the_reason_and_its_generation
     with pytest.raises(EngineFailed, match="preparer has ended"):
         list(results)
     assert given_up == [1] and fake.closed == 1
+
+
+class Tripping(Results[Chunk]):
+    """Cannot tell what it hears."""
+
+    def say(self, result: Chunk) -> None:
+        raise RecursionError("too deep")
+
+
+def test_an_answer_that_cannot_be_told_ends_all_the_same() -> None:
+    results = Tripping()
+    fake = FakeParsing()
+    answer = ParsedAnswer(results, fake)  # type: ignore[arg-type]
+    answer.give_up = lambda: answer.end(None)
+    answer.say(Chunk("good "))
+    with pytest.raises(EngineFailed, match="RecursionError"):
+        list(results)
+    assert fake.closed == 1
+
+
+def test_a_job_that_is_closed_before_it_began_gives_its_parser_back() -> None:
+    fake = FakeParsing()
+    answer = ParsedAnswer(Results(), fake)  # type: ignore[arg-type]
+    job = Generation("r", [1], answer, SimpleNamespace(close=lambda: None), TextStream(), 5)
+    job.close()
+    job.end()
+    assert fake.closed == 1
+
+
+def test_arguments_that_nest_too_deeply_are_no_object() -> None:
+    call = Call(arguments='{"a": ' + "[" * 100_000)
+    assert call.as_object() == {}
+    assert Call(arguments='{"a": ' + "[" * 5_000 + "]" * 5_000 + "}").as_object() == {}
+
+
+def test_a_piece_may_hold_any_character(preparer: Preparer) -> None:
+    _, content, _ = message(fed(parsing(preparer, tools=[WEATHER]), "before\0after", 4))
+    assert content == "before\0after"
 
 
 def test_an_answer_that_never_began_ends_at_once() -> None:

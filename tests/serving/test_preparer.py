@@ -23,7 +23,7 @@ import pytest
 
 from actors import frames
 from actors.serving import preparation
-from actors.serving.preparation import Preparer
+from actors.serving.preparation import Errand, Preparer
 from actors.serving.protocol import content_of
 from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import EngineFailed, Rejected
@@ -187,6 +187,32 @@ def test_a_child_whose_runner_has_hung_up_computes_no_longer(
         assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
         constraint.close()
         assert preparer.prepare(CHAT, N_CTX).prompts
+
+
+@pytest.mark.parametrize("ended_s", [0.0, 0.5])
+def test_who_leaves_while_a_request_is_prepared_ends_the_child(
+    ended_s: float, sample: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_more(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+        code = "from actors.serving import preparer; preparer.CPU_S = 1000.0; preparer.main()"
+        return subprocess.Popen([command[0], "-c", code, *command[3:]], **settings)
+
+    monkeypatch.setattr(preparation, "subprocess", SimpleNamespace(Popen=with_more, DEVNULL=subprocess.DEVNULL))
+    with closing(with_template(sample("llama"), ENDLESS, tmp_path / "hostile.gguf")) as preparer:
+        errand = Errand()
+        threading.Timer(ended_s, errand.end).start()
+        with pytest.raises(EngineFailed):
+            preparer.prepare(CHAT, N_CTX, errand)
+        psutil.wait_procs(children(preparer), timeout=60)
+        assert not [child for child in children(preparer) if child.status() != psutil.STATUS_ZOMBIE]
+        assert preparer.prepare(content_of(prompt="the salt"), N_CTX).prompts
+
+
+def test_a_refusal_is_short_whatever_it_quotes(preparer: Preparer) -> None:
+    strange = [{"role": "assistant", "content": "x", "tool_calls": "a" * 400_000}]
+    with pytest.raises(Rejected) as refused:
+        preparer.prepare(content_of(messages=strange), N_CTX)
+    assert len(refused.value.message) < 5000
 
 
 def test_a_token_that_may_not_come_next_is_picked_anew(preparer: Preparer, words: Vocabulary) -> None:

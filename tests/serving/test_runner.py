@@ -49,7 +49,7 @@ class FakeEngine:
         for progress in (0.0, 0.5, 1.0):
             on_progress(progress)
 
-    def prepare(self, request: GenerateRequest, hearer: Results[Chunk]) -> Job[Chunk]:
+    def prepare(self, request: GenerateRequest, hearer: Results[Chunk], errand: object = None) -> Job[Chunk]:
         assert pickle.loads(pickle.dumps(request)) == request
         if request.max_tokens == 0:
             raise Rejected("no tokens")
