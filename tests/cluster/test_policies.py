@@ -238,10 +238,11 @@ def test_a_single_active_model(up: Callable[..., Service], reference: Reference)
 
 
 def holds_a_model(runner: psutil.Process) -> bool:
-    """Whether it has ever begun to load one: a spare runner has no llama.cpp in it yet."""
+    """Whether it has begun to load one: a spare runner has neither a device process nor a model's file."""
     try:
-        return "libllama" in Path(f"/proc/{runner.pid}/maps").read_text()
-    except OSError:
+        on_gpus = any("actors.devices.rpc_device" in child.cmdline() for child in runner.children())
+        return on_gpus or ".gguf" in Path(f"/proc/{runner.pid}/maps").read_text()
+    except (OSError, psutil.Error):
         return False
 
 
