@@ -108,6 +108,7 @@ class HostileGateway:
 
     answer: tuple[str, ...] = ()
     finish_reason = "stop"
+    reasoning = ""
 
     def status(self) -> Status:
         return Status(version=HOSTILE, uptime_s=1.0, mode=HOSTILE, replicas=[REPLICA], queue=[QUEUED])
@@ -124,12 +125,12 @@ class HostileGateway:
 
     @contextmanager
     def chat(self, *_: object, **__: object) -> Iterator[Any]:
-        yield Answer(self.answer, self.finish_reason)
+        yield Answer(self.answer, self.finish_reason, self.reasoning)
 
 
 class Answer(SimpleNamespace):
-    def __init__(self, pieces: tuple[str, ...], finish_reason: str) -> None:
-        super().__init__(pieces=pieces, finish_reason=finish_reason)
+    def __init__(self, pieces: tuple[str, ...], finish_reason: str, reasoning: str) -> None:
+        super().__init__(pieces=pieces, finish_reason=finish_reason, reasoning=reasoning)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.pieces)
@@ -179,11 +180,17 @@ def test_an_answer_is_in_sight_on_a_terminal_and_untouched_in_a_pipe(written: Ca
 
 
 @pytest.mark.parametrize(
-    ("finish_reason", "note"),
-    [("stop", "m gave an empty answer: it ended at once"), ("length", "m used all its tokens without any text")],
+    ("finish_reason", "reasoning", "note"),
+    [
+        ("stop", "", "m gave an empty answer: it ended at once"),
+        ("length", "", "m used all its tokens without any text"),
+        ("stop", "Hm.", "m thought, and gave no answer"),
+    ],
 )
-def test_an_empty_answer_is_said_beside_the_output(gateway: HostileGateway, finish_reason: str, note: str) -> None:
-    gateway.finish_reason = finish_reason
+def test_an_empty_answer_is_said_beside_the_output(
+    gateway: HostileGateway, finish_reason: str, reasoning: str, note: str
+) -> None:
+    gateway.finish_reason, gateway.reasoning = finish_reason, reasoning
     done = CliRunner().invoke(app, ["run", "m", "hello"], catch_exceptions=False)
     assert done.exit_code == 0 and done.stdout == ""
     assert done.stderr.startswith(note)
