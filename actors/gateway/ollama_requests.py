@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from actors.gateway.openai_requests import (
     MAX_INPUTS,
     Ask,
+    SamplerSettings,
     Tool,
     checked_stops,
     fingerprint_of,
@@ -25,7 +26,7 @@ from actors.gateway.openai_requests import (
     refused,
 )
 from actors.records import MAX_NAME_LENGTH, MAX_TOKENS
-from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, Sampling, content_of
+from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, content_of
 from scheduler.events import RequestArrived
 from scheduler.units import RequestId
 
@@ -52,30 +53,14 @@ Seconds = Annotated[float | None, BeforeValidator(seconds_of)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
-class Options(BaseModel):
+class Options(SamplerSettings):
     """llama.cpp's settings, in Ollama's spelling."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     num_ctx: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     num_predict: int | None = Field(default=None, ge=-2, le=MAX_TOKENS)  # -1, -2: no limit
-    temperature: float | None = Field(default=None, ge=0, le=100)
-    top_p: float | None = Field(default=None, ge=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repeat_penalty: float | None = Field(default=None, gt=0, le=10)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: int | None = None
     stop: str | Texts | None = None
-
-    def sampling(self) -> Sampling:
-        names = (
-            "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
-        )  # fmt: skip
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        seed = None if self.seed is None or self.seed < 0 else self.seed & 0xFFFFFFFF
-        return Sampling(**given, seed=seed)
 
     def max_tokens(self) -> int | None:
         if self.num_predict == 0:
@@ -137,7 +122,7 @@ class GeneratingRequest(OllamaRequest):
             content_of(**content, **(thinking if "messages" in content else {}), json_schema=schema),
             max_tokens=options.max_tokens(),
             stop=checked_stops("options.stop", options.stop),
-            sampling=options.sampling(),
+            sampling=options.sampling(randomly=options.seed is not None and options.seed < 0),
             reply=ReplyForm(form, self.stream, request_id=request_id, model=self.model, created=int(time.time())),
         )
         return self.asked(request_id, key, request, "generate", prefix_of(beginning))

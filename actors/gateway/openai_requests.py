@@ -133,14 +133,9 @@ class ModelRequest(BaseModel):
         )  # fmt: skip
 
 
-class SamplingRequest(ModelRequest):
-    """What chats and completions share."""
+class SamplerSettings(BaseModel):
+    """How tokens are chosen, with llama.cpp's names. What is left out has the defaults of `Sampling`."""
 
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)  # -1: no limit, as llama.cpp's clients say it
-    max_completion_tokens: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)  # OpenAI's newer name; it wins
-    stop: str | Texts | None = None
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)
@@ -149,6 +144,21 @@ class SamplingRequest(ModelRequest):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     seed: int | None = None
+
+    def sampling(self, *, randomly: bool) -> Sampling:
+        """`randomly`: whether the seed means that there is none. llama.cpp's seeds have 32 bits."""
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name, None)) is not None}
+        return Sampling(**given, seed=None if self.seed is None or randomly else self.seed & 0xFFFFFFFF)
+
+
+class SamplingRequest(ModelRequest, SamplerSettings):
+    """What chats and completions share."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)  # -1: no limit, as llama.cpp's clients say it
+    max_completion_tokens: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)  # OpenAI's newer name; it wins
+    stop: str | Texts | None = None
     logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
     grammar: str | None = Field(default=None, max_length=MAX_GRAMMAR_LENGTH)  # GBNF, llama.cpp's own
@@ -173,7 +183,7 @@ class SamplingRequest(ModelRequest):
             content_of(**content, json_schema=self._json_schema(), grammar=self.grammar or None),
             max_tokens=self._token_limit(),
             stop=checked_stops("stop", self.stop),
-            sampling=self._sampling(),
+            sampling=self.sampling(randomly=self.seed == -1),  # as llama.cpp spells it
             reply=ReplyForm(
                 form,
                 stream=bool(self.stream),
@@ -191,12 +201,6 @@ class SamplingRequest(ModelRequest):
         if limit == 0:
             raise refused("max_tokens", "0 tokens give no answer; set at least 1, or leave the limit out")
         return None if limit == -1 else limit
-
-    def _sampling(self) -> Sampling:
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        # llama.cpp's seeds have 32 bits; -1 is its spelling of "random".
-        seed = None if self.seed is None or self.seed == -1 else self.seed & 0xFFFFFFFF
-        return Sampling(**given, seed=seed)
 
     def _json_schema(self) -> Mapping[str, Any] | None:
         wanted = self.response_format

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from actors.serving.grammar import WORD, Grammar
+from actors.serving.grammar import TOKEN, WORD, Grammar
 from actors.serving.llama_common import ChatTemplate
 from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import Rejected
@@ -28,7 +28,7 @@ class Chat:
     stops: tuple[str, ...]
     syntax: dict[str, Any] | None
     preserved: tuple[int, ...]
-    grammar: Grammar | ThoughtfulGrammar | None = field(default=None)
+    grammar: Grammar | ThoughtfulGrammar | None = None
 
 
 def render(template: ChatTemplate, vocabulary: Vocabulary, content: Mapping[str, Any]) -> Chat:
@@ -97,7 +97,7 @@ def _grammar(
     triggers = []
     for trigger in params["grammar_triggers"]:
         token = preserved.get(trigger["value"]) if trigger["type"] == WORD else None
-        triggers.append(trigger if token is None else {"type": 0, "value": "", "token": token})
+        triggers.append(trigger if token is None else {"type": TOKEN, "value": "", "token": token})
     grammar = Grammar(vocabulary, params["grammar"], triggers)
     if not params["thinking_start_tag"]:
         return grammar

@@ -25,6 +25,7 @@ from actors.serving.load_errors import load_failed
 from actors.serving.model import Row
 from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec, Sampling
 from actors.serving.sampling import build_sampler
+from actors.serving.vocabulary import piece_of
 from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import ContextParams, Footprint
 
@@ -181,14 +182,8 @@ class NativeModel:
     # Vocabulary (any thread)
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes that `token` adds to the answer; special tokens add none, or, with `special`, their name."""
-        room = 64
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            count = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, room, 0, special)
-            if count >= 0:
-                return buffer.raw[:count]
-            room = -count
+        """See `piece_of`."""
+        return piece_of(self.vocab, token, special=special)
 
     def ends_generation(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))

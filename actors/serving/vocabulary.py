@@ -14,6 +14,17 @@ import llama_cpp
 from scheduler.errors import EngineFailed
 
 
+def piece_of(vocab: Any, token: int, *, special: bool) -> bytes:
+    """The bytes that `token` adds to a text; special tokens add none, or, with `special`, their name."""
+    room = 64
+    while True:
+        buffer = ctypes.create_string_buffer(room)
+        count = llama_cpp.llama_token_to_piece(vocab, token, buffer, room, 0, special)
+        if count >= 0:
+            return buffer.raw[:count]
+        room = -count
+
+
 class Vocabulary:
     """Raises EngineFailed for a file whose vocabulary llama.cpp cannot read."""
 
@@ -39,13 +50,7 @@ class Vocabulary:
 
     def piece(self, token: int) -> bytes:
         """The bytes that `token` stands for; of a special token its name."""
-        room = 256
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            count = llama_cpp.llama_token_to_piece(self.pointer, token, buffer, room, 0, True)
-            if count >= 0:
-                return buffer.raw[:count]
-            room = -count
+        return piece_of(self.pointer, token, special=True)
 
     @cached_property
     def longest_bytes(self) -> int:

@@ -74,6 +74,16 @@ def started(path: Path) -> Preparer:
     return preparer
 
 
+def limit_preparers(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """Preparers that start from now on have another limit."""
+
+    def start(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
+        code = f"from actors.serving import preparer; preparer.{limit}; preparer.main()"
+        return subprocess.Popen([command[0], "-c", code, *command[3:]], **settings)
+
+    monkeypatch.setattr(preparation, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
+
+
 def children(preparer: Preparer) -> list[psutil.Process]:
     assert preparer._process is not None
     return psutil.Process(preparer._process.pid).children()
@@ -132,11 +142,7 @@ def test_a_schema_that_explodes_later_ends_its_own_answer_only(preparer: Prepare
 def test_an_answer_has_a_budget_for_all_its_tokens(
     sample: Callable[..., Path], words: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_less(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
-        code = "from actors.serving import preparer; preparer.ANSWER_CPU_S = 0.05; preparer.main()"
-        return subprocess.Popen([command[0], "-c", code, *command[3:]], **settings)
-
-    monkeypatch.setattr(preparation, "subprocess", SimpleNamespace(Popen=with_less, DEVNULL=subprocess.DEVNULL))
+    limit_preparers(monkeypatch, "ANSWER_CPU_S = 0.05")
     with closing(started(sample("llama"))) as preparer:
         for _ in range(2):  # the next answer has its own
             constraint = preparer.prepare(schema({"type": "string"}), N_CTX).constraint
@@ -154,11 +160,7 @@ def test_an_answer_has_a_budget_for_all_its_tokens(
 def test_a_child_whose_runner_has_hung_up_computes_no_longer(
     sample: Callable[..., Path], words: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_more(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
-        code = "from actors.serving import preparer; preparer.CPU_S = 1000.0; preparer.main()"
-        return subprocess.Popen([command[0], "-c", code, *command[3:]], **settings)
-
-    monkeypatch.setattr(preparation, "subprocess", SimpleNamespace(Popen=with_more, DEVNULL=subprocess.DEVNULL))
+    limit_preparers(monkeypatch, "CPU_S = 1000.0")
     with closing(started(sample("llama"))) as preparer:
         constraint = preparer.prepare(schema(EXPONENTIAL), N_CTX).constraint
         assert constraint is not None
@@ -193,11 +195,7 @@ def test_a_child_whose_runner_has_hung_up_computes_no_longer(
 def test_who_leaves_while_a_request_is_prepared_ends_the_child(
     ended_s: float, sample: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_more(command: list[str], **settings: Any) -> subprocess.Popen[bytes]:
-        code = "from actors.serving import preparer; preparer.CPU_S = 1000.0; preparer.main()"
-        return subprocess.Popen([command[0], "-c", code, *command[3:]], **settings)
-
-    monkeypatch.setattr(preparation, "subprocess", SimpleNamespace(Popen=with_more, DEVNULL=subprocess.DEVNULL))
+    limit_preparers(monkeypatch, "CPU_S = 1000.0")
     with closing(with_template(sample("llama"), ENDLESS, tmp_path / "hostile.gguf")) as preparer:
         errand = Errand()
         threading.Timer(ended_s, errand.end).start()
