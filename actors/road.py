@@ -63,6 +63,9 @@ def packed_generate(request: GenerateRequest) -> bytes:
         "sampling": sampling,
         "reply": asdict(request.reply),
         "source": request.source,
+        "n": request.n,
+        "n_probs": request.n_probs,
+        "echo": request.echo,
     }
     return json.dumps(head).encode() + b"\n" + request.content
 
@@ -74,6 +77,8 @@ def read_generate(payload: bytes, lease_id: LeaseId) -> GenerateRequest:
     sampling = head["sampling"]
     if sampling["logit_bias"] is not None:
         sampling["logit_bias"] = dict(sampling["logit_bias"])
+    for name in ("samplers", "dry_sequence_breakers"):
+        sampling[name] = tuple(sampling[name])
     return GenerateRequest(
         content,
         lease_id,
@@ -82,18 +87,23 @@ def read_generate(payload: bytes, lease_id: LeaseId) -> GenerateRequest:
         sampling=Sampling(**sampling),
         reply=ReplyForm(**head["reply"]),
         source=head["source"],
+        n=head["n"],
+        n_probs=head["n_probs"],
+        echo=head["echo"],
     )
 
 
 def packed_embed(request: EmbedRequest) -> bytes:
     """Payload of EMBED: a line of JSON, then the content."""
-    return json.dumps({"source": request.source}).encode() + b"\n" + request.content
+    head = {"source": request.source, "dimensions": request.dimensions, "rerank": request.rerank}
+    return json.dumps(head).encode() + b"\n" + request.content
 
 
 def read_embed(payload: bytes, lease_id: LeaseId) -> EmbedRequest:
     """The reverse. Raises ValueError, TypeError or KeyError for what is none."""
     line, _, content = payload.partition(b"\n")
-    return EmbedRequest(content, lease_id, json.loads(line)["source"])
+    head = json.loads(line)
+    return EmbedRequest(content, lease_id, head["source"], head["dimensions"], head["rerank"])
 
 
 def packed_counts(counts: TokenCounts) -> bytes:

@@ -23,7 +23,7 @@ from actors.gateway.app import make_app
 from actors.gateway.ray_backend import RayBackend
 from actors.gateway.server import listen, make_server, url_of
 from actors.leasing import Grant, TokenCounts
-from actors.serving.jobs import Hearer, Job
+from actors.serving.jobs import Hearer, Job, Work
 from actors.serving.listener import Listener
 from actors.serving.preparation import Errand
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
@@ -53,12 +53,14 @@ class Paced:
         job: Job[Any] = Job(request.lease_id, [request.max_tokens, int(request.content.split(b'"')[3])], hearer)
         return job
 
-    def submit(self, job: Job[Any]) -> None:
+    def submit(self, job: Work) -> None:
+        assert isinstance(job, Job)
         with self._changed:
             self._jobs.append((job, [job.prompt[0]]))
             self._changed.notify()
 
-    def drop(self, job: Job[Any]) -> None:
+    def drop(self, job: Work) -> None:
+        assert isinstance(job, Job)
         job.cancelled = True
 
     def resume(self) -> None:

@@ -17,7 +17,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from actors.gateway.openai_requests import (
     MAX_INPUTS,
     Ask,
-    SamplerSettings,
     Tool,
     checked_stops,
     fingerprint_of,
@@ -25,6 +24,7 @@ from actors.gateway.openai_requests import (
     prefix_of,
     refused,
 )
+from actors.gateway.sampler_settings import SamplerSettings
 from actors.records import MAX_NAME_LENGTH, MAX_TOKENS
 from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, content_of
 from scheduler.events import RequestArrived
@@ -63,8 +63,6 @@ class Options(SamplerSettings):
     stop: str | Texts | None = None
 
     def max_tokens(self) -> int | None:
-        if self.num_predict == 0:
-            raise refused("options.num_predict", "0 tokens give no answer; set at least 1, or leave the limit out")
         return None if self.num_predict is None or self.num_predict < 0 else self.num_predict
 
 

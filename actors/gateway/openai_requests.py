@@ -4,8 +4,8 @@ Fields that change the answer and that Arriero cannot honour are refused with th
 fields are ignored, because clients send many. Sampling settings that are left out take llama.cpp's defaults (those of
 `Sampling`), not OpenAI's: small quantised models ramble at temperature 1 with nothing cut off.
 
-Beyond OpenAI's fields: `top_k`, `min_p`, `repeat_penalty` (llama.cpp), `n_ctx`, `deadline_s` and `priority`
-(Arriero). Lists may have millions of elements: they fail at their first wrong one (see `bodies`).
+Beyond OpenAI's fields: llama.cpp's samplers (`SamplerSettings`), and Arriero's `n_ctx`, `deadline_s` and `priority`.
+Lists may have millions of elements: they fail at their first wrong one (see `bodies`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
+from actors.gateway.sampler_settings import SamplerSettings
 from actors.records import MAX_NAME_LENGTH, MAX_TOKENS
-from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, Sampling, content_of
+from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, content_of
 from scheduler.errors import Rejected
 from scheduler.events import RequestArrived
 from scheduler.units import RequestId
 
 MAX_STOPS = 32
 MAX_STOP_LENGTH = 1024  # characters: they are looked for at every token
-MAX_BIASES = 1024  # OpenAI takes 300
+MAX_CHOICES = 128  # OpenAI's own bound: answers of one request
+MAX_PROBS = 100  # OpenAI takes 20
 PREFIX_LENGTH = 256  # characters or tokens
 MAX_GRAMMAR_LENGTH = 65536  # characters; what it costs is limited in the preparer
 MAX_TOOLS = 128  # OpenAI's own bound
@@ -37,22 +39,10 @@ MAX_TOOL_NAME = 256
 MAX_INPUTS = 2048  # OpenAI's own bound on an embeddings request
 
 
-def _few_biases(given: object) -> object:
-    if isinstance(given, Mapping) and len(given) > MAX_BIASES:
-        raise ValueError(f"{len(given)} tokens; at most {MAX_BIASES} are allowed")
-    return given
-
-
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
 TextOrTokens = str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
-Biases = Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)]
-
-# These have the same names in `Sampling`; what the caller leaves out takes its default.
-_SAMPLING_FIELDS = (
-    "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,24 +123,6 @@ class ModelRequest(BaseModel):
         )  # fmt: skip
 
 
-class SamplerSettings(BaseModel):
-    """How tokens are chosen, with llama.cpp's names. What is left out has the defaults of `Sampling`."""
-
-    temperature: float | None = Field(default=None, ge=0, le=100)
-    top_p: float | None = Field(default=None, ge=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repeat_penalty: float | None = Field(default=None, gt=0, le=10)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    seed: int | None = None
-
-    def sampling(self, *, randomly: bool) -> Sampling:
-        """`randomly`: whether the seed means that there is none. llama.cpp's seeds have 32 bits."""
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name, None)) is not None}
-        return Sampling(**given, seed=None if self.seed is None or randomly else self.seed & 0xFFFFFFFF)
-
-
 class SamplingRequest(ModelRequest, SamplerSettings):
     """What chats and completions share."""
 
@@ -159,10 +131,10 @@ class SamplingRequest(ModelRequest, SamplerSettings):
     max_tokens: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)  # -1: no limit, as llama.cpp's clients say it
     max_completion_tokens: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)  # OpenAI's newer name; it wins
     stop: str | Texts | None = None
-    logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
     grammar: str | None = Field(default=None, max_length=MAX_GRAMMAR_LENGTH)  # GBNF, llama.cpp's own
-    n: int | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, validation_alias=AliasChoices("n", "n_cmpl"))
+    n_probs: int | None = Field(default=None, ge=0, le=MAX_PROBS)  # llama.cpp's name for `logprobs`
 
     def generation(
         self,
@@ -172,15 +144,20 @@ class SamplingRequest(ModelRequest, SamplerSettings):
         beginning: object,
         *,
         as_functions: bool = False,
+        n_probs: int | None = None,
+        echo: bool = False,
         **content: object,
     ) -> Ask:
         """`content`: the parts of the request's content; `beginning`: that of its prompt. Raises Rejected."""
         if self.grammar and (content.get("tools") or self._json_schema() is not None):
             raise refused("grammar", "it cannot be combined with tools or a response format; send one of them")
-        if self.n not in (None, 1):
-            raise refused("n", "Arriero gives one answer per request; send several requests")
         request = GenerateRequest(
-            content_of(**content, json_schema=self._json_schema(), grammar=self.grammar or None),
+            content_of(
+                **content,
+                json_schema=self._json_schema(),
+                grammar=self.grammar or None,
+                logit_bias=self.biased_texts(),
+            ),
             max_tokens=self._token_limit(),
             stop=checked_stops("stop", self.stop),
             sampling=self.sampling(randomly=self.seed == -1),  # as llama.cpp spells it
@@ -193,13 +170,14 @@ class SamplingRequest(ModelRequest, SamplerSettings):
                 created=int(time.time()),
                 as_functions=as_functions,
             ),
+            n=self.n or 1,
+            n_probs=self.n_probs or n_probs,
+            echo=echo,
         )
         return Ask(self.need(request_id, request, "generate", key, prefix_of(beginning)), request)
 
     def _token_limit(self) -> int | None:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        if limit == 0:
-            raise refused("max_tokens", "0 tokens give no answer; set at least 1, or leave the limit out")
         return None if limit == -1 else limit
 
     def _json_schema(self) -> Mapping[str, Any] | None:
@@ -227,13 +205,20 @@ class ChatRequest(SamplingRequest):
     reasoning_format: Literal["none", "auto", "deepseek", "deepseek-legacy"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | Literal["reasoning_content", "content"] | None = None
+    thinking_budget_tokens: int | None = Field(
+        default=None,
+        ge=-1,  # no limit
+        le=MAX_TOKENS,
+        validation_alias=AliasChoices("thinking_budget_tokens", "reasoning_budget_tokens"),
+    )
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_PROBS)
     modalities: Texts | None = None
 
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
-        if self.logprobs:
-            raise refused("logprobs", "token probabilities are not supported")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refused("top_logprobs", "it needs logprobs: true")
         if self.modalities not in (None, ["text"]):
             raise refused("modalities", "only the modality text is supported")
         messages = [_plain(index, message) for index, message in enumerate(self.messages)]
@@ -255,6 +240,8 @@ class ChatRequest(SamplingRequest):
             reasoning_format=self.reasoning_format,
             chat_template_kwargs=options or None,
             continue_final_message=self.continue_final_message or None,
+            thinking_budget_tokens=None if self.thinking_budget_tokens == -1 else self.thinking_budget_tokens,
+            n_probs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
     def _tools(self) -> tuple[list[dict[str, Any]] | None, str | None]:
@@ -279,28 +266,35 @@ class ChatRequest(SamplingRequest):
 
 
 class CompletionRequest(SamplingRequest):
-    """`POST /v1/completions`: one prompt, as text or as token ids."""
+    """`POST /v1/completions`: prompts, as texts or as token ids."""
 
     prompt: TextOrTokens
     suffix: str | None = None
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_PROBS)
     best_of: int | None = None
 
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
-        if self.suffix:
-            raise refused("suffix", "suffixes are not supported")
-        if self.echo:
-            raise refused("echo", "echoing the prompt is not supported")
-        if self.logprobs is not None:
-            raise refused("logprobs", "token probabilities are not supported")
-        if self.best_of not in (None, 1):
-            raise refused("best_of", "Arriero gives one answer per request")
+        if self.best_of not in (None, self.n or 1):
+            raise refused("best_of", "every answer is told; ask for as many with n")
         prompts = _texts_or_tokens("prompt", self.prompt)
-        if len(prompts) > 1:
-            raise refused("prompt", f"{len(prompts)} prompts; send each in its own request")
-        return self.generation("text", request_id, key, prompts[0][:PREFIX_LENGTH], prompt=prompts[0])
+        if (count := len(prompts) * (self.n or 1)) > MAX_CHOICES:
+            raise refused("prompt", f"it asks for {count} answers; at most {MAX_CHOICES} are allowed in one request")
+        if self.suffix and (len(prompts) > 1 or not isinstance(prompts[0], str)):
+            raise refused("suffix", "it needs one prompt, as text")
+        content: dict[str, Any] = {"prompt": prompts[0]} if len(prompts) == 1 else {"prompts": prompts}
+        if self.suffix:
+            content = {"infill": {"input_prefix": prompts[0], "input_suffix": self.suffix}}
+        return self.generation(
+            "text",
+            request_id,
+            key,
+            prompts[0][:PREFIX_LENGTH],
+            n_probs=self.logprobs,
+            echo=bool(self.echo),
+            **content,
+        )
 
 
 class EmbeddingsRequest(ModelRequest):

@@ -7,8 +7,8 @@ one micro-batch (`n_ubatch`) in all. Prompts share that room evenly. So a long p
 tokens too, by one micro-batch at a time, and a cancelled job is gone after one. Jobs that find no free slot wait in
 order. Embeddings take their own turns, because they make every token an output.
 An answer whose hearer does not take it waits: no token is computed that nobody reads.
-What follows a grammar is chosen beside this thread: a grammar may take seconds for a token, and nobody else's answer
-waits for it. Its slot sits turns out until the token is there.
+What follows a grammar, or tells how likely its tokens are, is chosen beside this thread: a grammar may take seconds for
+a token, and nobody else's answer waits for it. Its slot sits turns out until the token is there.
 A cache that slots share may be full: then the youngest answer waits, and is continued when there is room.
 A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
 batcher for good: everything fails from then on, with the reason.
@@ -23,17 +23,34 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.devices.cores import Cores
 from actors.serving.beat import Beat
-from actors.serving.jobs import Embedding, Generation, Job
+from actors.serving.generation import Choice, Generation
+from actors.serving.jobs import Embedding, Job
+from actors.serving.likelihood import judged
 from actors.serving.model import Model, Row
+from actors.serving.protocol import Likelihood
 from actors.serving.slots import Slot, Slots
 from scheduler.costs.host import embedding_rows
 from scheduler.errors import ArrieroError, EngineFailed
 
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
+
+
+MOST_JUDGED = 32
+"""Tokens of prompts that are judged in a turn. Their logits are copied: 1 MiB each for 262,144 tokens."""
+
+
+class _Part(NamedTuple):
+    """What of a batch is a job's: the row that its next token comes from, and rows that judge its prompt."""
+
+    slot: Slot
+    job: Generation
+    tokens: list[int]
+    row: int | None
+    judging: list[int]
 
 
 class Batcher:
@@ -157,11 +174,12 @@ class Batcher:
     def _generate(self) -> None:
         """One turn of all generations."""
         rows: list[Row] = []
-        parts: list[tuple[Slot, Generation, list[int], int | None]] = []  # tokens in this batch, row to sample
+        parts: list[_Part] = []
         generating = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
         running = [(slot, job) for slot, job in generating if not job.choosing and not job.hearer.stalled]
         running.sort(key=lambda pair: (pair[1].pending is None, len(pair[1].prompt) - len(pair[0].tokens)))
         room = max(self._model.n_ubatch, self._model.n_seq_max)
+        judgements = min(self._model.n_outputs - len(running), MOST_JUDGED)
         for index, (slot, job) in enumerate(running):
             start = len(slot.tokens)
             if job.pending is not None:
@@ -171,48 +189,79 @@ class Batcher:
             if not tokens:
                 continue
             samples = job.pending is not None or start + len(tokens) == len(job.prompt)
-            rows += (Row(token, start + place, slot.sequence, False) for place, token in enumerate(tokens))
+            to_judge = job.to_judge(start, len(tokens))
+            if len(to_judge) + samples > 1 + judgements:  # the rest in the next turn
+                to_judge = to_judge[: 1 + judgements]
+                tokens, samples = tokens[: to_judge.stop - start], False
+            judgements -= max(0, len(to_judge) + samples - 1)
+            first_row = len(rows) - start
+            rows += (Row(token, start + at, slot.sequence, start + at in to_judge) for at, token in enumerate(tokens))
             if samples:
                 rows[-1] = rows[-1]._replace(wants_logits=True)
-            parts.append((slot, job, tokens, len(rows) - 1 if samples else None))
+            parts.append(
+                _Part(slot, job, tokens, len(rows) - 1 if samples else None, [first_row + at for at in to_judge])
+            )
         if not rows:
             return
         began = time.perf_counter()
-        code = self._decode(rows, [job for _, job, _, _ in parts])
+        code = self._decode(rows, [part.job for part in parts])
         if len(parts) == 1 and code == 0:
-            parts[0][1].took(len(rows), time.perf_counter() - began)
+            parts[0].job.took(len(rows), time.perf_counter() - began)
         if code != 0:
-            self._decode_failed(code, [(slot, job) for slot, job, _, _ in parts])
+            self._decode_failed(code, [(part.slot, part.job) for part in parts])
             return
         self._failed_turns = 0
-        for slot, job, tokens, row in parts:
-            slot.tokens += tokens
-            if row is not None and job.constraint is None:
-                self._accept(slot, job, self._model.sample(job.sampler, row))
-            elif row is not None:
-                self._begin_to_choose(job, row)
-        for _, job, _, _ in parts:
-            job.hearer.flush()
+        for part in parts:
+            part.slot.tokens += part.tokens
+            self._go_on(part)
+        for part in parts:
+            part.job.hearer.flush()
 
-    def _accept(self, slot: Slot, job: Generation, token: int) -> None:
+    def _go_on(self, part: _Part) -> None:
+        """After its rows were decoded."""
+        slot, job, row = part.slot, part.job, part.row
+        if part.judging or job.is_unjudged or (row is not None and job.is_deliberate and job.wish.max_tokens):
+            self._begin_to_choose(part)
+        elif row is not None and not job.wish.max_tokens:
+            job.cut_short()
+            self._release_locked(slot)
+        elif row is not None:
+            token = job.forced()
+            if token is None:
+                token = self._model.sample(job.sampler, row)
+            else:
+                self._model.accept(job.sampler, token)
+            self._accept(slot, job, token)
+
+    def _accept(self, slot: Slot, job: Generation, token: int, likelihood: Likelihood | None = None) -> None:
         ends = self._model.ends_generation(token)
-        if job.accept(token, b"" if ends else self._model.piece(token, special=token in job.preserved), ends=ends):
+        piece = b"" if ends else self._model.piece(token, special=token in job.wish.preserved)
+        if job.accept(token, piece, ends=ends, likelihood=likelihood):
             self._release_locked(slot)
 
-    def _begin_to_choose(self, job: Generation, row: int) -> None:
+    def _begin_to_choose(self, part: _Part) -> None:
+        job = part.job
         with self._changed:
             if job.cancelled:  # meanwhile: nobody would interrupt it any more
                 return
             job.choosing = True
-        self._beside.submit(self._choose, job, self._model.logits(row))
+        logits = None if part.row is None or not job.wish.max_tokens else self._model.logits(part.row)
+        judging = [self._model.logits(row) for row in part.judging]
+        self._beside.submit(self._choose, job, logits, judging)
 
-    def _choose(self, job: Generation, logits: Any) -> None:
-        """In a thread of its own: the job's next token, or why there is none."""
-        assert job.constraint is not None
-        chosen: int | ArrieroError
+    def _choose(self, job: Generation, logits: Any, judging: list[Any]) -> None:
+        """In a thread of its own: what the `judging` logits say of the prompt's tokens, and the job's next token (no
+        `logits`: none), or why there is none."""
+        chosen: Choice | ArrieroError
         try:
-            chosen = job.constraint.choose(lambda allowed: self._model.pick(job.sampler, logits, allowed))
-            self._model.accept(job.sampler, chosen)
+            of_prompt = self._judge(job, judging)
+            if logits is None:
+                chosen = Choice(None, None, of_prompt)
+            else:
+                token = self._pick(job, logits)
+                n_probs = job.wish.n_probs
+                likelihood = None if n_probs is None else judged(logits, token, n_probs, self._spell)
+                chosen = Choice(token, likelihood, of_prompt)
         except ArrieroError as error:
             chosen = error
         except Exception as error:
@@ -221,8 +270,32 @@ class Batcher:
             job.chosen = chosen
             self._changed.notify()
 
+    def _judge(self, job: Generation, judging: list[Any]) -> tuple[Likelihood, ...]:
+        """The first token of all comes after nothing."""
+        prompt, n_probs = job.prompt, job.wish.n_probs or 0
+        first = (Likelihood(prompt[0], self._spell(prompt[0]), None),) if job.is_unjudged else ()
+        following = prompt[max(1, job.n_judged) :]
+        return first + tuple(
+            judged(logits, token, n_probs, self._spell) for logits, token in zip(judging, following, strict=False)
+        )
+
+    def _pick(self, job: Generation, logits: Any) -> int:
+        forced = job.forced()
+
+        def pick(allowed: Any) -> int:
+            if forced is not None and (allowed is None or allowed[forced]):
+                return forced
+            return self._model.pick(job.sampler, logits, allowed)
+
+        token = job.constraint.choose(pick) if job.constraint is not None else pick(None)
+        self._model.accept(job.sampler, token)
+        return token
+
+    def _spell(self, token: int) -> bytes:
+        return self._model.piece(token, special=True)
+
     def _take_chosen(self) -> None:
-        """Tokens that were chosen meanwhile."""
+        """What was chosen and judged meanwhile."""
         for slot in self._slots:
             job = slot.job
             if not isinstance(job, Generation) or job.chosen is None:
@@ -231,7 +304,12 @@ class Batcher:
             if isinstance(chosen, ArrieroError):
                 self._slots.release(slot).end(None if job.cancelled else chosen)
             elif not job.cancelled:
-                self._accept(slot, job, chosen)
+                job.judge(chosen.of_prompt)
+                if chosen.token is not None:
+                    self._accept(slot, job, chosen.token, chosen.likelihood)
+                elif not job.wish.max_tokens and len(slot.tokens) == len(job.prompt):
+                    job.cut_short()
+                    self._slots.release(slot)
                 job.hearer.flush()
 
     def _embed(self) -> None:

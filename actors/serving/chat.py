@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.serving.grammar import TOKEN, WORD, Grammar
 from actors.serving.llama_common import ChatTemplate
+from actors.serving.thoughts import Thoughts
 from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import Rejected
 
@@ -22,13 +23,14 @@ REASONING_FORMAT = "deepseek"
 @dataclass(frozen=True, slots=True)
 class Chat:
     """A rendered chat. `syntax`: of its answer, for `llama_common.AnswerParser`; None where the answer is its text.
-    `preserved`: special tokens that belong to the text."""
+    `preserved`: special tokens that belong to the text. `thinking`: of `ThinkingBudget`, where there is one."""
 
     prompt: str
     stops: tuple[str, ...]
     syntax: dict[str, Any] | None
     preserved: tuple[int, ...]
     grammar: Grammar | ThoughtfulGrammar | None = None
+    thinking: dict[str, Any] | None = None
 
 
 def render(template: ChatTemplate, vocabulary: Vocabulary, content: Mapping[str, Any]) -> Chat:
@@ -48,7 +50,21 @@ def render(template: ChatTemplate, vocabulary: Vocabulary, content: Mapping[str,
         syntax if params["grammar"] or _has_parts(params["parser"]) else None,
         tuple(preserved.values()),
         Grammar(vocabulary, content["grammar"]) if "grammar" in content else _grammar(vocabulary, params, preserved),
+        _thinking(vocabulary, params, content.get("thinking_budget_tokens")),
     )
+
+
+def _thinking(vocabulary: Vocabulary, params: Mapping[str, Any], n_tokens: int | None) -> dict[str, Any] | None:
+    """How thoughts begin and end, and what ends them after `n_tokens`; None where nothing limits them."""
+    if n_tokens is None or not params["thinking_start_tag"] or not params["thinking_end_tags"]:
+        return None
+    return {
+        "start_tag": params["thinking_start_tag"],
+        "end_tags": params["thinking_end_tags"],
+        "begun": params["generation_prompt"],
+        "n_tokens": n_tokens,
+        "closing": _tokens(vocabulary, params["thinking_end_tags"][0]),
+    }
 
 
 def _request_of(content: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -101,7 +117,8 @@ def _grammar(
     grammar = Grammar(vocabulary, params["grammar"], triggers)
     if not params["thinking_start_tag"]:
         return grammar
-    return ThoughtfulGrammar(grammar, vocabulary, params["thinking_start_tag"], params["thinking_end_tags"], begun)
+    thoughts = Thoughts(params["thinking_start_tag"], params["thinking_end_tags"], begun)
+    return ThoughtfulGrammar(grammar, vocabulary, thoughts)
 
 
 def _begun(vocabulary: Vocabulary, text: str) -> list[int]:
@@ -119,30 +136,14 @@ def _tokens(vocabulary: Vocabulary, text: str) -> list[int]:
 class ThoughtfulGrammar:
     """A grammar with triggers that is not asked while the model thinks: it may think of calling a tool."""
 
-    def __init__(
-        self, grammar: Grammar, vocabulary: Vocabulary, start_tag: str, end_tags: Sequence[str], begun: str
-    ) -> None:
+    def __init__(self, grammar: Grammar, vocabulary: Vocabulary, thoughts: Thoughts) -> None:
         self._grammar = grammar
         self._vocabulary = vocabulary
-        self._start_tag, self._end_tags = start_tag.encode(), [tag.encode() for tag in end_tags]
-        self._thinks = False
-        self._said = b""  # the last of it, where a tag may begin
-        self._look(begun.encode())
-
-    def _look(self, piece: bytes) -> None:
-        self._said += piece
-        tags = self._end_tags if self._thinks else [self._start_tag]
-        ends = [at + len(tag) for tag in tags if (at := self._said.find(tag)) >= 0]
-        if ends:
-            self._thinks = not self._thinks
-            rest, self._said = self._said[min(ends) :], b""
-            self._look(rest)
-        else:
-            self._said = self._said[-max(map(len, (self._start_tag, *self._end_tags))) :]
+        self._thoughts = thoughts
 
     def take(self, token: int) -> bool:
-        thought = self._thinks
-        self._look(self._vocabulary.piece(token))
+        thought = self._thoughts.thinks
+        self._thoughts.look(self._vocabulary.piece(token))
         return thought or self._grammar.take(token)
 
     def allowed(self) -> bytes:

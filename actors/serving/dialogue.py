@@ -1,7 +1,8 @@
 """What a runner and its preparer say to each other, in frames. The runner asks, the preparer answers:
 
 READ path, 0, template   -> READY, or REJECTED (on the control socket, before all else; no template: the file's)
-PREPARE n_ctx, content   -> STEP* PROMPT* READY {"stops", "constrained", "syntax", "preserved"}, or REJECTED
+PREPARE n_ctx, content   -> STEP* PROMPT* READY {"stops", "constrained", "syntax", "preserved", "biases", "thinking"},
+                            or EXAMINED the answer itself, or REJECTED
 TRY token                -> TAKEN, or ALLOWED bits: only these tokens may come next
 SYNTAX how to read an answer -> (nothing; only said to a child that is asked nothing else until the answer has ended)
 SAID text, or ENDS text  -> DELTAS what it adds to the message (ENDS: nothing follows, CUT: more would have)
@@ -33,3 +34,4 @@ class Kind(IntEnum):
     ENDS = 12
     CUT = 13
     DELTAS = 14
+    EXAMINED = 15

@@ -7,24 +7,30 @@ Invariant: a request that cannot be served as asked is Rejected before it takes 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from actors.devices.cores import Cores
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
-from actors.serving.jobs import Embedded, Embedding, Generation, Hearer, Job, Results
+from actors.serving.generation import Generation, Wish
+from actors.serving.jobs import Answered, Choices, Embedded, Embedding, Hearer, Results, Together, Work
 from actors.serving.parsing import ParsedAnswer
 from actors.serving.preparation import Errand, Prepared, Preparer
-from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec
+from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec, Sampling
 from actors.serving.text import TextStream
-from scheduler.errors import Rejected
+from scheduler.errors import EngineFailed, Rejected
 
 Result = TypeVar("Result")
 
 MOST_EMBEDDED = 300_000
 """Tokens of all inputs of a request, OpenAI's own bound: it keeps its slot until all are embedded."""
+
+MOST_PREPARED = 8
+"""Answers of one request that need a preparer's child each, or two."""
 
 
 class Engine:
@@ -78,7 +84,7 @@ class Engine:
 
     def prepare(
         self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any], errand: Errand | None = None
-    ) -> Job[Any]:
+    ) -> Work:
         """The work that `request` makes: `submit`, `end` or `close` it. Its hearer gets chunks (the last one has the
         finish reason and the counts), or what was embedded: a vector of length 1 per input. Ending the `errand` ends
         the wait for it.
@@ -87,20 +93,57 @@ class Engine:
         """
         if isinstance(request, EmbedRequest):
             return self._embedding(request, hearer, errand)
-        if not self._model.can_generate:
-            raise Rejected(f"{self._spec.model} is an embedding model; ask it for embeddings")
-        if request.max_tokens is not None and request.max_tokens < 1:
-            raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 1")
+        if request.max_tokens is not None and request.max_tokens < 0:
+            raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 0")
         prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand)
-        try:
-            return self._generation(request, prepared, hearer)
-        except BaseException:
-            if prepared.constraint is not None:
-                prepared.constraint.close()
-            raise
+        if prepared.examined is not None:
+            return Answered(request.lease_id, hearer, prepared.examined)
+        with ExitStack() as unless_made:
+            unless_made.callback(prepared.close)
+            if not self._model.can_generate:
+                raise Rejected(f"{self._spec.model} is an embedding model; ask it for embeddings")
+            if len(prepared.prompts) == request.n == 1:
+                job: Work = self._generation(request, prepared, prepared.prompts[0], hearer)
+            else:
+                job = self._choices(request, prepared, hearer, errand)
+            unless_made.pop_all()
+        return job
 
-    def _generation(self, request: GenerateRequest, prepared: Prepared, hearer: Hearer[Chunk]) -> Generation:
-        (prompt,) = prepared.prompts
+    def _choices(
+        self, request: GenerateRequest, prepared: Prepared, hearer: Hearer[Chunk], errand: Errand | None
+    ) -> Choices:
+        """`request.n` answers to each prompt. Each needs a grammar and a parser of its own."""
+        count = len(prepared.prompts) * request.n
+        if count > MOST_PREPARED and (prepared.constraint is not None or prepared.syntax is not None):
+            raise Rejected(
+                f"{count} answers; at most {MOST_PREPARED} are allowed in a request with tools, thoughts or a grammar"
+            )
+        together = Together(hearer, count, request.n)
+        choices: list[Generation] = []
+        with ExitStack() as unless_made:
+            for index in range(count):
+                prompt, first = prepared.prompts[index // request.n], index - index % request.n
+                if index and prepared.constraint is not None:
+                    prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand)
+                    unless_made.callback(prepared.close)
+                job = self._generation(request, prepared, prompt, together.of(index), choices[first : first + 1], index)
+                unless_made.callback(job.close)
+                choices.append(job)
+            unless_made.pop_all()
+        whole = Choices(choices)
+        together.give_up = lambda: self.drop(whole)
+        return whole
+
+    def _generation(
+        self,
+        request: GenerateRequest,
+        prepared: Prepared,
+        prompt: list[int],
+        hearer: Hearer[Chunk],
+        first: Sequence[Generation] = (),
+        index: int = 0,
+    ) -> Generation:
+        """The answer with number `index`; `first`: the first one to the same prompt, if there is one."""
         room = self.n_ctx_per_slot - len(prompt)
         if room < 1:
             raise Rejected(
@@ -109,7 +152,16 @@ class Engine:
                 prompt_tokens=len(prompt),
                 n_ctx=self.n_ctx_per_slot,
             )
-        sampler = self._model.sampler(request.sampling)
+        sampling = self._sampling(request.sampling, prepared, index)
+        wish = Wish(
+            max_tokens=room if request.max_tokens is None else min(room, request.max_tokens),
+            min_tokens=sampling.min_tokens,
+            opening=self._model.text_of(prompt) if request.echo else "",
+            n_probs=request.n_probs,
+            judge_prompt=request.echo and request.n_probs is not None,
+            preserved=prepared.preserved,
+        )
+        sampler = self._model.sampler(sampling, prompt)
         try:
             parsing = self._preparer.parsing(prepared.syntax) if prepared.syntax is not None else None
         except BaseException:
@@ -122,19 +174,32 @@ class Engine:
             parsed or hearer,
             sampler,
             TextStream(request.stop + prepared.stops),
-            room if request.max_tokens is None else min(room, request.max_tokens),
-            prepared.constraint,
-            prepared.preserved,
-            request.source,
+            wish,
+            constraint=prepared.constraint,
+            budget=prepared.budget(),
+            first=first[0] if first else None,
+            source=request.source,
         )
         if parsed is not None:
             parsed.give_up = lambda: self.drop(job)
         return job
 
+    def _sampling(self, asked: Sampling, prepared: Prepared, index: int) -> Sampling:
+        """As it was asked for, with what only the preparer knew. Each answer to a prompt has a seed of its own."""
+        if prepared.constraint is not None and (asked.min_tokens or asked.ignore_eos):
+            raise Rejected("min_tokens and ignore_eos cannot be combined with tools or a grammar; send one of them")
+        seed = None if asked.seed is None else asked.seed + index
+        return replace(asked, seed=seed, logit_bias={**prepared.biases, **(asked.logit_bias or {})})
+
     def _embedding(self, request: EmbedRequest, hearer: Hearer[Embedded], errand: Errand | None) -> Embedding:
-        """The model's own pooling, or the mean of the token vectors."""
-        if self._model.is_reranker:
-            raise Rejected(f"{self._spec.model} is a reranker; it has scores, not embeddings")
+        """The model's own pooling, or the mean of the token vectors; a reranker's scores, as vectors of one number."""
+        if self._model.is_reranker != request.rerank:
+            what = "has scores, not embeddings; use /v1/rerank" if self._model.is_reranker else "is no reranker"
+            raise Rejected(f"{self._spec.model} {what}")
+        if request.dimensions is not None and request.dimensions > self._model.n_embd:
+            raise Rejected(
+                f"dimensions is {request.dimensions}; vectors of {self._spec.model} have {self._model.n_embd}"
+            )
         if not self._spec.context.embeddings:  # its context has no room for them
             raise Rejected(f"{self._spec.model} is not loaded for embeddings; set embeddings: true for it")
         texts = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand).prompts
@@ -144,15 +209,27 @@ class Engine:
                 raise Rejected(f"input {index} is {len(text)} tokens; at most {limit} can be embedded at once")
         if (total := sum(map(len, texts))) > MOST_EMBEDDED:
             raise Rejected(f"the inputs are {total} tokens; at most {MOST_EMBEDDED} are allowed in one request")
-        return Embedding(request.lease_id, texts, hearer, request.source)
+        dimensions = None if request.rerank else request.dimensions or self._model.n_embd
+        return Embedding(request.lease_id, texts, hearer, dimensions, request.source)
 
-    def submit(self, job: Job[Any]) -> None:
+    def submit(self, job: Work) -> None:
         """Queues `job`. Raises EngineFailed, and has closed it, when the engine is broken or closed."""
-        self._batcher.submit(job)
+        if isinstance(job, Answered):
+            job.tell()
+            return
+        left = deque(job.parts)
+        try:
+            while left:
+                self._batcher.submit(left.popleft())
+        except EngineFailed:
+            for part in left:
+                part.close()
+            raise
 
-    def drop(self, job: Job[Any]) -> None:
+    def drop(self, job: Work) -> None:
         """Ends `job` within one token, in the middle of its prompt too; nothing happens if it has ended already."""
-        self._batcher.cancel(job)
+        for part in job.parts:
+            self._batcher.cancel(part)
 
     def resume(self) -> None:
         """A hearer takes again what it is told."""
@@ -169,7 +246,7 @@ class Engine:
         results: Results[Embedded] = Results()
         return list(self._heard(self.prepare(request, results), results))
 
-    def _heard(self, job: Job[Any], results: Results[Result]) -> Iterator[Result]:
+    def _heard(self, job: Work, results: Results[Result]) -> Iterator[Result]:
         try:
             self.submit(job)
             yield from results

@@ -1,5 +1,5 @@
-"""The work of a replica: one `Generation` per answer, one `Embedding` per request for vectors. Each occupies one slot
-while it runs.
+"""The work of a replica: one `Generation` (see there) per answer, one `Embedding` per request for vectors. Each takes a
+slot while it runs.
 
 A job knows what it still wants from the model and what it has to say to its caller; the batcher knows when. It says
 it to its `Hearer`: results, and then always the end, with the error that ended the job if there was one. Only the
@@ -10,33 +10,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from actors.serving.protocol import Chunk, FinishReason
-from actors.serving.text import TextStream
-from scheduler.costs.paces import Pace
-from scheduler.errors import ArrieroError
-
-TELLING_TOKENS = 32
-"""From so many tokens on, a piece of a prompt shows how fast prompts are read."""
+from actors.serving.protocol import Chunk
 
 Result = TypeVar("Result")
 Said_contra = TypeVar("Said_contra", contravariant=True)
-
-
-class Sampler(Protocol):
-    """A sampler chain; `close()` frees it."""
-
-    def close(self) -> object: ...
-
-
-class Constraint(Protocol):
-    """What the tokens of an answer must follow (`preparation.Constraint`)."""
-
-    def choose(self, pick: Callable[[Any], int]) -> int: ...
-    def interrupt(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class Hearer(Protocol[Said_contra]):
@@ -103,6 +85,11 @@ class Job(Generic[Result]):
         self.hearer = hearer
         self.cancelled = False
 
+    @property
+    def parts(self) -> Sequence[Job[Result]]:
+        """What the batcher sees of it."""
+        return (self,)
+
     def end(self, error: BaseException | None = None) -> None:
         """No more results. Frees what the job holds."""
         self.close()
@@ -113,108 +100,144 @@ class Job(Generic[Result]):
         self.hearer.close()
 
 
-class Generation(Job[Chunk]):
-    """One answer under way. `pending` is the sampled token that the next batch has to decode.
+class Choices:
+    """The answers of one request, as one piece of work. The caller hears them together (`Together`)."""
 
-    With a `constraint` the token is chosen beside the engine's thread: `choosing` until then, `chosen` after it.
-    `preserved`: special tokens that belong to the text.
+    def __init__(self, parts: Sequence[Job[Chunk]]) -> None:
+        self.parts = parts
+        self.lease_id = parts[0].lease_id
+
+    def end(self, error: BaseException | None = None) -> None:
+        """No more results. Frees what they hold."""
+        for part in self.parts:
+            part.end(error)
+
+    def close(self) -> None:
+        """Frees what they hold."""
+        for part in self.parts:
+            part.close()
+
+
+class Answered:
+    """A question that needs no model, with its answer, a JSON text. It is told when it is submitted."""
+
+    def __init__(self, lease_id: str, hearer: Hearer[Chunk], answer: str) -> None:
+        self.lease_id = lease_id
+        self.parts: Sequence[Job[Chunk]] = ()
+        self._hearer = hearer
+        self._answer = answer
+
+    def tell(self) -> None:
+        self._hearer.say(Chunk(self._answer, "stop"))
+        self._hearer.end(None)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nobody wants it any more."""
+        self._hearer.end(error)
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+Work = Job[Any] | Choices | Answered
+"""What a request makes."""
+
+
+class Together:
+    """Hears several answers and tells `hearer` of them as of one: it ends with the last of them, or with the first
+    error. Prompts count once, however many answers they get.
+
+    `give_up`: called when an answer fails; the others are to end.
+    """
+
+    def __init__(self, hearer: Hearer[Chunk], count: int, per_prompt: int) -> None:
+        self._hearer = hearer
+        self._per_prompt = per_prompt
+        self._lock = Lock()  # parsed answers speak in threads of their own
+        self._left = self._open = count
+        self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
+        self._error: BaseException | None = None
+        self.give_up: Callable[[], object] = lambda: None
+
+    def of(self, index: int) -> Hearer[Chunk]:
+        """Who hears the answer with this number."""
+        return _OneOf(self, index)
+
+    @property
+    def stalled(self) -> bool:
+        return self._hearer.stalled
+
+    def say(self, index: int, chunk: Chunk) -> None:
+        with self._lock:
+            if chunk.finish_reason is not None:
+                self._left -= 1
+                if index % self._per_prompt == 0:
+                    self._prompt_tokens += chunk.prompt_tokens
+                    self._cached_tokens += chunk.cached_tokens
+                self._completion_tokens += chunk.completion_tokens
+                chunk = replace(
+                    chunk,
+                    prompt_tokens=self._prompt_tokens,
+                    cached_tokens=self._cached_tokens,
+                    completion_tokens=self._completion_tokens,
+                    pace=None,
+                    timings=None,
+                )
+            self._hearer.say(replace(chunk, index=index, left=self._left))
+
+    def flush(self) -> None:
+        with self._lock:
+            self._hearer.flush()
+
+    def end(self, error: BaseException | None) -> None:
+        with self._lock:
+            self._open -= 1
+            first_error, self._error = self._error is None and error is not None, self._error or error
+            if not self._open:
+                self._hearer.end(self._error)
+        if first_error:
+            self.give_up()
+
+
+class _OneOf:
+    def __init__(self, together: Together, index: int) -> None:
+        self._together = together
+        self._index = index
+
+    @property
+    def stalled(self) -> bool:
+        return self._together.stalled
+
+    def say(self, result: Chunk) -> None:
+        self._together.say(self._index, result)
+
+    def flush(self) -> None:
+        self._together.flush()
+
+    def end(self, error: BaseException | None) -> None:
+        self._together.end(error)
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+class Embedding(Job[Embedded]):
+    """Texts to embed, one after the other; `done` of them are. Several may be in one batch.
+
+    `dimensions`: the vectors' first numbers, which are scaled to length 1. None: as the model gives them.
     """
 
     def __init__(
         self,
         lease_id: str,
-        prompt: list[int],
-        hearer: Hearer[Chunk],
-        sampler: Sampler,
-        text: TextStream,
-        max_tokens: int,
-        constraint: Constraint | None = None,
-        preserved: frozenset[int] = frozenset(),
+        texts: Sequence[list[int]],
+        hearer: Hearer[Embedded],
+        dimensions: int | None,
         source: str = "",
     ) -> None:
-        super().__init__(lease_id, prompt, hearer, source)
-        self.preserved = preserved
-        self.sampler: Any = sampler
-        self.constraint = constraint
-        self.choosing = False
-        self.chosen: int | ArrieroError | None = None
-        self.pending: int | None = None
-        self.cached_tokens: int | None = None  # of the prompt; None until it has had a slot
-        self.postponed_at = -1  # when it lost its slot: a count of the batcher's
-        self._prompt_tokens = len(prompt)
-        self._text = text
-        self._max_tokens = max_tokens
-        self._n_tokens = 0
-        self._prompt_alone, self._prompt_s = 0, 0.0
-        self._answer_alone, self._answer_s = 0, 0.0
-
-    def begin_again(self, known: list[int]) -> None:
-        """It loses its slot, which holds the tokens `known`: they, and the pending one, are to be read once more."""
-        if self.pending is not None:
-            self.prompt = [*known, self.pending]
-            self.pending = None
-
-    def took(self, n_tokens: int, seconds: float) -> None:
-        """A batch with nothing but `n_tokens` of this job was decoded. Short pieces of a prompt say little."""
-        if self.pending is not None:
-            self._answer_alone, self._answer_s = self._answer_alone + n_tokens, self._answer_s + seconds
-        elif n_tokens >= TELLING_TOKENS:
-            self._prompt_alone, self._prompt_s = self._prompt_alone + n_tokens, self._prompt_s + seconds
-
-    def _pace(self) -> Pace | None:
-        if not self._prompt_alone and not self._answer_alone:
-            return None
-        n_past = self._prompt_tokens + self._n_tokens // 2
-        return Pace(self._prompt_alone, self._prompt_s, self._answer_alone, self._answer_s, n_past)
-
-    def accept(self, token: int, piece: bytes, *, ends: bool) -> bool:
-        """Takes the sampled token and says its text; True when it was the answer's last."""
-        if ends:
-            self._finish("stop", "")
-            return True
-        self._n_tokens += 1
-        shown = self._text.push(piece)
-        if self._text.stopped:
-            self._finish("stop", shown)
-        elif self._n_tokens >= self._max_tokens:
-            self._finish("length", shown)
-        else:
-            self.pending = token
-            if shown:
-                self.hearer.say(Chunk(shown))
-            return False
-        return True
-
-    def cut_short(self) -> None:
-        """Ends the answer because the context is full."""
-        self._finish("length", "")
-
-    def _finish(self, reason: FinishReason, shown: str) -> None:
-        self.hearer.say(
-            Chunk(
-                text=shown + self._text.finish(),
-                finish_reason=reason,
-                prompt_tokens=self._prompt_tokens,
-                cached_tokens=self.cached_tokens or 0,
-                completion_tokens=self._n_tokens,
-                pace=self._pace(),
-            )
-        )
-        self.end()
-
-    def close(self) -> None:
-        super().close()
-        self.sampler.close()
-        if self.constraint is not None:
-            self.constraint.close()
-
-
-class Embedding(Job[Embedded]):
-    """Texts to embed, one after the other; `done` of them are. Several may be in one batch."""
-
-    def __init__(self, lease_id: str, texts: Sequence[list[int]], hearer: Hearer[Embedded], source: str = "") -> None:
         super().__init__(lease_id, max(texts, key=len), hearer, source)
         self.texts = texts
+        self._dimensions = dimensions
         self.done = 0
         self._total: Any = None  # of the vectors of the next text, so far
 
@@ -224,10 +247,13 @@ class Embedding(Job[Embedded]):
         self._total = summed if self._total is None else self._total + summed
 
     def finish_text(self) -> None:
-        """Says its vector with length 1. The mean and the sum of the token vectors point the same way."""
-        length = float((self._total**2).sum()) ** 0.5
+        """Says its vector. The mean and the sum of the token vectors point the same way."""
+        vector = self._total
+        if self._dimensions is not None:
+            vector = vector[: self._dimensions]
+            vector = vector / (float((vector**2).sum()) ** 0.5 or 1.0)
         prompt_tokens = len(self.texts[self.done])
         self.done += 1
         left = len(self.texts) - self.done
-        self.hearer.say(Embedded(array("f", self._total / (length or 1.0)), prompt_tokens, left))
+        self.hearer.say(Embedded(array("f", vector), prompt_tokens, left))
         self._total = None

@@ -23,7 +23,7 @@ from actors.endpoint import LONGEST_PROOF_BYTES, listen
 from actors.frames import BrokenFrame, FrameReader, packed
 from actors.leasing import TokenCounts
 from actors.road import Kind
-from actors.serving.jobs import Embedded, Hearer, Job
+from actors.serving.jobs import Embedded, Hearer, Work
 from actors.serving.preparation import Errand
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
 from actors.serving.replies import AnyReply, reply_in
@@ -44,9 +44,9 @@ class Replica(Protocol):
 
     def prepare(
         self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any], errand: Errand | None = None
-    ) -> Job[Any]: ...
-    def submit(self, job: Job[Any]) -> None: ...
-    def drop(self, job: Job[Any]) -> None: ...
+    ) -> Work: ...
+    def submit(self, job: Work) -> None: ...
+    def drop(self, job: Work) -> None: ...
     def resume(self) -> None: ...
 
 
@@ -217,20 +217,20 @@ class _Connection:
         self.errand = Errand()  # of the request under way
         self._listener = listener
         self._lock = Lock()
-        self._job: Job[Any] | None = None
+        self._job: Work | None = None
         self._unsent = bytearray()
 
     @property
     def stalled(self) -> bool:
         return bool(self._unsent)
 
-    def begin(self, job: Job[Any]) -> bool:
+    def begin(self, job: Work) -> bool:
         """`job` is what it gets; False when it has left."""
         with self._lock:
             self._job = job
             return not self.gone
 
-    def close(self) -> Job[Any] | None:
+    def close(self) -> Work | None:
         """Ends it; returns the job that nobody waits for any more."""
         with self._lock:
             self.gone = True
@@ -288,7 +288,7 @@ class _Answer:
     def say(self, chunk: Chunk) -> None:
         if data := self._reply.bytes_of(chunk):
             self._said += packed(Kind.EVENT, data)
-        if chunk.finish_reason is not None:
+        if chunk.finish_reason is not None and not chunk.left:
             self._last = chunk
 
     def flush(self) -> None:

@@ -22,13 +22,9 @@ class OllamaReply:
         self._chat = wanted.form == "ollama-chat"
         self._said = Message()
         self._told_calls = 0
-        self._began_s = time.time()
-        self._first_s: float | None = None
 
     def bytes_of(self, chunk: Chunk) -> bytes:
         """What the client reads for `chunk`; empty for all but the last one of an answer that is sent whole."""
-        if self._first_s is None:
-            self._first_s = time.time()
         last = chunk.finish_reason is not None
         parts = [part for delta in deltas_of(chunk) for part in self._take(delta)]
         if last:
@@ -79,12 +75,13 @@ class OllamaReply:
         return json.dumps(told).encode() + (b"\n" if self._wanted.stream else b"")
 
     def _end(self, last: Chunk) -> dict[str, Any]:
-        now_s, first_s = time.time(), self._first_s or self._began_s
+        total_s = time.time() - self._wanted.created
+        prompt_s, answer_s = last.timings or (0.0, 0.0)
         seconds = {
-            "total_duration": now_s - self._wanted.created,
-            "load_duration": self._began_s - self._wanted.created,
-            "prompt_eval_duration": first_s - self._began_s,
-            "eval_duration": now_s - first_s,
+            "total_duration": total_s,
+            "load_duration": total_s - prompt_s - answer_s,
+            "prompt_eval_duration": prompt_s,
+            "eval_duration": answer_s,
         }
         return {
             "done_reason": last.finish_reason,

@@ -15,7 +15,7 @@ from typing import Literal
 
 from actors.serving.jobs import Hearer
 from actors.serving.preparation import Parsing
-from actors.serving.protocol import Chunk
+from actors.serving.protocol import Chunk, Likelihood
 from scheduler.errors import ArrieroError, EngineFailed
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class ParsedAnswer:
         self._hearer = hearer
         self._parsing = parsing
         self._heard: SimpleQueue[Chunk | End] = SimpleQueue()
+        self._likelihoods: list[Likelihood] = []  # of text that has not been told
         self._begun = self._closed = False
         self.give_up: Callable[[], object] = lambda: None
 
@@ -92,8 +93,10 @@ class ParsedAnswer:
 
     def _tell(self, chunks: list[Chunk]) -> None:
         text = "".join(chunk.text for chunk in chunks)
+        self._likelihoods += (each for chunk in chunks for each in chunk.likelihoods)
         last = chunks[-1]
         deltas = self._parsing.feed(text, last=last.finish_reason)
         if deltas or last.finish_reason is not None:
-            self._hearer.say(replace(last, text=text, deltas=deltas))
+            self._hearer.say(replace(last, text=text, deltas=deltas, likelihoods=tuple(self._likelihoods)))
             self._hearer.flush()
+            self._likelihoods.clear()

@@ -15,8 +15,8 @@ import socket
 import subprocess
 import sys
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -27,6 +27,7 @@ import numpy.typing as npt
 from actors.frames import BrokenFrame, receive, send
 from actors.serving.dialogue import N_CTX, TOKEN, Kind
 from actors.serving.protocol import Delta, FinishReason
+from actors.serving.thoughts import ThinkingBudget, Thoughts
 from scheduler.errors import EngineFailed, Rejected
 
 ANSWER_TIMEOUT_S = 60.0
@@ -45,6 +46,8 @@ class Prepared:
     """`prompts`: tokens of each; `stops`: strings that end the answer; `constraint`: what its tokens must follow.
 
     `syntax`: of an answer that must be parsed (`Preparer.parsing`), or None. `preserved`: special tokens that are text.
+    `biases`: of tokens that were named by their text. `thinking`: how thoughts begin and end, where they are limited.
+    `examined`: the answer itself, as JSON, to what needs no model.
     """
 
     prompts: tuple[list[int], ...]
@@ -52,6 +55,21 @@ class Prepared:
     constraint: Constraint | None = None
     syntax: bytes | None = None
     preserved: frozenset[int] = frozenset()
+    biases: Mapping[int, float] = field(default_factory=dict)
+    thinking: Mapping[str, Any] | None = None
+    examined: str | None = None
+
+    def budget(self) -> ThinkingBudget | None:
+        """What limits the thoughts of one answer."""
+        if self.thinking is None:
+            return None
+        thoughts = Thoughts(self.thinking["start_tag"], self.thinking["end_tags"], self.thinking["begun"])
+        return ThinkingBudget(thoughts, self.thinking["n_tokens"], self.thinking["closing"])
+
+    def close(self) -> None:
+        """For a request that comes to nothing."""
+        if self.constraint is not None:
+            self.constraint.close()
 
 
 class Errand:
@@ -153,8 +171,17 @@ class Preparer:
                     ready = json.loads(payload)
                     constraint = Constraint(connection, self._keep) if ready["constrained"] else None
                     syntax = json.dumps(ready["syntax"]).encode() if ready["syntax"] else None
-                    preserved = frozenset(ready["preserved"])
-                    return Prepared(tuple(prompts), tuple(ready["stops"]), constraint, syntax, preserved)
+                    return Prepared(
+                        tuple(prompts),
+                        tuple(ready["stops"]),
+                        constraint,
+                        syntax,
+                        frozenset(ready["preserved"]),
+                        dict(ready["biases"]),
+                        ready["thinking"],
+                    )
+                case Kind.EXAMINED:
+                    return Prepared((), (), examined=payload.decode())
                 case Kind.REJECTED:
                     raise _rejected(step, payload)
                 case Kind.ENDED:
@@ -256,6 +283,7 @@ class Constraint:
         self._connection = connection
         self._give_back = give_back
         self._usable = True
+        self._closed = False
 
     def choose(self, pick: Pick) -> int:
         """The next token: what `pick(None)` picks, or, where that may not come next, what it picks among those that
@@ -293,7 +321,10 @@ class Constraint:
         _shut(self._connection)
 
     def close(self) -> None:
-        """The answer has ended, and nobody is choosing."""
+        """The answer has ended, and nobody is choosing. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
         if self._usable:
             self._give_back(self._connection)
         else:

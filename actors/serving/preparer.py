@@ -30,8 +30,11 @@ from actors.devices.processes import end_with_parent
 from actors.frames import receive, send
 from actors.serving.chat import Chat, ThoughtfulGrammar, render, whole_schema
 from actors.serving.dialogue import N_CTX, TOKEN, Kind
+from actors.serving.examination import examined
 from actors.serving.grammar import Grammar
+from actors.serving.infill import infill_prompt
 from actors.serving.llama_common import AnswerParser, ChatTemplate, grammar_of
+from actors.serving.rerank import rerank_prompt
 from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import ArrieroError, Rejected
 from scheduler.units import MIB, format_bytes
@@ -49,6 +52,8 @@ MEMORY_PER_TOKEN_BYTES = 1024
 
 LONGEST_MESSAGE = 4000
 """Characters of a refusal. llama.cpp quotes what it was sent, whatever its size."""
+
+_WHAT_IS_READ = ("inputs", "messages", "prompt", "prompts", "infill", "rerank")
 
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 """Exit statuses of a child that somebody ended: nothing is said of the request, and it may be asked again."""
@@ -200,13 +205,23 @@ class Child:
         self._step("the request")
         content: Mapping[str, Any] = json.loads(payload[N_CTX.size :])
         chat: Chat | None = None
-        if sum(name in content for name in ("inputs", "messages", "prompt")) != 1:
+        if "examine" in content:
+            self._step("the text, or the messages")
+            told = examined(self._vocabulary, content["examine"], lambda asked: self._chat(asked).prompt)
+            send(self._connection, Kind.EXAMINED, json.dumps(told).encode())
+            return
+        if sum(name in content for name in _WHAT_IS_READ) != 1:
             raise Rejected("a request needs either messages or a prompt, and not both")
-        if "inputs" in content:
-            prompts = [self._tokens(each, n_ctx) for each in content["inputs"]]
+        if several := content.get("inputs") or content.get("prompts"):
+            prompts = [self._tokens(each, n_ctx) for each in several]
         elif "messages" in content:
             chat = self._chat(content)
             prompts = [self._tokenized(chat.prompt, n_ctx)]
+        elif "infill" in content:
+            self._step("the text around the gap")
+            prompts = [infill_prompt(self._vocabulary, content["infill"], n_ctx)]
+        elif "rerank" in content:
+            prompts = self._pairs(content["rerank"], n_ctx)
         else:
             prompts = [self._tokens(content["prompt"], n_ctx)]
         if chat is not None:
@@ -224,8 +239,26 @@ class Child:
             "constrained": self._grammar is not None,
             "syntax": chat.syntax if chat else None,
             "preserved": chat.preserved if chat else (),
+            "biases": self._biases(content.get("logit_bias", {})),
+            "thinking": chat.thinking if chat else None,
         }
         send(self._connection, Kind.READY, json.dumps(ready).encode())
+
+    def _pairs(self, wanted: Mapping[str, Any], n_ctx: int) -> list[list[int]]:
+        """A reranker's prompts: each document with the query."""
+        self._step("the query and the documents")
+        pairs = [rerank_prompt(self._vocabulary, wanted["query"], document) for document in wanted["documents"]]
+        if (longest := max(map(len, pairs))) > n_ctx:
+            raise Rejected(f"a document with the query is {longest} tokens; the slot holds {n_ctx}", n_ctx=n_ctx)
+        return pairs
+
+    def _biases(self, by_text: Mapping[str, float]) -> list[tuple[int, float]]:
+        """Of each token of each text, as llama-server takes them."""
+        return [
+            (token, bias)
+            for text, bias in by_text.items()
+            for token in self._vocabulary.tokenize(text, add_special=False)
+        ]
 
     def _limit_memory(self, more_bytes: int) -> None:
         most = self._held_bytes + MEMORY_BYTES + more_bytes

@@ -58,19 +58,45 @@ class BufferSizes:
     n_ctx_per_slot: int
 
 
+SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+"""llama.cpp's samplers in the order that it runs them in (`common_params_sampling`, common.h)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampler settings, OpenAI's and llama.cpp's names. `temperature` 0 is greedy."""
+    """Sampler settings: llama.cpp's names (OpenAI's for penalties) and llama.cpp's defaults, which switch most of them
+    off. `temperature` 0 is greedy. A window of -1 tokens is the whole context."""
 
     temperature: float = 0.8
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
     top_p: float = 0.95
     top_k: int = 40
     min_p: float = 0.05
+    typ_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     repeat_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repeat_last_n: int = 64
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    mirostat: int = 0  # 1 and 2: instead of all other samplers but the penalties of logit_bias and the temperature
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    adaptive_target: float = -1.0
+    adaptive_decay: float = 0.9
+    min_keep: int = 0
+    samplers: tuple[str, ...] = SAMPLERS  # also "adaptive_p" and "infill"
     seed: int | None = None
     logit_bias: Mapping[int, float] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0  # the answer does not end by itself before
 
 
 def content_of(**parts: object) -> bytes:
@@ -81,13 +107,13 @@ def content_of(**parts: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ReplyForm:
-    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, as Ollama's, or as
-    Anthropic's message; whole or streamed.
+    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, as llama-server's own
+    completion, as Ollama's, or as Anthropic's message; whole or streamed. "plain": as it is.
 
     `created`: seconds since 1970.
     """
 
-    form: Literal["chat", "text", "ollama-chat", "ollama-generate", "anthropic"] = "text"
+    form: Literal["chat", "text", "completion", "plain", "ollama-chat", "ollama-generate", "anthropic"] = "text"
     stream: bool = False
     include_usage: bool = False  # in the events
     as_functions: bool = False  # a call of a tool is told as OpenAI's `function_call` of old
@@ -102,8 +128,14 @@ class GenerateRequest:
     template) or {"prompt": a text or token ids} (as it is), never both; and, where the answer must follow one,
     {"json_schema": {...}} (empty: any JSON object) or {"grammar": GBNF}. With messages also, in OpenAI's and
     llama-server's words: tools, tool_choice, parallel_tool_calls, reasoning_format, reasoning_effort,
-    chat_template_kwargs, continue_final_message. It may be large, and only the preparer opens it. The runner knows the
-    request by its lease."""
+    chat_template_kwargs, continue_final_message, thinking_budget_tokens. Instead of a prompt there may be several
+    ("prompts"), {"infill": {...}} (`infill_prompt`), or a question that needs no model: {"examine": {...}} (`examined`).
+    {"logit_bias": {text: bias}} is for tokens that only the preparer knows. It may be large, and only the
+    preparer opens it. The runner knows the request by its lease.
+
+    `n`: answers to each prompt. `max_tokens` 0: the prompt is read, and nothing is said. `n_probs`: how many likely
+    tokens are told with each token, and how likely all of them are; `echo`: of the prompt's tokens, too.
+    """
 
     content: bytes
     lease_id: str = ""
@@ -112,6 +144,9 @@ class GenerateRequest:
     sampling: Sampling = Sampling()
     reply: ReplyForm = ReplyForm()
     source: str = ""  # who asks: an API key's name, or an address
+    n: int = 1
+    n_probs: int | None = None
+    echo: bool = False
 
 
 class Delta(NamedTuple):
@@ -127,11 +162,30 @@ class Delta(NamedTuple):
     arguments: str = ""
 
 
+class Likelihood(NamedTuple):
+    """How likely a token was where it came: the natural logarithm of its probability, before any sampler; None where
+    nothing came before it. `top`: the likeliest tokens there, as their bytes and logarithms, the likeliest first."""
+
+    token: int
+    piece: bytes
+    logprob: float | None
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+class Timings(NamedTuple):
+    """Seconds from the slot to the first token, and from there to the last."""
+
+    prompt_s: float
+    answer_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of the answer. The last one has `finish_reason` and the usage counts; earlier ones have text.
+    """A piece of an answer. The last one has `finish_reason` and the usage counts; earlier ones have text.
 
-    `deltas`: what the text means, in an answer that is parsed; else None, and the text is the content.
+    `deltas`: what the text means, in an answer that is parsed; else None, and the text is the content. `likelihoods`:
+    of tokens that were not told before, if they were asked for. `index`: of the answer, where a request has several;
+    `left`: how many of these have not ended.
     """
 
     text: str
@@ -141,6 +195,10 @@ class Chunk:
     completion_tokens: int = 0
     pace: Pace | None = None  # how fast it went while no other answer was in the batch
     deltas: tuple[Delta, ...] | None = None
+    likelihoods: tuple[Likelihood, ...] = ()
+    timings: Timings | None = None
+    index: int = 0
+    left: int = 0
 
 
 def deltas_of(chunk: Chunk) -> tuple[Delta, ...]:
@@ -150,11 +208,15 @@ def deltas_of(chunk: Chunk) -> tuple[Delta, ...]:
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """`content` as JSON: {"inputs": texts or lists of token ids}. `source`: as in `GenerateRequest`."""
+    """`content` as JSON: {"inputs": texts or lists of token ids}; or, to `rerank`, {"rerank": {"query": text,
+    "documents": texts}}. `dimensions`: of the vectors, which are cut there; None: all. `source`: as in
+    `GenerateRequest`."""
 
     content: bytes
     lease_id: str = ""
     source: str = ""
+    dimensions: int | None = None
+    rerank: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,15 @@ Cost of an event: one JSON string; what stands around it is the same for all eve
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from actors.serving.anthropic_reply import AnthropicReply
 from actors.serving.message import Message
 from actors.serving.ollama_reply import OllamaReply
-from actors.serving.protocol import Chunk, Delta, ReplyForm, deltas_of
+from actors.serving.protocol import Chunk, Delta, Likelihood, ReplyForm, deltas_of
 
 DONE = b"data: [DONE]\n\n"
 _MARK = "text"  # of an event, where its own text will stand
@@ -36,7 +38,7 @@ def reply_in(wanted: ReplyForm) -> AnyReply:
 
 
 class Reply:
-    """Turns the chunks of one answer, in order, into what the client reads."""
+    """Turns the chunks of the answers to one request, in order, into what the client reads."""
 
     def __init__(self, wanted: ReplyForm) -> None:
         self._wanted = wanted
@@ -45,58 +47,104 @@ class Reply:
         self._head = {"id": wanted.request_id, "object": kind, "created": wanted.created, "model": wanted.model}
         # OpenAI's clients expect `usage` in every event once they have asked for it: null until the end.
         self._tail: dict[str, Any] = {"usage": None} if wanted.include_usage else {}
-        self._said = _Telling(wanted.as_functions)
-        self._begun = True
-        self._before, _, self._after = self._event(_choice(self._delta(_MARK))).rpartition(_MARK.encode())
-        self._begun = False
+        self._choices: dict[int, _Choice] = {}
 
     def bytes_of(self, chunk: Chunk) -> bytes:
         """What the client reads for `chunk`; empty for all but the last one of an answer that is sent whole."""
+        choice = self._choices.get(chunk.index)
+        if choice is None:
+            choice = self._choices[chunk.index] = self._choice(chunk.index)
         if not self._wanted.stream:
-            for _ in self._said.take(deltas_of(chunk)):
-                pass
-            return self._whole(chunk) if chunk.finish_reason is not None else b""
-        if chunk.deltas is not None:
-            return self._parsed(chunk)
-        if chunk.finish_reason is None and self._begun:
-            return self._before + json.dumps(chunk.text)[1:-1].encode() + self._after
-        event = self._event(_choice(self._delta(chunk.text), chunk.finish_reason))
-        self._begun = True
-        return event if chunk.finish_reason is None else event + self._end(chunk)
+            choice.take(chunk)
+            return self._whole(chunk) if chunk.finish_reason is not None and not chunk.left else b""
+        if chunk.deltas is None and chunk.finish_reason is None and choice.begun and not chunk.likelihoods:
+            return choice.before + json.dumps(chunk.text)[1:-1].encode() + choice.after
+        events = list(choice.events(chunk))
+        if chunk.finish_reason is None or chunk.left:
+            return b"".join(map(self._event, events))
+        if self._wanted.include_usage:
+            usage = _event({**self._head, "choices": [], "usage": _usage(chunk), **_timings(chunk)})
+            return b"".join([*map(self._event, events), usage, DONE])
+        return b"".join([*map(self._event, events[:-1]), self._event(events[-1], _timings(chunk)), DONE])
 
-    def _parsed(self, chunk: Chunk) -> bytes:
-        """The events of a chunk that was parsed."""
-        deltas = [*self._said.take(deltas_of(chunk))]
+    def _choice(self, index: int) -> _Choice:
+        choice = _Choice(index, self._chat, self._wanted.as_functions)
+        choice.before, _, choice.after = self._event(choice.text_event(_MARK)).rpartition(_MARK.encode())
+        return choice
+
+    def _event(self, choice: dict[str, Any], more: Mapping[str, Any] = MappingProxyType({})) -> bytes:
+        return _event({**self._head, "choices": [choice], **self._tail, **more})
+
+    def _whole(self, last: Chunk) -> bytes:
+        choices = [self._choices[index].whole() for index in sorted(self._choices)]
+        return json.dumps({**self._head, "choices": choices, "usage": _usage(last), **_timings(last)}).encode()
+
+
+class _Choice:
+    """One of the answers. `before` and `after`: what stands around the text of its events. `begun`: the client has
+    heard of it."""
+
+    def __init__(self, index: int, chat: bool, as_functions: bool) -> None:
+        self._index = index
+        self._chat = chat
+        self._said = _Telling(as_functions)
+        self._likelihoods: list[Likelihood] = []
+        self._offset = 0  # of the next token with a likelihood, in characters
+        self._finish_reason: str | None = None
+        self.begun = False
+        self.before = self.after = b""
+
+    def take(self, chunk: Chunk) -> None:
+        """Of an answer that is sent whole."""
+        for _ in self._said.take(deltas_of(chunk)):
+            pass
+        self._likelihoods += chunk.likelihoods
+        if chunk.finish_reason is not None:
+            self._finish_reason = self._said.finish_reason(chunk)
+
+    def whole(self) -> dict[str, Any]:
+        said = {"message": self._said.whole()} if self._chat else {"text": self._said.message.content}
+        return self._told(said, self._finish_reason, self._likelihoods)
+
+    def events(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
+        """What the client reads for `chunk` in a stream: events of this choice."""
+        likelihoods = chunk.likelihoods
+        if chunk.deltas is None:
+            told = self._told(self._text(chunk.text), chunk.finish_reason, likelihoods)
+            self.begun = True
+            yield told
+            return
+        deltas = [*self._said.take(chunk.deltas)]
         if chunk.finish_reason is not None:
             deltas += self._said.left()
-        events = []
         for delta in deltas:
-            first = {} if self._begun else {"role": "assistant", "content": None}
-            events.append(self._event(_choice({"delta": first | delta})))
-            self._begun = True
+            first = {} if self.begun else {"role": "assistant", "content": None}
+            yield self._told({"delta": first | delta}, None, likelihoods)
+            self.begun, likelihoods = True, ()
         if chunk.finish_reason is not None:
-            first = {} if self._begun else {"role": "assistant", "content": ""}
-            events += [self._event(_choice({"delta": first}, self._said.finish_reason(chunk))), self._end(chunk)]
-        return b"".join(events)
+            first = {} if self.begun else {"role": "assistant", "content": ""}
+            yield self._told({"delta": first}, self._said.finish_reason(chunk), likelihoods)
 
-    def _delta(self, text: str) -> dict[str, Any]:
+    def text_event(self, text: str) -> dict[str, Any]:
+        """An event in the middle of an answer that is only text."""
+        return self._told({"delta": {"content": text}} if self._chat else {"text": text})
+
+    def _text(self, text: str) -> dict[str, Any]:
         if not self._chat:
             return {"text": text}
-        if not self._begun:
+        if not self.begun:
             return {"delta": {"role": "assistant", "content": text}}
         return {"delta": {"content": text} if text else {}}
 
-    def _event(self, choice: dict[str, Any]) -> bytes:
-        return _event({**self._head, "choices": [choice], **self._tail})
-
-    def _end(self, last: Chunk) -> bytes:
-        usage = _event({**self._head, "choices": [], "usage": _usage(last)}) if self._wanted.include_usage else b""
-        return usage + DONE
-
-    def _whole(self, last: Chunk) -> bytes:
-        said = {"message": self._said.whole()} if self._chat else {"text": self._said.message.content}
-        choice = _choice(said, self._said.finish_reason(last))
-        return json.dumps({**self._head, "choices": [choice], "usage": _usage(last)}).encode()
+    def _told(
+        self, said: dict[str, Any], finish_reason: str | None = None, likelihoods: Sequence[Likelihood] = ()
+    ) -> dict[str, Any]:
+        logprobs: dict[str, Any] | None = None
+        if likelihoods and self._chat:
+            logprobs = {"content": [_token(each) for each in likelihoods], "refusal": None}
+        elif likelihoods:
+            logprobs, self._offset = _tokens(likelihoods, self._offset)
+        return {"index": self._index, "logprobs": logprobs, "finish_reason": finish_reason, **said}
 
 
 class _Telling:
@@ -159,8 +207,53 @@ def _event(told: dict[str, Any]) -> bytes:
     return b"data: %s\n\n" % json.dumps(told).encode()
 
 
-def _choice(said: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    return {"index": 0, "logprobs": None, "finish_reason": finish_reason, **said}
+def _token(each: Likelihood) -> dict[str, Any]:
+    """As chats tell it."""
+    return {**_named(each.token, each.piece, each.logprob), "top_logprobs": [_named(*one) for one in each.top]}
+
+
+def _named(token: int, piece: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"id": token, "token": piece.decode(errors="replace"), "bytes": list(piece), "logprob": logprob}
+
+
+def _tokens(likelihoods: Sequence[Likelihood], offset: int) -> tuple[dict[str, Any], int]:
+    """As completions tell it; `offset`: characters before the first. The chosen token is always among the likeliest."""
+    texts = [each.piece.decode(errors="replace") for each in likelihoods]
+    top = [
+        {piece.decode(errors="replace"): logprob for _, piece, logprob in (*each.top, each[:3])}
+        if each.top and each.logprob is not None
+        else None
+        for each in likelihoods
+    ]
+    offsets = list(accumulate(map(len, texts), initial=offset))
+    told = {
+        "tokens": texts,
+        "token_logprobs": [each.logprob for each in likelihoods],
+        "top_logprobs": top,
+        "text_offset": offsets[:-1],
+    }
+    return told, offsets[-1]
+
+
+def _timings(last: Chunk) -> dict[str, Any]:
+    """In llama-server's words: milliseconds, tokens, and tokens a second. Of one answer, or not at all."""
+    if last.timings is None:
+        return {}
+    n_prompt, n_answer = last.prompt_tokens - last.cached_tokens, last.completion_tokens
+    prompt_s, answer_s = max(last.timings.prompt_s, 1e-6), max(last.timings.answer_s, 1e-6)
+    return {
+        "timings": {
+            "cache_n": last.cached_tokens,
+            "prompt_n": n_prompt,
+            "prompt_ms": 1e3 * prompt_s,
+            "prompt_per_token_ms": 1e3 * prompt_s / max(1, n_prompt),
+            "prompt_per_second": n_prompt / prompt_s,
+            "predicted_n": n_answer,
+            "predicted_ms": 1e3 * answer_s,
+            "predicted_per_token_ms": 1e3 * answer_s / max(1, n_answer),
+            "predicted_per_second": n_answer / answer_s,
+        }
+    }
 
 
 def _usage(last: Chunk) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from actors.devices.reporting import every
 from actors.devices.virtual import DeviceProcess, read_virtual_gpu, start_device_process
 from actors.serving.beat import Beat
 from actors.serving.engine import Engine
-from actors.serving.jobs import Hearer, Job
+from actors.serving.jobs import Hearer, Work
 from actors.serving.listener import Listener
 from actors.serving.preflight import PreflightUnavailable, ask_llama_cpp, check_prediction
 from actors.serving.preparation import Errand, Preparer
@@ -152,11 +152,11 @@ class Runner:
 
     def prepare(
         self, request: GenerateRequest | EmbedRequest, hearer: Hearer[Any], errand: Errand | None = None
-    ) -> Job[Any]:
+    ) -> Work:
         """The work that `request` makes: see `Engine.prepare`. Raises ArrieroError."""
         return self._ready_engine().prepare(request, hearer, errand)
 
-    def submit(self, job: Job[Any]) -> None:
+    def submit(self, job: Work) -> None:
         """Queues `job`. Raises EngineFailed, and has closed it, when that cannot be."""
         try:
             engine = self._ready_engine()
@@ -165,7 +165,7 @@ class Runner:
             raise
         engine.submit(job)
 
-    def drop(self, job: Job[Any]) -> None:
+    def drop(self, job: Work) -> None:
         """Ends `job` within one token; nothing happens if it has ended already."""
         if self._engine is not None:
             self._engine.drop(job)

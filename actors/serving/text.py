@@ -20,6 +20,11 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no character is cut off at the end of what was pushed."""
+        return not self._decoder.getstate()[0]
+
     def push(self, piece: bytes) -> str:
         """The text that may be shown after this piece; "" when all of it has to wait."""
         return self._release(self._decoder.decode(piece))

@@ -37,15 +37,15 @@ class Vocabulary:
         self.pointer: Any = llama_cpp.llama_model_get_vocab(self.model)
         self.n_tokens: int = llama_cpp.llama_vocab_n_tokens(self.pointer)
 
-    def tokenize(self, text: str, add_special: bool) -> list[int]:
-        """Tokens of `text`; names of special tokens inside it count as those tokens."""
+    def tokenize(self, text: str, add_special: bool, *, parse_special: bool = True) -> list[int]:
+        """Tokens of `text`. `parse_special`: names of special tokens inside it count as those tokens."""
         raw = text.encode()
         room = len(raw) + 8
         tokens = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self.pointer, raw, len(raw), tokens, room, add_special, True)
+        count = llama_cpp.llama_tokenize(self.pointer, raw, len(raw), tokens, room, add_special, parse_special)
         if count < 0:
             tokens = (llama_cpp.llama_token * -count)()
-            count = llama_cpp.llama_tokenize(self.pointer, raw, len(raw), tokens, -count, add_special, True)
+            count = llama_cpp.llama_tokenize(self.pointer, raw, len(raw), tokens, -count, add_special, parse_special)
         return list(tokens[:count])
 
     def piece(self, token: int) -> bytes:

@@ -19,8 +19,9 @@ from actors.gateway.bodies import MAX_FIELDS, checked
 from actors.gateway.errors import BodyTooLarge
 from actors.gateway.forms import Form, read_ask
 from actors.gateway.limits import INLINE_BYTES, MAX_BODY_BYTES, MAX_ORDER_BYTES
-from actors.gateway.openai_requests import MAX_BIASES, MAX_STOP_LENGTH
+from actors.gateway.openai_requests import MAX_STOP_LENGTH
 from actors.gateway.parsers import Parsers
+from actors.gateway.sampler_settings import MAX_BIASES
 from actors.records import LoadRequest
 from scheduler.errors import Rejected
 

@@ -178,7 +178,7 @@ def test_durations(said: object, seconds: float | None) -> None:
     [
         {"prompt": "x", "suffix": "y"},
         {"prompt": "x", "images": ["abc"]},
-        {"prompt": "x", "options": {"num_predict": 0}},
+        {"prompt": "x", "options": {"num_predict": -3}},
         {"prompt": "x", "options": {"stop": ["s"] * 33}},
     ],
 )

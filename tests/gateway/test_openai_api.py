@@ -164,15 +164,26 @@ def test_every_setting_reaches_the_engine(url: str, backend: FakeBackend) -> Non
             "frequency_penalty": -0.4, "seed": 42, "logit_bias": {"17": -100},
             "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}},
             "n_ctx": 2048, "deadline_s": 30, "user": "me", "a_field_of_tomorrow": 1,
+            "dynatemp_range": 0.5, "dynatemp_exponent": 1.5, "typical_p": 0.9, "top_n_sigma": 2, "xtc_probability": 0.5,
+            "xtc_threshold": 0.2, "repeat_last_n": -1, "dry_multiplier": 0.8, "dry_base": 2, "dry_allowed_length": 3,
+            "dry_penalty_last_n": 100, "dry_sequence_breakers": ["."], "mirostat": 2, "mirostat_tau": 4,
+            "mirostat_eta": 0.2, "adaptive_target": 0.5, "adaptive_decay": 0.8, "min_keep": 2, "ignore_eos": True,
+            "samplers": ["top-k", "temp", "typ", "adaptive_p"], "min_tokens": 2, "n": 3, "logprobs": True,
+            "top_logprobs": 4, "thinking_budget_tokens": 50,
         },
     )  # fmt: skip
     assert reply.status_code == 200
     request = asked(backend)
-    assert (request.max_tokens, request.stop) == (9, ("END",))
+    assert (request.max_tokens, request.stop, request.n, request.n_probs) == (9, ("END",), 3, 4)
     assert request.sampling == Sampling(
         temperature=0.0, top_p=0.5, top_k=7, min_p=0.1, repeat_penalty=1.2, presence_penalty=0.3,
-        frequency_penalty=-0.4, seed=42, logit_bias={17: -100.0},
+        frequency_penalty=-0.4, seed=42, logit_bias={17: -100.0}, dynatemp_range=0.5, dynatemp_exponent=1.5,
+        typ_p=0.9, top_n_sigma=2, xtc_probability=0.5, xtc_threshold=0.2, repeat_last_n=-1, dry_multiplier=0.8,
+        dry_base=2, dry_allowed_length=3, dry_penalty_last_n=100, dry_sequence_breakers=(".",), mirostat=2,
+        mirostat_tau=4, mirostat_eta=0.2, adaptive_target=0.5, adaptive_decay=0.8, min_keep=2, ignore_eos=True,
+        samplers=("top_k", "temperature", "typ_p", "adaptive_p"), min_tokens=2,
     )  # fmt: skip
+    assert content(request)["thinking_budget_tokens"] == 50
     assert content(request)["json_schema"] == {"type": "integer"}
     ((need,),) = backend.saw("acquire")
     assert (need.n_ctx, need.deadline_s, need.kind) == (2048, 30.0, "generate")
@@ -190,6 +201,17 @@ def test_settings_left_out_are_llama_cpps(client: openai.OpenAI, backend: FakeBa
         ({"max_tokens": -1}, {"max_tokens": None}),
         ({"stop": ["a", "", "b"]}, {"stop": ("a", "b")}),
         ({"seed": -1}, {"sampling": Sampling()}),
+        ({"max_tokens": 0}, {"max_tokens": 0}),
+        ({"samplers": "kpt"}, {"sampling": Sampling(samplers=("top_k", "top_p", "temperature"))}),
+        (
+            {"logit_bias": [[5, False], ["yes", 2]]},
+            {"sampling": Sampling(logit_bias={5: -100}), "logit_bias": {"yes": 2}},
+        ),
+        ({"logit_bias": {"7": 1, "no": -3}}, {"sampling": Sampling(logit_bias={7: 1}), "logit_bias": {"no": -3}}),
+        ({"logprobs": True}, {"n_probs": 0}),
+        ({"n_probs": 3}, {"n_probs": 3}),
+        ({"reasoning_budget_tokens": 9}, {"thinking_budget_tokens": 9}),
+        ({"thinking_budget_tokens": -1}, {"thinking_budget_tokens": None}),
         ({"seed": 2**40 + 5}, {"sampling": Sampling(seed=5)}),
         ({"response_format": {"type": "json_object"}}, {"json_schema": {}}),
         ({"response_format": {"type": "text"}, "n": 1, "tools": []}, {"json_schema": None}),
@@ -214,7 +236,7 @@ def test_spellings(url: str, backend: FakeBackend, body: dict[str, Any], seen: d
 @pytest.mark.parametrize(
     ("route", "body", "param"),
     [
-        ("chat/completions", {"n": 2}, "n"),
+        ("chat/completions", {"n": 129}, "n"),
         ("chat/completions", {"tools": [{"type": "function"}]}, "tools"),
         ("chat/completions", {"functions": [{"description": "f"}]}, "functions"),
         ("chat/completions", {"tools": [TOOL], "functions": [{"name": "f"}]}, "functions"),
@@ -229,9 +251,14 @@ def test_spellings(url: str, backend: FakeBackend, body: dict[str, Any], seen: d
             {"chat_template_kwargs": {"enable_thinking": "no"}},
             "chat_template_kwargs",
         ),
-        ("chat/completions", {"logprobs": True}, "logprobs"),
+        ("chat/completions", {"top_logprobs": 3}, "top_logprobs"),
+        ("chat/completions", {"logprobs": True, "top_logprobs": 101}, "top_logprobs"),
+        ("chat/completions", {"samplers": ["dice"]}, "samplers"),
+        ("chat/completions", {"mirostat": 3}, "mirostat"),
+        ("chat/completions", {"logit_bias": [["x" * 65, 1]]}, "logit_bias"),
+        ("chat/completions", {"thinking_budget_tokens": -2}, "thinking_budget_tokens"),
         ("chat/completions", {"modalities": ["audio"]}, "modalities"),
-        ("chat/completions", {"max_tokens": 0}, "max_tokens"),
+        ("chat/completions", {"max_tokens": -2}, "max_tokens"),
         ("chat/completions", {"stop": ["x"] * 33}, "stop"),
         ("chat/completions", {"temperature": -1}, "temperature"),
         ("chat/completions", {"messages": []}, "messages"),
@@ -242,11 +269,10 @@ def test_spellings(url: str, backend: FakeBackend, body: dict[str, Any], seen: d
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages.0.content",
         ),
-        ("completions", {"echo": True}, "echo"),
-        ("completions", {"suffix": "end"}, "suffix"),
-        ("completions", {"logprobs": 2}, "logprobs"),
+        ("completions", {"suffix": "end", "prompt": [1, 2]}, "suffix"),
+        ("completions", {"logprobs": 101}, "logprobs"),
         ("completions", {"best_of": 3}, "best_of"),
-        ("completions", {"prompt": ["a", "b"]}, "prompt"),
+        ("completions", {"prompt": ["a"] * 65, "n": 2}, "prompt"),
         ("completions", {"prompt": []}, "prompt"),
         ("embeddings", {"dimensions": 64}, "dimensions"),
         ("embeddings", {"input": ["a", ""]}, "input"),

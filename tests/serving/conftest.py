@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_model import FakeModel
 
+from actors.serving.batcher import Batcher
 from actors.serving.protocol import GenerateRequest, LoadDevice, LoadSpec, Sampling, content_of
 from arriero.sample_models import write_sample_model
 from scheduler.costs.params import ContextParams
@@ -106,3 +108,17 @@ def baseline() -> Callable[..., str]:
         return str(choice["choices"][0]["message"]["content"])
 
     return answer
+
+
+@pytest.fixture
+def running() -> Iterator[Any]:
+    """`running(model)`: a batcher over it, closed after the test."""
+    batchers: list[Batcher] = []
+
+    def start(model: FakeModel) -> Batcher:
+        batchers.append(Batcher(model))
+        return batchers[-1]
+
+    yield start
+    for batcher in batchers:
+        batcher.close()

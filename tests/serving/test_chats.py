@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from actors.serving.engine import Engine
-from actors.serving.jobs import Generation, Results
+from actors.serving.generation import Generation, Wish
+from actors.serving.jobs import Results
 from actors.serving.message import Call
 from actors.serving.parsing import ParsedAnswer
 from actors.serving.preparation import Parsing, Preparer
@@ -266,7 +267,7 @@ def test_an_answer_that_cannot_be_told_ends_all_the_same() -> None:
 def test_a_job_that_is_closed_before_it_began_gives_its_parser_back() -> None:
     fake = FakeParsing()
     answer = ParsedAnswer(Results(), fake)  # type: ignore[arg-type]
-    job = Generation("r", [1], answer, SimpleNamespace(close=lambda: None), TextStream(), 5)
+    job = Generation("r", [1], answer, SimpleNamespace(close=lambda: None), TextStream(), Wish(5))
     job.close()
     job.end()
     assert fake.closed == 1

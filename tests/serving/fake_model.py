@@ -1,0 +1,196 @@
+"""A fake model for the batcher, whose answers depend on every token that the cache holds.
+
+It is strict: positions must be contiguous, batches bounded, and a token comes out only of a row that wanted logits. So
+an answer is right only if the slot's memory is the prompt and the answer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.serving.batcher import Batcher
+from actors.serving.generation import Generation, Wish
+from actors.serving.jobs import Results
+from actors.serving.model import Row
+from actors.serving.protocol import Chunk
+from actors.serving.text import TextStream
+
+END = 0
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The fake's language: one token in sixteen ends."""
+    mixed = 7
+    for token in tokens:
+        mixed = (mixed * 31 + token) % 1009
+    return mixed % 16
+
+
+class FakeSampler:
+    def __init__(self) -> None:
+        self.closed = False
+        self.may_end = False
+
+    def allow_the_end(self) -> None:
+        self.may_end = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeModel:
+    n_vocab, n_embd, is_pooled = 1000, 4, False
+
+    def __init__(self, n_seq_max: int = 2, n_ubatch: int = 8, can_cut: bool = True, room: int = 10_000) -> None:
+        self.n_seq_max, self.n_ubatch, self.can_cut, self.room = n_seq_max, n_ubatch, can_cut, room
+        self.n_cells = room
+        self.n_outputs = n_seq_max
+        self.shares_cells = False
+        self.memory: list[list[int]] = [[] for _ in range(n_seq_max)]
+        self.codes: list[int] = []  # what the next decodes return
+        self.batches: list[list[Row]] = []
+        self.aborts = threading.Event()
+        self.pause: threading.Event | None = None  # decodes wait for it, or for an abort
+        self.entered = threading.Event()
+        self.threads = 0
+        self.warmed_in: threading.Thread | None = None
+        self.fault: Exception | None = None  # of warming up
+
+    def warm_up(self) -> None:
+        self.warmed_in = threading.current_thread()
+        if self.fault is not None:
+            raise self.fault
+
+    def decode(self, rows: Sequence[Row]) -> int:
+        assert threading.current_thread() is self.warmed_in
+        assert 0 < len(rows) <= max(self.n_ubatch, self.n_seq_max)
+        assert sum(row.wants_logits for row in rows) <= self.n_outputs, "llama.cpp would end the process"
+        self.batches.append(list(rows))
+        self.entered.set()
+        if self.pause is not None:
+            while not self.pause.wait(0.001):
+                if self.aborts.is_set():
+                    return 2
+        if self.codes and (code := self.codes.pop(0)):
+            return code
+        if sum(map(len, self.memory)) + len(rows) > self.room:
+            return 1
+        for row in rows:
+            assert row.position == len(self.memory[row.sequence]), "a gap in the sequence"
+            self.memory[row.sequence].append(row.token)
+        return 0
+
+    def sample(self, sampler: Any, row: int) -> int:
+        assert not sampler.closed
+        wanted = self.batches[-1][row]
+        assert wanted.wants_logits
+        assert wanted.position == len(self.memory[wanted.sequence]) - 1
+        return next_token(self.memory[wanted.sequence])
+
+    def logits(self, row: int) -> Any:
+        """The next token is four times as likely as any other."""
+        wanted = self.batches[-1][row]
+        assert wanted.wants_logits
+        logits = np.zeros(self.n_vocab, np.float32)
+        logits[next_token(self.memory[wanted.sequence][: wanted.position + 1])] = np.log(4)
+        return logits
+
+    def pick(self, sampler: Any, logits: Any, allowed: Any) -> int:
+        assert not sampler.closed and allowed is None
+        return int(np.argmax(logits))
+
+    def accept(self, sampler: Any, token: int) -> None:
+        assert not sampler.closed
+
+    def embed(self, rows: Sequence[Row]) -> Any:
+        code = self.decode_for_vectors(rows)
+        return code or np.array([[row.token, 1.0, 0.0, 0.0] for row in rows])
+
+    def decode_for_vectors(self, rows: Sequence[Row]) -> int:
+        """A context for embeddings has room for every row's output."""
+        self.n_outputs, n_outputs = len(rows), self.n_outputs
+        code = self.decode(rows)
+        self.n_outputs = n_outputs
+        return code
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        return b"%d " % token
+
+    def ends_generation(self, token: int) -> bool:
+        return token == END
+
+    def keep_prefix(self, sequence: int, kept: int, stored: int) -> int:
+        assert len(self.memory[sequence]) == stored, "the slot's tokens are not what the memory holds"
+        if kept != stored and not self.can_cut:
+            kept = 0
+        del self.memory[sequence][kept:]
+        return kept
+
+    def copy_prefix(self, source: int, sequence: int, count: int) -> None:
+        assert self.shares_cells and not self.memory[sequence]
+        self.memory[sequence] += self.memory[source][:count]
+
+    def set_threads(self, n_threads: int) -> None:
+        self.threads = n_threads
+
+    def abort(self, wanted: bool) -> None:
+        (self.aborts.set if wanted else self.aborts.clear)()
+
+
+def job(
+    prompt: Sequence[int],
+    max_tokens: int = 20,
+    name: str = "r",
+    source: str = "",
+    constraint: Any = None,
+    first: Generation | None = None,
+    **wish: Any,
+) -> Generation:
+    return Generation(
+        name,
+        list(prompt),
+        Results(),
+        FakeSampler(),
+        TextStream(),
+        Wish(max_tokens, **wish),
+        constraint=constraint,
+        first=first,
+        source=source,
+    )
+
+
+def submitted(batcher: Batcher, one: Generation) -> Generation:
+    batcher.submit(one)
+    return one
+
+
+def expected(prompt: Sequence[int], max_tokens: int) -> tuple[str, str]:
+    tokens, said = list(prompt), []
+    while len(said) < max_tokens:
+        if (token := next_token(tokens)) == END:
+            return "".join(said), "stop"
+        said.append(f"{token} ")
+        tokens.append(token)
+    return "".join(said), "length"
+
+
+def heard(chunks: Sequence[Chunk]) -> tuple[str, str]:
+    return "".join(chunk.text for chunk in chunks), str(chunks[-1].finish_reason)
+
+
+class PooledModel(FakeModel):
+    """One vector per sequence: of the sum of its tokens."""
+
+    is_pooled = True
+
+    def embed(self, rows: Sequence[Row]) -> Any:
+        code = self.decode_for_vectors(rows)
+        sums: dict[int, int] = {}
+        for row in rows:
+            assert row.wants_logits
+            sums[row.sequence] = sums.get(row.sequence, 0) + row.token
+        return code or np.array([[total, 1.0, 0.0, 0.0] for total in sums.values()])
