@@ -18,6 +18,7 @@ from actors.gateway.closing import Closing
 from actors.gateway.dialects import dialect_of
 from actors.gateway.errors import NoSuchRoute, unexpected
 from actors.gateway.limits import MAX_HELD_BYTES, Held
+from actors.gateway.llama_server import llama_server_routes
 from actors.gateway.management import management_routes
 from actors.gateway.ollama import ollama_routes
 from actors.gateway.openai import openai_routes
@@ -60,6 +61,7 @@ def make_app(
     app.add_middleware(Guard, api_keys=api_keys or {}, held=Held(max_held_bytes), closing=closing)
     app.include_router(openai_routes(backend, relay, reader, pulse_s))
     app.include_router(management_routes(backend, reader, pulse_s))
+    app.include_router(llama_server_routes(relay, reader, pulse_s))
     app.include_router(ollama_routes(backend, relay, reader, pulse_s))
     app.include_router(anthropic_routes(relay, reader, pulse_s))
     app.openapi = document(app)  # type: ignore[method-assign]

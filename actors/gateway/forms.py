@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from actors.gateway import anthropic_requests, ollama_requests, openai_requests
+from actors.gateway import anthropic_requests, llama_server_requests, ollama_requests, openai_requests
 from actors.gateway.bodies import checked
 from actors.gateway.openai_requests import Ask
 
 Form = Literal[
     "chat", "text", "embed", "ollama-chat", "ollama-generate", "ollama-embed", "ollama-embedding", "anthropic",
-    "anthropic-count",
+    "anthropic-count", "completion", "infill", "tokenize", "detokenize", "apply-template", "rerank",
 ]  # fmt: skip
 
 Body = (
@@ -24,6 +24,12 @@ Body = (
     | ollama_requests.OllamaEmbeddingRequest
     | anthropic_requests.MessagesRequest
     | anthropic_requests.CountTokensRequest
+    | llama_server_requests.LlamaCompletionRequest
+    | llama_server_requests.InfillRequest
+    | llama_server_requests.TokenizeRequest
+    | llama_server_requests.DetokenizeRequest
+    | llama_server_requests.ApplyTemplateRequest
+    | llama_server_requests.RerankRequest
 )
 
 FORMS: Mapping[Form, type[Body]] = {
@@ -36,6 +42,12 @@ FORMS: Mapping[Form, type[Body]] = {
     "ollama-embedding": ollama_requests.OllamaEmbeddingRequest,
     "anthropic": anthropic_requests.MessagesRequest,
     "anthropic-count": anthropic_requests.CountTokensRequest,
+    "completion": llama_server_requests.LlamaCompletionRequest,
+    "infill": llama_server_requests.InfillRequest,
+    "tokenize": llama_server_requests.TokenizeRequest,
+    "detokenize": llama_server_requests.DetokenizeRequest,
+    "apply-template": llama_server_requests.ApplyTemplateRequest,
+    "rerank": llama_server_requests.RerankRequest,
 }
 
 

@@ -117,7 +117,12 @@ class GeneratingRequest(OllamaRequest):
         elif isinstance(self.think, str):
             thinking["reasoning_effort"] = self.think
         request = GenerateRequest(
-            content_of(**content, **(thinking if "messages" in content else {}), json_schema=schema),
+            content_of(
+                **content,
+                **(thinking if "messages" in content else {}),
+                json_schema=schema,
+                logit_bias=options.biased_texts(),
+            ),
             max_tokens=options.max_tokens(),
             stop=checked_stops("options.stop", options.stop),
             sampling=options.sampling(randomly=options.seed is not None and options.seed < 0),
@@ -200,11 +205,14 @@ class OllamaGenerateRequest(GeneratingRequest):
 
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
-        for name in ("suffix", "template", "images"):
+        for name in ("template", "images"):
             if getattr(self, name):
                 raise refused(name, "it is not supported; leave it out")
         if not self.prompt:
             return self.only_load(request_id, key)
+        if self.suffix:
+            gap = {"input_prefix": self.prompt, "input_suffix": self.suffix}
+            return self.generation("ollama-generate", request_id, key, self.prompt[:256], infill=gap)
         if self.raw:
             return self.generation("ollama-generate", request_id, key, self.prompt[:256], prompt=self.prompt)
         messages = [{"role": "user", "content": self.prompt}]
@@ -217,18 +225,17 @@ class OllamaEmbedRequest(OllamaRequest):
     """`POST /api/embed`."""
 
     input: str | Texts
-    dimensions: int | None = None
+    dimensions: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
 
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
-        if self.dimensions is not None:
-            raise refused("dimensions", "vectors have the model's own length only; leave it out")
         inputs = [self.input] if isinstance(self.input, str) else self.input
         if not inputs or not all(inputs):
             raise refused("input", "it is empty")
         if len(inputs) > MAX_INPUTS:
             raise refused("input", f"{len(inputs)} inputs; at most {MAX_INPUTS} are allowed in one request")
-        return self.asked(request_id, key, EmbedRequest(content_of(inputs=inputs)), "embed")
+        request = EmbedRequest(content_of(inputs=inputs), dimensions=self.dimensions)
+        return self.asked(request_id, key, request, "embed")
 
 
 class OllamaEmbeddingRequest(OllamaRequest):

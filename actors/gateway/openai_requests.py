@@ -46,12 +46,21 @@ TextOrTokens = str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=Tr
 
 
 @dataclass(frozen=True, slots=True)
+class Ranking:
+    """How many of the best documents are told, and all documents where they are to be told with their texts."""
+
+    top_n: int
+    documents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """What a body asks for, and all that the gateway needs to know of it. Small, but for the request's content."""
 
     need: RequestArrived
     request: GenerateRequest | EmbedRequest
     encoding_format: Literal["float", "base64"] = "float"
+    ranking: Ranking | None = None  # of a request to a reranker
     keep_alive_s: float | None = None  # Ollama's: 0 unloads the model after the answer, a negative one pins it
 
 
@@ -219,6 +228,20 @@ class ChatRequest(SamplingRequest):
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.top_logprobs is not None and not self.logprobs:
             raise refused("top_logprobs", "it needs logprobs: true")
+        content = self.content()
+        opening = opening_of(content["messages"])
+        return self.generation(
+            "chat",
+            request_id,
+            key,
+            [content["tools"], *opening] if content["tools"] else opening,
+            as_functions=bool(self.functions),
+            n_probs=(self.top_logprobs or 0) if self.logprobs else None,
+            **content,
+        )
+
+    def content(self) -> dict[str, Any]:
+        """What the prompt is made from, and how the answer is read. Raises Rejected for what Arriero cannot do."""
         if self.modalities not in (None, ["text"]):
             raise refused("modalities", "only the modality text is supported")
         messages = [_plain(index, message) for index, message in enumerate(self.messages)]
@@ -226,23 +249,17 @@ class ChatRequest(SamplingRequest):
         if not isinstance(options.get("enable_thinking", True), bool):
             raise refused("chat_template_kwargs", "enable_thinking must be true or false")
         tools, choice = self._tools()
-        return self.generation(
-            "chat",
-            request_id,
-            key,
-            [tools, *opening_of(messages)] if tools else opening_of(messages),
-            as_functions=bool(self.functions),
-            messages=messages,
-            tools=tools,
-            tool_choice=choice,
-            parallel_tool_calls=self.parallel_tool_calls if tools else None,
-            reasoning_effort=self.reasoning_effort,
-            reasoning_format=self.reasoning_format,
-            chat_template_kwargs=options or None,
-            continue_final_message=self.continue_final_message or None,
-            thinking_budget_tokens=None if self.thinking_budget_tokens == -1 else self.thinking_budget_tokens,
-            n_probs=(self.top_logprobs or 0) if self.logprobs else None,
-        )
+        return {
+            "messages": messages,
+            "tools": tools,
+            "tool_choice": choice,
+            "parallel_tool_calls": self.parallel_tool_calls if tools else None,
+            "reasoning_effort": self.reasoning_effort,
+            "reasoning_format": self.reasoning_format,
+            "chat_template_kwargs": options or None,
+            "continue_final_message": self.continue_final_message or None,
+            "thinking_budget_tokens": None if self.thinking_budget_tokens == -1 else self.thinking_budget_tokens,
+        }
 
     def _tools(self) -> tuple[list[dict[str, Any]] | None, str | None]:
         """The tools that may be called, and whether one must be. A named one is the only one."""
@@ -278,7 +295,7 @@ class CompletionRequest(SamplingRequest):
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.best_of not in (None, self.n or 1):
             raise refused("best_of", "every answer is told; ask for as many with n")
-        prompts = _texts_or_tokens("prompt", self.prompt)
+        prompts = texts_or_tokens("prompt", self.prompt)
         if (count := len(prompts) * (self.n or 1)) > MAX_CHOICES:
             raise refused("prompt", f"it asks for {count} answers; at most {MAX_CHOICES} are allowed in one request")
         if self.suffix and (len(prompts) > 1 or not isinstance(prompts[0], str)):
@@ -302,16 +319,14 @@ class EmbeddingsRequest(ModelRequest):
 
     input: TextOrTokens
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
+    dimensions: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
 
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
-        if self.dimensions is not None:
-            raise refused("dimensions", "vectors have the model's own length only; leave it out")
-        inputs = _texts_or_tokens("input", self.input)
+        inputs = texts_or_tokens("input", self.input)
         if len(inputs) > MAX_INPUTS:
             raise refused("input", f"{len(inputs)} inputs; at most {MAX_INPUTS} are allowed in one request")
-        request = EmbedRequest(content_of(inputs=inputs))
+        request = EmbedRequest(content_of(inputs=inputs), dimensions=self.dimensions)
         return Ask(self.need(request_id, request, "embed", key), request, encoding_format=self.encoding_format)
 
 
@@ -365,7 +380,7 @@ def _text_of_part(index: int, part: Mapping[str, Any]) -> str:
     return text
 
 
-def _texts_or_tokens(
+def texts_or_tokens(
     param: str, given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 ) -> Sequence[str | Sequence[int]]:
     """One entry per input, whichever of OpenAI's four spellings was used."""

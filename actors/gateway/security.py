@@ -34,7 +34,20 @@ OPEN_PATHS = frozenset({"/health", "/api/v1/health"})
 LARGE_PATHS = frozenset(
     f"{before}/{name}"
     for before, names in (
-        ("/v1", ("chat/completions", "completions", "embeddings", "messages", "messages/count_tokens")),
+        (
+            "/v1",
+            (
+                "chat/completions",
+                "completions",
+                "embeddings",
+                "messages",
+                "messages/count_tokens",
+                "rerank",
+                "reranking",
+            ),
+        ),
+        ("", ("completion", "completions", "infill", "tokenize", "detokenize", "apply-template", "rerank")),
+        ("/v2", ("rerank",)),
         ("/api", ("chat", "generate", "embed", "embeddings")),
     )
     for name in names

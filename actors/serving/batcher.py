@@ -273,7 +273,8 @@ class Batcher:
     def _judge(self, job: Generation, judging: list[Any]) -> tuple[Likelihood, ...]:
         """The first token of all comes after nothing."""
         prompt, n_probs = job.prompt, job.wish.n_probs or 0
-        first = (Likelihood(prompt[0], self._spell(prompt[0]), None),) if job.is_unjudged else ()
+        piece = b"" if prompt[0] == self._model.bos else self._spell(prompt[0])  # no part of what the client sent
+        first = (Likelihood(prompt[0], piece, None),) if job.is_unjudged else ()
         following = prompt[max(1, job.n_judged) :]
         return first + tuple(
             judged(logits, token, n_probs, self._spell) for logits, token in zip(judging, following, strict=False)

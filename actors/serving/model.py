@@ -23,6 +23,7 @@ class Model(Protocol):
     n_cells: int  # tokens that all slots may hold together
     n_vocab: int
     n_embd: int
+    bos: int  # the token that begins every text; -1 where there is none
     n_outputs: int  # rows of a batch that may want logits
     is_pooled: bool
     shares_cells: bool  # a sequence may begin with cells of another (`copy_prefix`)

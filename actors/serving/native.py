@@ -145,6 +145,7 @@ class NativeModel:
 
     def _read_facts(self, context: ContextParams) -> None:
         self.vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
+        self.bos: int = llama_cpp.llama_vocab_bos(self.vocab)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_seq_max: int = llama_cpp.llama_n_seq_max(self._context)
         self.n_batch: int = llama_cpp.llama_n_batch(self._context)
@@ -207,8 +208,7 @@ class NativeModel:
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` spell, without the token that begins every text."""
-        bos = llama_cpp.llama_vocab_bos(self.vocab)
-        spelled = tokens[1:] if tokens[:1] == [bos] else tokens
+        spelled = tokens[1:] if tokens[:1] == [self.bos] else tokens
         return b"".join(self.piece(token, special=True) for token in spelled).decode(errors="replace")
 
     # Computing (the owning thread)
@@ -216,7 +216,7 @@ class NativeModel:
     def warm_up(self) -> None:
         """One decode, so that the first request meets loaded pages and kernels, and a device that cannot compute
         fails the load (LoadFailed) instead of a request. What only embeds is warmed up by an embedding."""
-        rows = [Row(max(0, llama_cpp.llama_vocab_bos(self.vocab)), 0, 0, True)]
+        rows = [Row(max(0, self.bos), 0, 0, True)]
         with llama_log().recording() as lines:
             llama_cpp.llama_set_warmup(self._context, True)
             code = self.decode(rows) if self.can_generate else self.embed(rows)

@@ -101,14 +101,18 @@ class Sampling:
 
 def content_of(**parts: object) -> bytes:
     """The content of a request; see `GenerateRequest` and `EmbedRequest`. Parts that are None are left out."""
-    given = {name: part for name, part in parts.items() if part is not None}
-    return json.dumps(given, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(given_of(parts), ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def given_of(parts: Mapping[str, object]) -> dict[str, object]:
+    """Without what is None."""
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyForm:
-    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, as llama-server's own
-    completion, as Ollama's, or as Anthropic's message; whole or streamed. "plain": as it is.
+    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, as the completion of
+    llama-server's own API, as Ollama's, or as Anthropic's message; whole or streamed. "plain": as it is.
 
     `created`: seconds since 1970.
     """
@@ -129,9 +133,9 @@ class GenerateRequest:
     {"json_schema": {...}} (empty: any JSON object) or {"grammar": GBNF}. With messages also, in OpenAI's and
     llama-server's words: tools, tool_choice, parallel_tool_calls, reasoning_format, reasoning_effort,
     chat_template_kwargs, continue_final_message, thinking_budget_tokens. Instead of a prompt there may be several
-    ("prompts"), {"infill": {...}} (`infill_prompt`), or a question that needs no model: {"examine": {...}} (`examined`).
-    {"logit_bias": {text: bias}} is for tokens that only the preparer knows. It may be large, and only the
-    preparer opens it. The runner knows the request by its lease.
+    ("prompts"), what stands around a gap ({"infill": {...}}, see `infill_prompt`), or a question that needs no model
+    ({"examine": {...}}, see `examined`). {"logit_bias": {text: bias}} is for tokens that only the preparer knows.
+    The content may be large, and only the preparer opens it. The runner knows the request by its lease.
 
     `n`: answers to each prompt. `max_tokens` 0: the prompt is read, and nothing is said. `n_probs`: how many likely
     tokens are told with each token, and how likely all of them are; `echo`: of the prompt's tokens, too.

@@ -12,9 +12,11 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from actors.serving.anthropic_reply import AnthropicReply
+from actors.serving.completion_reply import CompletionReply
 from actors.serving.message import Message
 from actors.serving.ollama_reply import OllamaReply
 from actors.serving.protocol import Chunk, Delta, Likelihood, ReplyForm, deltas_of
+from actors.serving.telling import likelihood_of, timings_of
 
 DONE = b"data: [DONE]\n\n"
 _MARK = "text"  # of an event, where its own text will stand
@@ -33,8 +35,19 @@ def reply_in(wanted: ReplyForm) -> AnyReply:
             return AnthropicReply(wanted)
         case "ollama-chat" | "ollama-generate":
             return OllamaReply(wanted)
+        case "completion":
+            return CompletionReply(wanted)
+        case "plain":
+            return PlainReply()
         case _:
             return Reply(wanted)
+
+
+class PlainReply:
+    """The text as it is."""
+
+    def bytes_of(self, chunk: Chunk) -> bytes:
+        return chunk.text.encode()
 
 
 class Reply:
@@ -63,9 +76,9 @@ class Reply:
         if chunk.finish_reason is None or chunk.left:
             return b"".join(map(self._event, events))
         if self._wanted.include_usage:
-            usage = _event({**self._head, "choices": [], "usage": _usage(chunk), **_timings(chunk)})
+            usage = _event({**self._head, "choices": [], "usage": _usage(chunk), **timings_of(chunk)})
             return b"".join([*map(self._event, events), usage, DONE])
-        return b"".join([*map(self._event, events[:-1]), self._event(events[-1], _timings(chunk)), DONE])
+        return b"".join([*map(self._event, events[:-1]), self._event(events[-1], timings_of(chunk)), DONE])
 
     def _choice(self, index: int) -> _Choice:
         choice = _Choice(index, self._chat, self._wanted.as_functions)
@@ -77,7 +90,7 @@ class Reply:
 
     def _whole(self, last: Chunk) -> bytes:
         choices = [self._choices[index].whole() for index in sorted(self._choices)]
-        return json.dumps({**self._head, "choices": choices, "usage": _usage(last), **_timings(last)}).encode()
+        return json.dumps({**self._head, "choices": choices, "usage": _usage(last), **timings_of(last)}).encode()
 
 
 class _Choice:
@@ -141,7 +154,7 @@ class _Choice:
     ) -> dict[str, Any]:
         logprobs: dict[str, Any] | None = None
         if likelihoods and self._chat:
-            logprobs = {"content": [_token(each) for each in likelihoods], "refusal": None}
+            logprobs = {"content": [likelihood_of(each) for each in likelihoods], "refusal": None}
         elif likelihoods:
             logprobs, self._offset = _tokens(likelihoods, self._offset)
         return {"index": self._index, "logprobs": logprobs, "finish_reason": finish_reason, **said}
@@ -207,15 +220,6 @@ def _event(told: dict[str, Any]) -> bytes:
     return b"data: %s\n\n" % json.dumps(told).encode()
 
 
-def _token(each: Likelihood) -> dict[str, Any]:
-    """As chats tell it."""
-    return {**_named(each.token, each.piece, each.logprob), "top_logprobs": [_named(*one) for one in each.top]}
-
-
-def _named(token: int, piece: bytes, logprob: float | None) -> dict[str, Any]:
-    return {"id": token, "token": piece.decode(errors="replace"), "bytes": list(piece), "logprob": logprob}
-
-
 def _tokens(likelihoods: Sequence[Likelihood], offset: int) -> tuple[dict[str, Any], int]:
     """As completions tell it; `offset`: characters before the first. The chosen token is always among the likeliest."""
     texts = [each.piece.decode(errors="replace") for each in likelihoods]
@@ -233,27 +237,6 @@ def _tokens(likelihoods: Sequence[Likelihood], offset: int) -> tuple[dict[str, A
         "text_offset": offsets[:-1],
     }
     return told, offsets[-1]
-
-
-def _timings(last: Chunk) -> dict[str, Any]:
-    """In llama-server's words: milliseconds, tokens, and tokens a second. Of one answer, or not at all."""
-    if last.timings is None:
-        return {}
-    n_prompt, n_answer = last.prompt_tokens - last.cached_tokens, last.completion_tokens
-    prompt_s, answer_s = max(last.timings.prompt_s, 1e-6), max(last.timings.answer_s, 1e-6)
-    return {
-        "timings": {
-            "cache_n": last.cached_tokens,
-            "prompt_n": n_prompt,
-            "prompt_ms": 1e3 * prompt_s,
-            "prompt_per_token_ms": 1e3 * prompt_s / max(1, n_prompt),
-            "prompt_per_second": n_prompt / prompt_s,
-            "predicted_n": n_answer,
-            "predicted_ms": 1e3 * answer_s,
-            "predicted_per_token_ms": 1e3 * answer_s / max(1, n_answer),
-            "predicted_per_second": n_answer / answer_s,
-        }
-    }
 
 
 def _usage(last: Chunk) -> dict[str, Any]:

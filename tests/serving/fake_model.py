@@ -43,7 +43,7 @@ class FakeSampler:
 
 
 class FakeModel:
-    n_vocab, n_embd, is_pooled = 1000, 4, False
+    n_vocab, n_embd, bos, is_pooled = 1000, 4, -1, False
 
     def __init__(self, n_seq_max: int = 2, n_ubatch: int = 8, can_cut: bool = True, room: int = 10_000) -> None:
         self.n_seq_max, self.n_ubatch, self.can_cut, self.room = n_seq_max, n_ubatch, can_cut, room

@@ -1,0 +1,80 @@
+"""llama-server's own routes, and reranking: what its clients use beyond OpenAI's API."""
+
+from __future__ import annotations
+
+import secrets
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from actors.gateway.forms import Form
+from actors.gateway.openai_requests import Ranking
+from actors.gateway.reader import Reader
+from actors.gateway.relay import Relay
+from actors.gateway.shortcut import Shortcut
+from actors.gateway.stream import EventStream, while_connected
+from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
+
+
+def llama_server_routes(relay: Relay, reader: Reader, pulse_s: float) -> APIRouter:
+    """`/completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template` and `/v1/rerank`. While a stream waits
+    for its first token, a comment goes out every `pulse_s` seconds."""
+    router = APIRouter(tags=["llama-server"])
+
+    @router.post("/completion")
+    @router.post("/completions", include_in_schema=False)
+    async def complete(request: Request) -> Response:
+        return await generate("completion", request)
+
+    @router.post("/infill")
+    async def infill(request: Request) -> Response:
+        return await generate("infill", request)
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return await generate("tokenize", request)
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return await generate("detokenize", request)
+
+    @router.post("/apply-template")
+    async def apply_template(request: Request) -> Response:
+        return await generate("apply-template", request)
+
+    @router.post("/v1/rerank")
+    @router.post("/v2/rerank", include_in_schema=False)
+    @router.post("/rerank", include_in_schema=False)
+    @router.post("/v1/reranking", include_in_schema=False)
+    async def rerank(request: Request) -> Response:
+        ask = await reader.ask(request, "rerank", _new_id("rerank"))
+        assert isinstance(ask.request, EmbedRequest) and ask.ranking is not None
+        result = await while_connected(request, relay.embed(ask.need, ask.request))
+        return JSONResponse(_ranked(ask.need.request_id, ask.need.model, ask.ranking, result))
+
+    async def generate(form: Form, request: Request) -> Response:
+        ask = await reader.ask(request, form, _new_id("cmpl"))
+        assert isinstance(ask.request, GenerateRequest)
+        if ask.request.reply.stream:
+            shortcut = Shortcut()
+            return EventStream(relay.generate(ask.need, ask.request, shortcut), pulse_s, shortcut)
+        whole = await while_connected(request, relay.generate_whole(ask.need, ask.request))
+        return Response(whole, media_type="application/json")
+
+    return router
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def _ranked(request_id: str, model: str, wanted: Ranking, result: EmbedResult) -> dict[str, object]:
+    """The best documents first, as Jina, Cohere and llama-server tell them."""
+    scores = [vector[0] for vector in result.vectors]
+    best = sorted(range(len(scores)), key=lambda index: -scores[index])[: wanted.top_n]
+    results: list[dict[str, object]] = [{"index": index, "relevance_score": scores[index]} for index in best]
+    if wanted.documents:
+        for each, index in zip(results, best, strict=True):
+            each["document"] = {"text": wanted.documents[index]}
+    usage = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
+    return {"id": request_id, "object": "list", "model": model, "results": results, "usage": usage}

@@ -1,0 +1,46 @@
+"""An answer in the words of llama-server's own `/completion` and `/infill`, whole or streamed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from actors.serving.protocol import Chunk, Likelihood, ReplyForm
+from actors.serving.telling import likelihood_of, timings_of
+
+_STOPS = {"stop": "eos", "length": "limit"}
+
+
+class CompletionReply:
+    """Turns the chunks of one answer, in order, into what the client reads."""
+
+    def __init__(self, wanted: ReplyForm) -> None:
+        self._wanted = wanted
+        self._texts: list[str] = []
+        self._likelihoods: list[Likelihood] = []
+
+    def bytes_of(self, chunk: Chunk) -> bytes:
+        """What the client reads for `chunk`; empty for all but the last one of an answer that is sent whole."""
+        if self._wanted.stream:
+            return b"data: %s\n\n" % json.dumps(self._told(chunk, chunk.text, chunk.likelihoods)).encode()
+        self._texts.append(chunk.text)
+        self._likelihoods += chunk.likelihoods
+        if chunk.finish_reason is None:
+            return b""
+        return json.dumps(self._told(chunk, "".join(self._texts), tuple(self._likelihoods))).encode()
+
+    def _told(self, chunk: Chunk, text: str, likelihoods: tuple[Likelihood, ...]) -> dict[str, Any]:
+        told: dict[str, Any] = {"index": 0, "content": text, "stop": chunk.finish_reason is not None}
+        if likelihoods:
+            told["completion_probabilities"] = [likelihood_of(each) for each in likelihoods]
+        if chunk.finish_reason is not None:
+            told |= {
+                "model": self._wanted.model,
+                "tokens_predicted": chunk.completion_tokens,
+                "tokens_evaluated": chunk.prompt_tokens,
+                "tokens_cached": chunk.cached_tokens,
+                "stop_type": _STOPS[chunk.finish_reason],
+                "truncated": False,
+                **timings_of(chunk),
+            }
+        return told
