@@ -176,7 +176,7 @@ def test_durations(said: object, seconds: float | None) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        {"prompt": "x", "suffix": "y"},
+        {"prompt": "x", "template": "y"},
         {"prompt": "x", "images": ["abc"]},
         {"prompt": "x", "options": {"num_predict": -3}},
         {"prompt": "x", "options": {"stop": ["s"] * 33}},

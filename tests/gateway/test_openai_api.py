@@ -274,7 +274,7 @@ def test_spellings(url: str, backend: FakeBackend, body: dict[str, Any], seen: d
         ("completions", {"best_of": 3}, "best_of"),
         ("completions", {"prompt": ["a"] * 65, "n": 2}, "prompt"),
         ("completions", {"prompt": []}, "prompt"),
-        ("embeddings", {"dimensions": 64}, "dimensions"),
+        ("embeddings", {"dimensions": 0}, "dimensions"),
         ("embeddings", {"input": ["a", ""]}, "input"),
         ("embeddings", {"input": ["a"] * 2049}, "input"),
         ("embeddings", {"encoding_format": "hex"}, "encoding_format"),
