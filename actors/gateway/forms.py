@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from actors.gateway import anthropic_requests, ollama_requests, openai_requests
+from actors.gateway import anthropic_requests, ollama_requests, openai_requests, responses_requests
 from actors.gateway.bodies import checked
 from actors.gateway.openai_requests import Ask
 
 Form = Literal[
     "chat", "text", "embed", "ollama-chat", "ollama-generate", "ollama-embed", "ollama-embedding", "anthropic",
-    "anthropic-count",
+    "anthropic-count", "responses",
 ]  # fmt: skip
 
 Body = (
@@ -24,6 +24,7 @@ Body = (
     | ollama_requests.OllamaEmbeddingRequest
     | anthropic_requests.MessagesRequest
     | anthropic_requests.CountTokensRequest
+    | responses_requests.ResponsesRequest
 )
 
 FORMS: Mapping[Form, type[Body]] = {
@@ -36,6 +37,7 @@ FORMS: Mapping[Form, type[Body]] = {
     "ollama-embedding": ollama_requests.OllamaEmbeddingRequest,
     "anthropic": anthropic_requests.MessagesRequest,
     "anthropic-count": anthropic_requests.CountTokensRequest,
+    "responses": responses_requests.ResponsesRequest,
 }
 
 

@@ -107,19 +107,22 @@ def content_of(**parts: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ReplyForm:
-    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, as llama-server's own
-    completion, as Ollama's, or as Anthropic's message; whole or streamed. "plain": as it is.
+    """How the client wants to read the answer: as OpenAI's `chat.completion`, `text_completion` or `response`, as
+    llama-server's own completion, as Ollama's, or as Anthropic's message; whole or streamed. "plain": as it is.
 
     `created`: seconds since 1970.
     """
 
-    form: Literal["chat", "text", "completion", "plain", "ollama-chat", "ollama-generate", "anthropic"] = "text"
+    form: Literal[
+        "chat", "text", "completion", "plain", "ollama-chat", "ollama-generate", "anthropic", "responses",
+    ] = "text"  # fmt: skip
     stream: bool = False
     include_usage: bool = False  # in the events
     as_functions: bool = False  # a call of a tool is told as OpenAI's `function_call` of old
     request_id: str = ""
     model: str = ""
     created: int = 0
+    settings: str = "{}"  # of the request, as JSON: a `response` tells them again
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from actors.serving.anthropic_reply import AnthropicReply
 from actors.serving.message import Message
 from actors.serving.ollama_reply import OllamaReply
 from actors.serving.protocol import Chunk, Delta, Likelihood, ReplyForm, deltas_of
+from actors.serving.responses_reply import ResponsesReply
 
 DONE = b"data: [DONE]\n\n"
 _MARK = "text"  # of an event, where its own text will stand
@@ -33,6 +34,8 @@ def reply_in(wanted: ReplyForm) -> AnyReply:
             return AnthropicReply(wanted)
         case "ollama-chat" | "ollama-generate":
             return OllamaReply(wanted)
+        case "responses":
+            return ResponsesReply(wanted)
         case _:
             return Reply(wanted)
 
