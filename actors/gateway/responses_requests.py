@@ -42,7 +42,13 @@ _SAME_FOR_ALL = {
 }  # fmt: skip
 _TOLD_AGAIN = ("max_output_tokens", "user", "safety_identifier", "prompt_cache_key")
 _TOLD_OF_SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+_ITEMS = "message, function_call, function_call_output or reasoning"
 _NOT_TOLD: dict[str, Any] = {"instructions": None, "text": {}, "tools": []}  # where they are too long
+
+
+def _named(kind: object) -> str:
+    """What a client calls something, as it is told back."""
+    return repr(clipped(kind, TOLD_LENGTH)) if isinstance(kind, str) else "unknown"
 
 
 def _few_pairs(given: object) -> object:
@@ -54,7 +60,7 @@ def _few_pairs(given: object) -> object:
 def _only_functions(given: object) -> object:
     """Says what is wrong with OpenAI's own tools before it is said that they have no name."""
     if isinstance(given, Mapping) and (kind := given.get("type")) != "function":
-        raise ValueError(f"the type {clipped(str(kind), TOLD_LENGTH)!r} is not supported; only function is")
+        raise ValueError(f"the type {_named(kind)} is not supported; only function is")
     return given
 
 
@@ -216,7 +222,7 @@ def _turns_of(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     for index, item in enumerate(items):
         where = f"input.{index}"
-        match item.get("type", "message" if "role" in item else None):
+        match item.get("type") or ("message" if "role" in item else None):
             case "message":
                 role, text = _role_of(where, item), _text_of(where, item, "content", "input_text", "output_text")
                 if role == "assistant":
@@ -240,7 +246,7 @@ def _turns_of(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             case "item_reference":
                 raise refused(where, "nothing is stored here; send the item itself in place of the reference")
             case kind:
-                raise refused(where, f"an item of type {clipped(str(kind), TOLD_LENGTH)!r} is not supported")
+                raise refused(where, f"an item of type {_named(kind)} is not supported; send {_ITEMS}")
     return turns
 
 
@@ -252,8 +258,7 @@ def _role_of(where: str, item: Mapping[str, Any]) -> str:
         case "developer":
             return "system"
         case role:
-            named = clipped(str(role), TOLD_LENGTH)
-            raise refused(where, f"the role {named!r} is unknown; it is user, assistant, system or developer")
+            raise refused(where, f"the role {_named(role)} is not supported; send user, assistant, system or developer")
 
 
 def _text_of(where: str, item: Mapping[str, Any], name: str, *kinds: str) -> str:
@@ -265,13 +270,14 @@ def _text_of(where: str, item: Mapping[str, Any], name: str, *kinds: str) -> str
         raise refused(f"{where}.{name}", "it must be a text or a list of parts")
     for part in content:
         if part.get("type") not in kinds:
-            named = clipped(str(part.get("type")), TOLD_LENGTH)
-            raise refused(f"{where}.{name}", f"a part of type {named!r} is not supported; only {kinds[0]} is")
+            raise refused(
+                f"{where}.{name}", f"a part of type {_named(part.get('type'))} is not supported; only {kinds[0]} is"
+            )
     return "".join(_string(f"{where}.{name}", part, "text") for part in content)
 
 
 def _string(where: str, given: Mapping[str, Any], name: str) -> str:
     value = given.get(name)
     if not isinstance(value, str):
-        raise refused(where, f'type {clipped(str(given.get("type")), TOLD_LENGTH)!r} needs its "{name}", a text')
+        raise refused(where, f'what has the type {_named(given.get("type"))} needs its "{name}", a text')
     return value

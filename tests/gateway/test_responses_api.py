@@ -379,7 +379,7 @@ def test_thoughts_go_to_the_message_that_they_led_to() -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input.0.content", '"text"'),
         ({"input": [user("a"), {"type": "computer_call"}]}, "input.1", "computer_call"),
         ({"input": [{"type": "item_reference", "id": "rs_1"}]}, "input.0", "send the item itself"),
-        ({"input": [{}]}, "input.0", "None"),
+        ({"input": [{}, {"type": 7}]}, "input.0", "type unknown"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input.0", "call_id"),
         ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input.0.output", "a list of parts"),
         ({"tools": [{"type": "web_search"}]}, "tools", "'web_search' is not supported"),

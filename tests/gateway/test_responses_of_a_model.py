@@ -1,0 +1,120 @@
+"""OpenAI's client asks a real model for responses: through the gateway, over the road, and from llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import openai
+import pytest
+from gateway_fakes import running
+from granting import NODE, Granting
+from pydantic import BaseModel
+
+from actors.gateway.app import make_app
+from actors.serving.engine import Engine
+from actors.serving.listener import Listener
+from actors.serving.protocol import LoadSpec
+from arriero.sample_models import write_sample_model
+from scheduler.costs.params import ContextParams
+
+pytestmark = pytest.mark.llama
+
+TEMPLATE = """{%- if tools %}<|im_start|>system
+You may call tools: {% for tool in tools %}{{ tool | tojson }}
+{% endfor %}Call one with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
+{% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}
+{% if message.reasoning_content %}<think>
+{{ message.reasoning_content }}
+</think>
+
+{% endif %}{% if message.content %}{{ message.content }}{% endif %}{% for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+CITY: dict[str, Any] = {
+    "type": "object", "properties": {"city": {"enum": ["Lima", "Cusco"]}}, "required": ["city"],
+    "additionalProperties": False,
+}  # fmt: skip
+WEATHER: Any = {"type": "function", "name": "weather", "description": "now", "parameters": CITY, "strict": True}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    path = tmp_path_factory.mktemp("models") / "llama.gguf"
+    write_sample_model(path, "llama", n_layer=2, n_embd=128, n_ff=256, n_head=4, n_head_kv=2, head_dim=32)
+    spec = LoadSpec("sample", str(path), (), 0, (), "", ContextParams(n_ctx=2048), 2, 0, chat_template=TEMPLATE)
+    with (
+        closing(Engine(spec)) as engine,
+        closing(Listener(engine, NODE, "127.0.0.1")) as listener,
+        running(make_app(Granting(listener.endpoint))) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        yield client
+
+
+def test_a_text_whole_and_streamed(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "sample", "input": "Where is the salt?", "max_output_tokens": 12, "temperature": 0}
+    whole = client.responses.create(**asked, instructions="Be short.")
+    again = client.responses.create(**asked, instructions="Be short.", stream=True)
+    events = list(again)
+    said = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert whole.output_text == said != ""
+    assert (whole.status, whole.incomplete_details and whole.incomplete_details.reason) == (
+        "incomplete", "max_output_tokens",
+    )  # fmt: skip
+    assert whole.usage is not None and whole.usage.output_tokens == 12
+    assert whole.usage.input_tokens > 10 and events[-1].type == "response.incomplete"
+    usage = events[-1].response.usage
+    assert usage is not None and 0 < usage.input_tokens_details.cached_tokens < usage.input_tokens
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+
+
+class Place(BaseModel):
+    city: str
+
+
+def test_an_answer_in_a_format(client: openai.OpenAI) -> None:
+    form: Any = {"format": {"type": "json_schema", "name": "place", "schema": CITY, "strict": True}}
+    whole = client.responses.create(model="sample", input="Where?", text=form, temperature=0)
+    assert whole.status == "completed" and json.loads(whole.output_text)["city"] in ("Lima", "Cusco")
+    with client.responses.stream(model="sample", input="Where?", text=form, temperature=0) as stream:
+        texts = [event.snapshot for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    assert final.output_text == texts[-1] == whole.output_text
+
+
+def test_a_tool_is_called_and_its_result_is_taken(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "sample", "tools": [WEATHER], "temperature": 0}
+    first = client.responses.create(**asked, input="Weather?", tool_choice="required", max_output_tokens=400)
+    calls = [item for item in first.output if item.type == "function_call"]
+    assert calls and first.status == "completed", first.output
+    assert calls[0].name == "weather" and json.loads(calls[0].arguments)["city"] in ("Lima", "Cusco")
+    with client.responses.stream(
+        **asked, input="Weather?", tool_choice={"type": "function", "name": "weather"}, max_output_tokens=400
+    ) as stream:
+        deltas = "".join(event.delta for event in stream if event.type == "response.function_call_arguments.delta")
+        final = stream.get_final_response()
+    told = [item for item in final.output if item.type == "function_call"]
+    assert "".join(call.arguments for call in told) == deltas
+    assert told[0].parsed_arguments == json.loads(told[0].arguments)
+    result: Any = {"type": "function_call_output", "call_id": calls[0].call_id, "output": "drizzle"}
+    history: Any = [{"role": "user", "content": "Weather?"}, *first.model_dump()["output"], result]
+    second = client.responses.create(**asked, input=history, tool_choice="none", max_output_tokens=5)
+    assert second.usage is not None and first.usage is not None
+    assert second.usage.input_tokens > first.usage.input_tokens
+
+
+def test_a_prompt_that_is_too_long_is_refused_whatever_truncation_says(client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="the slot holds 2048"):
+            client.responses.create(model="sample", input="salt " * 3000, truncation="auto", stream=stream)  # type: ignore[call-overload]
+
+
+def test_a_tool_whose_schema_is_none_is_refused(client: openai.OpenAI) -> None:
+    strange: Any = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": 7}, "strict": True}
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(model="sample", input="Hi", tools=[strange], tool_choice="required")
