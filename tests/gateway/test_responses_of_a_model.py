@@ -22,18 +22,12 @@ from scheduler.costs.params import ContextParams
 
 pytestmark = pytest.mark.llama
 
-TEMPLATE = """{%- if tools %}<|im_start|>system
-You may call tools: {% for tool in tools %}{{ tool | tojson }}
-{% endfor %}Call one with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>
-{% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}
-{% if message.reasoning_content %}<think>
-{{ message.reasoning_content }}
-</think>
-
-{% endif %}{% if message.content %}{{ message.content }}{% endif %}{% for call in message.tool_calls or [] %}<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>{% endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+TEMPLATE = """{% if tools %}Answer with {"name": name of a tool, "parameters": its arguments}. There are: \
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{% endif %}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>
+{% if message.tool_calls %}{% for call in message.tool_calls %}{"name": "{{ call.function.name }}", "parameters": \
+{{ call.function.arguments | tojson }}}{% endfor %}{% else %}{{ message.content }}{% endif %}<|eot_id|>{% endfor %}\
+{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
 {% endif %}"""
 CITY: dict[str, Any] = {
     "type": "object", "properties": {"city": {"enum": ["Lima", "Cusco"]}}, "required": ["city"],
@@ -46,7 +40,10 @@ WEATHER: Any = {"type": "function", "name": "weather", "description": "now", "pa
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     path = tmp_path_factory.mktemp("models") / "llama.gguf"
     write_sample_model(path, "llama", n_layer=2, n_embd=128, n_ff=256, n_head=4, n_head_kv=2, head_dim=32)
-    spec = LoadSpec("sample", str(path), (), 0, (), "", ContextParams(n_ctx=2048), 2, 0, chat_template=TEMPLATE)
+    spec = LoadSpec(
+        "sample", str(path), devices=(), n_gpu_layers=0, tensor_split=(), experts_pattern="",
+        context=ContextParams(n_ctx=2048), n_threads=1, host_required_bytes=0, chat_template=TEMPLATE,
+    )  # fmt: skip
     with (
         closing(Engine(spec)) as engine,
         closing(Listener(engine, NODE, "127.0.0.1")) as listener,
@@ -88,24 +85,25 @@ def test_an_answer_in_a_format(client: openai.OpenAI) -> None:
 
 
 def test_a_tool_is_called_and_its_result_is_taken(client: openai.OpenAI) -> None:
-    asked: Any = {"model": "sample", "tools": [WEATHER], "temperature": 0}
-    first = client.responses.create(**asked, input="Weather?", tool_choice="required", max_output_tokens=400)
+    """The model says anything before it calls. Where all is equally likely, it soon says what a call begins with."""
+    anything = {"temperature": 100, "top_p": 1, "top_k": -1, "min_p": 0, "seed": 4}
+    asked: Any = {"model": "sample", "tools": [WEATHER], "parallel_tool_calls": False, "extra_body": anything}
+    first = client.responses.create(**asked, input="Weather?", tool_choice="required")
     calls = [item for item in first.output if item.type == "function_call"]
-    assert calls and first.status == "completed", first.output
+    assert calls and first.status == "completed"
     assert calls[0].name == "weather" and json.loads(calls[0].arguments)["city"] in ("Lima", "Cusco")
-    with client.responses.stream(
-        **asked, input="Weather?", tool_choice={"type": "function", "name": "weather"}, max_output_tokens=400
-    ) as stream:
+    named: Any = {"type": "function", "name": "weather"}
+    with client.responses.stream(**asked, input="Weather?", tool_choice=named) as stream:
         deltas = "".join(event.delta for event in stream if event.type == "response.function_call_arguments.delta")
         final = stream.get_final_response()
-    told = [item for item in final.output if item.type == "function_call"]
-    assert "".join(call.arguments for call in told) == deltas
-    assert told[0].parsed_arguments == json.loads(told[0].arguments)
+    (call,) = [item for item in final.output if item.type == "function_call"]
+    assert call.arguments == deltas and call.parsed_arguments == json.loads(deltas)
     result: Any = {"type": "function_call_output", "call_id": calls[0].call_id, "output": "drizzle"}
-    history: Any = [{"role": "user", "content": "Weather?"}, *first.model_dump()["output"], result]
-    second = client.responses.create(**asked, input=history, tool_choice="none", max_output_tokens=5)
-    assert second.usage is not None and first.usage is not None
-    assert second.usage.input_tokens > first.usage.input_tokens
+    history: Any = [{"role": "user", "content": "Weather?"}, *calls, result]
+    second = client.responses.create(model="sample", tools=[WEATHER], input=history, max_output_tokens=5)
+    alone = client.responses.create(model="sample", tools=[WEATHER], input="Weather?", max_output_tokens=5)
+    assert second.usage is not None and alone.usage is not None
+    assert second.usage.input_tokens > alone.usage.input_tokens
 
 
 def test_a_prompt_that_is_too_long_is_refused_whatever_truncation_says(client: openai.OpenAI) -> None:
