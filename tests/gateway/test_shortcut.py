@@ -132,6 +132,21 @@ def test_silence_after_it_is_bridged_and_a_lost_runner_is_told(stage: Stage) -> 
     assert error["code"] == "engine_failed" and "ended while it answered" in error["message"]
 
 
+def test_events_that_took_it_are_numbered_like_all_others(stage: Stage) -> None:
+    """Also those that the gateway adds, when the runner is lost."""
+    said = " ".join(str(number) for number in range(3000))
+    body = {"model": "m", "input": f"{said} wait", "stream": True}
+    with httpx.stream("POST", f"{stage.url}/v1/responses", json=body, timeout=TTL_S) as answer:
+        numbers = []
+        for line in answer.iter_lines():
+            if line == ": waiting":
+                stage.close()
+            elif line.startswith("data: "):
+                numbers.append(json.loads(line[6:])["sequence_number"])
+    assert stage.taken > 10 and numbers == list(range(len(numbers)))
+    assert len(numbers) == 4 + 3000 + 2
+
+
 def test_a_request_that_was_sent_early_is_answered_after_it(stage: Stage) -> None:
     with contextlib.closing(connect(stage.url)) as connection:
         connection.sendall(ask(" ".join(map(str, range(200)))) + ask("second"))
