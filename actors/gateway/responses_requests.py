@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
 from actors.gateway.openai_requests import (
+    MAX_PROBS,
     MAX_TOOL_NAME,
     Ask,
     ChatRequest,
@@ -38,10 +39,11 @@ MAX_TOLD = 65536
 _AS_IN_CHATS = (*ModelRequest.model_fields, *SamplerSettings.model_fields, "parallel_tool_calls", "stream")
 _SAME_FOR_ALL = {
     "background": False, "max_tool_calls": None, "previous_response_id": None, "service_tier": "default",
-    "store": False, "top_logprobs": 0, "truncation": "disabled",
+    "store": False, "truncation": "disabled",
 }  # fmt: skip
 _TOLD_AGAIN = ("max_output_tokens", "user", "safety_identifier", "prompt_cache_key")
 _TOLD_OF_SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+_LOGPROBS = "message.output_text.logprobs"  # in `include`
 _ITEMS = "message, function_call, function_call_output or reasoning"
 _NOT_TOLD: dict[str, Any] = {"instructions": None, "text": {}, "tools": []}  # where they are too long
 
@@ -124,7 +126,7 @@ class ResponsesRequest(ModelRequest, SamplerSettings):
     prompt: dict[str, Any] | None = None
     background: bool | None = None
     include: Texts | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_PROBS)
 
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
@@ -141,6 +143,8 @@ class ResponsesRequest(ModelRequest, SamplerSettings):
             max_completion_tokens=self.max_output_tokens,
             reasoning_effort=self._effort,
             response_format=self._response_format(),
+            logprobs=_LOGPROBS in (self.include or ()) or bool(self.top_logprobs),
+            top_logprobs=self.top_logprobs or None,
         )
         ask = chat.ask(request_id, key)
         assert isinstance(ask.request, GenerateRequest)
@@ -156,9 +160,6 @@ class ResponsesRequest(ModelRequest, SamplerSettings):
             raise refused("prompt", "no prompts are stored here; send their text as instructions or input")
         if self.background:
             raise refused("background", "nothing is stored here; leave it out, or use stream to see what has come")
-        if self.top_logprobs or "message.output_text.logprobs" in (self.include or ()):
-            param = "top_logprobs" if self.top_logprobs else "include"
-            raise refused(param, "token probabilities are not supported; leave it out")
 
     @property
     def _effort(self) -> str | None:
@@ -183,6 +184,7 @@ class ResponsesRequest(ModelRequest, SamplerSettings):
             **{name: getattr(self, name) for name in _TOLD_AGAIN},
             **{name: getattr(sampling, name) for name in _TOLD_OF_SAMPLING},
             "metadata": self.metadata or {},
+            "top_logprobs": self.top_logprobs or 0,
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "reasoning": {"effort": self._effort, "summary": None},
             "tool_choice": choice.model_dump() if isinstance(choice, NamedFunction) else choice or "auto",

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from actors.serving.anthropic_reply import AnthropicReply
+from actors.serving.logprobs import logprob_of
 from actors.serving.message import Message
 from actors.serving.ollama_reply import OllamaReply
 from actors.serving.protocol import Chunk, Delta, Likelihood, ReplyForm, deltas_of
@@ -144,7 +145,7 @@ class _Choice:
     ) -> dict[str, Any]:
         logprobs: dict[str, Any] | None = None
         if likelihoods and self._chat:
-            logprobs = {"content": [_token(each) for each in likelihoods], "refusal": None}
+            logprobs = {"content": [logprob_of(each) for each in likelihoods], "refusal": None}
         elif likelihoods:
             logprobs, self._offset = _tokens(likelihoods, self._offset)
         return {"index": self._index, "logprobs": logprobs, "finish_reason": finish_reason, **said}
@@ -208,15 +209,6 @@ class _Telling:
 
 def _event(told: dict[str, Any]) -> bytes:
     return b"data: %s\n\n" % json.dumps(told).encode()
-
-
-def _token(each: Likelihood) -> dict[str, Any]:
-    """As chats tell it."""
-    return {**_named(each.token, each.piece, each.logprob), "top_logprobs": [_named(*one) for one in each.top]}
-
-
-def _named(token: int, piece: bytes, logprob: float | None) -> dict[str, Any]:
-    return {"id": token, "token": piece.decode(errors="replace"), "bytes": list(piece), "logprob": logprob}
 
 
 def _tokens(likelihoods: Sequence[Likelihood], offset: int) -> tuple[dict[str, Any], int]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from actors.serving.logprobs import logprob_of
 from actors.serving.message import Call
 from actors.serving.named_event import named_event
 from actors.serving.protocol import Chunk, Delta, ReplyForm, deltas_of
@@ -39,7 +40,8 @@ _CODES = {
 class _Item:
     """An item of the output. `index`: its place there. `call`: what a `function_call` calls. `number`: of that call.
 
-    `pieces`: of its text (for a call: of its arguments) so far. `told`: whether its client knows of it.
+    `pieces`: of its text (for a call: of its arguments) so far. `logprobs`: of the tokens of a message, if they were
+    asked for. `told`: whether its client knows of it.
     """
 
     kind: Kind
@@ -48,6 +50,7 @@ class _Item:
     item_id: str
     call: Call = field(default_factory=Call)
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
     told: bool = False
     status: Status = "in_progress"
 
@@ -56,7 +59,7 @@ class _Item:
         text = "".join(self.pieces)
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self.logprobs}
 
     def as_object(self) -> dict[str, Any]:
         """The item as its client reads it. It has no content before it has ended: parts are told apart."""
@@ -76,6 +79,7 @@ class ResponsesReply:
         self._wanted = wanted
         self._items: list[_Item] = []
         self._open: _Item | None = None  # the last one, until it has ended
+        self._logprobs: list[dict[str, Any]] = []  # that are not told yet
         self._events: list[bytes] = []  # that are not sent yet
         self._numbered = 0  # events so far
 
@@ -84,12 +88,12 @@ class ResponsesReply:
         if self._wanted.stream and not self._numbered:
             for kind in ("response.created", "response.in_progress"):
                 self._say(kind, response=_response(self._wanted, "in_progress", []))
+        self._logprobs += map(logprob_of, chunk.likelihoods)
         for delta in deltas_of(chunk):
             self._add(delta)
         if chunk.finish_reason is not None:
             status: Status = "incomplete" if chunk.finish_reason == "length" else "completed"
-            if not self._items:
-                self._item("message")  # clients look for one, even if it says nothing
+            self._take_logprobs(self._open or self._item("message"))  # clients look for one, even if nothing was said
             self._close(status)
             response = _response(self._wanted, status, [item.as_object() for item in self._items], _usage(chunk))
             if not self._wanted.stream:
@@ -120,7 +124,15 @@ class ResponsesReply:
     def _more(self, item: _Item, piece: str) -> None:
         self._begin(item)
         item.pieces.append(piece)
-        self._say_of(item, ".delta", delta=piece)
+        self._say_of(item, ".delta", self._take_logprobs(item), delta=piece)
+
+    def _take_logprobs(self, item: _Item) -> list[dict[str, Any]]:
+        """Those that were not told yet, where they belong to a message. Others are never told."""
+        taken, self._logprobs = self._logprobs, []
+        if item.kind != "message":
+            return []
+        item.logprobs += taken
+        return taken
 
     def _begin(self, item: _Item) -> None:
         """Tells of the item, unless its client knows of it."""
@@ -141,17 +153,17 @@ class ResponsesReply:
         self._begin(item)
         item.status = status
         if item.kind == "function_call":
-            self._say_of(item, ".done", name=item.call.name, arguments="".join(item.pieces))
+            self._say_of(item, ".done", [], name=item.call.name, arguments="".join(item.pieces))
         else:
             part = item.part()
-            self._say_of(item, ".done", text=part["text"])
+            self._say_of(item, ".done", item.logprobs, text=part["text"])
             self._say("response.content_part.done", **_place(item), part=part)
         self._say("response.output_item.done", output_index=item.index, item=item.as_object())
 
-    def _say_of(self, item: _Item, what: str, **told: Any) -> None:
+    def _say_of(self, item: _Item, what: str, logprobs: list[dict[str, Any]], **told: Any) -> None:
         """An event of the item's text: ".delta" or ".done"."""
         if item.kind == "message":
-            told["logprobs"] = []
+            told["logprobs"] = logprobs
         self._say(_EVENTS[item.kind] + what, **_place(item), **told)
 
     def _say(self, kind: str, **told: Any) -> None:

@@ -16,7 +16,7 @@ from actors.gateway.app import make_app
 from actors.gateway.forms import read_ask
 from actors.gateway.openai_requests import Ask
 from actors.gateway.responses_requests import MAX_TOLD
-from actors.serving.protocol import Chunk, Delta, GenerateRequest, ReplyForm, Sampling
+from actors.serving.protocol import Chunk, Delta, GenerateRequest, Likelihood, ReplyForm, Sampling
 from actors.serving.responses_reply import ResponsesReply
 from scheduler.errors import EngineFailed, Rejected, Unavailable
 
@@ -192,6 +192,30 @@ def test_errors_come_as_the_client_knows_them(client: openai.OpenAI, backend: Fa
     ):
         texts += [event.delta for event in events if event.type == "response.output_text.delta"]
     assert broken.value.code == "engine_failed"
+
+
+def test_likelihoods_belong_to_the_text(client: openai.OpenAI, backend: FakeBackend) -> None:
+    said = (
+        Chunk("", deltas=(Delta(reasoning="Hm."),), likelihoods=(Likelihood(4, b"Hm", -2.0),)),
+        Chunk("", deltas=(Delta(content="H\u00e9"),), likelihoods=(Likelihood(1, b"H", -0.5, ((1, b"H", -0.5),)),
+                                                               Likelihood(2, b"\xc3", -0.1))),
+        Chunk("", "stop", 7, 0, 3, deltas=(), likelihoods=(Likelihood(3, b"\xa9", -0.2),)),
+    )  # fmt: skip
+    backend.answers += [said, said]
+    asked_for: Any = {"model": MODEL, "input": "Hi", "include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    whole = client.responses.create(**asked_for)
+    message = whole.output[1]
+    assert message.type == "message" and message.content[0].type == "output_text"
+    told = message.content[0].logprobs or []
+    assert [(each.logprob, bytes(each.bytes)) for each in told] == [(-0.5, b"H"), (-0.1, b"\xc3"), (-0.2, b"\xa9")]
+    assert told[0].top_logprobs[0].token == "H"
+    assert asked(backend).n_probs == 1 and whole.top_logprobs == 1
+    events = list(client.responses.create(**asked_for, stream=True))
+    assert [
+        [each.logprob for each in event.logprobs] for event in events if event.type == "response.output_text.delta"
+    ] == [[-0.5, -0.1]]
+    client.responses.create(model=MODEL, input="Hi", include=["message.output_text.logprobs"])
+    assert asked(backend).n_probs == 0
 
 
 # ---------------------------------------------------------------------- events
@@ -399,8 +423,7 @@ def test_thoughts_go_to_the_message_that_they_led_to() -> None:
         ({"conversation": {"id": "conv_1"}}, "conversation", "input"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt", "instructions"),
         ({"background": True}, "background", "stream"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "probabilities"),
-        ({"top_logprobs": 3}, "top_logprobs", "probabilities"),
+        ({"top_logprobs": 101}, "top_logprobs", "100"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(body: dict[str, Any], param: str, named: str) -> None:

@@ -11,7 +11,6 @@ import openai
 import pytest
 from gateway_fakes import running
 from granting import NODE, Granting
-from pydantic import BaseModel
 
 from actors.gateway.app import make_app
 from actors.serving.engine import Engine
@@ -68,10 +67,12 @@ def test_a_text_whole_and_streamed(client: openai.OpenAI) -> None:
     usage = events[-1].response.usage
     assert usage is not None and 0 < usage.input_tokens_details.cached_tokens < usage.input_tokens
     assert [event.sequence_number for event in events] == list(range(len(events)))
-
-
-class Place(BaseModel):
-    city: str
+    likely = client.responses.create(**asked, top_logprobs=2)
+    message = likely.output[0]
+    assert message.type == "message" and message.content[0].type == "output_text"
+    logprobs = message.content[0].logprobs or []
+    assert b"".join(bytes(each.bytes) for each in logprobs).decode() == likely.output_text
+    assert all(each.token == each.top_logprobs[0].token and len(each.top_logprobs) == 2 for each in logprobs)
 
 
 def test_an_answer_in_a_format(client: openai.OpenAI) -> None:
