@@ -8,11 +8,11 @@ import secrets
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from actors.gateway.answer import generated
 from actors.gateway.dialects import ANTHROPIC
 from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
-from actors.gateway.shortcut import Shortcut
-from actors.gateway.stream import EventStream, while_connected
+from actors.gateway.stream import while_connected
 from actors.serving.protocol import GenerateRequest
 
 
@@ -23,12 +23,7 @@ def anthropic_routes(relay: Relay, reader: Reader, pulse_s: float) -> APIRouter:
     @router.post("")
     async def messages(request: Request) -> Response:
         ask = await reader.ask(request, "anthropic", _new_id())
-        assert isinstance(ask.request, GenerateRequest)
-        if ask.request.reply.stream:
-            shortcut = Shortcut()
-            return EventStream(relay.generate(ask.need, ask.request, shortcut), pulse_s, shortcut, ANTHROPIC)
-        whole = await while_connected(request, relay.generate_whole(ask.need, ask.request))
-        return Response(whole, media_type="application/json")
+        return await generated(request, relay, ask, pulse_s, ANTHROPIC)
 
     @router.post("/count_tokens")
     async def count(request: Request) -> Response:

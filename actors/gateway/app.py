@@ -25,6 +25,7 @@ from actors.gateway.openai import openai_routes
 from actors.gateway.openapi import CLIENT_CLOSED_REQUEST, document
 from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
+from actors.gateway.responses import responses_routes
 from actors.gateway.security import Guard
 from actors.gateway.stream import ClientGone
 from scheduler.errors import ArrieroError, Rejected
@@ -60,6 +61,7 @@ def make_app(
     app.state.closing = closing
     app.add_middleware(Guard, api_keys=api_keys or {}, held=Held(max_held_bytes), closing=closing)
     app.include_router(openai_routes(backend, relay, reader, pulse_s))
+    app.include_router(responses_routes(relay, reader, pulse_s))
     app.include_router(management_routes(backend, reader, pulse_s))
     app.include_router(llama_server_routes(relay, reader, pulse_s))
     app.include_router(ollama_routes(backend, relay, reader, pulse_s))

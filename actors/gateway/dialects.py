@@ -29,20 +29,20 @@ _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permi
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """`stream_type`: the media type of streams; `waiting`: what a stream says in silence; `body`: an error as JSON;
-    `ending`: that as the end of a stream."""
+    `ending`: that as the end of a stream, after so many named events."""
 
     stream_type: str
     waiting: bytes
     body: Callable[[ArrieroError], bytes]
-    ending: Callable[[bytes], bytes]
+    ending: Callable[[bytes, int], bytes]
 
     def refusal(self, error: ArrieroError) -> Response:
         """The error as an answer."""
         return Response(self.body(error), error.http_status, error_headers(error), "application/json")
 
-    def failure(self, error: ArrieroError) -> bytes:
-        """The error in a stream that has begun."""
-        return self.ending(self.body(error))
+    def failure(self, error: ArrieroError, events: int) -> bytes:
+        """The error in a stream that has begun, after so many named events."""
+        return self.ending(self.body(error), events)
 
 
 def event(data: bytes, event_id: int | None = None) -> bytes:
@@ -62,9 +62,9 @@ def _anthropic(error: ArrieroError) -> bytes:
 
 
 _EVENTS, _WAITING = "text/event-stream", b": waiting\n\n"
-OPENAI = Dialect(_EVENTS, _WAITING, error_json, event)
-ANTHROPIC = Dialect(_EVENTS, _WAITING, _anthropic, lambda body: b"event: error\n" + event(body))
-OLLAMA = Dialect("application/x-ndjson", b"", _ollama, lambda body: body + b"\n")
+OPENAI = Dialect(_EVENTS, _WAITING, error_json, lambda body, _: event(body))
+ANTHROPIC = Dialect(_EVENTS, _WAITING, _anthropic, lambda body, _: b"event: error\n" + event(body))
+OLLAMA = Dialect("application/x-ndjson", b"", _ollama, lambda body, _: body + b"\n")
 
 
 def dialect_of(path: str) -> Dialect:

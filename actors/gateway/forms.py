@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from actors.gateway import anthropic_requests, llama_server_requests, ollama_requests, openai_requests
+from actors.gateway import (
+    anthropic_requests,
+    llama_server_requests,
+    ollama_requests,
+    openai_requests,
+    responses_requests,
+)
 from actors.gateway.bodies import checked
 from actors.gateway.openai_requests import Ask
 
 Form = Literal[
     "chat", "text", "embed", "ollama-chat", "ollama-generate", "ollama-embed", "ollama-embedding", "anthropic",
     "anthropic-count", "completion", "infill", "tokenize", "detokenize", "apply-template", "rerank",
+    "responses",
 ]  # fmt: skip
 
 Body = (
@@ -30,6 +37,7 @@ Body = (
     | llama_server_requests.DetokenizeRequest
     | llama_server_requests.ApplyTemplateRequest
     | llama_server_requests.RerankRequest
+    | responses_requests.ResponsesRequest
 )
 
 FORMS: Mapping[Form, type[Body]] = {
@@ -48,6 +56,7 @@ FORMS: Mapping[Form, type[Body]] = {
     "detokenize": llama_server_requests.DetokenizeRequest,
     "apply-template": llama_server_requests.ApplyTemplateRequest,
     "rerank": llama_server_requests.RerankRequest,
+    "responses": responses_requests.ResponsesRequest,
 }
 
 

@@ -7,13 +7,14 @@ import secrets
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from actors.gateway.answer import generated
+from actors.gateway.dialects import OPENAI
 from actors.gateway.forms import Form
 from actors.gateway.openai_requests import Ranking
 from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
-from actors.gateway.shortcut import Shortcut
-from actors.gateway.stream import EventStream, while_connected
-from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
+from actors.gateway.stream import while_connected
+from actors.serving.protocol import EmbedRequest, EmbedResult
 
 
 def llama_server_routes(relay: Relay, reader: Reader, pulse_s: float) -> APIRouter:
@@ -54,12 +55,7 @@ def llama_server_routes(relay: Relay, reader: Reader, pulse_s: float) -> APIRout
 
     async def generate(form: Form, request: Request) -> Response:
         ask = await reader.ask(request, form, _new_id("cmpl"))
-        assert isinstance(ask.request, GenerateRequest)
-        if ask.request.reply.stream:
-            shortcut = Shortcut()
-            return EventStream(relay.generate(ask.need, ask.request, shortcut), pulse_s, shortcut)
-        whole = await while_connected(request, relay.generate_whole(ask.need, ask.request))
-        return Response(whole, media_type="application/json")
+        return await generated(request, relay, ask, pulse_s, OPENAI)
 
     return router
 

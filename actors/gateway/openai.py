@@ -12,16 +12,17 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from actors.gateway.answer import generated
 from actors.gateway.backend import Backend
+from actors.gateway.dialects import OPENAI
 from actors.gateway.embeddings import Vectors
 from actors.gateway.forms import Form
 from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
 from actors.gateway.security import hold
-from actors.gateway.shortcut import Shortcut
-from actors.gateway.stream import EventStream, while_connected
+from actors.gateway.stream import while_connected
 from actors.records import ModelInfo
-from actors.serving.protocol import EmbedRequest, GenerateRequest
+from actors.serving.protocol import EmbedRequest
 from scheduler.errors import UnknownModel
 
 
@@ -60,12 +61,7 @@ def openai_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
 
     async def generate(form: Form, request: Request, prefix: str) -> Response:
         ask = await reader.ask(request, form, _new_id(prefix))
-        assert isinstance(ask.request, GenerateRequest)
-        if ask.request.reply.stream:
-            shortcut = Shortcut()
-            return EventStream(relay.generate(ask.need, ask.request, shortcut), pulse_s, shortcut)
-        whole = await while_connected(request, relay.generate_whole(ask.need, ask.request))
-        return Response(whole, media_type="application/json")
+        return await generated(request, relay, ask, pulse_s, OPENAI)
 
     return router
 

@@ -27,6 +27,7 @@ from actors.gateway.closing import Closing, shutting_down
 from actors.gateway.dialects import dialect_of
 from actors.gateway.errors import Forbidden, Unauthorized
 from actors.gateway.limits import MAX_BODY_BYTES, MAX_ORDER_BYTES, MAX_QUERY_PARTS, Held, too_large
+from actors.gateway.stream import LAST_WORDS
 from actors.gateway.turns import Turns
 from scheduler.errors import ArrieroError, Rejected
 
@@ -44,6 +45,7 @@ LARGE_PATHS = frozenset(
                 "messages/count_tokens",
                 "rerank",
                 "reranking",
+                "responses",
             ),
         ),
         ("", ("completion", "completions", "infill", "tokenize", "detokenize", "apply-template", "rerank")),
@@ -142,15 +144,11 @@ class _Answer:
     async def end(self, scope: Scope, receive: Receive, error: ArrieroError) -> None:
         """Say `error` in the place of what has not been sent: as an answer, or as the end of a stream. Any other
         answer that has begun stays cut off, which its client notices."""
-        dialect = dialect_of(scope["path"])
         if self._start is None:
-            await dialect.refusal(error)(scope, receive, self._send)
-        elif not self._complete and self._media_type.partition(";")[0] == dialect.stream_type:
-            await self._send({"type": "http.response.body", "body": dialect.failure(error), "more_body": False})
-
-    @property
-    def _media_type(self) -> str:
-        return Headers(raw=self._start["headers"]).get("content-type", "") if self._start is not None else ""
+            await dialect_of(scope["path"]).refusal(error)(scope, receive, self._send)
+        elif not self._complete and LAST_WORDS in self._start:
+            last_words = self._start[LAST_WORDS](error)
+            await self._send({"type": "http.response.body", "body": last_words, "more_body": False})
 
 
 def hold(request: Request, answer_bytes: int) -> None:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from actors.serving.message import Message
+from actors.serving.named_event import named_event
 from actors.serving.protocol import Chunk, Delta, ReplyForm, deltas_of
 
 _STOPS = {"stop": "end_turn", "length": "max_tokens"}
@@ -32,13 +33,13 @@ class AnthropicReply:
         if not self._begun:
             self._begun = True
             usage = {"input_tokens": 0, "output_tokens": 0}  # they are known at the end
-            events.append(_event("message_start", message=self._envelope([], None, usage)))
+            events.append(named_event("message_start", message=self._envelope([], None, usage)))
         for delta in deltas_of(chunk):
             events += self._events_of(delta)
         if last:
             events += self._close()
             reason = {"stop_reason": self._stop_reason(chunk), "stop_sequence": None}
-            events += [_event("message_delta", delta=reason, usage=_usage(chunk)), _event("message_stop")]
+            events += [named_event("message_delta", delta=reason, usage=_usage(chunk)), named_event("message_stop")]
         return b"".join(events)
 
     def _events_of(self, delta: Delta) -> list[bytes]:
@@ -65,7 +66,7 @@ class AnthropicReply:
         events = self._close()
         self._open = (kind, number)
         self._blocks += 1
-        return [*events, _event("content_block_start", index=self._blocks - 1, content_block=block)]
+        return [*events, named_event("content_block_start", index=self._blocks - 1, content_block=block)]
 
     def _close(self) -> list[bytes]:
         """Ends the open block. Calls without arguments are told now, whole."""
@@ -76,15 +77,15 @@ class AnthropicReply:
                 call.told = True
                 self._blocks += 1
                 block = {"type": "tool_use", "id": _id_of(call.call_id), "name": call.name, "input": {}}
-                events.append(_event("content_block_start", index=self._blocks - 1, content_block=block))
+                events.append(named_event("content_block_start", index=self._blocks - 1, content_block=block))
                 events.append(self._end_of_block())
         return events
 
     def _end_of_block(self) -> bytes:
-        return _event("content_block_stop", index=self._blocks - 1)
+        return named_event("content_block_stop", index=self._blocks - 1)
 
     def _piece(self, delta: dict[str, Any]) -> bytes:
-        return _event("content_block_delta", index=self._blocks - 1, delta=delta)
+        return named_event("content_block_delta", index=self._blocks - 1, delta=delta)
 
     def _whole(self, last: Chunk) -> dict[str, Any]:
         said = self._said
@@ -128,7 +129,3 @@ def _usage(last: Chunk) -> dict[str, int]:
         "cache_creation_input_tokens": 0,
         "output_tokens": last.completion_tokens,
     }
-
-
-def _event(kind: str, **told: Any) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (kind.encode(), json.dumps({"type": kind, **told}).encode())

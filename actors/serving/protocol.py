@@ -111,19 +111,22 @@ def given_of(parts: Mapping[str, object]) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class ReplyForm:
-    """How the client wants to read the answer: as OpenAI's `chat.completion` or `text_completion`, as the completion of
-    llama-server's own API, as Ollama's, or as Anthropic's message; whole or streamed. "plain": as it is.
+    """How the client wants to read the answer: as OpenAI's `chat.completion`, `text_completion` or `response`, as the
+    completion of llama-server's own API, as Ollama's, or as Anthropic's message; whole or streamed. "plain": as it is.
 
     `created`: seconds since 1970.
     """
 
-    form: Literal["chat", "text", "completion", "plain", "ollama-chat", "ollama-generate", "anthropic"] = "text"
+    form: Literal[
+        "chat", "text", "completion", "plain", "ollama-chat", "ollama-generate", "anthropic", "responses",
+    ] = "text"  # fmt: skip
     stream: bool = False
     include_usage: bool = False  # in the events
     as_functions: bool = False  # a call of a tool is told as OpenAI's `function_call` of old
     request_id: str = ""
     model: str = ""
     created: int = 0
+    settings: str = "{}"  # of the request, as JSON: a `response` tells them again
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from actors.serving.completion_reply import CompletionReply
 from actors.serving.message import Message
 from actors.serving.ollama_reply import OllamaReply
 from actors.serving.protocol import Chunk, Delta, Likelihood, ReplyForm, deltas_of
+from actors.serving.responses_reply import ResponsesReply
 from actors.serving.telling import likelihood_of, timings_of
 
 DONE = b"data: [DONE]\n\n"
@@ -39,6 +40,8 @@ def reply_in(wanted: ReplyForm) -> AnyReply:
             return CompletionReply(wanted)
         case "plain":
             return PlainReply()
+        case "responses":
+            return ResponsesReply(wanted)
         case _:
             return Reply(wanted)
 

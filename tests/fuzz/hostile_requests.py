@@ -40,6 +40,12 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "/v1/completions": {"model": "tiny", "prompt": [1, 2], "echo": False, "best_of": 1, "top_k": 3},
     "/v1/embeddings": {"model": "tiny", "input": ["a", "b"], "encoding_format": "base64"},
+    "/v1/responses": {
+        "model": "tiny", "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}], "tools": [],
+        "instructions": "a", "stream": True, "tool_choice": "auto", "reasoning": {"effort": "low"}, "user": "a",
+        "text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}, "max_output_tokens": 3,
+        "metadata": {"a": "b"}, "include": ["a"], "top_logprobs": 0, "previous_response_id": None, "conversation": None,
+    },
     "/api/v1/load": {"model": "tiny", "n_ctx": 512},
     "/api/v1/unload": {"model": "tiny"},
     "/api/v1/pin": {"model": "tiny", "pinned": True},

@@ -1,4 +1,4 @@
-"""A replica without a model, for a real `Listener`: it says the words of its prompt."""
+"""A replica without a model, for a real `Listener`: it says the words of its prompt, or of the last message."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class ScriptedReplica:
     ) -> Job[Any]:
         content = json.loads(request.content)
         self.asked.append(request)
-        words = content["inputs"] if isinstance(request, EmbedRequest) else content["prompt"].split()
+        if isinstance(request, EmbedRequest):
+            words = content["inputs"]
+        else:
+            words = (content["prompt"] if "prompt" in content else content["messages"][-1]["content"]).split()
         if "refuse" in words:
             raise Rejected("prompt is 5000 tokens; the slot holds 4096", n_ctx=4096)
         if "crash" in words:

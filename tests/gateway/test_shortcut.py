@@ -3,50 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import h11
 import httpx
 import pytest
 from gateway_fakes import all_of, connect, running
+from granting import NODE, TTL_S, Granting
 from scripted_replica import ScriptedReplica
 
-from actors.endpoint import Endpoint
 from actors.gateway.app import make_app
 from actors.gateway.connections import Connection
-from actors.gateway.ray_backend import RayBackend
-from actors.leasing import Grant, TokenCounts
 from actors.serving.listener import Listener
-from scheduler.events import RequestArrived
-from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
-
-NODE = NodeId("here")
-PATIENCE_S = 60.0
-
-
-class Granting(RayBackend):
-    """Grants everything; answers come over the road."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(None, NODE)
-        self._endpoint = endpoint
-        self._serial = itertools.count(1)
-
-    async def acquire(self, request: RequestArrived) -> Grant:
-        lease = LeaseId(f"l{next(self._serial)}")
-        return Grant(lease, ReplicaId("r"), self._endpoint, request.model, PATIENCE_S, 4096)
-
-    async def renew(self, lease_ids: Sequence[LeaseId]) -> None: ...
-
-    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None: ...
-
-    async def cancel(self, request_id: RequestId) -> None: ...
-
-    async def fate(self, replica_id: ReplicaId) -> str:
-        return ""
 
 
 class Stage:
@@ -129,7 +99,7 @@ def test_answers_that_are_not_sent_in_chunks_do_not_take_it(stage: Stage) -> Non
 
 def test_who_reads_slowly_gets_everything_and_the_replica_waits(stage: Stage) -> None:
     with httpx.stream("POST", f"{stage.url}/v1/completions", content=ask("flood").split(b"\r\n\r\n", 1)[1],
-                      headers={"Content-Type": "application/json"}, timeout=PATIENCE_S) as answer:  # fmt: skip
+                      headers={"Content-Type": "application/json"}, timeout=TTL_S) as answer:  # fmt: skip
         before, quiet = -1, 0
         while quiet < 10:  # until what lies between is full
             quiet = quiet + 1 if stage.replica.said == before else 0
@@ -160,6 +130,21 @@ def test_silence_after_it_is_bridged_and_a_lost_runner_is_told(stage: Stage) -> 
     assert received.index(b'"c"') < received.index(b": waiting")
     error = json.loads(received[received.index(b'{"error"') :].split(b"\n")[0])["error"]
     assert error["code"] == "engine_failed" and "ended while it answered" in error["message"]
+
+
+def test_events_that_took_it_are_numbered_like_all_others(stage: Stage) -> None:
+    """Also those that the gateway adds, when the runner is lost."""
+    said = " ".join(str(number) for number in range(3000))
+    body = {"model": "m", "input": f"{said} wait", "stream": True}
+    with httpx.stream("POST", f"{stage.url}/v1/responses", json=body, timeout=TTL_S) as answer:
+        numbers = []
+        for line in answer.iter_lines():
+            if line == ": waiting" and len(numbers) == 4 + 3000:
+                stage.close()
+            elif line.startswith("data: "):
+                numbers.append(json.loads(line[6:])["sequence_number"])
+    assert stage.taken > 10 and numbers == list(range(len(numbers)))
+    assert len(numbers) == 4 + 3000 + 2
 
 
 def test_a_request_that_was_sent_early_is_answered_after_it(stage: Stage) -> None:
