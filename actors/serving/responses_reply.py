@@ -16,6 +16,7 @@ from typing import Any, Literal
 from actors.serving.message import Call
 from actors.serving.named_event import named_event
 from actors.serving.protocol import Chunk, Delta, ReplyForm, deltas_of
+from actors.serving.telling import likelihood_of
 
 Kind = Literal["reasoning", "message", "function_call"]
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
