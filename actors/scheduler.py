@@ -281,6 +281,13 @@ class SchedulerActor:
             return error
         return PinResult(model=model, pinned=pinned)
 
+    async def keep_alive(self, model: str, keep_alive_s: float) -> ArrieroError | None:
+        try:
+            self._post(ev.KeepAliveAsked(model, keep_alive_s))
+        except ArrieroError as error:
+            return error
+        return None
+
     async def models(self) -> list[ModelInfo]:
         return views.models(self._core)
 

@@ -250,7 +250,7 @@ def _replica(
 ) -> records.ReplicaStatus:
     model = core.models.by_name.get(replica.model)
     pinned = bool(model and model.pinned)
-    keep_alive_s = core.models.params(model).keep_alive_s if model else None
+    keep_alive_s = core.models.keep_alive_s(model) if model else None
     ready = replica.state is ReplicaState.READY
     idle_s = now - replica.last_used_at if ready and not replica.busy else None
     measured = {}

@@ -113,6 +113,8 @@ class SchedulerCore:
                 self._unload(event.model)
             case ev.PinAsked():
                 self._pin(event)
+            case ev.KeepAliveAsked():
+                self._keep_alive(event)
             case ev.Ticked():
                 self._tick()
         self._dispatch.serve(now)
@@ -278,6 +280,18 @@ class SchedulerCore:
         self._out.announce("model_pinned", f"{model.name} {what}", model.name)
         self._dispatch.look_again()
 
+    def _keep_alive(self, event: ev.KeepAliveAsked) -> None:
+        """As in Ollama: a duration takes back what pinned the model, unless that was the catalogue."""
+        model = self.models.find(event.model)
+        if model.pinned and not (model.entry is not None and model.entry.pinned):
+            self._pin(ev.PinAsked(event.model, False))
+        if model.keep_alive_s == event.keep_alive_s:
+            return
+        model.keep_alive_s = event.keep_alive_s
+        self._some_expire = True
+        message = f"{model.name} will be stopped after {event.keep_alive_s:.0f} s without requests"
+        self._out.announce("model_keep_alive", message, model.name)
+
     def _unload(self, name: str) -> None:
         """Whoever waits for the model is refused: it would be loaded again at once."""
         replicas = self.replicas.of_model(name)
@@ -356,7 +370,7 @@ class SchedulerCore:
         model = self.models.by_name.get(replica.model)
         if model is None or not replica.idle or self._dispatch.is_protected(replica):
             return
-        keep_alive_s = self.models.params(model).keep_alive_s
+        keep_alive_s = self.models.keep_alive_s(model)
         idle_s = self._now - replica.last_used_at
         if keep_alive_s is not None and idle_s >= keep_alive_s and self.queue.head(model.name) is None:
             self._out.announce("replica_idle", f"{replica.model} was idle for {idle_s:.0f} s", replica=replica)

@@ -188,6 +188,14 @@ class PinAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepAliveAsked:
+    """From now on, and until somebody asks otherwise, the model is stopped after being idle for so long."""
+
+    model: str
+    keep_alive_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time has passed: look at deadlines, leases, idle replicas."""
 
@@ -214,5 +222,6 @@ Event = Union[  # noqa: UP007  (a runtime value on Python 3.10 too)
     ReadAheadEnded,
     UnloadAsked,
     PinAsked,
+    KeepAliveAsked,
     Ticked,
 ]

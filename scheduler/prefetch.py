@@ -49,7 +49,7 @@ class Prefetch:
             if model.popularity.count
             and not self._fleet.replicas.of_model(model.name)
             and not model.dismissed
-            and self._models.params(model).keep_alive_s is None  # it is to go when nobody uses it
+            and self._models.keep_alive_s(model) is None  # it is to go when nobody uses it
             and (gap_s := model.popularity.mean_gap_s(now)) < SOON_S
         )
         models = [self._models.by_name[name] for _, name in likely]

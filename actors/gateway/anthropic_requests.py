@@ -51,6 +51,7 @@ class ToolChoice(BaseModel):
 
 class Thinking(BaseModel):
     type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
 
 
 class CountTokensRequest(BaseModel):
@@ -93,6 +94,7 @@ class CountTokensRequest(BaseModel):
                 tool_choice=choice,
                 parallel_tool_calls=parallel,
                 chat_template_kwargs=thinking,
+                thinking_budget_tokens=self.thinking.budget_tokens if self.thinking else None,
             ),
             max_tokens=max_tokens,
             stop=stop,

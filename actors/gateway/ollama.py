@@ -136,6 +136,8 @@ def ollama_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
             await backend.unload(ask.need.model)
         elif ask.keep_alive_s is not None and ask.keep_alive_s < 0:
             await backend.pin(ask.need.model, True)
+        elif ask.keep_alive_s is not None:
+            await backend.keep_alive(ask.need.model, ask.keep_alive_s)
 
     return router
 

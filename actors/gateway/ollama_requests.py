@@ -1,7 +1,8 @@
 """What Ollama's clients send, and what it means here: the same requests as OpenAI's, in other words.
 
 `options` that Arriero does not know are ignored, because clients send many; so is `options.num_gpu` and its like:
-layers are placed by the scheduler. `keep_alive` 0 unloads the model after the answer, a negative one pins it.
+layers are placed by the scheduler. `keep_alive` 0 unloads the model after the answer, a negative one pins it; any other
+says how long it may be idle.
 """
 
 from __future__ import annotations

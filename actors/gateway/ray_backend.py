@@ -92,6 +92,9 @@ class RayBackend:
         result: PinResult = await self._ask("pin", model, pinned)
         return result
 
+    async def keep_alive(self, model: str, keep_alive_s: float) -> None:
+        await self._ask("keep_alive", model, keep_alive_s)
+
     async def models(self) -> list[ModelInfo]:
         models: list[ModelInfo] = await self._ask("models")
         return models

@@ -51,6 +51,7 @@ class Model:
     name: str
     entry: ModelEntry | None = None
     pinned: bool = False
+    keep_alive_s: float | None = None  # what a client asked for, instead of the catalogue's
     copies: dict[NodeId, Copy] = field(default_factory=dict)
     history: LoadHistory = field(default_factory=LoadHistory)
     popularity: Popularity = field(default_factory=Popularity)
@@ -120,6 +121,10 @@ class Models:
         if model.name not in self._params:
             self._params[model.name] = self._own_params(model)
         return self._params[model.name]
+
+    def keep_alive_s(self, model: Model) -> float | None:
+        """How long it may be idle before it is stopped; None: for ever."""
+        return self.params(model).keep_alive_s if model.keep_alive_s is None else model.keep_alive_s
 
     def kept_away_by(self, name: str) -> frozenset[str]:
         """Models whose entries say that they share no GPU with this one."""

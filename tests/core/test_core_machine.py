@@ -26,7 +26,7 @@ MODELS = {
 }
 SIZES = ("512MiB", "1GiB", "3GiB", "6GiB")
 MISHAPS = (
-    *("embed", "load", "pin", "unpin", "unload", "a load fails", "a runner dies", "others use memory"),
+    *("embed", "load", "pin", "unpin", "keep alive", "unload", "a load fails", "a runner dies", "others use memory"),
     *("a GPU is lost", "GPUs come back", "a machine joins or leaves", "the gateway restarts"),
 )
 FAILURES = ("refused", "out_of_memory", "crashed", "failed", "invalid_model")
@@ -195,6 +195,8 @@ class CoreMachine(RuleBasedStateMachine):
                 self.requests.append(scenario.ask(model, kind=kind))
             case "pin" | "unpin" if known:
                 scenario.send(ev.PinAsked(model, kind == "pin"))
+            case "keep alive" if known:
+                scenario.send(ev.KeepAliveAsked(model, data.draw(st.sampled_from([0.0, 1.0, 300.0]))))
             case "unload" if known:
                 scenario.unload(model)
             case "a load fails" if loading:

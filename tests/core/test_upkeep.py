@@ -384,3 +384,28 @@ def test_what_goes_when_it_is_idle_is_not_preloaded() -> None:
         s.run("a")
     s.wait(60)
     assert not s.core.replicas and len(s.started) == 1
+
+
+def test_a_client_says_how_long_a_model_may_be_idle() -> None:
+    """Until another one says otherwise; it is no longer pinned then, unless the catalogue pins it."""
+    s = machine({"a": MEDIUM}, "4GiB")
+    s.run("a")
+    s.send(ev.PinAsked("a", True))
+    s.send(ev.KeepAliveAsked("a", 5.0))
+    s.wait(4)
+    assert len(s.core.replicas) == 1
+    s.wait(3)
+    assert not s.core.replicas
+    s.send(ev.KeepAliveAsked("a", 60.0))
+    s.run("a")
+    s.wait(30)
+    assert len(s.core.replicas) == 1
+    assert len(s.announced("model_keep_alive")) == 2
+
+
+def test_the_catalogue_pins_whatever_a_client_says() -> None:
+    s = machine({"a": MEDIUM}, "4GiB", models=entry("a", pinned=True))
+    s.run("a")
+    s.send(ev.KeepAliveAsked("a", 5.0))
+    s.wait(10)
+    assert s.core.models.by_name["a"].pinned

@@ -222,6 +222,9 @@ class FakeBackend:
     async def pin(self, model: str, pinned: bool) -> PinResult:
         return posted(PinResult(model=model, pinned=pinned))
 
+    async def keep_alive(self, model: str, keep_alive_s: float) -> None:
+        self.note("keep_alive", model, keep_alive_s)
+
     async def models(self) -> list[ModelInfo]:
         return posted(
             [

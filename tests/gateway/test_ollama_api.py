@@ -108,6 +108,7 @@ def test_a_request_without_a_question_loads_and_keep_alive_ends_or_pins(
     assert client.chat(MODEL, keep_alive=-1).done_reason == "load"
     list(client.chat(MODEL, HELLO, stream=True, keep_alive="0s"))
     client.chat(MODEL, HELLO, keep_alive="5m")
+    assert backend.saw("keep_alive") == [(MODEL, 300.0)]
     assert orders == [("unload", MODEL), ("pin", (MODEL, True)), ("unload", MODEL)]
 
 

@@ -189,6 +189,29 @@ def test_an_answer_in_a_format_is_that_format(sample: Any, spec: Any) -> None:
         assert json.loads(said)["city"] in ("Lima", "Cusco")
 
 
+THINKER = HERMES.replace("<|im_start|>assistant\n{% if enable", "<|im_start|>assistant\n<think>\n{% if enable").replace(
+    "<think>\n\n</think>", "\n</think>"
+)
+"""A template that begins every answer with a thought."""
+
+
+@pytest.mark.parametrize("tools", [None, [WEATHER]], ids=["plain", "tools"])
+@pytest.mark.parametrize("budget", [0, 5])
+def test_thoughts_end_after_their_budget(budget: int, tools: Any, sample: Any, spec: Any) -> None:
+    """The sample model would think for ever."""
+    with closing(Engine(replace(spec(sample("llama"), n_ctx=N_CTX), chat_template=THINKER))) as engine:
+
+        def answer(**content: Any) -> tuple[str, str, Any]:
+            asked = content_of(messages=HELLO, tools=tools, **content)
+            request = GenerateRequest(asked, "r", max_tokens=40, sampling=Sampling(temperature=0))
+            return message([delta for chunk in engine.generate(request) for delta in chunk.deltas or ()])
+
+        thought, said, _ = answer()
+        assert thought and not said
+        thought, said, _ = answer(thinking_budget_tokens=budget)
+        assert said and bool(thought.strip()) == bool(budget)
+
+
 @pytest.mark.parametrize("asked", [{"messages": HELLO}, {"prompt": "Say:"}], ids=["chat", "prompt"])
 def test_an_answer_follows_a_grammar_of_the_client_s(
     asked: dict[str, Any], preparer: Preparer, words: Vocabulary
