@@ -186,6 +186,9 @@ class Batcher:
                 tokens = [job.pending]
             else:  # the room that is left is shared evenly; what a short prompt does not need goes to the longer ones
                 tokens = job.prompt[start : start + (room - len(rows)) // (len(running) - index)]
+            checkpoint = 0 if job.pending is not None else self._slots.checkpoint_of(slot, job)
+            if start < checkpoint < start + len(tokens):
+                tokens = tokens[: checkpoint - start]
             if not tokens:
                 continue
             samples = job.pending is not None or start + len(tokens) == len(job.prompt)
@@ -213,6 +216,8 @@ class Batcher:
         self._failed_turns = 0
         for part in parts:
             part.slot.tokens += part.tokens
+            if part.row is None and len(part.slot.tokens) == self._slots.checkpoint_of(part.slot, part.job):
+                self._slots.keep_checkpoint(part.slot)
             self._go_on(part)
         for part in parts:
             part.job.hearer.flush()

@@ -27,9 +27,11 @@ from actors.serving.model import Row
 from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec, Sampling
 from actors.serving.sampling import Chain, build_sampler
 from actors.serving.vocabulary import piece_of
+from scheduler.costs.host import MOST_CHECKPOINT_BYTES
 from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import ContextParams, Footprint
 
+_PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY, llama.h
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data (llama.h)
 
 
@@ -155,6 +157,7 @@ class NativeModel:
         self._window: int = 0 if context.swa_full else llama_cpp.llama_model_n_swa(self._model)
         self.n_outputs: int = context.n_outputs_max or self.n_batch
         has_states = llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model)
+        self.keeps_states: bool = bool(has_states or self._window)
         self.shares_cells: bool = self._unified and bool(self._memory) and not self._window and not has_states
         pooling = llama_cpp.llama_pooling_type(self._context)
         self.is_pooled: bool = pooling != llama_cpp.LLAMA_POOLING_TYPE_NONE
@@ -287,19 +290,34 @@ class NativeModel:
         finally:
             llama_cpp.llama_set_embeddings(self._context, False)
 
-    def keep_prefix(self, sequence: int, kept: int, stored: int) -> int:
-        """Forgets all but the first `kept` of the `stored` tokens of `sequence`; returns how many really remain.
+    def cut(self, sequence: int, kept: int, stored: int) -> bool:
+        """Forgets all but the first `kept` of the `stored` tokens of `sequence`. False, and nothing changed, where the
+        memory cannot be cut there: a recurrent state has no past, and a sliding window has dropped what the cut would
+        need."""
+        usable = bool(self._memory) and (kept == stored or self._covers(sequence, kept))
+        return usable and bool(llama_cpp.llama_memory_seq_rm(self._memory, sequence, kept, -1))
 
-        That is `kept`, or 0 where the memory cannot be cut there: a recurrent state has no past, and a sliding window
-        has dropped what the cut would need.
-        """
-        if not self._memory:
-            return 0
-        usable = kept > 0 and (kept == stored or self._covers(sequence, kept))
-        if usable and llama_cpp.llama_memory_seq_rm(self._memory, sequence, kept, -1):
-            return kept
-        llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-        return 0
+    def clear(self, sequence: int) -> None:
+        """Forgets all of `sequence`."""
+        if self._memory:
+            llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def save_state(self, sequence: int) -> npt.NDArray[np.uint8] | None:
+        """What cannot be cut of `sequence` (its windows and recurrent states), as it is now; None: it cannot be had."""
+        size = llama_cpp.llama_state_seq_get_size_ext(self._context, sequence, _PARTIAL)
+        if not 0 < size <= MOST_CHECKPOINT_BYTES:
+            return None
+        state = np.empty(size, np.uint8)
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        got = llama_cpp.llama_state_seq_get_data_ext(self._context, pointer, size, sequence, _PARTIAL)
+        return state if got == size else None
+
+    def load_state(self, sequence: int, state: npt.NDArray[np.uint8], kept: int) -> bool:
+        """`sequence` is again as it was with its first `kept` tokens, when `state` was saved. False where that fails;
+        then it is to be cleared."""
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        read = llama_cpp.llama_state_seq_set_data_ext(self._context, pointer, len(state), sequence, _PARTIAL)
+        return bool(read) and bool(llama_cpp.llama_memory_seq_rm(self._memory, sequence, kept, -1))
 
     def copy_prefix(self, source: int, sequence: int, count: int) -> None:
         """`sequence`, which holds nothing, begins with the first `count` cells of `source`. Takes no memory."""

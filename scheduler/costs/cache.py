@@ -18,6 +18,9 @@ from scheduler.errors import Rejected
 
 _INDEXED_RATIO = 4
 """`DSV4_CSA_RATIO`: layers compressed so little look for what matters with an indexer, and their windows overlap."""
+_CELL_RECORD_BYTES = 16
+_LAYER_RECORD_BYTES = 32
+"""What a saved state says of a cell, and of a layer or all (`state_write_meta`, `state_write_data`), at the most."""
 MAX_SEQUENCES = 256
 """`LLAMA_MAX_SEQ`."""
 
@@ -171,6 +174,21 @@ def place_cache(
             memo[key] = total if arch.known else 4 * total
         devices[place] += memo[key]
     return devices[:-1], devices[-1]
+
+
+def window_and_state_bytes(arch: Architecture, context: ContextParams) -> int:
+    """What one sequence holds, at the most, in the sliding windows and recurrent states of all layers: what llama.cpp
+    saves of it with `LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY`. 0 where the cache can be cut anywhere."""
+    type_k, type_v = cache_types(arch, context)
+    cells = 0 if context.swa_full else effective_context(arch, context).n_swa_cells
+    total = 0
+    for layer in arch.layers:
+        if layer.is_swa and cells:
+            rows = type_k.row_bytes(layer.k_width) + type_v.row_bytes(layer.v_width) + _CELL_RECORD_BYTES
+            total += cells * rows
+        if layer.is_recurrent and layer.is_loaded:
+            total += 4 * (arch.state_r + arch.state_s + layer.state_extra)
+    return total + _LAYER_RECORD_BYTES * (len(arch.layers) + 2) if total else 0
 
 
 def _compressed_bytes(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from scheduler.costs.architecture import Architecture
-from scheduler.costs.cache import effective_context
+from scheduler.costs.cache import effective_context, window_and_state_bytes
 from scheduler.costs.params import ContextParams, Footprint, Layout
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.weights import assign_layers, place_weights
@@ -21,6 +21,10 @@ from scheduler.units import KIB, MIB
 PROCESS_BYTES = 128 * MIB
 """The interpreter with Ray, numpy and llama.cpp's libraries: the catalogue's default of `runner_overhead_bytes`."""
 EMBEDDED_AT_ONCE_BYTES = 16 * MIB
+CHECKPOINTS_PER_SLOT = 4
+"""Of windows and recurrent states, which cannot be cut: the engine keeps so many, near the ends of prompts."""
+MOST_CHECKPOINT_BYTES = 256 * MIB
+"""Of a replica's checkpoints together."""
 _NODE_BYTES = 368
 """`ggml_tensor_overhead()`."""
 _CELL_BYTES = 52
@@ -124,7 +128,8 @@ def _staging(shape: ModelShape, layout: Layout, use_mmap: bool, repacks: bool) -
 
 
 def _growing(shape: ModelShape, layout: Layout, context: ContextParams, n_threads: int) -> int:
-    """Later growth: a row of logits per token of an embedding batch (`output_reserve`), and the CPU's work buffer."""
+    """Later growth: a row of logits per token of an embedding batch (`output_reserve`), the CPU's work buffer, and
+    checkpoints."""
     size = effective_context(shape.arch, context)
     row = 4 * (shape.n_vocab + shape.arch.n_embd_out)
     at_once = 0
@@ -138,7 +143,8 @@ def _growing(shape: ModelShape, layout: Layout, context: ContextParams, n_thread
         total += 2 * size.n_tokens * shape.widest_row
         widths = max((layer.head_k + layer.head_v for layer in shape.arch.layers if layer.is_attention), default=0)
         total += n_threads * (_TILED_BYTES + 4 * 2 * _TILE * (widths + _TILE))
-    return total
+    kept = CHECKPOINTS_PER_SLOT * size.n_seq_max * window_and_state_bytes(shape.arch, context)
+    return total + min(kept, MOST_CHECKPOINT_BYTES)
 
 
 def embedding_rows(row_bytes: int, n_ubatch: int) -> int:

@@ -50,6 +50,7 @@ class FakeModel:
         self.n_cells = room
         self.n_outputs = n_seq_max
         self.shares_cells = False
+        self.keeps_states = not can_cut
         self.memory: list[list[int]] = [[] for _ in range(n_seq_max)]
         self.codes: list[int] = []  # what the next decodes return
         self.batches: list[list[Row]] = []
@@ -123,12 +124,24 @@ class FakeModel:
     def ends_generation(self, token: int) -> bool:
         return token == END
 
-    def keep_prefix(self, sequence: int, kept: int, stored: int) -> int:
+    def cut(self, sequence: int, kept: int, stored: int) -> bool:
         assert len(self.memory[sequence]) == stored, "the slot's tokens are not what the memory holds"
         if kept != stored and not self.can_cut:
-            kept = 0
+            return False
         del self.memory[sequence][kept:]
-        return kept
+        return True
+
+    def clear(self, sequence: int) -> None:
+        self.memory[sequence].clear()
+
+    def save_state(self, sequence: int) -> Any:
+        return list(self.memory[sequence])
+
+    def load_state(self, sequence: int, state: Any, kept: int) -> bool:
+        """The rest of what a sequence holds must still be there."""
+        assert len(state) == kept and self.memory[sequence][:kept] == state
+        del self.memory[sequence][kept:]
+        return True
 
     def copy_prefix(self, source: int, sequence: int, count: int) -> None:
         assert self.shares_cells and not self.memory[sequence]

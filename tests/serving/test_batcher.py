@@ -363,7 +363,7 @@ def test_closing_fails_what_is_under_way(running: Any) -> None:
 def test_embeddings_are_means_of_length_one_and_leave_no_trace(running: Any) -> None:
     model = FakeModel(n_seq_max=1, n_ubatch=4)
     batcher = running(model)
-    text = Embedding("e", [[3, 4, 5, 4, 3, 5, 4, 4, 4]], Results())
+    text = Embedding("e", [[3, 4, 5, 4, 3, 5, 4, 4, 4]], Results(), 4)
     batcher.submit(text)
     ((vector, *_),) = text.hearer
     assert vector == pytest.approx([4 / 17**0.5, 1 / 17**0.5, 0, 0])
@@ -388,7 +388,7 @@ def test_texts_share_batches_and_every_vector_is_that_of_its_text(
     model = PooledModel(n_slots, n_ubatch=10)
     batcher = Batcher(model)
     try:
-        jobs = [Embedding(f"e{number}", texts, Results()) for number, texts in enumerate(requests)]
+        jobs = [Embedding(f"e{number}", texts, Results(), 4) for number, texts in enumerate(requests)]
         written = [submitted(batcher, job([1, 2, 3], 5)) for _ in range(answers)]
         for one in jobs:
             batcher.submit(one)
