@@ -14,6 +14,7 @@ from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import DeviceBytes, Footprint
+from scheduler.simulation.physics import loaded
 from scheduler.units import MIB, DeviceId, ReplicaId
 
 
@@ -32,7 +33,8 @@ class Processes:
 
     def start(self, command: cmd.StartReplica) -> None:
         """A process is started. What the others may hold and what was promised to it must fit by now."""
-        runner = Runner(command, pid=self._world.count())
+        promised, node_id = loaded(command.placement).device_bytes, command.placement.node_id
+        runner = Runner(node_id=node_id, pid=self._world.count(), command=command, promised=promised)
         self._world.runners[command.replica_id] = runner
         for device in self._world.machine_of(runner).facts.devices:
             if need := runner.promised.get(device.device_id, 0):

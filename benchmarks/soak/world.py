@@ -16,7 +16,8 @@ from benchmarks.soak.players import Machine, Runner
 from benchmarks.soak.stage import BOXES, Box, Violation, facts_of, shapes
 from scheduler import commands as cmd
 from scheduler import events as ev
-from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeReading
+from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile
+from scheduler.simulation import physics
 from scheduler.units import NodeId, ReplicaId
 
 Events = Iterable[ev.Event]
@@ -83,9 +84,8 @@ class World:
 
     def free(self, machine: Machine, device: DeviceFacts, but: Runner | None = None) -> int:
         """Bytes that nobody holds, `but` left out."""
-        device_id = device.device_id
-        used = sum(each.device_bytes.get(device_id, 0) for each in self.processes() if each is not but)
-        return device.total_bytes - used - machine.foreign[device_id]
+        others = [each for each in self.processes() if each is not but]
+        return physics.free_bytes(device, others, machine.foreign[device.device_id])
 
     # ------------------------------------------------------------------ readings
 
@@ -95,27 +95,24 @@ class World:
         yield from self.read_node(machine)
 
     def read_device(self, machine: Machine, device: DeviceFacts) -> Events:
-        device_id, total = device.device_id, device.total_bytes
+        device_id = device.device_id
         if not machine.there or device_id in machine.silent:
             return
         if device_id in machine.lost:
             reading = DeviceReading(device_id, 0, 0, 0, self.now, lost_reason=machine.lost[device_id])
         else:
-            free = self.free(machine, device)
-            if free < 0:
+            if (free := self.free(machine, device)) < 0:
                 raise Violation(f"{-free} bytes more than there are are in use on {device_id}")
-            told = {r.pid: held for r in self.processes() if (held := r.device_bytes.get(device_id, 0))}
             at = self.now if self.chance.random() < 0.98 else self.now - self.chance.uniform(0.0, 8.0)
-            processes = told if machine.box.tells_processes else None
-            reading = DeviceReading(device_id, total, free, total - free, at, processes)
+            foreign, tells = machine.foreign[device_id], machine.box.tells_processes
+            reading = physics.device_reading(device, self.processes(), foreign, at, tells)
         yield ev.DeviceSampled(reading)
 
     def read_node(self, machine: Machine) -> Events:
         if machine.there:
-            name = machine.box.name + "#"
-            ours = sum(r.anonymous_bytes for r in self.processes() if r.placement.node_id.startswith(name))
-            available = max(0, machine.facts.memory_total_bytes - ours - machine.host_foreign)
-            yield ev.NodeSampled(NodeReading(machine.facts.node_id, available, self.now, machine.files))
+            yield ev.NodeSampled(
+                physics.node_reading(machine.facts, self.processes(), machine.host_foreign, self.now, machine.files)
+            )
 
     def read_some_device(self) -> Events:
         machine = self.some_machine()
