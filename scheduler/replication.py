@@ -180,7 +180,7 @@ class Replication:
     # ------------------------------------------------------------------ what shall always be there
 
     def keep_minimum(self, now: float) -> None:
-        """Load what has fewer replicas than it shall always have; whoever is idle makes room for the first of them."""
+        """Load models with fewer replicas than `min_replicas`. Idle replicas are evicted for a first one only."""
         if not self._some_are_kept or now < self._kept_again_at or not self._inventory.complete:
             return
         for model in sorted(self._models.by_name.values(), key=_size, reverse=True):  # the largest find a place first
