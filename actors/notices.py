@@ -48,21 +48,16 @@ class NoticeBoard:
             ends = (each for each in reversed(self._notices) if each.replica_id == replica_id and each.kind in _ENDS)
             if (notice := next(ends, None)) is not None:
                 return notice.message
-            left_s = deadline_s - loop.time()
-            if left_s <= 0 or not await self.after(self.last_seq, left_s):
+            try:
+                await asyncio.wait_for(self._news.wait(), deadline_s - loop.time())
+            except asyncio.TimeoutError:
                 return ""
 
-    async def after(self, seq: int, timeout_s: float) -> list[Notice]:
-        """The next notices after number `seq`, at most `PAGE`. Waits up to `timeout_s` seconds for the first. A `seq`
-        beyond the newest one is of a scheduler before this one, and counts as 0."""
+    def after(self, seq: int) -> list[Notice]:
+        """The next notices after number `seq`, at most `PAGE`. A `seq` beyond the newest one comes from an earlier
+        scheduler and counts as 0."""
         if seq > self.last_seq:
             seq = 0
-        if seq == self.last_seq and timeout_s > 0:
-            news = self._news
-            try:
-                await asyncio.wait_for(news.wait(), timeout_s)
-            except asyncio.TimeoutError:
-                return []
         known = self.last_seq - len(self._notices)  # number of the last one that is forgotten
         start = max(0, seq - known)
         return list(islice(self._notices, start, start + PAGE))

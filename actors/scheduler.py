@@ -291,8 +291,8 @@ class SchedulerActor:
     async def models(self) -> list[ModelInfo]:
         return views.models(self._core)
 
-    async def notices(self, after_seq: int, timeout_s: float = 0.0) -> list[Notice]:
-        return await self._board.after(after_seq, timeout_s)
+    async def notices(self, after_seq: int) -> list[Notice]:
+        return self._board.after(after_seq)
 
     async def health(self) -> Health:
         return views.health(self._core, self._settings.version, time.monotonic() - self._started_at)

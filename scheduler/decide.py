@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Union
 
-from scheduler.choice.admission import Admission
 from scheduler.choice.eviction import Victims
 from scheduler.choice.explain import explain_coming, explain_waiting
 from scheduler.choice.layouts import ON_GPU
@@ -93,7 +92,6 @@ class Ladder:
         self,
         queue: RequestQueue,
         fleet: Fleet,
-        admission: Admission,
         models: Models,
         choosers: Choosers,
         replication: Replication,
@@ -101,7 +99,7 @@ class Ladder:
     ) -> None:
         self._queue = queue
         self._fleet = fleet
-        self._admission = admission
+        self._admission = choosers.admission
         self._models = models
         self._choosers = choosers
         self._replication = replication

@@ -73,7 +73,7 @@ class Dispatch:
         self._replication = Replication(queue, fleet, choosers, inventory, models, outbox, self._disks)
         self._prefetch = Prefetch(queue, fleet, choosers, models, self._replication, self._disks)
         self._forecast = Forecast(queue, models, prices)
-        self._ladder = Ladder(queue, fleet, admission, models, choosers, self._replication, self._forecast)
+        self._ladder = Ladder(queue, fleet, models, choosers, self._replication, self._forecast)
         self.refusals = Refusals(queue, fleet.suspects, self._ladder, self._forecast, outbox)
         self._queue = queue
         self._fleet = fleet

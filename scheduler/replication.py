@@ -118,10 +118,9 @@ class Replication:
         return not on_gpus and replica.state is ReplicaState.READY and now - replica.compared_at >= COMPARE_EVERY_S
 
     def better_place(self, head: Waiting, replica: Replica, now: float) -> Choice | None:
-        """A place for a replica that lies partly in host RAM, where its requests are answered so much sooner that this
-        outweighs loading it again; nobody else is stopped for it but whoever is idle. A busy replica stays until the
-        other is ready, and stays where it is while anybody else waits for room. None while nothing is known to be
-        better; looked for when `compares` says so only."""
+        """A faster place for a replica that lies partly in host RAM. None when no place is known to gain more time than
+        loading again costs. Only idle replicas are evicted for it. A busy replica serves on until the other is ready,
+        and is not moved while requests for other models wait. It looks only when `compares` says so."""
         model = self._models.by_name.get(head.model)
         if model is None or model.shape is None or not self.compares(replica, now):
             return None
@@ -135,9 +134,8 @@ class Replication:
             return None
         if workload is None or not self._inventory.nodes[replica.placement.node_id].tells_speeds:
             return None
-        workload = workload.with_context(
-            replica.placement.context
-        )  # no shorter one, whatever this request would do with
+        # Never a shorter context, even if the request would do with one.
+        workload = workload.with_context(replica.placement.context)
         makes_room = frozenset() if replica.busy else frozenset({replica.replica_id})
         choice = self._choosers.of(model, head, workload, now).when(outgrown=makes_room).choose()
         if choice.placement is None or choice.verdict not in ("free", "evict"):
@@ -182,7 +180,7 @@ class Replication:
     # ------------------------------------------------------------------ what shall always be there
 
     def keep_minimum(self, now: float) -> None:
-        """Load what has fewer replicas than it shall always have; whoever is idle makes room for the first of them."""
+        """Load models with fewer replicas than `min_replicas`. Idle replicas are evicted for a first one only."""
         if not self._some_are_kept or now < self._kept_again_at or not self._inventory.complete:
             return
         for model in sorted(self._models.by_name.values(), key=_size, reverse=True):  # the largest find a place first

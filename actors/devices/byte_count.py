@@ -1,9 +1,9 @@
-"""The enforced count of bytes of one virtual GPU: a small file that all its device processes share.
+"""The memory count of one virtual GPU: a small file that all its device processes share.
 
-The file is a table of holders: device process, runner it works for, bytes held. Every change happens under an exclusive
-`flock` and is one 40-byte write, so a process killed at any moment leaves a valid table. A holder that is gone holds
-nothing: who reads skips it, who writes takes its row. The sum over live holders never passes the capacity, which the
-callers bring (it is a fact of the device, not of the file). One operation costs some 30 microseconds.
+The file is a table with a row per device process: its identity, the runner that it works for, and the bytes that it
+holds. Every change is one write of 40 bytes under an exclusive `flock`. So a process that is killed at any moment
+leaves a valid table. A dead process holds nothing: readers skip its row, and writers reuse it. The sum over live
+processes never exceeds the capacity, which the callers pass in. An operation takes some 30 microseconds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ByteCount:
 
     @classmethod
     def create(cls, path: str | Path) -> ByteCount:
-        """Make an empty count, or keep the one that is there: its holders may still be running."""
+        """Make an empty count, or keep an existing one: its holders may still be running."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -57,7 +57,7 @@ class ByteCount:
             return self._live(fd)
 
     def glance(self) -> tuple[Holder, ...]:
-        """All live holders, bytes of a moment ago: does not wait for a holder that was stopped with the lock."""
+        """All live holders, read without the lock, which a stopped process may hold. The bytes may be a moment old."""
         fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return self._live(fd)
@@ -69,7 +69,7 @@ class ByteCount:
         return tuple(Holder(*row) for row in rows if process_alive(row[0], row[1]))
 
     def take(self, size_bytes: int, capacity_bytes: int, owner_pid: int) -> bool:
-        """Charge `size_bytes` to this process; False, and nothing charged, when it would pass the capacity."""
+        """Charge `size_bytes` to this process. False, and nothing is charged, if that would exceed the capacity."""
         with self._locked(fcntl.LOCK_EX) as fd:
             others, mine, offset = self._survey(fd)
             if others + mine + size_bytes > capacity_bytes:

@@ -1,10 +1,10 @@
-"""Who computes on a node's CPU: its cores are divided among the replicas that decode at this moment.
+"""Who computes on a node's CPU: its cores are shared among the replicas that decode at this moment.
 
-All runners of a node map one small file, with a record for each: whose it is, and whether it computes. Before every
-decode a runner counts those that do and takes its share. So an idle replica holds no core, one that wakes has its share
-after one token of the others, and there are no more threads than cores as long as there are no more that compute. A
-process that died while it computed is noticed within `LOOK_EVERY_S`.
-Cost: some microseconds for a decode.
+All runners of a node map one small file. It has a record per runner, which says whether the runner computes. Before
+every decode a runner counts those that do, and takes its share of the cores. So an idle replica uses no core, and one
+that wakes up has its share after one token of the others. There are no more threads than cores, unless more replicas
+compute than there are cores. A process that died while it computed is noticed within `LOOK_EVERY_S`.
+Cost: some microseconds per decode.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Cores:
 
     @classmethod
     def alone(cls, n_cores: int) -> Cores:
-        """Nobody else computes here."""
+        """There is nobody to share with."""
         return cls(bytearray(_SIZE), 0, n_cores)
 
     @classmethod
     def on_node(cls, node_id: str, n_cores: int, *, folder: Path | None = None) -> Cores:
-        """Joins those of that node. Where that cannot be, the replica takes all cores, with a warning in its log."""
+        """Shares the node's cores with other runners. If the file cannot be used, it takes all and logs a warning."""
         at = pulse_folder() if folder is None else folder
         try:
             private_folder(at)
@@ -62,7 +62,7 @@ class Cores:
                 fcntl.flock(fd, fcntl.LOCK_UN)  # the mapping keeps the file open
                 os.close(fd)
         except OSError as error:
-            log.warning("this replica computes with all %d cores, whoever else does: %s", n_cores, error)
+            log.warning("this replica uses all %d cores, because it cannot share them: %s", n_cores, error)
             return cls.alone(n_cores)
 
     def share(self) -> int:
@@ -78,7 +78,7 @@ class Cores:
         return max(1, each + (before < left))
 
     def leave(self) -> None:
-        """There is nothing to compute."""
+        """Give the cores back: there is nothing to compute."""
         if self._computes:
             self._set(False)
 

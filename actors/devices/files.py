@@ -1,9 +1,9 @@
-"""GGUF models on this node's disks, and how much of each lies in the page cache.
+"""GGUF models on this node's disks, and how much of each is in the page cache.
 
-A model of several files is one `ModelFile`, named by its first part; one with a part missing (a download under way) is
-not listed, nor are projectors (`mmproj`), what is hidden, and names that are not UTF-8. The page cache is asked through
-mincore(2) for at most 64 windows of 1 MiB per file, spread evenly, so that a 40 GiB file costs a millisecond as a small
-one does.
+A model of several files is one `ModelFile`, named by its first part. Not listed are models with a missing part (a
+download in progress), projectors (`mmproj`), hidden files, and names that are not UTF-8. mincore(2) says what is in the
+page cache. It is asked about at most 64 windows of 1 MiB per file, spread evenly, so that a file of 40 GiB takes a
+millisecond, as a small one does.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _libc.mincore.argtypes = (c.c_void_p, c.c_size_t, c.c_char_p)
 def find_models(model_paths: Iterable[str]) -> tuple[ModelFile, ...]:
     """The models below `model_paths`: folders (searched through and through), files and globs ("~" is home).
 
-    What cannot be read is passed over; a file reached twice is listed once. In the order of the paths, then by name.
+    What cannot be read is skipped. A file that is found twice is listed once. In the order of the paths, then by name.
     """
     models: dict[tuple[int, int], ModelFile] = {}
     for path in (found for given in model_paths for found in _gguf_files(given)):
         try:
             model = _model(path) if _is_text(path) else None
             status = path.stat() if model is not None else None
-        except OSError:  # it has gone meanwhile
+        except OSError:  # it was deleted meanwhile
             continue
         if model is not None and status is not None:
             models.setdefault((status.st_dev, status.st_ino), model)
@@ -50,7 +50,7 @@ def find_models(model_paths: Iterable[str]) -> tuple[ModelFile, ...]:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether its name is UTF-8: another one cannot be told to anybody."""
+    """Whether its name is UTF-8. Other names cannot be sent to anybody."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -68,12 +68,12 @@ def parts_of(path: Path) -> tuple[Path, ...]:
 
 
 def cached_fraction(path: Path) -> float | None:
-    """Share (0..1) of a file in the page cache; None when the kernel keeps it from us.
+    """Share (0..1) of a file in the page cache; None when the kernel does not say.
 
-    For files that one could not write, mincore says that everything is cached (since Linux 5.2): no answer either.
+    For files that one may not write, mincore says that everything is cached (since Linux 5.2). That is no answer.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would be waited for
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a pipe would block
     except OSError:
         return None
     try:
@@ -89,7 +89,7 @@ def cached_fraction(path: Path) -> float | None:
 
 def _gguf_files(given: str) -> Iterator[Path]:
     expanded = os.path.expanduser(given)  # noqa: PTH111 - a glob, not yet a path
-    # A name that exists is meant as it stands, whatever brackets it holds.
+    # An existing name is taken literally, even with brackets in it.
     matches = [expanded] if Path(expanded).exists() else sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207
     for path in map(Path, matches):
         if path.is_dir():
@@ -99,12 +99,12 @@ def _gguf_files(given: str) -> Iterator[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """GGUF files in a folder and its folders, links followed, no folder twice (links may go in circles)."""
+    """GGUF files in a folder and below. Links are followed, but no folder is read twice (links may form circles)."""
     seen: set[tuple[int, int]] = set()
     for at, folders, names in os.walk(folder, followlinks=True):
         try:
             status = os.stat(at)  # noqa: PTH116 - os.walk gives text
-        except OSError:  # it has gone meanwhile
+        except OSError:  # it was deleted meanwhile
             folders.clear()
             continue
         if (status.st_dev, status.st_ino) in seen:
@@ -159,7 +159,7 @@ def _resident_share(fd: int, size_bytes: int) -> float:
 
 
 def _windows(size_bytes: int) -> Iterator[tuple[int, int]]:
-    """Offset and length of what is looked at: all of a small file, evenly spread windows of a big one."""
+    """Offset and length of each window: all of a small file, evenly spread parts of a big one."""
     stride = max(_WINDOW_BYTES, size_bytes // _WINDOWS // mmap.PAGESIZE * mmap.PAGESIZE)
     for offset in range(0, size_bytes, stride):
         yield offset, min(_WINDOW_BYTES, size_bytes - offset)

@@ -1,8 +1,9 @@
-"""One actor per GPU: it watches the card and tells the scheduler what changed.
+"""One actor per GPU: it watches the GPU and tells the scheduler what has changed.
 
-Samples every 0.25 s (NVML, or the count of a virtual GPU) in a thread of its own; reports when free memory moved by a
-MiB or more, when health changed, and at least every second. What it holds of the card for Ray (`num_gpus`) is set by
-whoever creates it. A scheduler that hears nothing for seconds must take the card for lost: a driver can hang.
+It takes a sample every 0.25 s, in its own thread, from NVML or from the count of a virtual GPU. It sends a report when
+free memory has changed by a MiB or more, when health has changed, and at least every second. Its share of the GPU in
+Ray (`num_gpus`) is set by its creator. A scheduler that hears nothing for seconds must treat the GPU as lost: drivers
+can hang.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from scheduler.units import MIB
 SAMPLE_S = 0.25
 REPORT_S = 1.0
 READ_WITHIN_S = 30.0
-"""A driver that does not answer for so long has hung: the node ends this process, and Ray starts it again."""
+"""A driver that does not answer within this time hangs. Then the node ends this process, and Ray starts it again."""
 
 
 def read_device(facts: DeviceFacts) -> DeviceReading:
@@ -35,7 +36,7 @@ def read_device(facts: DeviceFacts) -> DeviceReading:
 class GpuMonitor:
     """Samples one device and decides what is news. Safe to call from several threads.
 
-    `report` takes a reading and says whether it was sent; what was not is offered again as a newer sample.
+    `report` takes a reading and returns whether it was sent. If not, the next sample is offered.
     """
 
     def __init__(
@@ -87,5 +88,5 @@ class GpuActor:
         return self._monitor.facts
 
     def sample_now(self) -> DeviceReading:
-        """A reading taken after this call began: what confirms that memory is really back."""
+        """A reading taken after this call began. It confirms that memory is really free."""
         return self._monitor.sample()

@@ -1,8 +1,8 @@
-"""What this machine offers to programs: cores and memory, within the limits that this process lives under.
+"""Cores and memory of this machine, within the limits that this process has.
 
-A container or a service may be given less than the machine has (cgroup v1 or v2, CPU affinity); the smaller number
-counts. `available` memory is what can be had without swapping, page cache counted as free, as the kernel's MemAvailable
-has it. `root` is "/" but for tests. A call costs a fraction of a millisecond.
+A container or a service may get less than the machine has (cgroup v1 or v2, CPU affinity). Then the smaller number
+counts. `available` memory is what can be taken without swapping, with the page cache counted as free, like the kernel's
+MemAvailable. `root` is "/" except in tests. A call takes a fraction of a millisecond.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
             limit, usage, prefix = _text(unified), _text(group / "memory.current"), ""
         else:
             limit, usage = _text(group / "memory.limit_in_bytes"), _text(group / "memory.usage_in_bytes")
-            prefix = "total_"  # version 1 counts the group alone under the bare names
+            prefix = "total_"  # in version 1 the plain names count the group without its children
         if limit is None or limit == "max" or usage is None:
             continue
         stat = dict(line.split(maxsplit=1) for line in (_text(group / "memory.stat") or "").splitlines())

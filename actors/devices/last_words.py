@@ -1,7 +1,8 @@
-"""The last words of a process that died: the lines of its error output that say what it died of.
+"""Why a process died, from the last lines of its error output.
 
-Ray keeps every process's error output in a file. Its end holds what an assertion of ggml's, an uncaught exception or a
-signal left there, among a backtrace's addresses and other programs' noise. Only the telling lines are kept.
+Ray keeps the error output of every process in a file. Its end has the message of a failed ggml assertion, an uncaught
+exception or a signal, among the addresses of a backtrace and the output of other programs. Only the lines with such
+messages are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _CONTROL = re.compile(r"[^\x20-\x7e\u00a0-\U0010ffff]+")
 
 
 def last_words(path: str, below: Path) -> str:
-    """What the end of that file says the process died of, in a line; "" where it says nothing.
+    """Why the process died, in one line, from the end of that file; "" where it does not say.
 
     Only an ordinary file directly in the folder `below` is read, and no link.
     """
@@ -47,7 +48,7 @@ def last_words(path: str, below: Path) -> str:
 
 
 def telling(text: str) -> str:
-    """The last telling lines of an error output, oldest first, joined with "; "."""
+    """The last lines of an error output that say why, oldest first, joined with "; "."""
     found: dict[str, None] = {}  # in order, each once
     for line in text.splitlines():
         if _TELLING.search(line) and not _BACKTRACE.match(line):

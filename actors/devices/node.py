@@ -1,9 +1,9 @@
-"""One actor per node: what the machine has, what it holds now, and what happens to its processes.
+"""One actor per node: it knows the machine's resources and model files, and looks after its processes.
 
-Tells its facts once, then reports available memory and model files every second. The disks are searched in a thread of
-their own, every ten seconds or less often where that takes long, so that a slow disk delays nothing else. Reads GGUF
-headers for the scheduler, and is its hand on the node: sees processes end, kills a runner that Ray could not, ends what
-hangs (`watchdog`), and tells what a runner died of.
+It tells its facts once, then reports available memory and model files every second. Another thread searches the disks
+every ten seconds, or less often where a search takes long, so that a slow disk delays nothing else. It reads GGUF
+headers for the scheduler. It waits for processes to end, kills a runner that Ray could not kill, ends processes that
+hang (`watchdog`), and says why a runner died.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _RUNNER_TITLE = processes.ray_title("RunnerActor")
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """What a node is told: where models lie (folders, files, globs) and what to use instead of real GPUs.
+    """A node's settings: where models are (folders, files, globs) and what to use instead of real GPUs.
 
     `virtual_gpus`: capacities in bytes; none means the machine's own cards. `state_directory`: a folder on the node
     for the counts of virtual GPUs.
@@ -93,7 +93,7 @@ class NodeMonitor:
     def read_shape(self, path: str) -> ModelShape | ArrieroError:
         """The model's shape, or why it has none (InvalidGGUF: never usable; Rejected: not readable here).
 
-        Remembered until a part's size or time of change is another.
+        Remembered until the size or the modification time of a part changes.
         """
         try:
             stamp = [(part.stat().st_size, part.stat().st_mtime_ns) for part in parts_of(Path(path))]
@@ -105,7 +105,7 @@ class NodeMonitor:
             return Rejected(f"{path} cannot be read on {self.facts.hostname}: {error.strerror}", path=path)
 
     def read_ahead(self, path: str) -> None:
-        """Read the model's parts into the page cache, until that is done or to be stopped. Raises OSError."""
+        """Read the model's parts into the page cache, unless `stop_reading_ahead` is called. Raises OSError."""
         self._reads_ahead.set()
         for part in parts_of(Path(path)):
             with part.open("rb", buffering=0) as file:
@@ -119,9 +119,9 @@ class NodeMonitor:
     def wait_gone(self, runners: Sequence[tuple[int, float]], timeout_s: float) -> tuple[int, ...]:
         """Block until every runner (pid, started_at_s) has ended, `timeout_s` seconds at most; the pids still there.
 
-        Whoever asks has told them to end; one that stands still cannot obey and is killed at once. A runner's device
-        processes on virtual GPUs end a moment after it and are waited for too, so that a reading taken afterwards shows
-        the memory back.
+        The caller has told them to end. One that is stopped cannot obey, and is killed at once. A runner's device
+        processes on virtual GPUs end a moment later. They are waited for too, so that the next reading shows their
+        memory as free.
         """
         deadline = time.monotonic() + timeout_s
         for pid, started_at_s in runners:
@@ -153,12 +153,12 @@ def _shape_or_fault(path: str) -> ModelShape | ArrieroError:
         return fault
     except OSError:
         raise
-    except Exception as error:  # a file may claim anything; asked again, it would say the same
+    except Exception as error:  # a header may hold anything; a second try would fail in the same way
         log.exception("the header of %s was not understood", path)
         return InvalidGGUF(f"{path}: its header was not understood ({type(error).__name__}: {error})", path=path)
 
 
-# Four pools of threads: waiting for processes must not keep anybody from a header, nor headers from the rest.
+# Four pools of threads: waits for processes must not delay the reading of headers, nor headers the rest.
 @ray.remote(
     num_cpus=0, max_restarts=-1, max_concurrency=4, concurrency_groups={"headers": 2, "waiting": 16, "reading_ahead": 1}
 )
@@ -212,7 +212,7 @@ class NodeActor:
         return processes.kill_process(pid, started_at_s, titled=_RUNNER_TITLE)
 
     def last_words(self, runner: processes.Process) -> str:
-        """What a runner that has ended died of, as far as its error output or the watchdog tells; else ""."""
+        """Why a runner died, as far as its error output or the watchdog says; else ""."""
         logs = Path(processes.this_process().stderr_path).parent  # Ray keeps all of a node's in one folder
         words = (last_words(runner.stderr_path, logs), self._watchdog.reason(*runner.identity))
         return "; ".join(filter(None, words))

@@ -1,10 +1,10 @@
-"""NVIDIA cards as their driver tells it, through NVML.
+"""NVIDIA GPUs as their driver reports them, through NVML.
 
-Identity is the UUID: it is what `CUDA_VISIBLE_DEVICES` takes, and unlike an index it survives a reboot. Bytes exclude
-what the driver reserves for itself (NVML's second memory structure tells; a driver older than 510 counts that as used).
-A call that a driver does not know makes its field None, never a guess. A card that does not answer gives a reading with
-`lost_reason` and zeros. One reading costs under a millisecond on a healthy card; NVML itself may block for seconds on a
-dying one, so call this off any event loop.
+A GPU is identified by its UUID: `CUDA_VISIBLE_DEVICES` takes it, and unlike an index it survives a reboot. Bytes
+exclude what the driver reserves for itself, which NVML's second memory structure tells (drivers before 510 count that
+as used). If a driver does not know a call, the field is None. If a GPU does not answer, the reading has a `lost_reason`
+and zeros. A reading takes less than a millisecond on a healthy GPU. On a failing one NVML may block for seconds, so do
+not call this on an event loop.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _facts(node_id: NodeId, index: int) -> DeviceFacts:
 
 
 def _rates(handle: Any) -> Rates:
-    """What the card's clocks promise: two transfers per memory clock over the whole bus, and a multiplication with its
+    """Peak rates by the GPU's clocks: two transfers per memory clock over the whole bus, and one multiplication and one
     addition per core and clock. Zeros where the driver does not say."""
 
     def at_best() -> Rates:
@@ -118,7 +118,7 @@ def _rates(handle: Any) -> Rates:
 
 
 def _memory(handle: Any) -> tuple[int, int, int]:
-    """Total, free and used bytes, without what the driver keeps for itself where it says."""
+    """Total, free and used bytes, without the driver's own memory where it is known."""
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
         return memory.total - memory.reserved, memory.free, memory.used
@@ -140,7 +140,7 @@ def _processes(handle: Any) -> dict[int, int] | None:
         if running is None or any(process.usedGpuMemory is None for process in running):
             return None
         for process in running:
-            # A process that computes and draws is listed twice, each time with all that it holds.
+            # A process that computes and draws is listed twice, each time with all its memory.
             found[process.pid] = max(found.get(process.pid, 0), process.usedGpuMemory)
     return found
 
@@ -164,7 +164,7 @@ def _if_known(ask: Callable[[], _T]) -> _T | None:
 
 
 def _start() -> None:
-    """Load and start NVML. It counts its users itself: once started, this is a matter of microseconds."""
+    """Load and start NVML. NVML counts its users: once it has started, this takes microseconds."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError_LibraryNotFound:

@@ -1,8 +1,8 @@
-"""Processes of this machine, told apart for good.
+"""Processes of this machine, identified by more than their pid.
 
-A pid alone is not an identity: the kernel hands it out again. A process is named here by pid and `started_at_s`,
-seconds between boot and its start as the kernel counts them (exact, and deaf to clock changes). A zombie without
-threads has given its memory back already and counts as gone. Linux only (`/proc`, pidfd); each call costs microseconds.
+The kernel reuses pids. So a process is identified by its pid and `started_at_s`: the seconds from boot to its start, as
+the kernel counts them (exact, and independent of clock changes). A zombie without threads has freed its memory and
+counts as gone. Linux only (`/proc`, pidfd). A call takes microseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of ours as it names itself to others: identity, and the file that its error output goes to."""
+    """A process as it describes itself to others: its identity, and the file of its error output."""
 
     pid: int
     started_at_s: float
@@ -38,9 +38,9 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the kernel says of a live process. `stopped`: it stands still, by a signal or under a debugger.
+    """What the kernel says about a live process. `stopped`: by a signal or a debugger.
 
-    `major_faults`: pages that it had to wait for, read from a disk, since it began.
+    `major_faults`: pages that it had to wait for, from a disk, since its start.
     """
 
     started_at_s: float
@@ -49,7 +49,7 @@ class Look:
 
 
 def this_process() -> Process:
-    """This process, named for others."""
+    """This process, as it describes itself to others."""
     path = os.readlink("/proc/self/fd/2")  # noqa: PTH115 - may be "pipe:[...]"
     return Process(os.getpid(), started_at_s() or 0.0, path if path.startswith("/") else "")
 
@@ -92,7 +92,7 @@ def wait_gone(processes: Iterable[tuple[int, float]], timeout_s: float) -> tuple
             except ProcessLookupError:
                 continue
             open_pidfds.callback(os.close, pidfd)
-            # Only now: the pidfd holds whoever has the pid, and that must be the process that was meant.
+            # Only now: the pidfd refers to whoever has the pid now, which must be the process that was meant.
             if process_alive(pid, started):
                 poll.register(pidfd, select.POLLIN)
                 left[pidfd] = pid

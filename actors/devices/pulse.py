@@ -1,11 +1,11 @@
-"""The pulse of a process: until when it has promised to be heard of again, for the node's watchdog to read.
+"""The heartbeat of a process: a deadline for its next sign of life, which the node's watchdog reads.
 
-Every process of ours signs in on its node with a small file in a folder that only its user can enter. The file says
-which process it is, what it is doing and when that must be over at the latest. It is mapped into memory: a promise is
-one write of 24 bytes, half a microsecond, so that it can be made before and after every decode.
+Every process of ours registers on its node with a small file, in a folder that only its user can open. The file says
+which process it is, what it is doing, and by when that must be done. It is mapped into memory. So a promise is one
+write of 24 bytes, which takes half a microsecond, and can be made before and after every decode.
 
-Times are CLOCK_MONOTONIC in seconds, which all processes of a machine share. A file whose process is gone is removed by
-whoever looks next. Containers may share the folder, but no pids: who has other ones is not looked at.
+Times are seconds of CLOCK_MONOTONIC, which all processes of a machine share. Whoever reads the files removes those of
+dead processes. Containers may share the folder but not the pids: processes of another pid namespace are skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from actors.devices.processes import process_alive, this_process
 
 LOOP_EVERY_S, LOOP_WITHIN_S = 1.0, 30.0
-"""Of an event loop: it says every second that it comes round. The scheduler's longest decision takes less than one."""
+"""For an event loop: it renews its promise every second. The scheduler's longest decision takes less than a second."""
 
 _HEAD = struct.Struct("<8sqd")  # magic; pid, started_at_s
 _PROMISE = struct.Struct("<ddd")  # due_at, allowed_s, usual_s
@@ -56,7 +56,7 @@ class Pulse:
         self._memory = memory
 
     def promise(self, within_s: float, usual_s: float = 0.0) -> None:
-        """To be heard of again within so many seconds; the longest that this has taken so far was `usual_s`."""
+        """Promise the next sign of life within `within_s`. `usual_s`: the longest that this has taken so far."""
         _PROMISE.pack_into(self._memory, _HEAD.size, time.monotonic() + within_s, within_s, usual_s)
 
     def rest(self) -> None:
@@ -65,9 +65,9 @@ class Pulse:
 
 
 def sign_in(node_id: str, title: str, what: str, *, folder: Path | None = None) -> Pulse:
-    """A pulse of this process on its node. `title` is its actor class, `what` the work: "a decode".
+    """Register this process on its node. `title` is its actor class, `what` its work, such as "a decode".
 
-    Where the file cannot be written the process goes on unwatched, with a warning in its log.
+    If the file cannot be written, the process is not watched, and logs a warning.
     """
     process = this_process()
     at = pulse_folder() if folder is None else folder
@@ -78,18 +78,18 @@ def sign_in(node_id: str, title: str, what: str, *, folder: Path | None = None) 
         content += _TEXT.pack(title.encode(), what.encode())
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.write(fd, content)  # in one piece: who reads finds all of it or nothing
+            os.write(fd, content)  # in one piece: readers find all of it or nothing
             memory = mmap.mmap(fd, _SIZE)
         finally:
             os.close(fd)
     except OSError as error:
-        log.warning("%s goes unwatched: no pulse in %s: %s", title, at, error)
+        log.warning("%s is not watched: no heartbeat in %s: %s", title, at, error)
         return Pulse(bytearray(_SIZE))
     return Pulse(memory)
 
 
 def promises(node_id: str, *, folder: Path | None = None) -> Iterator[Promise]:
-    """The last words of all live processes of that node; files of processes that are gone are removed."""
+    """The latest promises of all live processes of that node. Files of dead processes are removed."""
     at = pulse_folder() if folder is None else folder
     try:
         private_folder(at)
@@ -114,7 +114,7 @@ def promises(node_id: str, *, folder: Path | None = None) -> Iterator[Promise]:
 
 
 def pulse_folder() -> Path:
-    """Where all processes of this user on this machine sign in."""
+    """Where all processes of this user on this machine register."""
     return Path(tempfile.gettempdir()) / f"arriero-pulse-{os.getuid()}"
 
 

@@ -1,6 +1,6 @@
 """How fast this machine reads its memory and computes, measured in a tenth of a second when a node joins.
 
-Both are only where predictions of speed begin: what replicas really do corrects them.
+Predictions of speed start from these figures. What replicas measure corrects them.
 """
 
 from __future__ import annotations

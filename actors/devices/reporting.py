@@ -1,8 +1,8 @@
-"""How a monitor's readings reach the scheduler actor: from a thread of their own, never more than one on its way.
+"""Sends a monitor's readings to the scheduler actor, in the monitor's own thread, at most one at a time.
 
-A scheduler that restarts or is busy must not find a heap of stale readings: while one report is unanswered, later ones
-are not sent (the monitor offers the next sample, which is newer). Errors of a report end with it; the handle stays
-valid over a restart of the scheduler, so the next one is simply tried.
+A scheduler that restarts or is busy must not find a queue of old readings. So while a report is unanswered, no other is
+sent, and the monitor offers a newer sample later. A report that fails is dropped: the handle stays valid when the
+scheduler restarts, and the next report is tried.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Reporter:
         self._lock = threading.Lock()
 
     def __call__(self, reading: object) -> bool:
-        """Send `reading`; False when it was not sent because the one before is still on its way."""
+        """Send `reading`; False when it was not sent, because the last one is still on its way."""
         with self._lock:
             if self._on_its_way is not None and not self._arrived():
                 return False
@@ -46,10 +46,10 @@ class Reporter:
 
 
 def every(period_s: float, work: Callable[[], object], name: str, *, rest: float = 0.0) -> threading.Event:
-    """Do `work` every `period_s` seconds in a daemon thread, the first time at once; the event returned ends it.
+    """Do `work` every `period_s` seconds in a daemon thread, starting now. The returned event ends it when it is set.
 
-    What goes wrong is logged and tried again. After slow work the thread sleeps at least `rest` times as long as it
-    took: 19 bounds the cost to a twentieth of one core.
+    Errors are logged, and the work is tried again. After slow work the thread sleeps at least `rest` times as long as
+    the work took: 19 limits the cost to a twentieth of one core.
     """
 
     ended = threading.Event()

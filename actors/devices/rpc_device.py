@@ -4,9 +4,9 @@ A llama.cpp RPC server on loopback whose CPU backend is made to look like a card
 writable structs) are patched in this process, so that it reports the capacity and what is left of it, and refuses a
 buffer that the shared count has no room for. llama.cpp above sees a device that runs out of memory.
 
-Protocol with the parent: one JSON line on standard output, {"endpoint": …} or {"error": …}; the end of standard input
-means that the parent is gone, however it died, and ends this process at once. What llama.cpp prints goes nowhere but
-for errors, which go to standard error. llama.cpp is reached by its library alone: importing its Python package would
+Protocol with the parent: one JSON line on standard output, {"endpoint": …} or {"error": …}. The end of standard input
+means that the parent is gone, and ends this process at once. llama.cpp's errors go to standard error; its other output
+is dropped. Only llama.cpp's library is loaded: importing its Python package would
 cost half a second per device and a second copy of the backend registry.
 """
 
@@ -70,7 +70,7 @@ class RpcDevice:
         version = c.c_int.from_address(registry).value
         if version != _BACKEND_INTERFACE:
             raise RuntimeError(
-                f"the installed llama.cpp has backend interface {version}, virtual GPUs know {_BACKEND_INTERFACE}: "
+                f"the installed llama.cpp has backend interface {version}, virtual GPUs need {_BACKEND_INTERFACE}: "
                 "install the llama-cpp-python release that Arriero pins"
             )
         self._patch()
@@ -169,7 +169,7 @@ def _start_serving(device: RpcDevice, threads: int) -> int:
 
 
 def _end_with(server: threading.Thread) -> None:
-    """A device that no longer serves must not look alive."""
+    """End the process with its server: a device that does not serve must not look alive."""
     server.join()
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""Virtual GPUs: devices with a limit, for machines without a card.
+"""Virtual GPUs: devices with a memory limit, for machines without a GPU.
 
 A virtual GPU is a capacity and a shared count of bytes (`byte_count`). llama.cpp's RPC server takes one client at a
 time, so each runner brings a device process of its own per virtual GPU (`rpc_device`); all of them draw on the same
@@ -58,7 +58,7 @@ def create_virtual_gpus(
 def read_virtual_gpu(facts: DeviceFacts) -> DeviceReading:
     """What the virtual GPU holds now; `processes` names the runners, not their device processes.
 
-    A count that cannot be read makes a lost device, as a card that fell off the bus.
+    If the count cannot be read, the device counts as lost, like a card that fell off the bus.
     """
     try:
         holders = ByteCount(facts.state_path).holders()
@@ -81,8 +81,8 @@ def read_virtual_gpu(facts: DeviceFacts) -> DeviceReading:
 
 
 def virtual_gpu_holders(facts: DeviceFacts) -> tuple[Holder, ...]:
-    """The live device processes on a virtual GPU, without waiting for its lock; none for a real card, or when its count
-    cannot be read."""
+    """The live device processes on a virtual GPU, without waiting for its lock. None for a real GPU, or if
+    the count cannot be read."""
     try:
         return ByteCount(facts.state_path).glance() if facts.kind == "rpc" else ()
     except (OSError, InvariantBroken):
@@ -90,7 +90,7 @@ def virtual_gpu_holders(facts: DeviceFacts) -> tuple[Holder, ...]:
 
 
 class DeviceProcess:
-    """A running device process of this runner: what llama.cpp connects to at `endpoint` ("127.0.0.1:port")."""
+    """A running device process of this runner. llama.cpp connects to it at `endpoint` ("127.0.0.1:port")."""
 
     def __init__(self, process: subprocess.Popen[bytes], endpoint: str) -> None:
         self._process = process
@@ -105,7 +105,7 @@ class DeviceProcess:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End the process and wait until it is gone (milliseconds); its bytes are back. Idempotent."""
+        """End the process and wait until it is gone (milliseconds). Then its memory is free. Idempotent."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -155,7 +155,7 @@ def start_device_process(
 
 
 def _await_endpoint(process: subprocess.Popen[bytes], state_path: str | Path, timeout_s: float) -> str:
-    """Read the process's one line. It is written at once, so that its first byte brings all of it."""
+    """Read the process's only line. It is written in one piece: when the first byte is there, all of it is."""
     assert process.stdout is not None
     with process.stdout, selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)

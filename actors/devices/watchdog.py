@@ -1,14 +1,14 @@
-"""The node's watchdog: ends processes of ours that hang, so that a hang becomes a death, which everything can handle.
+"""The node's watchdog: ends processes of ours that hang. So a hang becomes a death, which all the rest can handle.
 
-Twice a second it looks at every process that has signed in (`pulse`), and at the device processes of virtual GPUs. Two
-things are fatal, each only when it is seen in several looks in a row:
+Twice a second it looks at every registered process (`pulse`), and at the device processes of virtual GPUs. A process is
+ended for one of two reasons, if several looks in a row find it:
 
-    it stands still    stopped by a signal, or under a debugger
-    it is overdue      what it promised to have done is not done, and it does not wait for a disk either
+    it is stopped    by a signal or a debugger
+    it is overdue    it has not done what it promised, and it is not waiting for a disk
 
-Everything is counted in looks. Where more threads want to run than the machine has processors, everybody gets as many
-times longer: with forty on two, the decode of a tiny model took 15 s instead of some milliseconds. After a pause of the
-whole machine nobody is judged by the clock for as long as the pause took. Reasons are kept for those who ask.
+Deadlines are extended when more threads want to run than the machine has processors, by that ratio: with forty threads
+on two processors, the decode of a tiny model took 15 s instead of some milliseconds. After a pause of the whole
+machine, nobody is overdue for as long as the pause took. Reasons are kept for those who ask.
 Cost: some 0.2 ms for each process and look, half a thousandth of a core.
 """
 
@@ -29,8 +29,8 @@ from actors.devices.virtual import DEVICE_PROCESS
 
 LOOK_EVERY_S = 0.5
 STOPPED_LOOKS = 11  # five seconds from the first to the last
-OVERDUE_LOOKS = 4  # who was just woken gets the time to say so
-PAUSE_S = 5.0  # between two looks: only a machine that stood still, or a watchdog that did, takes so long
+OVERDUE_LOOKS = 4  # a process that has just been woken gets the time to say so
+PAUSE_S = 5.0  # between two looks: it takes so long only if the machine or the watchdog was stopped
 REMEMBERED = 256  # processes that were ended
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _Identity = tuple[int, float]  # pid, started_at_s
 
 @dataclass(frozen=True, slots=True)
 class _Suspicion:
-    """What was wrong in the last looks, in how many of them, and how many pages it had read from a disk."""
+    """What was wrong in the last looks, in how many, and how many pages the process had read from disk by then."""
 
     why: str
     looks: int
@@ -73,13 +73,13 @@ class Watchdog:
         return self._reasons.get((pid, started), "")
 
     def look(self) -> None:
-        """Look at everybody once, and end who has hung for long enough."""
+        """Look at every process once, and end those that have hung for long enough."""
         now = self._clock()
         if now - self._looked_at_s > PAUSE_S:
             self._judges_from_s = now + now - self._looked_at_s
         self._looked_at_s = now
         crowding = self._crowding()
-        before, self._suspicions = self._suspicions, {}  # who is well in this look begins anew
+        before, self._suspicions = self._suspicions, {}  # without a finding in this look, it starts again from zero
         for promise in promises(self._node_id, folder=self._folder):
             identity = promise.pid, promise.started_at_s
             late_s = now - promise.due_at - (crowding - 1.0) * promise.allowed_s
@@ -105,12 +105,12 @@ class Watchdog:
         why = "stopped" if look.stopped else "overdue" if look.major_faults == last.major_faults else "reads"
         looks = last.looks + 1 if last.why == why else 1
         if looks == {"stopped": STOPPED_LOOKS, "overdue": OVERDUE_LOOKS}.get(why):
-            return why  # should it outlive its end, it is suspected anew
+            return why  # if it survives, it is suspected again from zero
         self._suspicions[identity, what] = _Suspicion(why, looks, look.major_faults)
         return ""
 
     def _end(self, identity: _Identity, what: str, titled: str, reason: str) -> None:
-        self._remember(identity, reason)  # first: whoever sees it end asks why
+        self._remember(identity, reason)  # before it ends: whoever sees that asks for the reason
         ended = self._kill(*identity, titled=titled)
         log.error("%s, process %s, %s: %s", what, identity[0], "was ended" if ended else "is not ours to end", reason)
 
@@ -121,7 +121,7 @@ class Watchdog:
 
 
 def _crowding() -> float:
-    """How many threads want each processor of the machine, of late; at least 1."""
+    """Threads that want to run per processor of the machine, over the last minute; at least 1."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 

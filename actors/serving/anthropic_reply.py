@@ -1,4 +1,4 @@
-"""An answer in the words of Anthropic's API: blocks of thoughts, text and tool calls, whole or in named events."""
+"""An answer in the format of Anthropic's API: blocks of thoughts, text and tool calls, whole or as named events."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AnthropicReply:
         events: list[bytes] = []
         if not self._begun:
             self._begun = True
-            usage = {"input_tokens": 0, "output_tokens": 0}  # they are known at the end
+            usage = {"input_tokens": 0, "output_tokens": 0}  # known only at the end
             events.append(named_event("message_start", message=self._envelope([], None, usage)))
         for delta in deltas_of(chunk):
             events += self._events_of(delta)
@@ -51,7 +51,7 @@ class AnthropicReply:
         if delta.content:
             events += self._switch("text", None, {"type": "text", "text": ""})
             events.append(self._piece({"type": "text_delta", "text": delta.content}))
-        if delta.tool is not None and delta.arguments:  # until then its name may grow
+        if delta.tool is not None and delta.arguments:  # its name is complete only then
             call = self._said.calls[delta.tool]
             block = {"type": "tool_use", "id": _id_of(call.call_id), "name": call.name, "input": {}}
             call.told = True
@@ -60,7 +60,7 @@ class AnthropicReply:
         return events
 
     def _switch(self, kind: str, number: int | None, block: dict[str, Any]) -> list[bytes]:
-        """Go on with the open block where it is that one, else close it and begin `block`."""
+        """Continue the open block if it is this one, else close it and begin `block`."""
         if self._open == (kind, number):
             return []
         events = self._close()
@@ -69,7 +69,7 @@ class AnthropicReply:
         return [*events, named_event("content_block_start", index=self._blocks - 1, content_block=block)]
 
     def _close(self) -> list[bytes]:
-        """Ends the open block. Calls without arguments are told now, whole."""
+        """Ends the open block. Calls without arguments are sent now, as a whole."""
         events = [self._end_of_block()] if self._open is not None else []
         self._open = None
         for call in self._said.calls.values():

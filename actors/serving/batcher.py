@@ -1,15 +1,15 @@
 """Continuous batching: one thread owns the context and turns waiting jobs into batches.
 
-The first decode of all runs in that thread too, for OpenMP keeps a team of threads for every thread that ever computed:
-with a second team there are more threads than cores, and then they sleep at every barrier where they would spin.
+The very first decode runs in that thread too. OpenMP keeps a team of threads for every thread that has computed. With a
+second team there are more threads than cores, and they sleep at every barrier instead of spinning.
 Each turn decodes one batch: the next token of every answer under way, plus prompt tokens of slots still reading, up to
 one micro-batch (`n_ubatch`) in all. Prompts share that room evenly. So a long prompt delays the others, their first
 tokens too, by one micro-batch at a time, and a cancelled job is gone after one. Jobs that find no free slot wait in
 order. Embeddings take their own turns, because they make every token an output.
-An answer whose hearer does not take it waits: no token is computed that nobody reads.
-What follows a grammar, or tells how likely its tokens are, is chosen beside this thread: a grammar may take seconds for
-a token, and nobody else's answer waits for it. Its slot sits turns out until the token is there.
-A cache that slots share may be full: then the youngest answer waits, and is continued when there is room.
+An answer that its reader does not take waits: no token is computed that nobody reads.
+Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in another thread, because a grammar may take
+seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there.
+When a shared cache is full, the youngest answer waits until there is room.
 A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
 batcher for good: everything fails from then on, with the reason.
 Cost of a turn besides the decode: some microseconds per row.

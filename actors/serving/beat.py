@@ -1,9 +1,9 @@
-"""How long a decode may take, from how long such decodes have taken: the engine thread's promise to its node.
+"""The deadline of a decode, from how long such decodes have taken: the engine thread's promise to its node.
 
-A hang inside llama.cpp or a driver looks like a long computation. So before each decode the engine says until when it
-will be over at the latest, and the node ends the process when it is not (`actors.devices.watchdog`). Decodes are of a
-kind when they have about as many rows (the same power of two) and compute the same outputs: they run the same kernels
-over the same weights. Cost: less than ten microseconds for a decode.
+A hang inside llama.cpp or a driver looks like a long computation. So before each decode the engine says when it will be
+over at the latest. If it is not, the node ends the process (`actors.devices.watchdog`). Decodes are of the same kind
+when they have about as many rows (the same power of two) and compute the same outputs: they run the same kernels over
+the same weights. Cost: less than ten microseconds per decode.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 FACTOR = 30.0
-"""A decode may take so many times the slowest of its kind. Fewer threads (16 to 1), as many other models on the same
-cores and a context that fills up make it slower, each by less than that and never at once."""
+"""A decode may take this many times as long as the slowest of its kind. Fewer threads (16 to 1), as many other models
+on the same cores, and a fuller context make it slower: each by less than this factor, and never all at once."""
 
 FLOOR_S = 60.0
-"""Nothing is called a hang before: a machine that swaps, or is suddenly crowded, computes hundreds of times slower. The
-watchdog adds what it knows of that, but what it knows is a minute old."""
+"""No decode counts as hung before this time: a machine that swaps or is suddenly overloaded computes hundreds of times
+slower. The watchdog allows for load, but it knows only the average of the last minute."""
 
 FIRST_S = 600.0
-"""What the first decodes of a kind may take: a driver compiles kernels for cards that it has none for."""
+"""The first decodes of a kind may take this long: a driver may have to compile kernels for its card."""
 
 FIRST = 2
-"""So many decodes of a kind are first ones; the second may still capture a graph."""
+"""How many decodes of a kind are first ones. The second may still capture a graph."""
 
 
 class Beat:
-    """Belongs to the engine's thread. `promise(within_s, slowest_s)` and `rest()` tell the node; by default nobody."""
+    """For the engine's thread only. `promise(within_s, slowest_s)` and `rest()` tell the node; by default nobody."""
 
     def __init__(
         self,

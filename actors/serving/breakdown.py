@@ -1,8 +1,8 @@
-"""llama.cpp's own sums of what a model and its context take, also of a load that allocates nothing.
+"""llama.cpp's own sums of what a model and its context take, also for a load that allocates nothing.
 
-`llama_get_memory_breakdown` is C++ and returns a std::map by value. The bindings leave it out, so libstdc++'s layout of
-the map is walked here, as x86-64 and AArch64 Linux pass it; elsewhere there is no answer. Whether the sums are what
-they seem is for the caller to judge: another release may have another struct.
+`llama_get_memory_breakdown` is C++ and returns a std::map by value. The bindings lack it. So the
+map is read here in libstdc++'s layout, as x86-64 and AArch64 Linux pass it; elsewhere there is no answer. The caller
+must check the sums, because another release may have another struct.
 """
 
 from __future__ import annotations

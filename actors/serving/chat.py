@@ -1,6 +1,6 @@
-"""A chat into what its answer is made from: prompt, grammar, stops, and how to read the answer back.
+"""Renders a chat: into its prompt, grammar and stop strings, and the syntax by which the answer is parsed.
 
-All of it is llama.cpp's own doing (`llama_common`); here its figures become tokens. Belongs to a preparer's child.
+llama.cpp's own code does the work (`llama_common`). Here its texts become tokens. Belongs to a preparer's child.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a runner and its preparer say to each other, in frames. The runner asks, the preparer answers:
+"""The protocol of a runner and its preparer, in frames. The runner asks, the preparer answers:
 
 READ path, 0, template   -> READY, or REJECTED (on the control socket, before all else; no template: the file's)
 PREPARE n_ctx, content   -> STEP* PROMPT* READY {"stops", "constrained", "syntax", "preserved", "biases", "thinking"},
@@ -21,7 +21,7 @@ TOKEN = struct.Struct("<i")
 class Kind(IntEnum):
     READ = 0
     PREPARE = 1
-    STEP = 2  # what is being done, for whoever has to say what it ended over
+    STEP = 2  # what is being done: an error names it if the child ends over it
     PROMPT = 3  # tokens, 4 bytes each
     READY = 4
     REJECTED = 5

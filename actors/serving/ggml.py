@@ -1,4 +1,4 @@
-"""What is asked of ggml itself, below llama.cpp: devices, types, and a structure that the bindings leave out."""
+"""Calls to ggml itself, below llama.cpp: devices, types, and a structure that the bindings lack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from actors.serving.protocol import LoadFailed, LoadSpec
 
 
 class BufferOverride(ctypes.Structure):
-    """llama_model_tensor_buft_override (llama.h), which the bindings leave out."""
+    """llama_model_tensor_buft_override (llama.h), which the bindings lack."""
 
     _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
 
@@ -62,5 +62,5 @@ def _rpc_device(endpoint: str) -> int | None:
 def cache_type(name: str) -> int:
     number = getattr(llama_cpp, f"GGML_TYPE_{name.upper()}", None)
     if number is None:
-        raise LoadFailed("failed", f"{name!r} is not a type that the KV cache can have")
+        raise LoadFailed("failed", f"{name!r} is not a type for the KV cache")
     return int(number)

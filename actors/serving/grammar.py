@@ -1,7 +1,7 @@
 """A grammar that an answer must follow: which tokens may come next.
 
-llama.cpp's grammars have no bounds of their own: one overflows its stack, another computes for hours or throws where
-C++ ends the process. So a grammar lives in a preparer's process, which has limits and may end, and never in a runner's.
+llama.cpp does not limit grammars: some overflow the stack, some compute for hours, and some throw an exception that
+ends the process. So a grammar runs in a preparer's process, which has limits and may end, and never in a runner's.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ TOKEN, WORD, PATTERN, PATTERN_FULL = range(4)  # common_grammar_trigger_type, co
 
 
 class Grammar:
-    """`text`: GBNF. With `triggers` (of llama.cpp's chat code) anything may come until one of them has. `begun`: tokens
-    of the answer that are in the prompt already. Raises Rejected for a grammar that cannot be used."""
+    """`text`: GBNF. With `triggers` (of llama.cpp's chat code) every token is allowed until one of them has come.
+    `begun`: tokens of the answer that are already in the prompt. Raises Rejected for a grammar that cannot be used."""
 
     def __init__(
         self,

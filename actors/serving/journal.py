@@ -1,4 +1,4 @@
-"""llama.cpp's log, captured: the only place where it says what it allocated and why a load failed.
+"""llama.cpp's log, captured. Only there it says what it allocated, and why a load failed.
 
 llama.cpp has one log callback per process, so there is one `LlamaLog` per process too. It keeps the last lines, hands
 warnings and errors to `logging`, and collects everything said while a `recording()` is open. Lines are stored without

@@ -1,10 +1,10 @@
-"""The runner's end of the tokens' road: takes requests on sockets of its own and sends answers (`actors.road`).
+"""The runner's end of the tokens' road: takes requests on its own sockets and sends answers (`actors.road`).
 
-One thread waits for all connections. It accepts, reads requests, notices who has left, and sends what a slow reader
-did not take at once; some threads have requests prepared. Answers are written by whoever makes them: the engine's
-thread writes its tokens itself, after each turn, without waiting. What a connection does not take stays here, and its
-answer is stalled meanwhile: so one turn's tokens are all that is ever kept for a slow reader.
-A connection may speak once it has proved a lease. Of those that have not, few are kept, and they hold next to nothing.
+One thread serves all connections. It accepts them, reads requests, notices who has left, and sends what a slow reader
+could not take at once. Other threads have requests prepared. The engine's thread writes its tokens itself, after each
+turn, without blocking. What a connection does not take is kept here, and its answer is stalled meanwhile. So at most
+one turn's tokens are kept for a slow reader. A connection must prove a lease before its request. Few connections
+without a proof are kept, and they hold next to no memory.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from scheduler.units import LeaseId, NodeId
 READ_BYTES = 65536
 PREPARED_AT_ONCE = 64  # more than any sensible number of slots
 MOST_UNPROVED = 256
-"""Connections that have not proved a lease; the oldest gives way. A gateway proves one with its first bytes, and never
-has more at once than a replica may have slots (64)."""
+"""Connections that have not proved a lease. Beyond this number the oldest is closed. A gateway sends its proof with its
+first bytes, and never has more connections at once than a replica may have slots (64)."""
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Listener:
     def _run_or_die(self) -> None:
         try:
             self._run()
-        except BaseException:  # a runner that hears nobody is of no use: its end is noticed, its silence is not
+        except BaseException:  # a runner that hears nobody is useless, and only its end would be noticed
             log.critical("the road's thread failed", exc_info=True)
             logging.shutdown()
             os._exit(1)
@@ -112,8 +112,8 @@ class Listener:
     def _accept(self, listening: socket.socket) -> None:
         try:
             accepted, _ = listening.accept()
-        except OSError as error:  # it left at once, or no file is left to open
-            log.warning("a connection was not taken: %s", error)
+        except OSError as error:  # it left at once, or there is no free file descriptor
+            log.warning("a connection was not accepted: %s", error)
             return
         accepted.setblocking(False)
         if accepted.family != socket.AF_UNIX:
@@ -149,7 +149,7 @@ class Listener:
             self._selector.modify(connection.socket, events, connection)
 
     def _end(self, connection: _Connection) -> None:
-        """Nobody reads what it would still say."""
+        """Close it, and drop its job: nobody reads the rest."""
         self._unproved.pop(connection, None)
         self._selector.unregister(connection.socket)
         if (job := connection.close()) is not None:
@@ -206,7 +206,7 @@ class Listener:
 
 
 class _Connection:
-    """One gateway's; what it is told, any thread may write."""
+    """A gateway's connection. Any thread may write to it."""
 
     def __init__(self, connected: socket.socket, listener: Listener) -> None:
         self.socket = connected
@@ -231,7 +231,7 @@ class _Connection:
             return not self.gone
 
     def close(self) -> Work | None:
-        """Ends it; returns the job that nobody waits for any more."""
+        """Closes it; returns the job that nobody waits for any more."""
         with self._lock:
             self.gone = True
             self._unsent.clear()
@@ -257,13 +257,13 @@ class _Connection:
             self._listener.wait_to_write(self)
 
     def write_more(self) -> bool:
-        """Sends what was kept; True when that is all of it."""
+        """Sends what was kept; True when nothing is left."""
         with self._lock:
             del self._unsent[: self._send(self._unsent)]
             return not self._unsent
 
     def _send(self, data: bytes | bytearray) -> int:
-        """How much was taken. If nobody is there any more, all of it: the road's thread will notice."""
+        """How many bytes were taken. All of them if nobody is there any more, which the road's thread will notice."""
         try:
             return self.socket.send(data)
         except BlockingIOError:
@@ -273,7 +273,7 @@ class _Connection:
 
 
 class _Answer:
-    """Says the chunks of one generation."""
+    """Sends the chunks of one generation."""
 
     def __init__(self, connection: _Connection, reply: AnyReply) -> None:
         self._connection = connection
@@ -310,7 +310,7 @@ class _Answer:
 
 
 class _Vectors:
-    """Says the vectors of one embedding."""
+    """Sends the vectors of one embedding."""
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection

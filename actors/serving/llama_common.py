@@ -1,7 +1,7 @@
 """llama.cpp's own chat code: messages into prompts, answers back into messages, JSON schemas into grammars.
 
-It has no C interface; `llama_common.cpp` gives it one, and is built at set-up beside llama_cpp's libraries. Nothing
-here is limited in time or memory, and a hostile template or answer may end the process: use it in a preparer.
+It has no C interface. `llama_common.cpp` gives it one, and is built at set-up beside llama_cpp's libraries. Time and
+memory are not limited here, and a hostile template or answer may end the process. So use it in a preparer only.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ChatTemplate:
 
     def __init__(self, model: Any, source: str = "") -> None:
         error = ctypes.c_void_p()
-        # A model without a template does not know how ChatML ends a message: it is a text for it.
+        # A model without a template has no token for the end of a ChatML message: it writes it as text.
         own = bool(source) or llama_cpp.llama_model_chat_template(model, None) is not None
         self.stops: tuple[str, ...] = () if own else ("<|im_end|>",)
         self._made = _library().arriero_templates(model, source.encode(), ctypes.byref(error))
@@ -79,7 +79,7 @@ class ChatTemplate:
 
 class AnswerParser:
     """One answer, as it grows. `syntax`: format, parser and generation_prompt of the rendered request, and
-    reasoning_format, parse_tool_calls, is_continuation. Raises EngineFailed for what is none."""
+    reasoning_format, parse_tool_calls, is_continuation. Raises EngineFailed for an invalid one."""
 
     def __init__(self, syntax: Mapping[str, Any]) -> None:
         error = ctypes.c_void_p()
@@ -90,7 +90,7 @@ class AnswerParser:
 
     def feed(self, text: str, *, is_partial: bool) -> list[dict[str, Any]] | None:
         """What the next piece of text adds to the message: reasoning_content, content, or index, name, id and
-        arguments of a tool call. None when the text is not what it should be. `is_partial`: more may come."""
+        arguments of a tool call. None when the text does not have the expected form. `is_partial`: more may come."""
         raw = text.encode()
         told = _told(_library().arriero_parse(self._made, raw, len(raw), is_partial))
         return told.get("deltas")
@@ -110,7 +110,7 @@ def grammar_of(schema: object) -> str:
 
 
 def _told(pointer: int | None) -> dict[str, Any]:
-    """The JSON that was given, and freed."""
+    """The JSON at this address, which is freed."""
     if not pointer:
         raise MemoryError
     try:

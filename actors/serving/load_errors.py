@@ -1,4 +1,4 @@
-"""Why llama.cpp did not load a model: its last words, and what kind of failure they tell of."""
+"""Why llama.cpp did not load a model: its last error messages, and the kind of failure that they mean."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INVALID_MODEL = (
 
 
 def load_failed(what: str, lines: list[LogLine]) -> LoadFailed:
-    """`what` with llama.cpp's own last words, classified by them."""
+    """`what`, with llama.cpp's last error messages, which also decide its kind."""
     reason = error_text(lines)
     lower = reason.lower()
     kind: FailureKind = "failed"

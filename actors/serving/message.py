@@ -1,4 +1,4 @@
-"""An assistant's message as far as it was said: content, thoughts, and calls of tools."""
+"""An assistant's message so far: content, thoughts, and tool calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from actors.serving.protocol import Delta
 
 @dataclass(slots=True)
 class Call:
-    """A tool call. `arguments`: the text of its JSON so far. `told`: whether its client knows of it."""
+    """A tool call. `arguments`: the text of its JSON so far. `told`: whether it was sent to the client."""
 
     call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
     name: str = ""
@@ -20,7 +20,7 @@ class Call:
     told: bool = False
 
     def as_object(self) -> dict[str, Any]:
-        """The arguments as the object that they spell; those that are cut off as an empty one."""
+        """The arguments as an object, which is empty if they are cut off."""
         try:
             told = json.loads(self.arguments)
         except (ValueError, RecursionError):  # cut off, or nested too deeply

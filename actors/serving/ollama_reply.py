@@ -1,6 +1,6 @@
-"""An answer in the words of Ollama's API: lines of JSON, or one object. Durations are nanoseconds.
+"""An answer in the format of Ollama's API: lines of JSON, or one object. Durations are nanoseconds.
 
-What a request waited, in the queue and for a load, counts as `load_duration`.
+Time in the queue and for a load counts as `load_duration`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OllamaReply:
         return b"".join([*lines, self._line({}, chunk)] if last else lines)
 
     def _take(self, delta: Delta) -> list[dict[str, Any]]:
-        """What of it can be told now: a call only when it is whole."""
+        """What can be sent now: a tool call only when it is complete."""
         self._said.add(delta)
         parts: list[dict[str, Any]] = []
         if delta.reasoning:
@@ -47,7 +47,7 @@ class OllamaReply:
         return parts
 
     def _calls(self, count: int) -> list[dict[str, Any]]:
-        """Those of the first `count` calls that were not told."""
+        """Those of the first `count` calls that were not sent yet."""
         calls = list(self._said.calls.values())[self._told_calls : count]
         self._told_calls = max(self._told_calls, count)
         return [{"tool_calls": [{"function": {"name": call.name, "arguments": call.as_object()}}]} for call in calls]

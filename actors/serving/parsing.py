@@ -1,7 +1,7 @@
-"""An answer that is parsed on its way: its text becomes content, thoughts and tool calls before anybody hears of it.
+"""Parses an answer while it is generated: its text becomes content, thoughts and tool calls before it is sent.
 
-llama.cpp parses all of the text again for every piece, in a preparer's child. So this has a thread of its own: the
-engine's never waits for it, and text that came meanwhile is parsed at once.
+For every piece, llama.cpp parses the whole text again, in a preparer's child. So this has a thread of its own: the
+engine's thread never waits for it, and pieces that came meanwhile are parsed together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ End = tuple[Literal["end"], BaseException | None]
 class ParsedAnswer:
     """A `Hearer` that tells `hearer` what the chunks mean. Its thread starts with the first of them.
 
-    `give_up`: called when the text cannot be parsed any more; the generation is to end.
+    `give_up`: called when the text cannot be parsed any more, to end the generation.
     """
 
     def __init__(self, hearer: Hearer[Chunk], parsing: Parsing) -> None:
@@ -69,10 +69,10 @@ class ParsedAnswer:
             if chunks and failure is None:
                 try:
                     self._tell(chunks)
-                except Exception as error:  # whatever it was: nobody else would tell the client
+                except Exception as error:  # of any kind: nobody else would tell the client
                     if not isinstance(error, ArrieroError):
-                        log.exception("an answer could not be told")
-                        error = EngineFailed(f"the answer could not be told: {type(error).__name__}: {error}")
+                        log.exception("an answer could not be parsed or sent")
+                        error = EngineFailed(f"the answer could not be parsed or sent: {type(error).__name__}: {error}")
                     failure = error
                     self.give_up()
             if end is not None:

@@ -1,10 +1,10 @@
-"""The pre-flight: llama.cpp is asked what a load would take, before it is loaded, in a process of its own.
+"""The pre-flight: a process of its own asks llama.cpp what a load would take, before the model is loaded.
 
 A load with `no_alloc` reads the header, places every tensor and reserves the graph, but allocates next to nothing. It
-happens in a process with a time limit, because llama.cpp ends the process over some files. With CUDA devices that
-process needs their contexts for as long as it lives: no more than the load itself will need, in the same places.
-What it says is never below what a load takes; on later devices of a pipeline it is an activation per copy above.
-The process ends with its parent, and after the time limit even without one: nobody else knows of the memory it holds.
+runs in a process with a time limit, because llama.cpp ends the process over some files. With CUDA devices that process
+has a CUDA context on each while it runs: no more memory than the load itself will need there.
+The answer is never below what a load takes. On later devices of a pipeline it is one activation per copy above.
+The process ends with its parent, and after the time limit even without one: nobody else knows of its memory.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ TIMEOUT_S = 60.0
 _ANSWER = "PREFLIGHT "
 _SOURCE_ROOT = Path(__file__).parents[2]
 _LLAMA_CPP_ENDED = {-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGFPE, -signal.SIGILL, -signal.SIGBUS}
-"""Exit statuses that a file brings about: an assertion that fails, or arithmetic gone wrong."""
+"""Exit statuses that a file can cause: a failed assertion, or an arithmetic error."""
 
 
 class PreflightUnavailable(Exception):
-    """llama.cpp gave no answer, for a reason that says nothing about the load."""
+    """llama.cpp gave no answer, for a reason that has nothing to do with the load."""
 
 
 def ask_llama_cpp(spec: LoadSpec, timeout_s: float = TIMEOUT_S) -> BufferSizes:
@@ -54,7 +54,7 @@ def ask_llama_cpp(spec: LoadSpec, timeout_s: float = TIMEOUT_S) -> BufferSizes:
             cwd=_SOURCE_ROOT,  # "-m" looks here first, wherever this process was started
         )
     except subprocess.TimeoutExpired:
-        raise PreflightUnavailable(f"llama.cpp did not say within {timeout_s:.0f} s what it would allocate") from None
+        raise PreflightUnavailable(f"llama.cpp gave no answer within {timeout_s:.0f} s") from None
     words = done.stdout.decode("utf-8", "replace").splitlines()
     line = next((line for line in words if line.startswith(_ANSWER)), None)
     if line is None:

@@ -1,8 +1,8 @@
-"""A runner's side of its preparer: requests become prompts there, and tokens are tried against grammars.
+"""A runner's side of its preparer: it turns requests into prompts, and tries tokens against grammars.
 
-`Preparer()` starts the process (see `preparer`), which may be before its model is known; `read` tells it the file and
-returns before it has read the vocabulary. Every method may be called from any thread. A request that the preparer
-refuses, or dies of, is Rejected, with what it was busy with; a preparer that is gone is started again. Cost of a
+`Preparer()` starts the process (see `preparer`), which may be before its model is known. `read` tells it the file and
+returns before the vocabulary is read. Every method may be called from any thread. A request that the preparer refuses,
+or that ends it, is Rejected, with the step that it was busy with. A preparer that is gone is started again. Cost of a
 request: one round trip on a socket pair.
 """
 
@@ -31,7 +31,7 @@ from actors.serving.thoughts import ThinkingBudget, Thoughts
 from scheduler.errors import EngineFailed, Rejected
 
 ANSWER_TIMEOUT_S = 60.0
-"""For a preparer that is stopped, or gets no processor: what it computes is limited by itself, and sooner."""
+"""For a preparer that is stopped or gets no CPU time. It limits its own computing, to less than this."""
 
 MOST_IDLE = 2
 """Connections (each a child of the preparer) that are kept for the next requests."""
@@ -73,7 +73,7 @@ class Prepared:
 
 
 class Errand:
-    """What is being prepared for somebody who may leave: `end` it from any thread, before, during or after it."""
+    """A preparation whose client may leave: `end` it from any thread, before, during or after it."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -93,7 +93,7 @@ class Errand:
             self._connection = None
 
     def end(self) -> None:
-        """Nobody wants it any more: whoever waits for it gets an error, and the child that computes is killed."""
+        """Cancel it: whoever waits for it gets an error, and the child that computes is killed."""
         with self._lock:
             self._ended = True
             if self._connection is not None:
@@ -112,7 +112,7 @@ class Preparer:
         self._start()
 
     def read(self, path: str, chat_template: str = "") -> None:
-        """Its model's file, and the template in place of the file's. Once, and before anything is prepared."""
+        """Tell it its model's file, and a chat template in place of the file's. Once, before anything is prepared."""
         with self._lock:
             self._model = os.fsencode(Path(path).absolute()) + b"\0" + chat_template.encode()
             self._tell_model()
@@ -204,7 +204,7 @@ class Preparer:
     def _start(self) -> None:
         self._control, theirs = socket.socketpair()
         with theirs:
-            # On the CPU alone, whatever the runner sees; what C++ says when it ends is of no use to anybody.
+            # It sees no GPUs, whatever the runner sees. What C++ prints when it dies is of no use.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "actors.serving.preparer", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -220,11 +220,11 @@ class Preparer:
             self._tell_model()
 
     def _tell_model(self) -> None:
-        with contextlib.suppress(OSError):  # it has ended, which the first request will find
+        with contextlib.suppress(OSError):  # it has ended: the first request will notice
             send(self._control, Kind.READ, self._model)
 
     def _connection(self) -> socket.socket:
-        """One to a child that has nothing to do, or to a new one."""
+        """A connection to an idle child, or to a new one."""
         with self._lock:
             if self._closed:
                 raise EngineFailed("this replica is being stopped")
@@ -292,7 +292,7 @@ class Constraint:
         if allowed is None:
             return token
         if not allowed.any():
-            raise Rejected("the JSON schema wants something that this model's tokens cannot spell")
+            raise Rejected("the JSON schema requires text that this model's tokens cannot form")
         if self._try(token := pick(allowed)) is not None:
             raise EngineFailed("the sampler picked a token that the grammar does not allow")
         return token
@@ -352,7 +352,7 @@ class Parsing:
             self._usable = False
             if frame is None:
                 raise EngineFailed("its preparer has ended")
-            raise Rejected(f"the answer cannot be parsed: {frame[1].decode()}")  # it is to blame itself
+            raise Rejected(f"the answer cannot be parsed: {frame[1].decode()}")  # not the preparer's fault
         return tuple(_delta(told) for told in json.loads(frame[1]))
 
     def close(self) -> None:
@@ -384,7 +384,7 @@ def _rejected(step: str, payload: bytes) -> Rejected:
 
 
 def _has_ended(connection: socket.socket) -> bool:
-    """Whether the other side is gone, or has said why it goes, since nobody was asking."""
+    """Whether the other side has ended, or has said why it ends, while nobody was asking."""
     try:
         connection.setblocking(False)
         return len(connection.recv(1, socket.MSG_PEEK)) >= 0

@@ -1,13 +1,13 @@
-"""The preparer: a process that makes prompts out of requests, beside the runner whose vocabulary it shares.
+"""The preparer: a process that turns requests into prompts, beside the runner whose vocabulary it shares.
 
     python -m actors.serving.preparer CONTROL_FD
 
-Whatever a stranger wrote is opened here and nowhere else: the text of requests, JSON schemas, chat templates (which are
-programs). It imports what it needs,
-is told the file, reads its vocabulary once, and then forks a *child* for every connection that its runner hands over
-(file descriptors, on the control socket). A child has limits: `CPU_S` seconds of computing for each question, and
-`MEMORY_BYTES` of memory beyond the vocabulary's. One that runs into them, or that llama.cpp ends, takes one request
-with it. The process ends with its runner, and the children with it. What is said on a connection: `dialogue`.
+Content from strangers is opened here and nowhere else: the text of requests, JSON schemas, chat templates (which are
+programs). The process imports what it needs, is told the file, and reads the vocabulary once. Then it forks a *child*
+for every connection that its runner hands over (file descriptors, on the control socket). A child has limits: `CPU_S`
+seconds of computing for each question, and `MEMORY_BYTES` of memory beyond the vocabulary's. If it exceeds them, or
+llama.cpp ends it, one request is lost. The process ends with its runner, and the children with it. The protocol:
+`dialogue`.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ CPU_S = 5.0
 alternatives and a vocabulary of 150,000 takes 2 s (docs/benchmarks.md)."""
 
 ANSWER_CPU_S = 120.0
-"""For all tokens of an answer under a grammar: else one answer could keep a core busy for hours, at seconds a token."""
+"""For all tokens of an answer under a grammar. Without it, one answer could keep a core busy for hours."""
 
 MEMORY_BYTES = 256 * MIB
 MEMORY_PER_TOKEN_BYTES = 1024
-"""Of a child, beyond what it was forked with: so much, and so much for each token of the context."""
+"""Limits of a child, beyond what it was forked with: a fixed part, and a part per token of the context."""
 
 LONGEST_MESSAGE = 4000
-"""Characters of a refusal. llama.cpp quotes what it was sent, whatever its size."""
+"""Characters of a refusal. llama.cpp quotes all that it was sent."""
 
 _WHAT_IS_READ = ("inputs", "messages", "prompt", "prompts", "infill", "rerank")
 
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
-"""Exit statuses of a child that somebody ended: nothing is said of the request, and it may be asked again."""
+"""Exit statuses of a child that somebody else ended. The request is not to blame, and may be sent again."""
 
 
 class Nursery:
-    """The parent of the children: forks one per connection, and says on it why it ended before its time."""
+    """The parent of the children: forks one per connection, and reports there why a child died."""
 
     def __init__(self, control: socket.socket, vocabulary: Vocabulary, chat_template: str) -> None:
         self._control = control
@@ -88,7 +88,7 @@ class Nursery:
     def _fork(self, connection: socket.socket) -> None:
         try:
             pid = os.fork()
-        except OSError:  # no memory, or too many processes: that is not the request's fault
+        except OSError:  # no memory, or too many processes: the request is not to blame
             connection.close()
             return
         if pid == 0:
@@ -104,7 +104,7 @@ class Nursery:
         self._poll.register(connection, 0)  # the child reads it; only its end is looked for
 
     def _end(self, connection: int) -> None:
-        """Nobody waits for what a child computes any more; it may be inside C, for seconds."""
+        """Kill the child: nobody waits for its result, and it may be inside C for seconds."""
         self._poll.unregister(connection)
         signal.pidfd_send_signal(self._pidfds.pop(connection), signal.SIGKILL)
 
@@ -163,7 +163,7 @@ class Child:
             kind, payload = question
             if kind in (Kind.PREPARE, Kind.SYNTAX):
                 self._left_s = ANSWER_CPU_S
-            elif self._left_s <= 0:  # the timer does not meet many short questions
+            elif self._left_s <= 0:  # many short questions escape the timer
                 _say(self._connection, _why(-signal.SIGPROF))
                 return
             began_s = time.process_time()
@@ -175,7 +175,7 @@ class Child:
                 return
             except ArrieroError as error:
                 self._reject(error)
-            except Exception as error:  # a request may bring about anything; the next one is another
+            except Exception as error:  # a request may cause any error; the next one may be fine
                 self._reject(Rejected(f"it could not be made into a prompt ({type(error).__name__}: {error})"))
             signal.setitimer(signal.ITIMER_PROF, 0)
             self._left_s -= time.process_time() - began_s
@@ -265,7 +265,7 @@ class Child:
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
 
     def _forget(self) -> None:
-        """What belonged to the last answer."""
+        """Free what belonged to the last answer."""
         for held in (self._grammar, self._parser):
             if held is not None:
                 held.close()
@@ -291,7 +291,7 @@ class Child:
         return tokens
 
     def _tokenized(self, text: str, n_ctx: int) -> list[int]:
-        """Refused before it is cut into tokens when it is longer than any text of `n_ctx` tokens can be."""
+        """Tokens of `text`. A text that is longer than `n_ctx` tokens can be is refused at once."""
         self._step("the prompt's text")
         longest_bytes = n_ctx * self._vocabulary.longest_bytes
         if len(text) > longest_bytes:
@@ -310,7 +310,7 @@ class Child:
     def _parse(self, kind: int, payload: bytes) -> None:
         assert self._parser is not None
         deltas = self._parser.feed(payload.decode(), is_partial=kind != Kind.ENDS)
-        if deltas is None and kind == Kind.ENDS:  # it is not what it should be: what can be read of it counts
+        if deltas is None and kind == Kind.ENDS:  # it has not the expected form: take what can be read of it
             deltas = self._parser.feed("", is_partial=True)
         send(self._connection, Kind.DELTAS, json.dumps(deltas or []).encode())
 

@@ -1,4 +1,4 @@
-"""An answer in the words of OpenAI's API, made once, where it is computed: the gateway passes it on byte by byte.
+"""An answer in the format of OpenAI's API, made where it is computed. The gateway passes its bytes on unchanged.
 
 Cost of an event: one JSON string; what stands around it is the same for all events of an answer that is only text.
 """

@@ -1,10 +1,10 @@
-"""A replica in a process of its own: checks the memory, loads, serves, and dies with everything it holds.
+"""A replica in its own process: it checks the memory, loads, serves, and frees everything when it ends.
 
 `Runner` is the logic, free of Ray; `RunnerActor` is the detached actor around it. It starts without a model, loads
-once, and is never restarted. Requests come over its `Listener`.
-States: idle → loading → ready → broken or closed; a failed load ends in broken. What llama.cpp aborts on takes down
-this process and nothing else. The normal end is `ray.kill`: device processes and memory go with the process.
-Expected failures are values (`LoadFailure`), for an exception that crosses Ray costs a traceback and its class.
+once, and is never restarted. Requests come through its `Listener`.
+States: idle → loading → ready → broken or closed; a failed load ends in broken. If llama.cpp aborts, only this process
+ends. The normal end is `ray.kill`: device processes and memory go with the process.
+Expected failures are values (`LoadFailure`): an exception that crosses Ray gains a traceback and loses its class.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ EngineLoader = Callable[[LoadSpec, Sequence[str], Callable[[float], object]], En
 log = logging.getLogger(__name__)
 
 QUESTIONS = 6
-"""Of Ray's at once: a runner answers while it loads, and while it is watched."""
+"""Ray calls at once: a runner must answer while it loads and while it is watched."""
 
 WATCH_EVERY_S = 0.25
 
 TURN_EVERY_S, TURN_WITHIN_S = 1.0, 60.0
-"""A thread of Python's that comes round so late waits for a lock that nobody gives back."""
+"""A Python thread that gets no turn within this time waits for a lock that is never released."""
 
 IMPORTED_EARLY = "llama_cpp"
-"""Importing it takes longer than all else of a load does that waits for Python. It looks for no GPUs yet."""
+"""Its import takes longer than all other Python work of a load. It does not look for GPUs yet."""
 
 
 def load_on_its_devices(
@@ -114,7 +114,7 @@ class Runner:
             self._engine = self._load_engine(spec, [device.endpoint for device in self._devices], self._advance)
         except LoadFailed as error:
             return self._load_failed(error.failure)
-        except Exception as error:  # whatever went wrong, the scheduler has to hear of it and this replica is over
+        except Exception as error:  # of any kind: the scheduler must hear of it, and this replica has failed
             return self._load_failed(LoadFailure("failed", f"{type(error).__name__}: {error}"))
         process = this_process()
         took_s = time.monotonic() - started
@@ -123,7 +123,7 @@ class Runner:
         return self._report
 
     def _advance(self, progress: float) -> None:
-        self._progress = min(progress, 0.99)  # all of it only once the context stands too
+        self._progress = min(progress, 0.99)  # complete only when the context exists too
 
     def _start_devices(self, spec: LoadSpec) -> None:
         virtual = [device for device in spec.devices if device.kind == "rpc"]
@@ -171,7 +171,7 @@ class Runner:
             self._engine.drop(job)
 
     def resume(self) -> None:
-        """A hearer takes again what it is told."""
+        """A hearer that was stalled takes chunks again."""
         if self._engine is not None:
             self._engine.resume()
 
@@ -219,7 +219,7 @@ class Runner:
         return self._engine
 
     def _check_devices(self) -> None:
-        """A replica whose device died would take this process down at its next token: call it broken before that."""
+        """A dead device would end this process at the next token. So the replica is marked as broken before that."""
         if self._state != "ready" or self._engine is None:
             return
         dead = [device.pid for device in self._devices if not device.alive()]
@@ -308,7 +308,7 @@ class RunnerActor:
         return self._runner.watch()
 
     def process(self) -> Process:
-        """See `this_process`. Whoever takes another version down asks for it: it must stay."""
+        """See `this_process`. Newer versions ask for it when they take this one down: it must not be removed."""
         return this_process()
 
     def introduce(self) -> Introduction:

@@ -1,7 +1,7 @@
-"""Slots: the sequences of a context, and what each still remembers.
+"""Slots: the sequences of a context, and the tokens that each still holds.
 
 A slot keeps its tokens in the KV cache after an answer ends. The next request goes to the free slot that shares the
-longest beginning with it; among equals, to the one idle for longest, so that the others keep what they know.
+longest prefix with it. Among equals it goes to the one that was idle longest, so that the others keep their tokens.
 Invariant: `slot.tokens` is exactly what the model's memory holds for that sequence.
 A recurrent state and a sliding window cannot be cut. So a slot keeps *checkpoints* of them, near the ends of its
 prompts: a chat that goes on, or an answer that is made anew, begins at one of these instead of at nothing.
@@ -20,8 +20,8 @@ from actors.serving.model import Model
 from scheduler.costs.host import CHECKPOINTS_PER_SLOT, MOST_CHECKPOINT_BYTES
 
 MOST_PASSED = 8
-"""A prompt nearly as long as the cache waits until the cache is empty. If nobody passed it, all would wait for it with
-their slots free (TTFT 2.9 s instead of 0.01 s for a model of 2 MB); if everybody did, it would wait for ever."""
+"""A prompt nearly as long as the cache waits until the cache is empty. If no other could pass it, all would wait with
+free slots (TTFT 2.9 s instead of 0.01 s for a model of 2 MB). If all could, it would wait for ever."""
 
 
 _COMPARED = 1024  # tokens at once
@@ -77,7 +77,7 @@ def best_slot(slots: Sequence[Slot], prompt: Sequence[int]) -> tuple[Slot, int] 
 
 
 class Slots:
-    """Who has which slot, and who waits for one. The caller sees to it that one thread at a time changes it."""
+    """Who has which slot, and who waits for one. The caller ensures that one thread at a time changes it."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -90,10 +90,10 @@ class Slots:
         return iter(self._all)
 
     def assign(self) -> None:
-        """Gives those who wait their slots, as far as there are slots and room in the cache.
+        """Gives slots to waiting jobs, in order, as long as there are slots and room in the cache.
 
-        In order; but who needs more room than there is lets others pass, `MOST_PASSED` of them. Further answers of one
-        request come last, and give way to everybody else.
+        A job that needs more room than there is may be passed by others, `MOST_PASSED` of them.
+        Further answers of one request come last, and give way to everybody else.
         """
         first: list[Job[Any]] = []
         extra: list[Generation] = []
@@ -190,10 +190,10 @@ class Slots:
         return False
 
     def _has_room_for(self, job: Job[Any]) -> bool:
-        """Whether the cache holds its prompt, and a token more of each that is under way.
+        """Whether the cache has room for its prompt, and for one more token of each running job.
 
-        What idle slots remember gives way. An answer that had to wait waits until another has ended: else it would be
-        read again for a few tokens, again and again.
+        What idle slots hold does not count: it is dropped when needed. A postponed answer waits until another has
+        ended. Else it would be read again and again, for a few tokens each time.
         """
         held = sum(max(len(slot.tokens) + 1, len(slot.job.prompt)) for slot in self._all if slot.job is not None)
         if not held:
@@ -203,7 +203,7 @@ class Slots:
         return held + len(job.prompt) < self._model.n_cells
 
     def release(self, slot: Slot) -> Job[Any]:
-        """Its job leaves it; what it holds is remembered."""
+        """Take its job from it. Its tokens stay in the cache."""
         job, slot.job = slot.job, None
         assert job is not None
         self._releases += 1
@@ -220,15 +220,15 @@ class Slots:
         slot.checkpoints.clear()
 
     def forget_idle(self) -> bool:
-        """Gives back the cache cells of idle slots (a unified cache is shared by all); True if there were any."""
+        """Frees the cache cells of idle slots (all slots share a unified cache). True if there were any."""
         idle = [slot for slot in self._all if slot.job is None and slot.tokens]
         for slot in idle:
             self.forget(slot)
         return bool(idle)
 
     def postpone_one(self) -> bool:
-        """In a cache that is full one answer gives way, and is continued when there is room: one that nobody takes, or
-        the youngest of the source that holds most of it. False when there is but one: it has all of the cache."""
+        """When the cache is full, pause one answer until there is room: one whose reader is stalled, or the youngest of
+        the source that holds most of the cache. False when only one job runs: it has the whole cache."""
         if sum(slot.job is not None for slot in self._all) < 2:
             return False
         answers = [(slot, slot.job) for slot in self._all if isinstance(slot.job, Generation)]

@@ -17,6 +17,6 @@ def show_only(devices: Sequence[LoadDevice]) -> None:
     devices (importing llama_cpp does not). Raises InvariantBroken once `native` is imported, which does all of that.
     """
     if "actors.serving.native" in sys.modules:
-        raise InvariantBroken("llama.cpp may have looked for GPUs already, so their choice would come too late")
+        raise InvariantBroken("llama.cpp may have looked for GPUs already: it is too late to choose them")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(device.device_id for device in devices if device.kind == "cuda")
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"

@@ -1,9 +1,9 @@
-"""`arriero demo`: the whole product on one machine, every claim checked.
+"""`arriero demo`: all of Arriero on one machine, with every claim checked.
 
-Without a GPU it writes small models that really run, starts two unequal virtual GPUs with less memory than the models
-need together, and asks first one after the other (so that the order of evictions can be predicted), then all at once.
-At the end every greedy answer is compared with what `llama_cpp.Llama` says on the CPU alone. Exit status 0 only if all
-is as claimed.
+Without a GPU it writes small models that really run, and starts two virtual GPUs of different sizes. Together they have
+less memory than the models need. The models are asked one after the other, so that the order of evictions can be
+predicted, and then all at once. At the end every greedy answer is compared with the answer of `llama_cpp.Llama` on the
+CPU. The exit status is 0 only if every claim holds.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["run_demo"]
 
 
 def run_demo(models: Path | None) -> int:
-    """Run it; returns the exit status. `models`: the user's own GGUF files instead of the samples."""
+    """Run the demo; returns the exit status. `models`: a folder of the user's own GGUF files instead of the samples."""
     began = time.monotonic()
     stage = choose_stage(models)
-    with console.status("starting a Ray of its own, and writing the models where they are not there yet"):
+    with console.status("starting Ray, and writing the sample models if they are missing"):
         state = start_ray()
     try:
         claims, asked = _perform(stage)
@@ -37,7 +37,7 @@ def run_demo(models: Path | None) -> int:
         take_down()
         ray.shutdown()
         end_ray(state)
-    with console.status("asking llama_cpp.Llama the same on the CPU alone"):
+    with console.status("asking llama_cpp.Llama the same questions on the CPU"):
         claims += judge(stage, asked)
     show(claims, asked, time.monotonic() - began)
     return 0 if all(claim.holds for claim in claims) else 1
@@ -54,7 +54,7 @@ def _perform(stage: Stage) -> tuple[list[Claim], list[Asked]]:
         screen.say(stage.introduction(client.status()))
         asked = ask_in_turn(client, stage.in_turn, screen)
         in_turn = list(client.events(follow=False))
-        screen.say("Now everybody at once.")
+        screen.say("Now all questions at once.")
         asked += ask_all_at_once(client, stage.at_once, screen)
         events = list(client.events(follow=False))
         claims = judge_placements(stage, events) + judge_eviction_order(stage, in_turn)

@@ -1,4 +1,4 @@
-"""Asks the models, streaming, in turn or all at once; keeps every answer."""
+"""Asks the models, one after the other or all at once, with streaming. Keeps every answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_TOKENS = 20
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One question and what came of it; `error` is empty when `text` is whole. Times in seconds."""
+    """One question and its answer. `error` is empty when `text` is complete. Times are seconds."""
 
     model: str
     prompt: str

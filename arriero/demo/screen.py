@@ -1,4 +1,4 @@
-"""What the demo shows: on a terminal a live picture of GPUs, models, events and answers; elsewhere plain lines."""
+"""What the demo shows: on a terminal a live view of GPUs, models, events and answers, elsewhere plain lines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Line:
 
 
 class Screen:
-    """Follows the service from a thread of its own while it is open."""
+    """Follows the service while it is open, in threads of its own."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -100,7 +100,7 @@ class Screen:
                 self._status = self._client.status()
 
     def _picture(self) -> RenderableType:
-        """Four panels that together fit the terminal, however low it is: the newest events and answers win."""
+        """Four panels that fit the height of the terminal. If it is low, the oldest events and answers are left out."""
         gpus, replicas = _gpus(self._status), _replicas(self._status)
         left = console.height - FRAMES - gpus.row_count - 1
         replica_rows = min(replicas.row_count, max(1, left // 3))

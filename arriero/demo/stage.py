@@ -1,4 +1,4 @@
-"""What the demo plays with: the models, the devices, and the questions in their order."""
+"""The demo's models, devices and questions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scheduler.units import MIB, format_bytes
 VIRTUAL_GPUS = (96 * MIB, 64 * MIB)
 CONTEXT = ModelParams(n_ctx=1024, n_ubatch=128)
 IN_TURN = (
-    # Three that fill both GPUs, then each newcomer needs the place of the one that was used longest ago.
+    # The first three fill both GPUs. Each of the next three needs the memory of the least recently used model.
     "lana-gemma3",
     "quipu-granite",
     "sabio-deepseek2",
@@ -35,7 +35,7 @@ ON_THE_ROAD = "What do you carry over the pass today?"
 
 @dataclass(slots=True)
 class Stage:
-    """`virtual_gpus` empty: the machine's own cards. Questions are (model, prompt)."""
+    """Questions are (model, prompt). Empty `virtual_gpus`: the machine's own GPUs are used."""
 
     folder: Path
     virtual_gpus: tuple[int, ...]
@@ -47,7 +47,7 @@ class Stage:
     _failed: list[BaseException] = field(default_factory=list)
 
     def write_samples(self) -> None:
-        """Begin to write the sample models, beside whatever else is starting."""
+        """Start to write the sample models in the background."""
         self._writing = threading.Thread(target=self._write, daemon=True)
         self._writing.start()
 
@@ -79,11 +79,11 @@ class Stage:
         sizes = sum(path.stat().st_size for path in self.folder.glob("*.gguf"))
         gpus = ", ".join(f"{gpu.label} ({gpu.product})" for gpu in status.gpus) or "no GPU"
         models = len({model for model, _ in (*self.in_turn, *self.at_once)})
-        return f"{models} models of {format_bytes(sizes)} together; {gpus}."
+        return f"{models} models, {format_bytes(sizes)} in total; {gpus}."
 
 
 def choose_stage(models: Path | None) -> Stage:
-    """The user's own files, or the samples; virtual GPUs where there is no card."""
+    """The user's own files or the samples, on the machine's GPUs or, without any, on virtual ones."""
     from actors.devices.nvml import list_gpus
     from scheduler.units import NodeId
 
@@ -103,7 +103,7 @@ def choose_stage(models: Path | None) -> Stage:
 
 
 def _samples_folder() -> Path:
-    """Where samples are kept from one demo to the next; another recipe gets another folder."""
+    """Where samples are kept between demos. Each version of the code that writes them has its own folder."""
     recipe = b"".join(Path(str(module.__file__)).read_bytes() for module in (sample_models, sample_language))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "arriero" / f"samples-{hashlib.sha256(recipe).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""Checks every claim of the demo against what was seen, and prints the summary."""
+"""Checks every claim of the demo against what happened, and prints the summary."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def judge_placements(stage: Stage, events: Sequence[Notice]) -> list[Claim]:
 
 
 def judge_eviction_order(stage: Stage, events: Sequence[Notice]) -> list[Claim]:
-    """The first evictions, each of a single model, hit the one that was used longest ago."""
+    """Each of the first evictions takes one model: the least recently used one."""
     if not (stage.samples and stage.virtual_gpus):
         return []
     used: list[str] = []  # least recently used first
@@ -64,32 +64,32 @@ def judge_eviction_order(stage: Stage, events: Sequence[Notice]) -> list[Claim]:
 
 
 def judge_memory(client: Client) -> list[Claim]:
-    """After unloading everything, every GPU is as free as in the beginning."""
+    """After all models are unloaded, none of their memory is in use."""
     deadline = time.monotonic() + MEMORY_BACK_TIMEOUT_S
     while (status := client.status()).replicas and time.monotonic() < deadline:
         time.sleep(0.1)
     held = {gpu.label: gpu.total_bytes - gpu.free_bytes - gpu.foreign_bytes for gpu in status.gpus}
     seen = ", ".join(f"{label}: {count} bytes held" for label, count in held.items()) or "no GPU"
-    return [Claim("all memory came back", not status.replicas and not any(held.values()), seen)]
+    return [Claim("all memory is free again", not status.replicas and not any(held.values()), seen)]
 
 
 def judge(stage: Stage, asked: Sequence[Asked]) -> list[Claim]:
-    """Every question answered, and every answer the one that llama.cpp gives on the CPU alone."""
+    """Every question was answered, and every answer is the one that llama.cpp gives on the CPU."""
     answered = sum(not question.error for question in asked)
-    claims = [Claim("every question answered", answered == len(asked), f"{answered} of {len(asked)}")]
+    claims = [Claim("every question was answered", answered == len(asked), f"{answered} of {len(asked)}")]
     reference = {
         (model, prompt): text
         for model in sorted({question.model for question in asked})
         for prompt, text in _cpu_alone(stage, model, sorted({q.prompt for q in asked if q.model == model})).items()
     }
     equal = sum(question.text == reference[question.model, question.prompt] for question in asked)
-    what = "every answer equals llama_cpp.Llama's on the CPU alone"
-    # A card rounds differently from a CPU, so that greedy answers may part ways: with one, this is shown, not claimed.
+    what = "every answer equals that of llama_cpp.Llama on the CPU"
+    # A GPU rounds differently from a CPU, so greedy answers may differ. On real GPUs this is shown, but not claimed.
     return [*claims, Claim(what, equal == len(asked) or not stage.virtual_gpus, f"{equal} of {len(asked)}")]
 
 
 def show(claims: Sequence[Claim], asked: Sequence[Asked], took_s: float) -> None:
-    table = Table("claim", "seen", "", title="What was claimed, and what was seen")
+    table = Table("claim", "observed", "", title="Claims")
     for claim in claims:
         table.add_row(claim.what, claim.seen, styled("[green]holds[/]" if claim.holds else "[red]DOES NOT HOLD[/]"))
     console.print(table)
@@ -108,7 +108,7 @@ def _cpu_alone(stage: Stage, model: str, prompts: Sequence[str]) -> dict[str, st
         n_gpu_layers=0,
         flash_attn=True,
         swa_full=False,
-        n_threads=1,  # spinning threads on a machine that is busy otherwise take many times as long
+        n_threads=1,  # on a busy machine, spinning threads take many times as long
         n_threads_batch=1,
         verbose=False,
     )

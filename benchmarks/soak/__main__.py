@@ -7,8 +7,9 @@ requests, loads that fail, memory of others, lost GPUs and machines, changed fil
 Each phase is a fresh core under another policy; at its end everything has to come to rest. A violation prints the seed,
 the phase, the event and the last events before it; `--phase` repeats one phase alone, `--until` ends it early.
 
-`World` plays what is outside of the core: clients, runners, devices and the clock. What a command leads to comes later,
-in events of its own. `Referee` keeps books of its own on what the core was told and said, and compares.
+`World` is what is outside of the core: machines, memory, files and the clock. `Clients`, `Processes` and `Mishaps` act
+in it. What a command leads to comes later, in events of its own. `Referee` keeps books of its own on what the core was
+told and said, and compares. `Play` puts them together.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import gc
 import sys
 import time
 
+from benchmarks.soak.play import Play
 from benchmarks.soak.stage import GC_THRESHOLDS, POLICIES, Tally, shapes
-from benchmarks.soak.world import World
 from benchmarks.table import print_table
 
 EVENTS, MOST_PER_PHASE = 10_000_000, 500_000
@@ -27,34 +28,34 @@ EVENTS, MOST_PER_PHASE = 10_000_000, 500_000
 
 def run_phase(seed: int, phase: int, events: int) -> Tally:
     began = time.perf_counter()
-    world: World | None = None
+    play: Play | None = None
     try:
-        world = World(seed, phase)
+        play = Play(seed, phase)
         for goal in range(0, events, 50_000):
-            world.run(min(events, goal + 50_000))
-            _progress(seed, phase, world, began)
-        world.come_to_rest()
+            play.run(min(events, goal + 50_000))
+            _progress(phase, play, began)
+        play.come_to_rest()
     except Exception as error:
-        if world is None:
+        if play is None:
             raise
-        _report_violation(seed, phase, world, error)
+        _report_violation(seed, phase, play, error)
         sys.exit(1)
-    world.tally.seconds = time.perf_counter() - began
-    return world.tally
+    play.tally.seconds = time.perf_counter() - began
+    return play.tally
 
 
-def _progress(seed: int, phase: int, world: World, began: float) -> None:
-    tally, taken_s = world.tally, time.perf_counter() - began
+def _progress(phase: int, play: Play, began: float) -> None:
+    tally, taken_s = play.tally, time.perf_counter() - began
     print(
         f"phase {phase}: {tally.events:,} events in {taken_s:.0f} s ({tally.events / taken_s:,.0f}/s), "
-        f"{world.now / 3600:.1f} h of the clock, {tally.grants:,} grants, {tally.cold_loads:,} loads",
+        f"{play.world.now / 3600:.1f} h of the clock, {tally.grants:,} grants, {tally.cold_loads:,} loads",
         flush=True,
     )
 
 
-def _report_violation(seed: int, phase: int, world: World, error: Exception) -> None:
-    print(f"\nVIOLATION at seed {seed}, phase {phase}, event {world.tally.events}: {type(error).__name__}: {error}\n")
-    for number, now, event in world.recent:
+def _report_violation(seed: int, phase: int, play: Play, error: Exception) -> None:
+    print(f"\nVIOLATION at seed {seed}, phase {phase}, event {play.tally.events}: {type(error).__name__}: {error}\n")
+    for number, now, event in play.recent:
         print(f"{number:>9} {now:12.3f} {str(event)[:400]}")
     import traceback
 

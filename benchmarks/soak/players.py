@@ -10,27 +10,22 @@ from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.facts import ModelFile, NodeFacts
 from scheduler.cluster.replica import Placement
+from scheduler.simulation.physics import Process
 from scheduler.units import DeviceId, ReplicaId, RequestId
 
 
-@dataclass(eq=False)
-class Runner:
+@dataclass(eq=False, kw_only=True)
+class Runner(Process):
     """A process. `device_bytes`: what it really holds; `promised`: what the core knows that it may hold."""
 
     command: cmd.StartReplica
-    pid: int
+    promised: dict[DeviceId, int]
     state: str = "starting"  # loading, ready, failed, stopping
-    device_bytes: dict[DeviceId, int] = field(default_factory=dict)
-    anonymous_bytes: int = 0
     ready: ev.ReplicaReady | None = None
 
     @property
     def placement(self) -> Placement:
         return self.command.placement
-
-    @property
-    def promised(self) -> dict[DeviceId, int]:
-        return dict(zip(self.placement.device_ids, self.placement.device_bytes, strict=True))
 
     def may_hold(self, device_id: DeviceId) -> int:
         """All that it holds there, or will once it is loaded."""

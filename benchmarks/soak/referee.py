@@ -249,6 +249,3 @@ class Referee:
         if any(left.values()):
             raise Violation(f"left at the end: { {what: there for what, there in left.items() if there} }")
         self.check_all()
-
-
-# ---------------------------------------------------------------------- the world

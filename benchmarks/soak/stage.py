@@ -24,7 +24,7 @@ from scheduler.costs.shape import ModelShape
 from scheduler.simulation.cards import known_card
 from scheduler.units import GIB, MIB, DeviceId, NodeId
 
-SHOWN, PROGRESS_S = 30, 30.0
+SHOWN = 30  # events, after a violation
 SELDOM = 100  # events between two looks at what is expensive to look at
 STEP_S = 0.02  # of the clock, on average
 REST_S = 4000.0  # in which everything has to come to rest
@@ -145,9 +145,6 @@ def catalogue_of(phase: int, chance: random.Random) -> Catalogue:
     reserves = {"host_bytes": GIB, "cuda_overhead_bytes": 300 * MIB, "gpus": {"loft/gpu0": 200 * MIB}}
     defaults = {"n_seq_max": 2}
     return parse_catalogue({"models": entries, "defaults": defaults, "policy": policy, "reserves": reserves})
-
-
-# ---------------------------------------------------------------------- the referee
 
 
 @dataclass

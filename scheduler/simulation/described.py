@@ -6,6 +6,7 @@ the rest: then it is what is free besides them. A replica that could not be load
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.choice.layouts import CPU_ONLY, ONE_GPU, SEVERAL_GPUS, SOME_LAYERS_IN_RAM, LayoutFamily
 from scheduler.choice.workload import Workload
-from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
+from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeFacts
 from scheduler.cluster.replica import Placement
 from scheduler.config import Catalogue
 from scheduler.core import SchedulerCore
@@ -22,6 +23,7 @@ from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import Rates
 from scheduler.costs.shape import ModelShape
 from scheduler.errors import Rejected
+from scheduler.simulation import physics
 from scheduler.simulation.description import ClusterDescription, NodeDescription, ReplicaDescription
 from scheduler.units import DeviceId, LeaseId, NodeId, ReplicaId, format_bytes
 
@@ -74,7 +76,7 @@ class DescribedCluster:
         self.commands: list[cmd.Command] = []
         """What the core wants done at `NOW`."""
         self._listings: dict[frozenset[str], tuple[ModelFile, ...]] = {}
-        self._foreign: dict[DeviceId | NodeId, int] = {}
+        self._foreign: defaultdict[DeviceId | NodeId, int] = defaultdict(int)
         self._kept = kept
         for node in description.nodes:
             self.core.handle(ev.NodeJoined(_facts(node)), 0.0)
@@ -144,15 +146,14 @@ class DescribedCluster:
         """Tell the core what the machine and its GPUs show, with these replicas on it and the files `cached` (by path)
         in its page cache. Returns the commands that this leads to."""
         there = self.core.inventory.nodes[NodeId(node.name)].facts
-        ours, resting = _held(there, replicas)
+        processes = [physics.loaded(placement) for placement in replicas]
         commands: list[cmd.Command] = []
         for device in there.devices:
-            used = min(device.total_bytes, self._foreign.get(device.device_id, 0) + ours[device.device_id])
-            reading = DeviceReading(device.device_id, device.total_bytes, device.total_bytes - used, used, at)
+            reading = physics.device_reading(device, processes, self._foreign[device.device_id], at)
             commands += self.core.handle(ev.DeviceSampled(reading), at)
         files = self._files(frozenset(cached))
-        available = max(0, node.ram - self._foreign.get(there.node_id, 0) - resting)
-        return commands + self.core.handle(ev.NodeSampled(NodeReading(there.node_id, available, at, files)), at)
+        host = physics.node_reading(there, processes, self._foreign[there.node_id], at, files)
+        return commands + self.core.handle(ev.NodeSampled(host), at)
 
     def _files(self, cached: frozenset[str]) -> tuple[ModelFile, ...]:
         if cached not in self._listings:
@@ -167,25 +168,14 @@ class DescribedCluster:
     def _others(self, node: NodeDescription, replicas: Sequence[Placement]) -> dict[DeviceId | NodeId, int]:
         """Bytes that others use, by what is said to be free and what the replicas of the description hold."""
         there = self.core.inventory.nodes[NodeId(node.name)].facts
-        ours, resting = _held(there, replicas)
-        kept = self._kept
-        others = _foreign_bytes(node.ram, node.ram_free, resting)
+        processes, kept = [physics.loaded(placement) for placement in replicas], self._kept
+        others = _foreign_bytes(node.ram, node.ram_free, sum(each.anonymous_bytes for each in processes))
         found: dict[DeviceId | NodeId, int] = {there.node_id: others + kept.host_bytes}
         for device, said in zip(there.devices, node.gpus, strict=True):
-            others = _foreign_bytes(device.total_bytes, said.free, ours[device.device_id])
+            ours = device.total_bytes - physics.free_bytes(device, processes)
+            others = _foreign_bytes(device.total_bytes, said.free, ours)
             found[device.device_id] = others + kept.gpu_bytes
         return found
-
-
-def _held(there: NodeFacts, replicas: Iterable[Placement]) -> tuple[dict[DeviceId, int], int]:
-    """Bytes that these replicas hold, per device and in host RAM."""
-    ours: dict[DeviceId, int] = {device.device_id: 0 for device in there.devices}
-    resting = 0
-    for placement in replicas:
-        resting += placement.host_resting_bytes
-        for device_id, count in zip(placement.device_ids, placement.device_bytes, strict=True):
-            ours[device_id] += count
-    return ours, resting
 
 
 def _foreign_bytes(total_bytes: int, free_bytes: int | None, ours_bytes: int) -> int:

@@ -32,7 +32,7 @@ TICK_S = 1.0
 IDLE_TICK_S = 5.0
 """And while nothing does, where models are unloaded after some idle time."""
 _READ_S = 5.0
-"""Readings come at least so often; a device that falls silent gets nothing new."""
+"""Readings come at least this often: a device without recent readings gets no new models."""
 _UNDER_WAY_S = 5.0
 """How long answers go on that were under way when it began."""
 _FALLBACK_S_PER_TOKEN = 0.05

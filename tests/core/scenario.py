@@ -20,7 +20,7 @@ import numpy as np
 
 from scheduler import commands as cmd
 from scheduler import events as ev
-from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts, NodeReading
+from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeFacts
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import parse_catalogue
 from scheduler.core import SchedulerCore
@@ -29,6 +29,8 @@ from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.measurements import Record
 from scheduler.costs.params import NO_RATES, DeviceBytes, Footprint, HostBytes, Rates
 from scheduler.costs.shape import ModelShape, read_shape
+from scheduler.simulation import physics
+from scheduler.simulation.physics import Process
 from scheduler.units import DeviceId, NodeId, ReplicaId, RequestId, parse_bytes
 
 
@@ -131,7 +133,7 @@ class Scenario:
         self.foreign: dict[DeviceId, int] = {}
         self.lost: dict[DeviceId, str] = {}
         self.host_foreign: dict[NodeId, int] = {}
-        self.runners: dict[ReplicaId, Runner] = {}
+        self.runners: dict[ReplicaId, Process] = {}
         self.invalid: dict[str, str] = {}  # model -> why its header cannot be read
         self.reads_headers = True
         self.file_age: dict[str, float] = {}
@@ -167,10 +169,9 @@ class Scenario:
         self._read_host(node_id, files)
 
     def _read_host(self, node_id: NodeId, files: tuple[ModelFile, ...]) -> None:
-        total = self.core.inventory.nodes[node_id].facts.memory_total_bytes
-        used = self.host_foreign.get(node_id, 0)
-        used += sum(runner.anonymous_bytes for runner in self.runners.values() if runner.node_id == node_id)
-        self.send(ev.NodeSampled(NodeReading(node_id, max(0, total - used), self.now, files)))
+        facts, foreign = self.core.inventory.nodes[node_id].facts, self.host_foreign.get(node_id, 0)
+        reading = physics.node_reading(facts, self.runners.values(), foreign, self.now, files)
+        self.send(ev.NodeSampled(reading))
 
     def read_hosts(self) -> None:
         """Machines that have reported before do it again, so often that none is called silent."""
@@ -191,13 +192,15 @@ class Scenario:
         if device.device_id in self.lost:
             reading = DeviceReading(device.device_id, 0, 0, 0, self.now, lost_reason=self.lost[device.device_id])
         else:
-            ours = {r.pid: r.device_bytes.get(device.device_id, 0) for r in self.runners.values()}
-            used = self.foreign.get(device.device_id, 0) + sum(ours.values())
-            assert used <= device.total_bytes, f"out of memory on {device.label}"
-            free = device.total_bytes - used
-            processes = ours if self.tells_processes else None
-            reading = DeviceReading(device.device_id, device.total_bytes, free, used, self.now, processes)
+            runners, foreign = self.runners.values(), self.foreign.get(device.device_id, 0)
+            assert self.free(device) >= 0, f"out of memory on {device.label}"
+            reading = physics.device_reading(device, runners, foreign, self.now, self.tells_processes)
         self.send(ev.DeviceSampled(reading))
+
+    def free(self, device: DeviceFacts, but: ReplicaId | None = None) -> int:
+        """Bytes that nobody holds, the runner `but` left out."""
+        others = [runner for replica_id, runner in self.runners.items() if replica_id != but]
+        return physics.free_bytes(device, others, self.foreign.get(device.device_id, 0))
 
     # ------------------------------------------------------------------ events
 
@@ -293,12 +296,10 @@ class Scenario:
 
     def loaded(self, command: cmd.StartReplica, n_ctx: int | None = None) -> None:
         """The load succeeds and takes what was predicted."""
-        context = command.placement.context
+        n_ctx = n_ctx or command.placement.context.n_ctx_slot
         runner = self.allocate(command)
         self.read_devices()
-        per_slot = context.n_ctx if context.kv_unified else context.n_ctx // context.n_seq_max
-        ready = ev.ReplicaReady(command.replica_id, runner.pid, self.report(command), n_ctx or per_slot, 0.5)
-        self.send(ready)
+        self.send(ev.ReplicaReady(command.replica_id, runner.pid, self.report(command), n_ctx, 0.5))
 
     def report(self, command: cmd.StartReplica) -> Footprint:
         """What llama.cpp says it allocated: what was predicted, unless a test has it say something else."""
@@ -306,16 +307,10 @@ class Scenario:
         predicted = footprint(shape(*self.models[command.model]), placement.layout, placement.context, self.llama_build)
         return self.reported.get(command.model, predicted)
 
-    def allocate(self, command: cmd.StartReplica, share: float = 1.0) -> Runner:
+    def allocate(self, command: cmd.StartReplica, share: float = 1.0) -> Process:
         """The runner's process takes `share` of its memory."""
-        placement = command.placement
         self.serial += 1
-        runner = Runner(
-            pid=1000 + self.serial,
-            node_id=placement.node_id,
-            device_bytes={d: int(b * share) for d, b in zip(placement.device_ids, placement.device_bytes, strict=True)},
-            anonymous_bytes=int(placement.host_resting_bytes * share),
-        )
+        runner = physics.loaded(command.placement, 1000 + self.serial, share)
         self.runners[command.replica_id] = runner
         self.send(ev.ReplicaStarted(command.replica_id, runner.pid))
         return runner
@@ -433,13 +428,3 @@ class Scenario:
 def times_of(record: type[Any]) -> list[Field[Any]]:
     """The fields of a record that are times of day."""
     return [each for each in fields(record) if each.name.endswith("_at")]
-
-
-@dataclass
-class Runner:
-    """A process and the memory that it really holds."""
-
-    pid: int
-    node_id: NodeId
-    device_bytes: dict[DeviceId, int]
-    anonymous_bytes: int

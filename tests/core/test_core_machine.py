@@ -14,6 +14,7 @@ from scheduler.cluster.ledger import STATES
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.dispatch import Preview
 from scheduler.errors import ArrieroError, Impossible, Unavailable
+from scheduler.simulation import physics
 from scheduler.units import GIB, MIB, NodeId
 
 MODELS = {
@@ -206,9 +207,9 @@ class CoreMachine(RuleBasedStateMachine):
                 scenario.send(ev.ReplicaDied(self.draw(data, ReplicaState.READY).replica_id, "killed"))
             case "others use memory" if self.outsiders and devices:
                 device = data.draw(st.sampled_from(devices))
-                ours = sum(r.device_bytes.get(device.device_id, 0) for r in scenario.runners.values())
                 wanted = data.draw(st.sampled_from((0, 300 * MIB, 2 * GIB)))
-                scenario.foreign[device.device_id] = min(wanted, device.total_bytes - ours)
+                scenario.foreign[device.device_id] = 0
+                scenario.foreign[device.device_id] = min(wanted, scenario.free(device))
                 scenario.read_devices()
             case "a GPU is lost" if self.outsiders and devices:
                 scenario.lost[data.draw(st.sampled_from(devices)).device_id] = "fell off the bus"
@@ -290,15 +291,10 @@ class CoreMachine(RuleBasedStateMachine):
 
     def there_is_room(self, replica: Replica) -> bool:
         """What the runner sees before it loads."""
-        placement = replica.placement
-        for device in self.scenario.core.inventory.nodes[placement.node_id].facts.devices:
-            others = (r for key, r in self.scenario.runners.items() if key != replica.replica_id)
-            used = sum(r.device_bytes.get(device.device_id, 0) for r in others)
-            used += self.scenario.foreign.get(device.device_id, 0)
-            need = dict(zip(placement.device_ids, placement.device_bytes, strict=True)).get(device.device_id, 0)
-            if need > device.total_bytes - used:
-                return False
-        return not any(device_id in self.scenario.lost for device_id in placement.device_ids)
+        scenario, needs = self.scenario, physics.loaded(replica.placement).device_bytes
+        devices = scenario.core.inventory.nodes[replica.placement.node_id].facts.devices
+        fits = all(needs.get(each.device_id, 0) <= scenario.free(each, but=replica.replica_id) for each in devices)
+        return fits and not any(device_id in scenario.lost for device_id in needs)
 
     def finish_load(self, replica: Replica) -> None:
         command = next(c for c in self.scenario.started if c.replica_id == replica.replica_id)

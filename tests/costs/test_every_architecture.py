@@ -60,6 +60,22 @@ def shapes(paths: dict[str, Path]) -> dict[str, ModelShape]:
     return {name: read_shape(path) for name, path in paths.items()}
 
 
+@pytest.fixture(scope="module")
+def wide_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return paths_of(every_architecture(tmp_path_factory.mktemp("wide"), *WIDE, wide=True))
+
+
+def cases_of(shapes: dict[str, ModelShape], layouts: list[Layout], contexts: list[ContextParams]) -> list[Case]:
+    """Each model with each layout and context in which llama.cpp runs it."""
+    return [
+        (name, layout, context)
+        for name, shape in shapes.items()
+        for layout in layouts
+        for context in contexts
+        if may_be_run(shape, layout, context)
+    ]
+
+
 def test_every_architecture_that_passed_is_made(made: list[dict[str, Any]]) -> None:
     """So that the tests below compare it; the others cannot be run, or are asked about first."""
     names = {each["arch"] for each in made if "path" in each}
@@ -85,13 +101,7 @@ def test_every_architecture_takes_what_is_predicted(
     paths: dict[str, Path],
     shapes: dict[str, ModelShape],
 ) -> None:
-    cases: list[Case] = [
-        (name, layout, context)
-        for name in paths
-        for layout in layouts
-        for context in contexts
-        if may_be_run(shapes[name], layout, context)
-    ]
+    cases = cases_of(shapes, layouts, contexts)
     assert {name for name, _, _ in cases} >= {name for name, shape in shapes.items() if shape.architecture != "plm"}
     answers = ask(paths, cases, devices=devices, real=True, targets=TARGETS)
     for case, truth in zip(cases, answers, strict=True):
@@ -147,20 +157,14 @@ def with_key(model: Path, key: str, value: int, path: Path) -> Path:
     return path
 
 
-def test_wide_models_take_what_is_predicted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "devices"), WIDE_CASES, ids=["on the CPU", "on a device"])
+def test_wide_models_take_what_is_predicted(layout: Layout, devices: int, wide_paths: dict[str, Path]) -> None:
     """In models with real widths other moments are the largest than in small ones."""
-    paths = paths_of(every_architecture(tmp_path, *WIDE, wide=True))
-    shapes = {name: read_shape(path) for name, path in paths.items()}
-    for layout, devices in WIDE_CASES:
-        cases: list[Case] = [
-            (name, layout, context)
-            for name in paths
-            for context in WIDE_CONTEXTS
-            if may_be_run(shapes[name], layout, context)
-        ]
-        for case, truth in zip(cases, ask(paths, cases, devices=devices, real=False), strict=True):
-            shape = shapes[case[0]]
-            compare(case, shape, truth, "equal" if computes_exactly(shape, CHECKED_BUILD) else "not below")
+    shapes = {name: read_shape(path) for name, path in wide_paths.items()}
+    cases = cases_of(shapes, [layout], WIDE_CONTEXTS)
+    for case, truth in zip(cases, ask(wide_paths, cases, devices=devices, real=False), strict=True):
+        shape = shapes[case[0]]
+        compare(case, shape, truth, "equal" if computes_exactly(shape, CHECKED_BUILD) else "not below")
 
 
 def test_what_cannot_be_run_is_refused_with_the_reason(tmp_path: Path, paths: dict[str, Path]) -> None:

@@ -137,5 +137,5 @@ def test_it_ends_with_the_process_that_asks(spec: Any, tmp_path: Path) -> None:
 
 
 def test_it_is_limited_in_time(sample: Callable[..., Path], spec: Any) -> None:
-    with pytest.raises(PreflightUnavailable, match="did not say"):
+    with pytest.raises(PreflightUnavailable, match="gave no answer within"):
         ask_llama_cpp(spec(sample("llama")), timeout_s=0.01)
