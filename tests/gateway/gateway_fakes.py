@@ -12,6 +12,7 @@ import json
 import pickle
 import socket
 import threading
+from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -183,7 +184,10 @@ class FakeBackend:
             if isinstance(step, EmbedResult):
                 return posted(step)
             await self._step(step)
-        inputs = content(request)["inputs"]
+        asked = content(request)
+        if request.rerank:
+            return posted(EmbedResult(tuple(array("f", [0.5]) for _ in asked["rerank"]["documents"]), 3))
+        inputs = asked["inputs"]
         return posted(EmbedResult(tuple((0.6, -0.8) for _ in inputs), 5 * len(inputs)))
 
     async def status(self) -> Status:

@@ -1,0 +1,40 @@
+"""Requests that Schemathesis makes from the OpenAPI document: the gateway answers all of them, and never with 5xx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from gateway_fakes import MODEL, FakeBackend, serve
+from hypothesis import HealthCheck, given, settings
+
+from actors.gateway.app import make_app
+
+schemathesis = pytest.importorskip("schemathesis", reason="it needs Python 3.11")
+
+PATIENCE_S = 20.0
+STREAM_WITHOUT_END = "/api/v1/events"
+SCHEMA = schemathesis.openapi.from_dict(make_app(FakeBackend()).openapi()).exclude(path=STREAM_WITHOUT_END)
+OPERATIONS = [found.ok() for found in SCHEMA.get_all_operations()]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serve(FakeBackend(), pulse_s=0.5) as url:
+        yield url
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
+def test_no_request_makes_the_gateway_fail(url: str, operation: Any) -> None:
+    """Half of those that name a model name the one that there is."""
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy())
+    def ask(case: Any) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str) and len(case.body["model"]) % 2:
+            case.body["model"] = MODEL
+        reply = case.call(base_url=url, timeout=PATIENCE_S)
+        assert reply.status_code < 500, reply.text
+
+    ask()
