@@ -265,11 +265,11 @@ class SchedulerActor:
         self._post(ev.LeaseReleased(answer.lease_id))
         return result
 
-    async def unload(self, model: str) -> UnloadResult | ArrieroError:
+    async def unload(self, model: str, unless_wanted: bool = False) -> UnloadResult | ArrieroError:
         await self._answers.settled.wait()
         replicas = [r.replica_id for r in self._core.replicas.values() if r.model == model]
         try:
-            self._post(ev.UnloadAsked(model))
+            self._post(ev.UnloadAsked(model, unless_wanted))
         except ArrieroError as error:
             return error
         return UnloadResult(model=model, replicas=[str(replica_id) for replica_id in replicas])

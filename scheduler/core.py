@@ -110,7 +110,7 @@ class SchedulerCore:
             case ev.ReadAheadEnded():
                 self._dispatch.read_ahead_ended(event.node_id)
             case ev.UnloadAsked():
-                self._unload(event.model)
+                self._unload(event)
             case ev.PinAsked():
                 self._pin(event)
             case ev.KeepAliveAsked():
@@ -292,9 +292,14 @@ class SchedulerCore:
         message = f"{model.name} will be stopped after {event.keep_alive_s:.0f} s without requests"
         self._out.announce("model_keep_alive", message, model.name)
 
-    def _unload(self, name: str) -> None:
+    def _unload(self, event: ev.UnloadAsked) -> None:
         """Whoever waits for the model is refused: it would be loaded again at once."""
+        name = event.model
         replicas = self.replicas.of_model(name)
+        if event.unless_wanted:
+            if self.queue.of_model(name):
+                return
+            replicas = [replica for replica in replicas if replica.idle]
         if name in self.models.by_name or not replicas:
             self.models.find(name).dismissed = True
         for waiting in self.queue.of_model(name):

@@ -176,9 +176,11 @@ class ReadAheadEnded:
 
 @dataclass(frozen=True, slots=True)
 class UnloadAsked:
-    """Stop the model's replicas: idle ones at once, busy ones when their requests have ended."""
+    """Stop the model's replicas: idle ones at once, busy ones when their requests have ended. Refuse those who wait.
+    `unless_wanted`: only replicas that nobody uses, and only while nobody waits."""
 
     model: str
+    unless_wanted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from scheduler.errors import ArrieroError, Rejected
 
 CONNECTION = "connection"
 
-Phase = Literal["idle", "head", "body", "answer"]
+Phase = Literal["idle", "head", "body", "answer", "rest"]
+"""`rest`: the request was answered before all of it had come, mostly with a refusal; the rest is still read."""
 
 _CHUNKED = b"transfer-encoding"
 
@@ -67,6 +68,7 @@ class Connection(H11Protocol):
         self._comes_in_chunks = False
         self._seen = b""  # the end of what came, where the name of a header may begin
         self._lines = self._bytes = 0  # of a request whose body comes in chunks
+        self._rest_bytes = 0
         self._refusal: ArrieroError | None = None
         self._phase: Phase = "idle"
         self._arrival: asyncio.TimerHandle | None = None
@@ -88,6 +90,8 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._phase == "rest" and self._comes_in_chunks and self._is_too_much_rest(data):
+            return
         if self._refusal is not None:  # not before it asks: an answer to nothing would be lost
             self._refuse(self._refusal)
         if self.transport.is_closing() or self._has_too_long_a_head(data) or self._has_too_small_chunks(data):
@@ -128,13 +132,13 @@ class Connection(H11Protocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether no request of it has arrived."""
-        return self._phase in ("idle", "head")
+        """Whether nothing of it waits for an answer."""
+        return self._phase in ("idle", "head", "rest")
 
     def _has_too_long_a_head(self, data: bytes) -> bool:
         """Whether a request has too many headers; it is refused then. They are counted before anything is made of
         them: that costs much more than their bytes."""
-        if self.is_waiting:
+        if self._phase in ("idle", "head"):
             end = data.find(b"\r\n\r\n")
             self._head_lines += data.count(b"\n") if end < 0 else data.count(b"\n", 0, end)
             if self._head_lines > limits.MAX_HEAD_LINES:
@@ -158,6 +162,15 @@ class Connection(H11Protocol):
         self._refuse(Rejected("the body comes in chunks that are too small; send larger ones, or its length"))
         return True
 
+    def _is_too_much_rest(self, data: bytes) -> bool:
+        """Whether what comes after the answer is not looked at any more: chunks cost more than their bytes. The
+        connection is closed soon."""
+        before, self._rest_bytes = self._rest_bytes, self._rest_bytes + len(data)
+        if before <= limits.REST_BYTES < self._rest_bytes and self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = self.loop.call_later(limits.REST_S, self._too_late)
+        return self._rest_bytes > limits.REST_BYTES
+
     def _one_too_many(self, of_address: int) -> TooMuchHeld | None:
         most = limits.connection_limit()
         if len(self.connections) > most and not self._opened.give_way(self._address):
@@ -173,7 +186,10 @@ class Connection(H11Protocol):
     def _follow(self, between: Phase) -> None:
         """Enter the phase that h11 is in; `between`: the one without a request."""
         state = self.conn.their_state
-        self._enter(between if state is h11.IDLE else "body" if state is h11.SEND_BODY else "answer")
+        if state is h11.SEND_BODY:
+            self._enter("rest" if self.conn.our_state is h11.DONE else "body")
+        else:
+            self._enter(between if state is h11.IDLE else "answer")
 
     def _enter(self, phase: Phase) -> None:
         """`phase` has a time limit from its beginning on."""
@@ -181,17 +197,22 @@ class Connection(H11Protocol):
             return
         self._phase = phase
         if phase == "idle":
-            self._head_lines = self._lines = self._bytes = 0
+            self._head_lines = self._lines = self._bytes = self._rest_bytes = 0
             self._comes_in_chunks = False
         if self._arrival is not None:
             self._arrival.cancel()
             self._arrival = None
         if phase != "answer":
-            seconds = {"idle": limits.KEEP_ALIVE_S, "head": limits.HEAD_S, "body": limits.BODY_S}[phase]
+            seconds = {
+                "idle": limits.KEEP_ALIVE_S,
+                "head": limits.HEAD_S,
+                "body": limits.BODY_S,
+                "rest": limits.BODY_S,
+            }[phase]
             self._arrival = self.loop.call_later(seconds, self._too_late)
 
     def _too_late(self) -> None:
-        if self._phase == "idle":
+        if self._phase in ("idle", "rest"):
             self.transport.abort() if self.transport.get_write_buffer_size() else self.transport.close()
         else:
             what, seconds = ("headers", limits.HEAD_S) if self._phase == "head" else ("body", limits.BODY_S)

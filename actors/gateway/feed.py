@@ -44,10 +44,10 @@ class Feed:
             while True:
                 position = max(position, self._dropped)
                 page = list(islice(self._kept, position - self._dropped, position - self._dropped + PAGE))
-                for _, data in page:
-                    yield data
                 position += len(page)
                 if page:
+                    yield b"".join(data for _, data in page)
+                    await asyncio.sleep(0)  # a client that takes all at once keeps nobody else waiting
                     continue
                 if not follow:
                     return

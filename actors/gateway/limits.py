@@ -36,7 +36,7 @@ is room for 500 prompts of 128,000 tokens. One source (an API key, or an address
 MAX_HEAD_BYTES = 32 * KIB  # request line and headers; 8,000 empty headers cost 30 ms
 MAX_HEAD_LINES = 128  # 7,900 short headers took 17 ms of the event loop, each time
 MAX_QUERY_PARTS = 64  # 8,000 took 13 ms
-FREE_LINES, MIN_LINE_BYTES = MAX_HEAD_LINES + 64, 64
+FREE_LINES, MIN_LINE_BYTES = MAX_HEAD_LINES + 64, 256
 """Of a request whose body comes in chunks: so many lines, and then one for so many bytes. A chunk of one byte costs h11
 13 µs, and 8 KiB of them 18 ms; with this it is 1 ms. Who writes chunks at all writes kilobytes."""
 
@@ -44,6 +44,9 @@ HEAD_S = 20.0  # from a connection's (or a request's) first moment to the end of
 BODY_S = 60.0  # from there to the end of the body: 32 MiB at 4.5 Mbit/s
 STALL_S = 60.0
 """A client that takes nothing for so long holds a slot that others wait for: it counts as gone."""
+
+REST_S, REST_BYTES = 2.0, 64 * KIB
+"""Of a body in chunks whose request was answered already: so much is still read, and the connection is closed soon."""
 
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections pooled, so that they never reuse one being closed
 

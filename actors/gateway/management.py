@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from typing import Annotated
+from weakref import WeakValueDictionary
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -39,10 +40,12 @@ def management_routes(backend: Backend, reader: Reader, pulse_s: float) -> APIRo
     # A plan takes the scheduler up to 0.2 s, in which nobody is granted anything: they are made one after the other, so
     # that other requests come in between.
     planning = asyncio.Lock()
+    lines: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by source: the first of each is in line
     feed = Feed(backend)
 
-    async def planned(model: str, n_ctx: int | None) -> Plan:
-        async with planning:
+    async def planned(source: str, model: str, n_ctx: int | None) -> Plan:
+        line = lines.setdefault(source, asyncio.Lock())
+        async with line, planning:
             return await backend.plan(model, n_ctx)
 
     @router.get("/api/v1/status")
@@ -53,7 +56,7 @@ def management_routes(backend: Backend, reader: Reader, pulse_s: float) -> APIRo
     async def plan(
         request: Request, model: Name, n_ctx: Annotated[int | None, Query(ge=1, le=MAX_TOKENS)] = None
     ) -> Plan:
-        return await while_connected(request, planned(model, n_ctx))
+        return await while_connected(request, planned(source_of(request), model, n_ctx))
 
     @router.get("/api/v1/models")
     async def models() -> list[ModelInfo]:

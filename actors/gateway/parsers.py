@@ -1,6 +1,7 @@
 """Large bodies are read by processes of their own (`parser_process`), so that nothing in them stops the event loop.
 
-Two processes, so that one body that takes all its time does not keep the others waiting. The sources (API keys, or
+Two processes, so that one body that takes all its time does not keep the others waiting: one of them reads no long
+bodies. The sources (API keys, or
 addresses) take turns. Of one source, short bodies go first, but a long one does not wait for ever: each megabyte counts
 as a second of waiting. A process that takes too long or too much memory is ended, the client is told so, and the next
 body gets a new one. The processes start when the first body needs them.
@@ -25,9 +26,11 @@ from actors.gateway.limits import PARSE_CPU_S, PARSE_DATA_BYTES, PARSE_S
 from actors.gateway.openai_requests import Ask
 from actors.gateway.parser_process import HEAD, READY, message
 from scheduler.errors import ArrieroError, InvariantBroken
-from scheduler.units import MIB, format_bytes
+from scheduler.units import KIB, MIB, format_bytes
 
 PROCESSES = 2
+LONG_BYTES = 256 * KIB
+"""The worst of so much takes 40 ms (32 MiB take 5 s)."""
 LOOK_EVERY_S = 0.5  # a process that has stood still between two looks will not answer
 START_S = 60.0  # it takes 0.3 s; a machine that loads models may be slower
 _SOURCE_ROOT = Path(__file__).parents[2]
@@ -47,6 +50,10 @@ class _Job:
     question: tuple[bytes, bytes | bytearray] = field(compare=False)
     answer: asyncio.Future[Ask] = field(compare=False)
 
+    @property
+    def is_long(self) -> bool:
+        return self.size_bytes > LONG_BYTES
+
 
 class Parsers:
     """The processes. Belongs to one event loop; `close()` ends them."""
@@ -54,7 +61,8 @@ class Parsers:
     def __init__(self, processes: int = PROCESSES) -> None:
         self._processes = processes
         self._lines: dict[str, list[_Job]] = {}  # a heap for each source; the source whose turn is next comes first
-        self._waiting = asyncio.Semaphore(0)  # one for each job
+        self._long = 0  # long bodies that are being read
+        self._changed = asyncio.Condition()
         self._numbers = itertools.count()
         self._workers: list[asyncio.Task[None]] = []
 
@@ -67,18 +75,29 @@ class Parsers:
         question = message((form, request_id, key), body)
         due_s = asyncio.get_running_loop().time() + len(body) / BYTES_PER_S
         job = _Job(due_s, next(self._numbers), len(body), question, answer)
-        heappush(self._lines.setdefault(source, []), job)
-        self._waiting.release()
+        async with self._changed:
+            heappush(self._lines.setdefault(source, []), job)
+            self._changed.notify()
         return await answer
 
     async def _next(self) -> _Job:
-        await self._waiting.acquire()
-        source = next(iter(self._lines))
-        line = self._lines.pop(source)
-        job = heappop(line)
-        if line:
-            self._lines[source] = line  # behind all others
-        return job
+        async with self._changed:
+            while (source := next(filter(self._may_be_next, self._lines), None)) is None:
+                await self._changed.wait()
+            line = self._lines.pop(source)
+            job = heappop(line)
+            if line:
+                self._lines[source] = line  # behind all others
+            self._long += job.is_long
+            return job
+
+    def _may_be_next(self, source: str) -> bool:
+        return not self._lines[source][0].is_long or self._long < max(1, self._processes - 1)
+
+    async def _ended(self, job: _Job) -> None:
+        async with self._changed:
+            self._long -= job.is_long
+            self._changed.notify_all()
 
     def close(self) -> None:
         for worker in self._workers:
@@ -91,22 +110,26 @@ class Parsers:
         try:
             while True:
                 job = await self._next()
-                if job.answer.done():  # whoever asked has left
-                    continue
                 try:
-                    process = process or await _Process.start()
-                    answer: Ask | ArrieroError = await asyncio.wait_for(process.ask(job.question), PARSE_S)
-                except (asyncio.TimeoutError, OSError, EOFError) as error:
-                    status = await process.end() if process is not None else None
-                    answer = _trouble(status, error, job)
-                    process = None
-                if job.answer.done():
-                    continue
-                if isinstance(answer, ArrieroError):
-                    job.answer.set_exception(answer)
-                else:
-                    job.answer.set_result(answer)
-                del job, answer
+                    if job.answer.done():  # whoever asked has left
+                        continue
+                    try:
+                        process = process or await _Process.start()
+                        answer: Ask | ArrieroError = await asyncio.wait_for(process.ask(job.question), PARSE_S)
+                    except (asyncio.TimeoutError, OSError, EOFError) as error:
+                        status = await process.end() if process is not None else None
+                        answer = _trouble(status, error, job)
+                        process = None
+                    if job.answer.done():
+                        continue
+                    if isinstance(answer, ArrieroError):
+                        job.answer.set_exception(answer)
+                    else:
+                        job.answer.set_result(answer)
+                    del answer
+                finally:
+                    await self._ended(job)
+                    del job
         finally:
             if process is not None:
                 process.end()

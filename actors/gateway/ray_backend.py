@@ -84,8 +84,8 @@ class RayBackend:
             raise
         return result
 
-    async def unload(self, model: str) -> UnloadResult:
-        result: UnloadResult = await self._ask("unload", model)
+    async def unload(self, model: str, unless_wanted: bool = False) -> UnloadResult:
+        result: UnloadResult = await self._ask("unload", model, unless_wanted)
         return result
 
     async def pin(self, model: str, pinned: bool) -> PinResult:

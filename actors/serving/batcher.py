@@ -144,9 +144,9 @@ class Batcher:
 
     def _stop_choosing(self) -> None:
         """Nobody uses a sampler any more."""
-        for slot in self._slots:
-            if isinstance(slot.job, Generation) and slot.job.constraint is not None:
-                slot.job.constraint.interrupt()
+        for job in self.jobs():
+            if isinstance(job, Generation) and job.constraint is not None:
+                job.constraint.interrupt()
         self._beside.shutdown()
 
     def _prepare(self) -> bool:
@@ -167,7 +167,7 @@ class Batcher:
         for slot in self._slots:
             if slot.job is not None and slot.job.cancelled and not _is_choosing(slot.job):
                 self._slots.release(slot).end()
-        for job in [job for job in self._slots.waiting if job.cancelled]:
+        for job in [job for job in self._slots.waiting if job.cancelled and not _is_choosing(job)]:
             self._slots.waiting.remove(job)
             job.end()
 
@@ -236,13 +236,14 @@ class Batcher:
                 token = self._model.sample(job.sampler, row)
             else:
                 self._model.accept(job.sampler, token)
-            self._accept(slot, job, token)
+            if self._accept(job, token):
+                self._release_locked(slot)
 
-    def _accept(self, slot: Slot, job: Generation, token: int, likelihood: Likelihood | None = None) -> None:
+    def _accept(self, job: Generation, token: int, likelihood: Likelihood | None = None) -> bool:
+        """True when it was the answer's last token."""
         ends = self._model.ends_generation(token)
         piece = b"" if ends else self._model.piece(token, special=token in job.wish.preserved)
-        if job.accept(token, piece, ends=ends, likelihood=likelihood):
-            self._release_locked(slot)
+        return job.accept(token, piece, ends=ends, likelihood=likelihood)
 
     def _begin_to_choose(self, part: _Part) -> None:
         job = part.job
@@ -303,20 +304,32 @@ class Batcher:
     def _take_chosen(self) -> None:
         """What was chosen and judged meanwhile."""
         for slot in self._slots:
-            job = slot.job
-            if not isinstance(job, Generation) or job.chosen is None:
-                continue
-            chosen, job.chosen, job.choosing = job.chosen, None, False
-            if isinstance(chosen, ArrieroError):
-                self._slots.release(slot).end(None if job.cancelled else chosen)
-            elif not job.cancelled:
-                job.judge(chosen.of_prompt)
-                if chosen.token is not None:
-                    self._accept(slot, job, chosen.token, chosen.likelihood)
-                elif not job.wish.max_tokens and len(slot.tokens) == len(job.prompt):
-                    job.cut_short()
-                    self._slots.release(slot)
-                job.hearer.flush()
+            if isinstance(slot.job, Generation) and slot.job.chosen is not None and self._take(slot.job):
+                self._slots.release(slot)
+        for job in [*self._slots.waiting]:  # it has lost its slot meanwhile
+            if isinstance(job, Generation) and job.chosen is not None:
+                if self._take(job):
+                    self._slots.waiting.remove(job)
+                else:
+                    job.begin_again(job.prompt)
+
+    def _take(self, job: Generation) -> bool:
+        """Its choice; True when the job has ended with it."""
+        chosen, job.chosen, job.choosing = job.chosen, None, False
+        if isinstance(chosen, ArrieroError):
+            job.end(None if job.cancelled else chosen)
+            return True
+        if job.cancelled or chosen is None:
+            return False
+        job.judge(chosen.of_prompt)
+        ended = False
+        if chosen.token is not None:
+            ended = self._accept(job, chosen.token, chosen.likelihood)
+        elif not job.wish.max_tokens and job.n_judged == len(job.prompt):
+            job.cut_short()
+            ended = True
+        job.hearer.flush()
+        return ended
 
     def _embed(self) -> None:
         """One batch of texts to embed.

@@ -126,8 +126,8 @@ class Generation(Job[Chunk]):
 
     def begin_again(self, known: list[int]) -> None:
         """It loses its slot, which holds the tokens `known`: they, and the pending one, are to be read once more."""
-        if self.pending is not None:
-            self.prompt = [*known, self.pending]
+        if self.pending is not None:  # while the next one is chosen, it is among the known
+            self.prompt = list(known) if self.choosing else [*known, self.pending]
             self.pending = None
 
     def took(self, n_tokens: int, seconds: float) -> None:

@@ -14,7 +14,7 @@ import os
 import selectors
 import socket
 from collections import OrderedDict, deque
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Lock, Thread
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from actors.endpoint import LONGEST_PROOF_BYTES, listen
 from actors.frames import BrokenFrame, FrameReader, packed
 from actors.leasing import TokenCounts
 from actors.road import Kind
+from actors.serving.fair_threads import FairThreads
 from actors.serving.jobs import Embedded, Hearer, Work
 from actors.serving.preparation import Errand
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
@@ -56,7 +57,7 @@ class Listener:
     def __init__(self, replica: Replica, node_id: NodeId, host: str) -> None:
         self._replica = replica
         self.endpoint, listening = listen(node_id, host)
-        self._preparing = ThreadPoolExecutor(PREPARED_AT_ONCE, "prepare")
+        self._preparing = FairThreads(PREPARED_AT_ONCE, len(os.sched_getaffinity(0)), "prepare")
         self._unproved: OrderedDict[_Connection, None] = OrderedDict()
         self._blocked: deque[_Connection] = deque()  # these want to be told when they can write
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -183,7 +184,7 @@ class Listener:
             raise BrokenFrame(f"a request cannot be read ({error})") from error
         connection.answering = True
         connection.errand = Errand()
-        self._preparing.submit(self._answer, connection, request, hearer)
+        self._preparing.submit(request.source, partial(self._answer, connection, request, hearer))
 
     # ------------------------------------------------------------------ threads that prepare
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actors.devices.processes import look_at
 from actors.frames import BrokenFrame, receive, send
 from actors.serving.dialogue import N_CTX, TOKEN, Kind
 from actors.serving.protocol import Delta, FinishReason
@@ -132,8 +133,8 @@ class Preparer:
             self._keep(connection)
             raise
         except TimeoutError as error:
-            connection.close()
-            self._end_process()  # it is stopped: the next request gets another
+            connection.close()  # which ends the child
+            self._end_if_stopped()
             raise EngineFailed(f"its preparer did not answer for {ANSWER_TIMEOUT_S:.0f} s") from error
         except OSError as error:
             connection.close()
@@ -257,6 +258,14 @@ class Preparer:
                 raise
         ours.settimeout(ANSWER_TIMEOUT_S)
         return ours
+
+    def _end_if_stopped(self) -> None:
+        """A process that is stopped makes no children: the next request gets another. One that goes on belongs to other
+        requests, too."""
+        with self._lock:
+            look = look_at(self._process.pid) if self._process is not None else None
+            if look is None or look.stopped:
+                self._end_process()
 
     def _end_process(self) -> None:
         self._control.close()

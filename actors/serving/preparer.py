@@ -281,6 +281,13 @@ class Child:
         if isinstance(prompt, str):
             tokens = self._tokenized(prompt, n_ctx)
         else:
+            if len(prompt) > n_ctx:
+                raise Rejected(
+                    f"prompt is {len(prompt)} tokens; the slot holds {n_ctx} with the answer. "
+                    "Shorten the prompt or load the model with a larger n_ctx",
+                    prompt_tokens=len(prompt),
+                    n_ctx=n_ctx,
+                )
             tokens = list(prompt)
             if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary.n_tokens:
                 wrong = next(token for token in tokens if not 0 <= token < self._vocabulary.n_tokens)

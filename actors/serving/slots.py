@@ -10,7 +10,7 @@ prompts: a chat that goes on, or an answer that is made anew, begins at one of t
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
@@ -95,6 +95,7 @@ class Slots:
         A job that needs more room than there is may be passed by others, `MOST_PASSED` of them.
         Further answers of one request come last, and give way to everybody else.
         """
+        held_back: set[str] = set()  # sources whose jobs would pass one of their own too often
         first: list[Job[Any]] = []
         extra: list[Generation] = []
         for job in self.waiting:
@@ -103,14 +104,23 @@ class Slots:
             else:
                 first.append(job)
         for job in first:
+            if is_choosing(job) or job.source in held_back:
+                continue
             if not self._has_room_for(job):
                 if job.passed >= MOST_PASSED:
-                    return
+                    if not self._waits_for_its_own(job):
+                        return
+                    held_back.add(job.source)
                 continue
             if not self._give_slot(job) and not (self._postpone_extra() and self._give_slot(job)):
                 return
         for further in extra:
-            if self._is_next(further) and self._has_room_for(further) and not self._give_slot(further):
+            if (
+                not further.choosing
+                and self._is_next(further)
+                and self._has_room_for(further)
+                and not self._give_slot(further)
+            ):
                 return
 
     def _give_slot(self, job: Job[Any]) -> bool:
@@ -177,6 +187,12 @@ class Slots:
         while sum(len(one.state) for each in self._all for one in each.checkpoints) > MOST_CHECKPOINT_BYTES:
             next(each for each in by_use if each.checkpoints).checkpoints.pop(0)
 
+    def _waits_for_its_own(self, job: Job[Any]) -> bool:
+        """Whether the running jobs of its own source leave it no room, even if all others ended. Then no other source
+        waits for it."""
+        own = [slot for slot in self._all if slot.job is not None and slot.job.source == job.source]
+        return bool(own) and _held_by(own) + len(job.prompt) >= self._model.n_cells
+
     def _is_next(self, job: Generation) -> bool:
         """Whether the first answer to the same prompt has read it, as far as that helps this one."""
         return not self._model.shares_cells or job.first is None or job.first.is_read
@@ -184,7 +200,7 @@ class Slots:
     def _postpone_extra(self) -> bool:
         """Takes a slot from a request that has another one."""
         for slot in self._all:
-            if slot.job is not None and _is_extra(slot.job) and not slot.job.choosing:
+            if slot.job is not None and _is_extra(slot.job):
                 self._postpone(slot, slot.job)
                 return True
         return False
@@ -195,7 +211,7 @@ class Slots:
         What idle slots hold does not count: it is dropped when needed. A postponed answer waits until another has
         ended. Else it would be read again and again, for a few tokens each time.
         """
-        held = sum(max(len(slot.tokens) + 1, len(slot.job.prompt)) for slot in self._all if slot.job is not None)
+        held = _held_by(self._all)
         if not held:
             return True
         if isinstance(job, Generation) and job.postponed_at == self._releases:
@@ -228,17 +244,17 @@ class Slots:
 
     def postpone_one(self) -> bool:
         """When the cache is full, pause one answer until there is room: one whose reader is stalled, or the youngest of
-        the source that holds most of the cache. False when only one job runs: it has the whole cache."""
+        the source that holds most of the cache. If its next token is being chosen, it takes that without a slot. False
+        when only one job runs: it has the whole cache."""
         if sum(slot.job is not None for slot in self._all) < 2:
             return False
         answers = [(slot, slot.job) for slot in self._all if isinstance(slot.job, Generation)]
-        may_wait = [(slot, job) for slot, job in answers if not job.choosing]
-        if not may_wait:
+        if not answers:
             return False
         held: Counter[str] = Counter()
         for slot, job in answers:
             held[job.source] += len(slot.tokens)
-        slot, job = max(may_wait, key=lambda pair: (pair[1].hearer.stalled, held[pair[1].source], pair[0].last_used))
+        slot, job = max(answers, key=lambda pair: (pair[1].hearer.stalled, held[pair[1].source], pair[0].last_used))
         self._postpone(slot, job)
         return True
 
@@ -248,6 +264,16 @@ class Slots:
         self.release(slot)
         job.postponed_at = self._releases
         self.waiting.appendleft(job)
+
+
+def _held_by(slots: Iterable[Slot]) -> int:
+    """Cells of running jobs: what they hold, or will hold when their prompts are read, and one more for each."""
+    return sum(max(len(slot.tokens) + 1, len(slot.job.prompt)) for slot in slots if slot.job is not None)
+
+
+def is_choosing(job: Job[Any]) -> bool:
+    """Whether its next token is being chosen beside the engine's thread, or was and is not taken."""
+    return isinstance(job, Generation) and job.choosing
 
 
 def _is_extra(job: Job[Any]) -> TypeGuard[Generation]:

@@ -1,8 +1,8 @@
 """Text out of token pieces: whole UTF-8 characters only, and never a stop string or the start of one.
 
 A token may end in the middle of a character, and a stop string may span tokens. Both are held back until they are
-complete; a stop string cuts the text where it begins. Cost per token: one search of the held text, which is shorter
-than the longest stop string plus one piece.
+complete; the stop string that ends first cuts the text where it begins. Cost per token: a few steps for each of its
+characters and each stop string.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class TextStream:
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stops = tuple(stop for stop in stops if stop)
+        self._stops = [_Stop(stop) for stop in stops if stop]
         self._held = ""
         self.stopped = False
 
@@ -40,23 +40,37 @@ class TextStream:
     def _release(self, text: str) -> str:
         if self.stopped:
             return ""
+        if not self._stops:
+            return text
         self._held += text
-        cuts = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if cuts:
-            self.stopped = True
-            shown, self._held = self._held[: min(cuts)], ""
-            return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        split = len(self._held) - keep
+        for at, character in enumerate(text, start=len(self._held) - len(text)):
+            ended = [stop for stop in self._stops if stop.follow(character)]
+            if ended:
+                self.stopped = True
+                shown, self._held = self._held[: at + 1 - max(len(stop.text) for stop in ended)], ""
+                return shown
+        split = len(self._held) - max(stop.matched for stop in self._stops)
         shown, self._held = self._held[:split], self._held[split:]
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-    while at >= 0:
-        if stop.startswith(text[at:]):
-            return len(text) - at
-        at = text.find(stop[0], at + 1)
-    return 0
+class _Stop:
+    """A stop string that is looked for character by character, as Knuth, Morris and Pratt do it: whatever it is and
+    whatever is said, a character takes a few steps. `matched`: how much of its beginning the text ends with."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        self._borders = [0]  # of each beginning: its longest end that is a beginning, too
+        for character in text[1:]:
+            self._borders.append(self._longer(self._borders[-1], character))
+
+    def follow(self, character: str) -> bool:
+        """The text goes on with `character`; True when it ends with the stop string now."""
+        self.matched = self._longer(self.matched, character)
+        return self.matched == len(self.text)
+
+    def _longer(self, matched: int, character: str) -> int:
+        while matched and self.text[matched] != character:
+            matched = self._borders[matched - 1]
+        return matched + (self.text[matched] == character)

@@ -10,7 +10,10 @@ import difflib
 import fnmatch
 import posixpath
 import re
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from heapq import nlargest
 from math import inf
 
 from scheduler.cluster.facts import ModelFile
@@ -23,6 +26,8 @@ from scheduler.units import NodeId
 
 DEFAULT_SLOT_CONTEXT = 8192
 AUTO_SLOTS = 4  # as many as llama-server has by default
+_COMPARED, _CANDIDATES = 32, 8  # characters of a name, and names
+
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -111,8 +116,8 @@ class Models:
         """The model, or UnknownModel that suggests the nearest name."""
         model = self.by_name.get(name)
         if model is None:
-            close = difflib.get_close_matches(name, self.by_name, n=1, cutoff=0.5)
-            known = f"did you mean {close[0]!r}?" if close else "`arriero models` lists the known ones"
+            close = _nearest(name, self.by_name)
+            known = f"did you mean {close!r}?" if close else "`arriero models` lists the known ones"
             raise UnknownModel(f"no model named {name!r}; {known}", model=name)
         return model
 
@@ -315,3 +320,13 @@ def _takes_no_more(shape: ModelShape, shared: ContextParams, alone: ContextParam
         return shape.cache_bytes(shared) <= shape.cache_bytes(alone)
     except Rejected:
         return False
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    """The known name that is most like `name`, or "". Anybody may ask for anything, as often as he likes: so difflib
+    sees the beginnings of the few that share most letters, which takes less than a millisecond."""
+    letters = Counter(name[:_COMPARED].lower())
+    alike = nlargest(_CANDIDATES, known, key=lambda each: (letters & Counter(each[:_COMPARED].lower())).total())
+    by_beginning = {each[:_COMPARED]: each for each in alike}
+    close = difflib.get_close_matches(name[:_COMPARED], by_beginning, n=1, cutoff=0.5)
+    return by_beginning[close[0]] if close else ""

@@ -409,3 +409,22 @@ def test_the_catalogue_pins_whatever_a_client_says() -> None:
     s.send(ev.KeepAliveAsked("a", 5.0))
     s.wait(10)
     assert s.core.models.by_name["a"].pinned
+
+
+def test_an_unload_unless_it_is_wanted_takes_nothing_from_anybody() -> None:
+    s = machine({"a": MEDIUM}, "4GiB")
+    asked = s.ask("a")
+    s.send(ev.UnloadAsked("a", unless_wanted=True))
+    assert s.waits(asked) or asked in s.grants
+    s.wait(30)
+    assert asked in s.grants
+    s.send(ev.UnloadAsked("a", unless_wanted=True))
+    other = s.ask("a")
+    assert len(s.core.replicas) == 1 and s.replica("a").open
+    s.done(asked)
+    s.wait(1)
+    if other in s.grants:
+        s.done(other)
+    s.send(ev.UnloadAsked("a", unless_wanted=True))
+    s.wait(5)
+    assert not s.core.replicas

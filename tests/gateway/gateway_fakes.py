@@ -220,7 +220,7 @@ class FakeBackend:
         loaded = {"model": request.model, "replica_id": "r0", "node": "box", "n_ctx": request.n_ctx or 4096}
         return posted(LoadResult(**loaded, load_s=0.25))
 
-    async def unload(self, model: str) -> UnloadResult:
+    async def unload(self, model: str, unless_wanted: bool = False) -> UnloadResult:
         return posted(UnloadResult(model=model, replicas=["r0"]))
 
     async def pin(self, model: str, pinned: bool) -> PinResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -32,14 +33,15 @@ class Board(FakeBackend):
 
     async def notices(self, after_seq: int) -> AsyncIterator[Notice]:
         self.asked.append(after_seq)
-        while news := await self.board.after(after_seq, 0.0):
+        while news := self.board.after(after_seq):
             for notice in news:
                 yield notice
                 after_seq = notice.seq
 
 
 async def numbers(feed: Feed, after: int = 0, source: str = "") -> list[int]:
-    return [int(data.split(b"\n")[0].removeprefix(b"id: ")) async for data in feed.events(after, False, source)]
+    pages = [page async for page in feed.events(after, False, source)]
+    return [int(number) for page in pages for number in re.findall(rb"^id: (\d+)$", page, re.MULTILINE)]
 
 
 def played(scene: Callable[[Board, Feed], Coroutine[Any, Any, None]]) -> Board:

@@ -141,7 +141,7 @@ def test_bodies_in_tiny_pieces_are_refused_before_they_are_read(
 
 def test_bodies_in_chunks_of_some_size_are_welcome(url: str, backend: FakeBackend) -> None:
     long = BODY[:-1] + b', "user": "%s"}' % (b"x" * 100_000)
-    for body, size in ((BODY, 10), (long, 200)):
+    for body, size in ((BODY, 10), (long, 600)):
         with connect(url) as connection:
             connection.sendall(IN_CHUNKS.replace(b"{}", b"") + chunks(body, size))
             assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK")
@@ -218,6 +218,32 @@ def test_who_has_most_connections_gives_way(backend: FakeBackend, monkeypatch: p
                 assert refusal(get(last)) == (429, "too_much_held"), "whoever is answered stays"
         gate.open()
         assert busy.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_who_is_refused_and_keeps_its_body_back_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it waits for an answer any more."""
+    monkeypatch.setattr(limits, "connection_limit", lambda: 2)
+    monkeypatch.setattr(limits, "connection_limit_of_address", lambda: 9)
+    with (
+        serve(FakeBackend(), {"ann": "secret"}) as url, from_address(url, "127.0.0.2") as one,
+        from_address(url, "127.0.0.2") as other,
+    ):  # fmt: skip
+        for each in (one, other):
+            each.sendall(head_of(COMPLETIONS, 1000))
+            assert each.recv(65536).startswith(b"HTTP/1.1 401")
+        with from_address(url, "127.0.0.3") as newcomer:
+            assert get(newcomer).startswith(b"HTTP/1.1 200")
+
+
+def test_who_is_refused_may_send_the_rest_and_go_on(url: str) -> None:
+    """Clients that send a head and then a body use the connection again."""
+    with connect(url) as connection:
+        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n")
+        answer = b""
+        while b"no_such_route" not in answer:
+            answer += connection.recv(65536)
+        connection.sendall(b"rest")
+        assert get(connection).startswith(b"HTTP/1.1 200")
 
 
 def test_many_headers_or_parameters_are_refused_before_they_are_read(url: str) -> None:

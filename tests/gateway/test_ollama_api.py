@@ -94,7 +94,8 @@ def test_a_request_without_a_question_loads_and_keep_alive_ends_or_pins(
 ) -> None:
     orders: list[tuple[str, Any]] = []
 
-    async def unload(model: str) -> None:
+    async def unload(model: str, unless_wanted: bool) -> None:
+        assert unless_wanted
         orders.append(("unload", model))
 
     async def pin(model: str, pinned: bool) -> None:

@@ -141,18 +141,22 @@ def test_cancelling_one_does_not_abort_another_in_the_same_batch(running: Any) -
 
 
 class SlowConstraint:
-    """Chooses until it is interrupted."""
+    """Chooses until it may `go` on, or is interrupted."""
 
     def __init__(self) -> None:
-        self.began, self.interrupted = threading.Event(), threading.Event()
+        self.began, self.go, self.interrupted = threading.Event(), threading.Event(), False
 
     def choose(self, pick: Any) -> int:
         self.began.set()
-        self.interrupted.wait()
-        raise EngineFailed("interrupted")
+        self.go.wait()
+        if self.interrupted:
+            raise EngineFailed("interrupted")
+        token: int = pick(None)
+        return token
 
     def interrupt(self) -> None:
-        self.interrupted.set()
+        self.interrupted = True
+        self.go.set()
 
     def close(self) -> None: ...
 
@@ -287,6 +291,37 @@ def test_who_needs_little_passes_who_needs_the_whole_cache_but_not_for_ever() ->
         slots.release(inside[-1])
         slots.assign()
     assert served == ["running", *(f"small-{number}" for number in range(MOST_PASSED)), "large"]
+
+
+def test_whoever_waits_for_room_that_its_own_answers_hold_keeps_no_other_waiting() -> None:
+    slots = Slots(FakeModel(n_seq_max=3, room=100))
+    ann = [job([1] * 20, name="ann-long", source="ann"), job([2] * 95, name="ann-large", source="ann")]
+    slots.waiting += [*ann, *(job([3] * 5, name=f"bob-{number}", source="bob") for number in range(3 * MOST_PASSED))]
+    slots.waiting.append(job([4] * 5, name="ann-small", source="ann"))
+    served = []
+    for _ in range(40):
+        slots.assign()
+        inside = [slot for slot in slots if slot.job is not None and slot.job.lease_id != "ann-long"]
+        served += [slot.job.lease_id for slot in inside if slot.job is not None]
+        for slot in inside:
+            slots.release(slot)
+    assert served == [f"bob-{number}" for number in range(3 * MOST_PASSED)]
+    slots.release(next(slot for slot in slots if slot.job is not None))
+    slots.assign()
+    assert [slot.job.lease_id for slot in slots if slot.job is not None] == ["ann-large"]
+
+
+def test_an_answer_whose_token_is_chosen_gives_way_like_any_other(running: Any) -> None:
+    """It takes its token without a slot, and is continued with it."""
+    batcher = running(FakeModel(2, room=60))
+    constraint = SlowConstraint()
+    long, short = talkative(40, at_least=12), talkative(2, at_least=40)
+    slow = submitted(batcher, job(long, 12, name="ann", source="ann", constraint=constraint))
+    assert constraint.began.wait(10)
+    other = submitted(batcher, job(short, 40, name="bob", source="bob"))
+    assert heard(list(other.hearer)) == expected(short, 40)
+    constraint.go.set()
+    assert heard(list(slow.hearer)) == expected(long, 12)
 
 
 def test_in_a_full_cache_the_source_that_holds_most_of_it_gives_way(running: Any) -> None:
