@@ -273,6 +273,7 @@ class SchedulerCore:
 
     def _pin(self, event: ev.PinAsked) -> None:
         model = self.models.find(event.model)
+        model.pinned_by_client = False
         if model.pinned == event.pinned:
             return
         model.pinned = event.pinned
@@ -281,9 +282,15 @@ class SchedulerCore:
         self._dispatch.look_again()
 
     def _keep_alive(self, event: ev.KeepAliveAsked) -> None:
-        """As in Ollama: a duration takes back what pinned the model, unless that was the catalogue."""
+        """As in Ollama: a negative one pins the model, and a duration takes that back. What the catalogue pins, or
+        somebody by name, stays pinned."""
         model = self.models.find(event.model)
-        if model.pinned and not (model.entry is not None and model.entry.pinned):
+        if event.keep_alive_s < 0:
+            if not model.pinned:
+                self._pin(ev.PinAsked(event.model, True))
+                model.pinned_by_client = True
+            return
+        if model.pinned_by_client:
             self._pin(ev.PinAsked(event.model, False))
         if model.keep_alive_s == event.keep_alive_s:
             return
@@ -297,9 +304,9 @@ class SchedulerCore:
         name = event.model
         replicas = self.replicas.of_model(name)
         if event.unless_wanted:
-            if self.queue.of_model(name):
-                return
             replicas = [replica for replica in replicas if replica.idle]
+            if not replicas or self.queue.of_model(name) or self.models.find(name).pinned:
+                return
         if name in self.models.by_name or not replicas:
             self.models.find(name).dismissed = True
         for waiting in self.queue.of_model(name):

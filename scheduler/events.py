@@ -191,7 +191,7 @@ class PinAsked:
 
 @dataclass(frozen=True, slots=True)
 class KeepAliveAsked:
-    """From now on, and until somebody asks otherwise, the model is stopped after being idle for so long."""
+    """The model is stopped after being idle for so long, until somebody asks otherwise. A negative time pins it."""
 
     model: str
     keep_alive_s: float

@@ -149,9 +149,11 @@ class Connection(H11Protocol):
     def _has_too_small_chunks(self, data: bytes) -> bool:
         """Whether a body comes in chunks so small that they cost much more than their bytes; it is refused then. Lines
         are counted, before anything is made of them: a chunk has two, and each header that follows the last has one."""
-        if self._phase != "body":
+        if self._phase in ("body", "rest"):  # h11 has read its head
+            self._comes_in_chunks = any(name == _CHUNKED for name, _ in self.headers or ())
+        else:  # the head and what follows it may come together
             seen = self._seen + data
-            self._comes_in_chunks = self._comes_in_chunks or _CHUNKED in seen.lower()
+            self._comes_in_chunks = self._comes_in_chunks or _CHUNKED in seen.partition(b"\r\n\r\n")[0].lower()
             self._seen = seen[-len(_CHUNKED) :]
         if not self._comes_in_chunks:
             return False
@@ -196,7 +198,7 @@ class Connection(H11Protocol):
         if phase == self._phase and self._arrival is not None:
             return
         self._phase = phase
-        if phase == "idle":
+        if phase == "idle" and not self.conn.trailing_data[0]:  # else the next request has begun
             self._head_lines = self._lines = self._bytes = self._rest_bytes = 0
             self._comes_in_chunks = False
         if self._arrival is not None:

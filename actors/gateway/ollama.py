@@ -134,8 +134,6 @@ def ollama_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
         """What `keep_alive` asks for after the answer."""
         if ask.keep_alive_s == 0:
             await backend.unload(ask.need.model, unless_wanted=True)
-        elif ask.keep_alive_s is not None and ask.keep_alive_s < 0:
-            await backend.pin(ask.need.model, True)
         elif ask.keep_alive_s is not None:
             await backend.keep_alive(ask.need.model, ask.keep_alive_s)
 

@@ -78,7 +78,10 @@ class Parsers:
         async with self._changed:
             heappush(self._lines.setdefault(source, []), job)
             self._changed.notify()
-        return await answer
+        try:
+            return await answer
+        finally:
+            job.question = (b"", b"")  # whoever has left holds no bytes in the line
 
     async def _next(self) -> _Job:
         async with self._changed:

@@ -13,7 +13,7 @@ from actors.serving.protocol import SAMPLERS, Sampling
 
 MAX_BIASES = 1024  # OpenAI takes 300
 MAX_BIASED_TEXT = 64  # characters: each of its tokens is biased, and looked for at every token
-MAX_BREAKERS = 16
+MAX_BREAKERS = 8  # each makes a table of all tokens with it
 MAX_BREAKER_LENGTH = 40  # llama.cpp cuts them there
 MAX_SAMPLERS = 16
 _LETTERS: Mapping[str, str] = {

@@ -74,7 +74,8 @@ class Batcher:
         self._slots = Slots(model)
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
-        self._beside = ThreadPoolExecutor(model.n_seq_max, "choosing")  # threads start when there is a grammar
+        # Threads start when there is a grammar. An answer that loses its slot while it chooses keeps its thread.
+        self._beside = ThreadPoolExecutor(2 * model.n_seq_max, "choosing")
         self._n_threads = 0
         self._failed_turns = 0
         self._closing = False

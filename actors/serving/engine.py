@@ -30,7 +30,10 @@ MOST_EMBEDDED = 300_000
 """Tokens of all inputs of a request, OpenAI's own bound: it keeps its slot until all are embedded."""
 
 MOST_PREPARED = 8
-"""Answers of one request that need a preparer's child each, or two."""
+"""Answers of one request that need a preparer's child each, or two, or large tables (`dry`)."""
+
+MOST_JUDGED = 50_000
+"""Likelihoods that are told at once. The engine's thread writes them, in 2 microseconds each."""
 
 
 class Engine:
@@ -114,9 +117,11 @@ class Engine:
     ) -> Choices:
         """`request.n` answers to each prompt. Each needs a grammar and a parser of its own."""
         count = len(prepared.prompts) * request.n
-        if count > MOST_PREPARED and (prepared.constraint is not None or prepared.syntax is not None):
+        costly = prepared.constraint is not None or prepared.syntax is not None or request.sampling.dry_multiplier > 0
+        if count > MOST_PREPARED and costly:
             raise Rejected(
-                f"{count} answers; at most {MOST_PREPARED} are allowed in a request with tools, thoughts or a grammar"
+                f"{count} answers; at most {MOST_PREPARED} are allowed in a request with tools, thoughts, "
+                "a grammar or the sampler dry"
             )
         together = Together(hearer, count, request.n)
         choices: list[Generation] = []
@@ -152,34 +157,37 @@ class Engine:
                 prompt_tokens=len(prompt),
                 n_ctx=self.n_ctx_per_slot,
             )
+        max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         sampling = self._sampling(request.sampling, prepared, index)
+        budget = prepared.budget()
         wish = Wish(
-            max_tokens=room if request.max_tokens is None else min(room, request.max_tokens),
+            max_tokens=max_tokens,
             min_tokens=sampling.min_tokens,
             opening=self._model.text_of(prompt) if request.echo else "",
             n_probs=request.n_probs,
             judge_prompt=request.echo and request.n_probs is not None,
             preserved=prepared.preserved,
+            is_extra=index > 0,
         )
-        sampler = self._model.sampler(sampling, prompt)
-        try:
+        _check_likelihoods(request, wish, len(prompt), len(prepared.prompts) * request.n)
+        with ExitStack() as unless_made:
+            sampler = self._model.sampler(sampling, prompt)
+            unless_made.callback(sampler.close)
             parsing = self._preparer.parsing(prepared.syntax) if prepared.syntax is not None else None
-        except BaseException:
-            sampler.close()
-            raise
-        parsed = ParsedAnswer(hearer, parsing) if parsing is not None else None
-        job = Generation(
-            request.lease_id,
-            prompt,
-            parsed or hearer,
-            sampler,
-            TextStream(request.stop + prepared.stops),
-            wish,
-            constraint=prepared.constraint,
-            budget=prepared.budget(),
-            first=first[0] if first else None,
-            source=request.source,
-        )
+            parsed = ParsedAnswer(hearer, parsing) if parsing is not None else None
+            job = Generation(
+                request.lease_id,
+                prompt,
+                parsed or hearer,
+                sampler,
+                TextStream(request.stop + prepared.stops),
+                wish,
+                constraint=prepared.constraint,
+                budget=budget,
+                first=first[0] if first else None,
+                source=request.source,
+            )
+            unless_made.pop_all()
         if parsed is not None:
             parsed.give_up = lambda: self.drop(job)
         return job
@@ -267,3 +275,15 @@ class Engine:
             self._batcher.close()
             self._model.close()
             self._preparer.close()
+
+
+def _check_likelihoods(request: GenerateRequest, wish: Wish, n_prompt: int, n_answers: int) -> None:
+    """Raises Rejected for more than can be told at once: a stream tells those of an answer one by one."""
+    if wish.n_probs is None:
+        return
+    at_once = (n_prompt if wish.judge_prompt else 0) + (0 if request.reply.stream else wish.max_tokens)
+    if (count := at_once * (wish.n_probs + 1) * n_answers) > MOST_JUDGED:
+        raise Rejected(
+            f"the answer may have {count} likelihoods of tokens; at most {MOST_JUDGED} are told at once. "
+            "Set a smaller max_tokens, ask for fewer likely tokens, or stream"
+        )

@@ -47,7 +47,8 @@ class Wish:
     """What an answer is to be like, besides its sampler.
 
     `max_tokens` 0: the prompt is read and nothing is said. `min_tokens`: the sampler may not end it before. `opening`:
-    what is told before it. `n_probs`: how many likely tokens are told with each (None: nothing of the kind), and with
+    what is told before it. `is_extra`: its request has another one, so it has a slot only while nobody else wants it.
+    `n_probs`: how many likely tokens are told with each (None: nothing of the kind), and with
     `judge_prompt` with the prompt's tokens, too. `preserved`: special tokens that belong to the text.
     """
 
@@ -57,6 +58,7 @@ class Wish:
     n_probs: int | None = None
     judge_prompt: bool = False
     preserved: frozenset[int] = frozenset()
+    is_extra: bool = False
 
 
 class Generation(Job[Chunk]):
@@ -64,8 +66,7 @@ class Generation(Job[Chunk]):
 
     What must follow a `constraint`, or tells how likely its tokens are, is chosen beside the engine's thread:
     `choosing` until then, `chosen` after it.
-    `first`: the first answer to the same prompt in a request that has several. The others wait until it has read the
-    prompt, and have slots only while nobody else wants them.
+    `first`: the first answer to the same prompt in a request that has several; this one waits until it has read it.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Generation(Job[Chunk]):
 
     @property
     def is_extra(self) -> bool:
-        return self.first is not None
+        return self.wish.is_extra
 
     @property
     def is_deliberate(self) -> bool:

@@ -281,12 +281,15 @@ class _Answer:
         self._reply = reply
         self._said = b""  # in this turn
         self._last: Chunk | None = None
+        self._ended = False
 
     @property
     def stalled(self) -> bool:
         return self._connection.stalled
 
     def say(self, chunk: Chunk) -> None:
+        if self._ended:  # one of several answers, after the request has failed
+            return
         if data := self._reply.bytes_of(chunk):
             self._said += packed(Kind.EVENT, data)
         if chunk.finish_reason is not None and not chunk.left:
@@ -301,6 +304,9 @@ class _Answer:
         """It holds nothing."""
 
     def end(self, error: BaseException | None) -> None:
+        if self._ended:
+            return
+        self._ended = True
         last, said = self._last, self._said
         self._said = b""
         if last is not None and error is None:

@@ -106,7 +106,7 @@ class Preparer:
 
     def __init__(self) -> None:
         self._model = b""
-        self._lock = Lock()
+        self._lock, self._idle_lock = Lock(), Lock()
         self._idle: list[socket.socket] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
@@ -130,6 +130,7 @@ class Preparer:
             send(connection, Kind.PREPARE, N_CTX.pack(n_ctx) + content)
             prepared = self._answer(connection)
         except Rejected:
+            errand.finish()  # before another request gets the connection
             self._keep(connection)
             raise
         except TimeoutError as error:
@@ -194,7 +195,7 @@ class Preparer:
 
     def _keep(self, connection: socket.socket) -> None:
         """Let the next request have the connection, unless it is closed."""
-        with self._lock:
+        with self._idle_lock:  # the other lock is held while a process starts
             if not self._closed and connection.fileno() >= 0 and len(self._idle) < MOST_IDLE:
                 self._idle.append(connection)
                 return
@@ -229,8 +230,7 @@ class Preparer:
         with self._lock:
             if self._closed:
                 raise EngineFailed("this replica is being stopped")
-            while self._idle:
-                connection = self._idle.pop()
+            while (connection := self._idle_one()) is not None:
                 if not _has_ended(connection):
                     return connection
                 connection.close()
@@ -242,6 +242,10 @@ class Preparer:
                     self._end_process()
                     self._start()
         raise EngineFailed(f"its preparer does not start: {trouble}")
+
+    def _idle_one(self) -> socket.socket | None:
+        with self._idle_lock:
+            return self._idle.pop() if self._idle else None
 
     def _new_connection(self) -> socket.socket:
         if not self._is_ready:
@@ -278,10 +282,10 @@ class Preparer:
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
-            for connection in self._idle:
+            with self._idle_lock:
+                self._closed = True
+            while (connection := self._idle_one()) is not None:
                 connection.close()
-            self._idle.clear()
             self._end_process()
 
 

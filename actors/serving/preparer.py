@@ -50,6 +50,9 @@ MEMORY_BYTES = 256 * MIB
 MEMORY_PER_TOKEN_BYTES = 1024
 """Limits of a child, beyond what it was forked with: a fixed part, and a part per token of the context."""
 
+MOST_BIASES = 4096
+"""Tokens that are biased by their text: the sampler looks for each of them at every token."""
+
 LONGEST_MESSAGE = 4000
 """Characters of a refusal. llama.cpp quotes all that it was sent."""
 
@@ -254,11 +257,14 @@ class Child:
 
     def _biases(self, by_text: Mapping[str, float]) -> list[tuple[int, float]]:
         """Of each token of each text, as llama-server takes them."""
-        return [
+        biases = [
             (token, bias)
             for text, bias in by_text.items()
             for token in self._vocabulary.tokenize(text, add_special=False)
         ]
+        if len(biases) > MOST_BIASES:
+            raise Rejected(f"logit_bias: its texts have {len(biases)} tokens; at most {MOST_BIASES} are allowed")
+        return biases
 
     def _limit_memory(self, more_bytes: int) -> None:
         most = self._held_bytes + MEMORY_BYTES + more_bytes

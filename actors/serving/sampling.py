@@ -44,6 +44,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "min_keep": (0, 2**31 - 1),
     "min_tokens": (0, math.inf),
 }
+_INFILL_CANDIDATES = 64
 _MIROSTAT_M = 100  # as common_sampler_init has it
 _DRY_BASE = 1.75  # instead of one below 1, as llama-server takes it
 _KEEPS_THE_BEST = frozenset({"top_n_sigma", "top_k", "top_p", "min_p", "temperature"})
@@ -143,9 +144,11 @@ def _samplers(sampling: Sampling, vocab: Any, n_ctx: int, seed: int) -> Iterable
         ),
         "infill": (True, lambda: _infill(vocab)),
     }  # fmt: skip
-    for name in sampling.samplers:
+    for name in dict.fromkeys(sampling.samplers):
         does_something, make = made.get(name, (False, None))
         if does_something and make is not None and not (greedy and name in _KEEPS_THE_BEST):
+            if name == "infill":  # it compares all candidates with each other
+                yield llama_cpp.llama_sampler_init_top_k(_INFILL_CANDIDATES)
             yield make()
     if greedy:
         yield llama_cpp.llama_sampler_init_greedy()

@@ -95,6 +95,7 @@ class Slots:
         A job that needs more room than there is may be passed by others, `MOST_PASSED` of them.
         Further answers of one request come last, and give way to everybody else.
         """
+        some_wait = False  # for room
         held_back: set[str] = set()  # sources whose jobs would pass one of their own too often
         first: list[Job[Any]] = []
         extra: list[Generation] = []
@@ -106,7 +107,10 @@ class Slots:
         for job in first:
             if is_choosing(job) or job.source in held_back:
                 continue
+            while not self._has_room_for(job) and self._postpone_extra():
+                pass
             if not self._has_room_for(job):
+                some_wait = True
                 if job.passed >= MOST_PASSED:
                     if not self._waits_for_its_own(job):
                         return
@@ -114,7 +118,7 @@ class Slots:
                 continue
             if not self._give_slot(job) and not (self._postpone_extra() and self._give_slot(job)):
                 return
-        for further in extra:
+        for further in () if some_wait else extra:
             if (
                 not further.choosing
                 and self._is_next(further)
@@ -254,7 +258,10 @@ class Slots:
         held: Counter[str] = Counter()
         for slot, job in answers:
             held[job.source] += len(slot.tokens)
-        slot, job = max(answers, key=lambda pair: (pair[1].hearer.stalled, held[pair[1].source], pair[0].last_used))
+        slot, job = max(
+            answers,
+            key=lambda pair: (pair[1].hearer.stalled, pair[1].is_extra, held[pair[1].source], pair[0].last_used),
+        )
         self._postpone(slot, job)
         return True
 

@@ -19,15 +19,14 @@ class Thoughts:
 
     def look(self, piece: bytes) -> None:
         """The next piece of the text."""
-        self._said += piece
-        tags = self._end_tags if self.thinks else [self._start_tag]
-        ends = [at + len(tag) for tag in tags if (at := self._said.find(tag)) >= 0]
-        if ends:
-            self.thinks = not self.thinks
-            rest, self._said = self._said[min(ends) :], b""
-            self.look(rest)
-        else:
-            self._said = self._said[-self._longest :]
+        said, start = self._said + piece, 0
+        while True:
+            tags = self._end_tags if self.thinks else [self._start_tag]
+            ends = [at + len(tag) for tag in tags if (at := said.find(tag, start)) >= 0]
+            if not ends:
+                break
+            self.thinks, start = not self.thinks, min(ends)
+        self._said = said[start:][-self._longest :]
 
 
 class ThinkingBudget:

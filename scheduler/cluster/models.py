@@ -56,6 +56,7 @@ class Model:
     name: str
     entry: ModelEntry | None = None
     pinned: bool = False
+    pinned_by_client: bool = False  # by a negative keep_alive, which a later one takes back
     keep_alive_s: float | None = None  # what a client asked for, instead of the catalogue's
     copies: dict[NodeId, Copy] = field(default_factory=dict)
     history: LoadHistory = field(default_factory=LoadHistory)

@@ -387,10 +387,11 @@ def test_what_goes_when_it_is_idle_is_not_preloaded() -> None:
 
 
 def test_a_client_says_how_long_a_model_may_be_idle() -> None:
-    """Until another one says otherwise; it is no longer pinned then, unless the catalogue pins it."""
+    """Until another one says otherwise; it is no longer pinned then, if a client pinned it."""
     s = machine({"a": MEDIUM}, "4GiB")
     s.run("a")
-    s.send(ev.PinAsked("a", True))
+    s.send(ev.KeepAliveAsked("a", -1.0))
+    assert s.core.models.by_name["a"].pinned
     s.send(ev.KeepAliveAsked("a", 5.0))
     s.wait(4)
     assert len(s.core.replicas) == 1
@@ -403,12 +404,16 @@ def test_a_client_says_how_long_a_model_may_be_idle() -> None:
     assert len(s.announced("model_keep_alive")) == 2
 
 
-def test_the_catalogue_pins_whatever_a_client_says() -> None:
-    s = machine({"a": MEDIUM}, "4GiB", models=entry("a", pinned=True))
+@pytest.mark.parametrize("by_catalogue", [True, False])
+def test_who_pins_a_model_by_name_is_not_undone_by_a_client(by_catalogue: bool) -> None:
+    s = machine({"a": MEDIUM}, "4GiB", models=entry("a", pinned=by_catalogue))
     s.run("a")
+    s.send(ev.PinAsked("a", True))
+    s.send(ev.KeepAliveAsked("a", -1.0))
     s.send(ev.KeepAliveAsked("a", 5.0))
+    s.send(ev.UnloadAsked("a", unless_wanted=True))
     s.wait(10)
-    assert s.core.models.by_name["a"].pinned
+    assert s.core.models.by_name["a"].pinned and len(s.core.replicas) == 1
 
 
 def test_an_unload_unless_it_is_wanted_takes_nothing_from_anybody() -> None:

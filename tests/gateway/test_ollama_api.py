@@ -98,19 +98,15 @@ def test_a_request_without_a_question_loads_and_keep_alive_ends_or_pins(
         assert unless_wanted
         orders.append(("unload", model))
 
-    async def pin(model: str, pinned: bool) -> None:
-        orders.append(("pin", (model, pinned)))
-
     monkeypatch.setattr(backend, "unload", unload)
-    monkeypatch.setattr(backend, "pin", pin)
     assert client.generate(MODEL).done_reason == "load"
     assert [name for name, *_ in backend.journal] == ["load"] and not orders
     assert client.generate(MODEL, keep_alive=0).done_reason == "unload"
     assert client.chat(MODEL, keep_alive=-1).done_reason == "load"
     list(client.chat(MODEL, HELLO, stream=True, keep_alive="0s"))
     client.chat(MODEL, HELLO, keep_alive="5m")
-    assert backend.saw("keep_alive") == [(MODEL, 300.0)]
-    assert orders == [("unload", MODEL), ("pin", (MODEL, True)), ("unload", MODEL)]
+    assert backend.saw("keep_alive") == [(MODEL, -1.0), (MODEL, 300.0)]
+    assert orders == [("unload", MODEL)] * 2
 
 
 def test_vectors(client: ollama.Client, backend: FakeBackend) -> None:

@@ -169,7 +169,7 @@ def job(
         Results(),
         FakeSampler(),
         TextStream(),
-        Wish(max_tokens, **wish),
+        Wish(max_tokens, **{"is_extra": first is not None, **wish}),
         constraint=constraint,
         first=first,
         source=source,

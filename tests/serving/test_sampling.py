@@ -98,6 +98,14 @@ def test_penalties_and_dry_see_the_prompt(words: Vocabulary) -> None:
     assert picks(words, dry, logits, prompt=again) == [11]
 
 
+def test_infill_does_not_compare_a_whole_vocabulary_with_itself(words: Vocabulary) -> None:
+    """That would be a hundred billion steps; also where nothing else cuts the candidates down."""
+    every = dict.fromkeys(range(400), 0.0)
+    for greedy in (0.0, 1.0):
+        wanted = Sampling(samplers=("infill",) * 16, ignore_eos=True, temperature=greedy, seed=1)
+        assert set(picks(words, wanted, every, 3)) <= every.keys()
+
+
 def test_equal_seeds_draw_alike(words: Vocabulary) -> None:
     drawn = [picks(words, Sampling(**{**OFF, "seed": seed}), EVEN, 30) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]

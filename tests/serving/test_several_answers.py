@@ -69,6 +69,31 @@ def test_further_answers_give_way(running: Any) -> None:
         assert reason == "length" and expected(talkative, 200)[0].endswith(text)
 
 
+def test_answers_to_other_prompts_of_a_request_give_way_too(running: Any) -> None:
+    batcher = running(FakeModel(1))
+    talkative = next([n] for n in range(1, 999) if len(expected([n], 200)[0].split()) == 200)
+    extra = submitted(batcher, job(talkative, 200, is_extra=True))
+    next(iter(extra.hearer))
+    other = submitted(batcher, job([3, 4], 3))
+    assert heard(list(other.hearer)) == expected([3, 4], 3) and not extra.ended
+    text, reason = heard(list(extra.hearer))
+    assert reason == "length" and expected(talkative, 200)[0].endswith(text)
+
+
+def test_further_answers_give_way_for_room_in_the_cache(running: Any) -> None:
+    batcher = running(sharing(3, room=100))
+    talkative = next([*LONG[:30], n] for n in range(1, 999) if expected([*LONG[:30], n], 30)[1] == "length")
+    first = job(talkative, 30)
+    further = job(talkative, 30, first=first)
+    for one in (first, further):
+        batcher.submit(one)
+    next(iter(further.hearer))
+    other = submitted(batcher, job([3] * 45, 3))
+    assert heard(list(other.hearer)) == expected([3] * 45, 3)
+    for one in (first, further):
+        assert heard(list(one.hearer))[1] == "length"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     requests=st.lists(

@@ -61,3 +61,8 @@ def test_what_is_no_thought_is_not_limited() -> None:
     for _ in range(5):
         budget.take(b"word", is_whole=True)
     assert not forced(budget)
+
+
+def test_thousands_of_thoughts_are_no_deep_matter() -> None:
+    assert not thoughts("<think></think>" * 5000).thinks
+    assert thoughts("<think></think>" * 5000 + "<think>").thinks
