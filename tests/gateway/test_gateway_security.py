@@ -15,6 +15,9 @@ from actors.gateway.server import listen, url_of
 from scheduler.errors import Rejected
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 @pytest.fixture(scope="module")
 def keyed() -> Iterator[str]:
     with serve(FakeBackend(), api_keys={"": "schlüssel"}) as url:
@@ -95,7 +98,7 @@ def test_a_body_that_turns_out_too_large_is_dropped(url: str, backend: FakeBacke
         for _ in range(MAX_BODY_BYTES // 2**20 + 1):
             yield b" " * 2**20
 
-    reply = web.post(f"{url}/api/v1/load", content=endless(), headers={"Content-Type": "application/json"})
+    reply = httpx.post(f"{url}/api/v1/load", content=endless(), headers=JSON, trust_env=False)
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
     assert not backend.journal
 
