@@ -14,7 +14,6 @@ from actors.gateway.security import MAX_BODY_BYTES
 from actors.gateway.server import listen, url_of
 from scheduler.errors import Rejected
 
-
 JSON = {"Content-Type": "application/json"}
 
 
