@@ -35,7 +35,7 @@ CHECKPOINT_TAIL = 4
 not have (it leaves thoughts out); llama-server has the same number."""
 
 LEAST_BETWEEN = 64
-"""Tokens between two checkpoints. A state of 2 MiB is saved in 1 ms; 64 tokens of that model are read in 8 ms."""
+"""Tokens between two checkpoints. A small Gemma 3 saves its state (1.3 MiB) in 1.4 ms, and reads 64 tokens in 66 ms."""
 
 
 class Checkpoint(NamedTuple):
