@@ -37,8 +37,8 @@ MAX_HEAD_BYTES = 32 * KIB  # request line and headers; 8,000 empty headers cost 
 MAX_HEAD_LINES = 128  # 7,900 short headers took 17 ms of the event loop, each time
 MAX_QUERY_PARTS = 64  # 8,000 took 13 ms
 FREE_LINES, MIN_LINE_BYTES = MAX_HEAD_LINES + 64, 256
-"""Of a request whose body comes in chunks: so many lines, and then one for so many bytes. A chunk of one byte costs h11
-13 µs, and 8 KiB of them 18 ms; with this it is 1 ms. Who writes chunks at all writes kilobytes."""
+"""Of a request whose body comes in chunks: so many lines, and then one for so many bytes. 8 KiB of it cost h11 17 ms in
+chunks of one byte, 0.64 in chunks of 150 and 0.19 in chunks of 512. Who writes chunks at all writes kilobytes."""
 
 HEAD_S = 20.0  # from a connection's (or a request's) first moment to the end of its headers
 BODY_S = 60.0  # from there to the end of the body: 32 MiB at 4.5 Mbit/s

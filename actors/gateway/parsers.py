@@ -30,7 +30,7 @@ from scheduler.units import KIB, MIB, format_bytes
 
 PROCESSES = 2
 LONG_BYTES = 256 * KIB
-"""The worst of so much takes 40 ms (32 MiB take 5 s)."""
+"""32 MiB may take `PARSE_CPU_S`; so much is a hundredth of it."""
 LOOK_EVERY_S = 0.5  # a process that has stood still between two looks will not answer
 START_S = 60.0  # it takes 0.3 s; a machine that loads models may be slower
 _SOURCE_ROOT = Path(__file__).parents[2]

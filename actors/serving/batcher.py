@@ -39,7 +39,7 @@ from scheduler.errors import ArrieroError, EngineFailed
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
 
 
-MOST_JUDGED = 32
+JUDGED_AT_ONCE = 32
 """Tokens of prompts that are judged in a turn. Their logits are copied: 1 MiB each for 262,144 tokens."""
 
 
@@ -180,7 +180,7 @@ class Batcher:
         running = [(slot, job) for slot, job in generating if not job.choosing and not job.hearer.stalled]
         running.sort(key=lambda pair: (pair[1].pending is None, len(pair[1].prompt) - len(pair[0].tokens)))
         room = max(self._model.n_ubatch, self._model.n_seq_max)
-        judgements = min(self._model.n_outputs - len(running), MOST_JUDGED)
+        judgements = min(self._model.n_outputs - len(running), JUDGED_AT_ONCE)
         for index, (slot, job) in enumerate(running):
             start = len(slot.tokens)
             if job.pending is not None:

@@ -14,7 +14,7 @@ Spell = Callable[[int], bytes]
 
 def judged(logits: npt.NDArray[np.float32], token: int, n_top: int, spell: Spell) -> Likelihood:
     """Of `token` after `logits` (one per token of the vocabulary), and of the `n_top` likeliest. `spell`: a token's
-    bytes. A vocabulary of 262,144 tokens takes 3 ms."""
+    bytes. A vocabulary of 262,144 tokens takes 1.4 to 1.9 ms."""
     peak = float(logits.max())
     whole = peak + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
     return Likelihood(

@@ -27,7 +27,7 @@ free slots (TTFT 2.9 s instead of 0.01 s for a model of 2 MB). If all could, it 
 _COMPARED = 1024  # tokens at once
 
 LEAST_SHARED = 32
-"""Tokens that are worth a copy of another slot's beginning: reading fewer takes no longer than a batch of one."""
+"""Tokens that are worth a copy of another slot's beginning. A guess: a few tokens are read in one batch with others."""
 
 
 CHECKPOINT_TAIL = 4
@@ -55,7 +55,7 @@ class Slot:
 
 
 def common_prefix(known: Sequence[int], wanted: Sequence[int]) -> int:
-    """How many leading tokens are equal. Slices are compared in C: a millisecond for 100,000."""
+    """How many leading tokens are equal. Slices are compared in C: 2.5 ms for 100,000."""
     shorter = min(len(known), len(wanted))
     for start in range(0, shorter, _COMPARED):
         end = min(start + _COMPARED, shorter)
