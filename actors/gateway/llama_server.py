@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -16,32 +17,19 @@ from actors.gateway.relay import Relay
 from actors.gateway.stream import while_connected
 from actors.serving.protocol import EmbedRequest, EmbedResult
 
+ROUTES: Mapping[str, Form] = {
+    "/completion": "completion",
+    "/infill": "infill",
+    "/tokenize": "tokenize",
+    "/detokenize": "detokenize",
+    "/apply-template": "apply-template",
+}
+
 
 def llama_server_routes(relay: Relay, reader: Reader, pulse_s: float) -> APIRouter:
     """`/completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template` and `/v1/rerank`. While a stream waits
     for its first token, a comment goes out every `pulse_s` seconds."""
     router = APIRouter(tags=["llama-server"])
-
-    @router.post("/completion")
-    @router.post("/completions", include_in_schema=False)
-    async def complete(request: Request) -> Response:
-        return await generate("completion", request)
-
-    @router.post("/infill")
-    async def infill(request: Request) -> Response:
-        return await generate("infill", request)
-
-    @router.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        return await generate("tokenize", request)
-
-    @router.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        return await generate("detokenize", request)
-
-    @router.post("/apply-template")
-    async def apply_template(request: Request) -> Response:
-        return await generate("apply-template", request)
 
     @router.post("/v1/rerank")
     @router.post("/v2/rerank", include_in_schema=False)
@@ -53,10 +41,16 @@ def llama_server_routes(relay: Relay, reader: Reader, pulse_s: float) -> APIRout
         result = await while_connected(request, relay.embed(ask.need, ask.request))
         return JSONResponse(_ranked(ask.need.request_id, ask.need.model, ask.ranking, result))
 
-    async def generate(form: Form, request: Request) -> Response:
-        ask = await reader.ask(request, form, _new_id("cmpl"))
-        return await generated(request, relay, ask, pulse_s, OPENAI)
+    def answering(form: Form) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            ask = await reader.ask(request, form, _new_id("cmpl"))
+            return await generated(request, relay, ask, pulse_s, OPENAI)
 
+        return answer
+
+    for path, form in ROUTES.items():
+        router.add_api_route(path, answering(form), methods=["POST"], name=form)
+    router.add_api_route("/completions", answering("completion"), methods=["POST"], include_in_schema=False)
     return router
 
 

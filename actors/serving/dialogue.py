@@ -14,6 +14,8 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
+from scheduler.errors import Rejected
+
 N_CTX = struct.Struct("<I")
 TOKEN = struct.Struct("<i")
 
@@ -35,3 +37,13 @@ class Kind(IntEnum):
     CUT = 13
     DELTAS = 14
     EXAMINED = 15
+
+
+def prompt_too_long(n_tokens: int, n_ctx: int) -> Rejected:
+    """Of a prompt that leaves its slot no room; whichever of the two sees it first."""
+    return Rejected(
+        f"prompt is {n_tokens} tokens; the slot holds {n_ctx} with the answer. "
+        "Shorten the prompt or load the model with a larger n_ctx",
+        prompt_tokens=n_tokens,
+        n_ctx=n_ctx,
+    )

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from actors.devices.cores import Cores
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
+from actors.serving.dialogue import prompt_too_long
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Answered, Choices, Embedded, Embedding, Hearer, Results, Together, Work
 from actors.serving.parsing import ParsedAnswer
@@ -151,12 +152,7 @@ class Engine:
         """The answer with number `index`; `first`: the first one to the same prompt, if there is one."""
         room = self.n_ctx_per_slot - len(prompt)
         if room < 1:
-            raise Rejected(
-                f"prompt is {len(prompt)} tokens; the slot holds {self.n_ctx_per_slot} with the answer. "
-                "Shorten the prompt or load the model with a larger n_ctx",
-                prompt_tokens=len(prompt),
-                n_ctx=self.n_ctx_per_slot,
-            )
+            raise prompt_too_long(len(prompt), self.n_ctx_per_slot)
         max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         sampling = self._sampling(request.sampling, prepared, index)
         budget = prepared.budget()

@@ -29,7 +29,7 @@ from typing import Any
 from actors.devices.processes import end_with_parent
 from actors.frames import receive, send
 from actors.serving.chat import Chat, ThoughtfulGrammar, render, whole_schema
-from actors.serving.dialogue import N_CTX, TOKEN, Kind
+from actors.serving.dialogue import N_CTX, TOKEN, Kind, prompt_too_long
 from actors.serving.examination import examined
 from actors.serving.grammar import Grammar
 from actors.serving.infill import infill_prompt
@@ -288,12 +288,7 @@ class Child:
             tokens = self._tokenized(prompt, n_ctx)
         else:
             if len(prompt) > n_ctx:
-                raise Rejected(
-                    f"prompt is {len(prompt)} tokens; the slot holds {n_ctx} with the answer. "
-                    "Shorten the prompt or load the model with a larger n_ctx",
-                    prompt_tokens=len(prompt),
-                    n_ctx=n_ctx,
-                )
+                raise prompt_too_long(len(prompt), n_ctx)
             tokens = list(prompt)
             if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary.n_tokens:
                 wrong = next(token for token in tokens if not 0 <= token < self._vocabulary.n_tokens)

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from gateway_fakes import MODEL, FakeBackend, content, serve, web
+from gateway_fakes import MODEL, FakeBackend, content, web
 
 from actors.gateway.llama_server_requests import MAX_EXAMINED
 from actors.serving.protocol import Chunk, EmbedResult, Likelihood, Sampling
 
 DOCUMENTS = ["salt", {"text": "rope"}, "maize"]
-
-
-@pytest.fixture
-def backend() -> FakeBackend:
-    return FakeBackend()
-
-
-@pytest.fixture
-def url(backend: FakeBackend) -> Iterator[str]:
-    with serve(backend, pulse_s=0.1) as url:
-        yield url
 
 
 def asked(backend: FakeBackend, what: str = "generate") -> Any:
