@@ -13,8 +13,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Literal
 
+from actors.serving.conversation import Parsing
 from actors.serving.jobs import Hearer
-from actors.serving.preparation import Parsing
 from actors.serving.protocol import Chunk, Likelihood
 from scheduler.errors import ArrieroError, EngineFailed
 

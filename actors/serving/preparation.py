@@ -15,19 +15,16 @@ import socket
 import subprocess
 import sys
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from actors.devices.processes import look_at
 from actors.frames import BrokenFrame, receive, send
-from actors.serving.dialogue import N_CTX, TOKEN, Kind
-from actors.serving.protocol import Delta, FinishReason
+from actors.serving.conversation import Constraint, Parsing, rejected, shut
+from actors.serving.dialogue import N_CTX, Kind
 from actors.serving.thoughts import ThinkingBudget, Thoughts
 from scheduler.errors import EngineFailed, Rejected
 
@@ -38,8 +35,6 @@ MOST_IDLE = 2
 """Connections (each a child of the preparer) that are kept for the next requests."""
 
 _SOURCE_ROOT = Path(__file__).parents[2]
-
-Pick = Callable[[npt.NDArray[np.bool_] | None], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +81,7 @@ class Errand:
         with self._lock:
             self._connection = connection
             if self._ended:
-                _shut(connection)
+                shut(connection)
 
     def finish(self) -> None:
         """It is done."""
@@ -98,7 +93,7 @@ class Errand:
         with self._lock:
             self._ended = True
             if self._connection is not None:
-                _shut(self._connection)
+                shut(self._connection)
 
 
 class Preparer:
@@ -185,7 +180,7 @@ class Preparer:
                 case Kind.EXAMINED:
                     return Prepared((), (), examined=payload.decode())
                 case Kind.REJECTED:
-                    raise _rejected(step, payload)
+                    raise rejected(step, payload)
                 case Kind.ENDED:
                     connection.close()
                     raise Rejected(f"{step} cannot be used: {payload.decode()}", step=step)
@@ -287,113 +282,6 @@ class Preparer:
             while (connection := self._idle_one()) is not None:
                 connection.close()
             self._end_process()
-
-
-class Constraint:
-    """What the tokens of one answer must follow. One thread chooses; any thread may `interrupt`."""
-
-    def __init__(self, connection: socket.socket, give_back: Callable[[socket.socket], None]) -> None:
-        self._connection = connection
-        self._give_back = give_back
-        self._usable = True
-        self._closed = False
-
-    def choose(self, pick: Pick) -> int:
-        """The next token: what `pick(None)` picks, or, where that may not come next, what it picks among those that
-        may (one flag per token). Raises Rejected when there is none, or llama.cpp cannot tell."""
-        allowed = self._try(token := pick(None))
-        if allowed is None:
-            return token
-        if not allowed.any():
-            raise Rejected("the JSON schema requires text that this model's tokens cannot form")
-        if self._try(token := pick(allowed)) is not None:
-            raise EngineFailed("the sampler picked a token that the grammar does not allow")
-        return token
-
-    def _try(self, token: int) -> npt.NDArray[np.bool_] | None:
-        """None when the answer goes on with `token`, else which tokens may come next."""
-        try:
-            send(self._connection, Kind.TRY, TOKEN.pack(token))
-            frame = receive(self._connection)
-        except OSError as error:
-            self._usable = False
-            raise EngineFailed(f"its preparer has ended ({error})") from error
-        kind, payload = frame if frame is not None else (Kind.ENDED, b"it ended")
-        if kind == Kind.TAKEN:
-            return None
-        if kind == Kind.ALLOWED:
-            return np.unpackbits(np.frombuffer(payload, np.uint8)).astype(np.bool_)
-        self._usable = False
-        if kind == Kind.REJECTED:
-            raise _rejected("the JSON schema", payload)
-        raise Rejected(f"the JSON schema cannot be followed: {payload.decode()}; simplify it")
-
-    def interrupt(self) -> None:
-        """Whoever is choosing stops, with an error."""
-        self._usable = False
-        _shut(self._connection)
-
-    def close(self) -> None:
-        """The answer has ended, and nobody is choosing. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._usable:
-            self._give_back(self._connection)
-        else:
-            self._connection.close()
-
-
-class Parsing:
-    """Parses one answer, in a child of the preparer. One thread at a time."""
-
-    def __init__(self, connection: socket.socket, give_back: Callable[[socket.socket], None]) -> None:
-        self._connection = connection
-        self._give_back = give_back
-        self._usable = True
-
-    def feed(self, text: str, *, last: FinishReason | None = None) -> tuple[Delta, ...]:
-        """What the next piece of text adds to the message. `last`: nothing follows, and why. Raises EngineFailed."""
-        kind = Kind.SAID if last is None else Kind.ENDS if last == "stop" else Kind.CUT
-        try:
-            send(self._connection, kind, text.encode())
-            frame = receive(self._connection)
-        except OSError as error:
-            self._usable = False
-            raise EngineFailed(f"its preparer has ended ({error})") from error
-        if frame is None or frame[0] != Kind.DELTAS:
-            self._usable = False
-            if frame is None:
-                raise EngineFailed("its preparer has ended")
-            raise Rejected(f"the answer cannot be parsed: {frame[1].decode()}")  # not the preparer's fault
-        return tuple(_delta(told) for told in json.loads(frame[1]))
-
-    def close(self) -> None:
-        """The answer has ended."""
-        if self._usable:
-            self._give_back(self._connection)
-        else:
-            self._connection.close()
-
-
-def _shut(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-
-
-def _delta(told: dict[str, Any]) -> Delta:
-    return Delta(
-        told.get("content", ""),
-        told.get("reasoning_content", ""),
-        told.get("index"),
-        told.get("name", ""),
-        told.get("arguments", ""),
-    )
-
-
-def _rejected(step: str, payload: bytes) -> Rejected:
-    told: dict[str, Any] = json.loads(payload)
-    return Rejected(told["message"], **{"step": step, **told["details"]})
 
 
 def _has_ended(connection: socket.socket) -> bool:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from actors.serving.conversation import Parsing
 from actors.serving.engine import Engine
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Results
 from actors.serving.message import Call
 from actors.serving.parsing import ParsedAnswer
-from actors.serving.preparation import Parsing, Preparer
+from actors.serving.preparation import Preparer
 from actors.serving.protocol import Chunk, Delta, GenerateRequest, ReplyForm, Sampling, content_of
 from actors.serving.replies import Reply
 from actors.serving.text import TextStream

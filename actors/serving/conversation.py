@@ -1,0 +1,130 @@
+"""What goes on with a child of the preparer after a request was prepared: tokens are tried against a grammar, or the
+answer is parsed. Each has a connection to a child of its own, and gives it back at its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actors.frames import receive, send
+from actors.serving.dialogue import TOKEN, Kind
+from actors.serving.protocol import Delta, FinishReason
+from scheduler.errors import EngineFailed, Rejected
+
+Pick = Callable[[npt.NDArray[np.bool_] | None], int]
+
+
+class Constraint:
+    """What the tokens of one answer must follow. One thread chooses; any thread may `interrupt`."""
+
+    def __init__(self, connection: socket.socket, give_back: Callable[[socket.socket], None]) -> None:
+        self._connection = connection
+        self._give_back = give_back
+        self._usable = True
+        self._closed = False
+
+    def choose(self, pick: Pick) -> int:
+        """The next token: what `pick(None)` picks, or, where that may not come next, what it picks among those that
+        may (one flag per token). Raises Rejected when there is none, or llama.cpp cannot tell."""
+        allowed = self._try(token := pick(None))
+        if allowed is None:
+            return token
+        if not allowed.any():
+            raise Rejected("the JSON schema requires text that this model's tokens cannot form")
+        if self._try(token := pick(allowed)) is not None:
+            raise EngineFailed("the sampler picked a token that the grammar does not allow")
+        return token
+
+    def _try(self, token: int) -> npt.NDArray[np.bool_] | None:
+        """None when the answer goes on with `token`, else which tokens may come next."""
+        try:
+            send(self._connection, Kind.TRY, TOKEN.pack(token))
+            frame = receive(self._connection)
+        except OSError as error:
+            self._usable = False
+            raise EngineFailed(f"its preparer has ended ({error})") from error
+        kind, payload = frame if frame is not None else (Kind.ENDED, b"it ended")
+        if kind == Kind.TAKEN:
+            return None
+        if kind == Kind.ALLOWED:
+            return np.unpackbits(np.frombuffer(payload, np.uint8)).astype(np.bool_)
+        self._usable = False
+        if kind == Kind.REJECTED:
+            raise rejected("the JSON schema", payload)
+        raise Rejected(f"the JSON schema cannot be followed: {payload.decode()}; simplify it")
+
+    def interrupt(self) -> None:
+        """Whoever is choosing stops, with an error."""
+        self._usable = False
+        shut(self._connection)
+
+    def close(self) -> None:
+        """The answer has ended, and nobody is choosing. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._usable:
+            self._give_back(self._connection)
+        else:
+            self._connection.close()
+
+
+class Parsing:
+    """Parses one answer, in a child of the preparer. One thread at a time."""
+
+    def __init__(self, connection: socket.socket, give_back: Callable[[socket.socket], None]) -> None:
+        self._connection = connection
+        self._give_back = give_back
+        self._usable = True
+
+    def feed(self, text: str, *, last: FinishReason | None = None) -> tuple[Delta, ...]:
+        """What the next piece of text adds to the message. `last`: nothing follows, and why. Raises EngineFailed."""
+        kind = Kind.SAID if last is None else Kind.ENDS if last == "stop" else Kind.CUT
+        try:
+            send(self._connection, kind, text.encode())
+            frame = receive(self._connection)
+        except OSError as error:
+            self._usable = False
+            raise EngineFailed(f"its preparer has ended ({error})") from error
+        if frame is None or frame[0] != Kind.DELTAS:
+            self._usable = False
+            if frame is None:
+                raise EngineFailed("its preparer has ended")
+            raise Rejected(f"the answer cannot be parsed: {frame[1].decode()}")  # not the preparer's fault
+        return tuple(_delta(told) for told in json.loads(frame[1]))
+
+    def close(self) -> None:
+        """The answer has ended."""
+        if self._usable:
+            self._give_back(self._connection)
+        else:
+            self._connection.close()
+
+
+def shut(connection: socket.socket) -> None:
+    """Whoever waits on it, on either side, is told that it has ended."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _delta(told: dict[str, Any]) -> Delta:
+    return Delta(
+        told.get("content", ""),
+        told.get("reasoning_content", ""),
+        told.get("index"),
+        told.get("name", ""),
+        told.get("arguments", ""),
+    )
+
+
+def rejected(step: str, payload: bytes) -> Rejected:
+    """What a child refused, and over which step."""
+    told: dict[str, Any] = json.loads(payload)
+    return Rejected(told["message"], **{"step": step, **told["details"]})
