@@ -21,15 +21,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import chain, cycle
 from typing import Any, NamedTuple
 
 from actors.devices.cores import Cores
 from actors.serving.beat import Beat
+from actors.serving.choosing import Chooser
 from actors.serving.generation import Choice, Generation
 from actors.serving.jobs import Embedding, Job
-from actors.serving.likelihood import judged
 from actors.serving.model import Model, Row
 from actors.serving.protocol import Likelihood
 from actors.serving.slots import Slot, Slots
@@ -74,8 +74,7 @@ class Batcher:
         self._slots = Slots(model)
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
-        # Threads start when there is a grammar. An answer that loses its slot while it chooses keeps its thread.
-        self._beside = ThreadPoolExecutor(2 * model.n_seq_max, "choosing")
+        self._chooser = Chooser(model)
         self._n_threads = 0
         self._failed_turns = 0
         self._closing = False
@@ -148,7 +147,7 @@ class Batcher:
         for job in self.jobs():
             if isinstance(job, Generation) and job.constraint is not None:
                 job.constraint.interrupt()
-        self._beside.shutdown()
+        self._chooser.close()
 
     def _prepare(self) -> bool:
         """Waits for work and gives waiting jobs their slots; False when there is nothing more to do."""
@@ -252,55 +251,14 @@ class Batcher:
             if job.cancelled:  # meanwhile: nobody would interrupt it any more
                 return
             job.choosing = True
-        logits = None if part.row is None or not job.wish.max_tokens else self._model.logits(part.row)
-        judging = [self._model.logits(row) for row in part.judging]
-        self._beside.submit(self._choose, job, logits, judging)
+        row = None if not job.wish.max_tokens else part.row
+        self._chooser.begin(job, row, part.judging, self._was_chosen)
 
-    def _choose(self, job: Generation, logits: Any, judging: list[Any]) -> None:
-        """In a thread of its own: what the `judging` logits say of the prompt's tokens, and the job's next token (no
-        `logits`: none), or why there is none."""
-        chosen: Choice | ArrieroError
-        try:
-            of_prompt = self._judge(job, judging)
-            if logits is None:
-                chosen = Choice(None, None, of_prompt)
-            else:
-                token = self._pick(job, logits)
-                n_probs = job.wish.n_probs
-                likelihood = None if n_probs is None else judged(logits, token, n_probs, self._spell)
-                chosen = Choice(token, likelihood, of_prompt)
-        except ArrieroError as error:
-            chosen = error
-        except Exception as error:
-            chosen = EngineFailed(f"no token could be chosen ({type(error).__name__}: {error})")
+    def _was_chosen(self, job: Generation, chosen: Choice | ArrieroError) -> None:
+        """In a thread of the chooser's."""
         with self._changed:
             job.chosen = chosen
             self._changed.notify()
-
-    def _judge(self, job: Generation, judging: list[Any]) -> tuple[Likelihood, ...]:
-        """The first token of all comes after nothing."""
-        prompt, n_probs = job.prompt, job.wish.n_probs or 0
-        piece = b"" if prompt[0] == self._model.bos else self._spell(prompt[0])  # no part of what the client sent
-        first = (Likelihood(prompt[0], piece, None),) if job.is_unjudged else ()
-        following = prompt[max(1, job.n_judged) :]
-        return first + tuple(
-            judged(logits, token, n_probs, self._spell) for logits, token in zip(judging, following, strict=False)
-        )
-
-    def _pick(self, job: Generation, logits: Any) -> int:
-        forced = job.forced()
-
-        def pick(allowed: Any) -> int:
-            if forced is not None and (allowed is None or allowed[forced]):
-                return forced
-            return self._model.pick(job.sampler, logits, allowed)
-
-        token = job.constraint.choose(pick) if job.constraint is not None else pick(None)
-        self._model.accept(job.sampler, token)
-        return token
-
-    def _spell(self, token: int) -> bytes:
-        return self._model.piece(token, special=True)
 
     def _take_chosen(self) -> None:
         """What was chosen and judged meanwhile."""
