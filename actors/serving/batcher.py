@@ -20,8 +20,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import chain, cycle
 from typing import Any, NamedTuple
 
@@ -165,9 +166,9 @@ class Batcher:
 
     def _drop_cancelled(self) -> None:
         for slot in self._slots:
-            if slot.job is not None and slot.job.cancelled and not _is_choosing(slot.job):
+            if slot.job is not None and slot.job.cancelled and not _is_being_chosen(slot.job):
                 self._slots.release(slot).end()
-        for job in [job for job in self._slots.waiting if job.cancelled and not _is_choosing(job)]:
+        for job in [job for job in self._slots.waiting if job.cancelled and not _is_being_chosen(job)]:
             self._slots.waiting.remove(job)
             job.end()
 
@@ -321,7 +322,8 @@ class Batcher:
             rows += (Row(token, start + index, slot.sequence, True) for index, token in enumerate(tokens))
             parts.append((slot, job, tokens))
             taken[job] += 1
-        vectors = self._decode_embeddings(rows, list(taken))
+        with self._computing(len(rows), list(taken), embeds=True):
+            vectors = self._model.embed(rows)
         if isinstance(vectors, int) and vectors == _NO_ROOM and (self._slots.forget_idle() or self._postpone_one()):
             return  # the same again in the next turn
         if isinstance(vectors, int):
@@ -344,33 +346,28 @@ class Batcher:
             else:
                 job.hearer.flush()
 
-    def _decode_embeddings(self, rows: list[Row], jobs: list[Embedding]) -> Any:
-        with self._changed:
-            self._in_batch = tuple(jobs)
-            self._model.abort(self._closing or all(job.cancelled for job in jobs))
-        self._take_cores()
-        with self._beat.decode(len(rows), embeds=True):
-            vectors = self._model.embed(rows)
-        with self._changed:
-            self._in_batch = ()
-        return vectors
-
     def _release_locked(self, slot: Slot) -> None:
         with self._changed:
             self._slots.release(slot)
 
     def _decode(self, rows: list[Row], jobs: list[Generation]) -> int:
+        with self._computing(len(rows), jobs):
+            code = self._model.decode(rows)
+        if code == _NO_ROOM and self._slots.forget_idle():
+            return self._decode(rows, jobs)
+        return code
+
+    @contextmanager
+    def _computing(self, n_rows: int, jobs: Sequence[Job[Any]], *, embeds: bool = False) -> Iterator[None]:
+        """A batch of these jobs is computed: cancelling them all aborts it, and the node hears of it."""
         with self._changed:
             self._in_batch = tuple(jobs)
             self._model.abort(self._closing or all(job.cancelled for job in jobs))
         self._take_cores()
-        with self._beat.decode(len(rows)):
-            code = self._model.decode(rows)
+        with self._beat.decode(n_rows, embeds=embeds):
+            yield
         with self._changed:
             self._in_batch = ()
-        if code == _NO_ROOM and self._slots.forget_idle():
-            return self._decode(rows, jobs)
-        return code
 
     def _take_cores(self) -> None:
         """Compute with as many threads as are this replica's now."""
@@ -417,10 +414,10 @@ def embed_step(model: Model) -> int:
     return embedding_rows(4 * (model.n_vocab + model.n_embd), model.n_ubatch)
 
 
-def _is_choosing(job: Job[Any]) -> bool:
+def _is_being_chosen(job: Job[Any]) -> bool:
     return isinstance(job, Generation) and job.choosing and job.chosen is None
 
 
 def _waits(job: Job[Any]) -> bool:
     """Whether there is nothing to compute for `job` until somebody says so."""
-    return _is_choosing(job) or (job.hearer.stalled and not job.cancelled)
+    return _is_being_chosen(job) or (job.hearer.stalled and not job.cancelled)

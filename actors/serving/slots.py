@@ -105,7 +105,7 @@ class Slots:
             else:
                 first.append(job)
         for job in first:
-            if is_choosing(job) or job.source in held_back:
+            if _is_choosing(job) or job.source in held_back:
                 continue
             while not self._has_room_for(job) and self._postpone_extra():
                 pass
@@ -278,7 +278,7 @@ def _held_by(slots: Iterable[Slot]) -> int:
     return sum(max(len(slot.tokens) + 1, len(slot.job.prompt)) for slot in slots if slot.job is not None)
 
 
-def is_choosing(job: Job[Any]) -> bool:
+def _is_choosing(job: Job[Any]) -> bool:
     """Whether its next token is being chosen beside the engine's thread, or was and is not taken."""
     return isinstance(job, Generation) and job.choosing
 
