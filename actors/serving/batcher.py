@@ -24,9 +24,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import chain, cycle
-from typing import Any, NamedTuple
+from typing import Any
 
 from actors.devices.cores import Cores
+from actors.serving.batch import Part, next_batch
 from actors.serving.beat import Beat
 from actors.serving.choosing import Chooser
 from actors.serving.generation import Choice, Generation
@@ -38,20 +39,6 @@ from scheduler.costs.host import embedding_rows
 from scheduler.errors import ArrieroError, EngineFailed
 
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
-
-
-JUDGED_AT_ONCE = 32
-"""Tokens of prompts that are judged in a turn. Their logits are copied: 1 MiB each for 262,144 tokens."""
-
-
-class _Part(NamedTuple):
-    """What of a batch is a job's: the row that its next token comes from, and rows that judge its prompt."""
-
-    slot: Slot
-    job: Generation
-    tokens: list[int]
-    row: int | None
-    judging: list[int]
 
 
 class Batcher:
@@ -174,37 +161,10 @@ class Batcher:
 
     def _generate(self) -> None:
         """One turn of all generations."""
-        rows: list[Row] = []
-        parts: list[_Part] = []
         generating = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
         running = [(slot, job) for slot, job in generating if not job.choosing and not job.hearer.stalled]
         running.sort(key=lambda pair: (pair[1].pending is None, len(pair[1].prompt) - len(pair[0].tokens)))
-        room = max(self._model.n_ubatch, self._model.n_seq_max)
-        judgements = min(self._model.n_outputs - len(running), JUDGED_AT_ONCE)
-        for index, (slot, job) in enumerate(running):
-            start = len(slot.tokens)
-            if job.pending is not None:
-                tokens = [job.pending]
-            else:  # the room that is left is shared evenly; what a short prompt does not need goes to the longer ones
-                tokens = job.prompt[start : start + (room - len(rows)) // (len(running) - index)]
-            checkpoint = 0 if job.pending is not None else self._slots.checkpoint_of(slot, job)
-            if start < checkpoint < start + len(tokens):
-                tokens = tokens[: checkpoint - start]
-            if not tokens:
-                continue
-            samples = job.pending is not None or start + len(tokens) == len(job.prompt)
-            to_judge = job.to_judge(start, len(tokens))
-            if len(to_judge) + samples > 1 + judgements:  # the rest in the next turn
-                to_judge = to_judge[: 1 + judgements]
-                tokens, samples = tokens[: to_judge.stop - start], False
-            judgements -= max(0, len(to_judge) + samples - 1)
-            first_row = len(rows) - start
-            rows += (Row(token, start + at, slot.sequence, start + at in to_judge) for at, token in enumerate(tokens))
-            if samples:
-                rows[-1] = rows[-1]._replace(wants_logits=True)
-            parts.append(
-                _Part(slot, job, tokens, len(rows) - 1 if samples else None, [first_row + at for at in to_judge])
-            )
+        rows, parts = next_batch(running, self._slots, self._model)
         if not rows:
             return
         began = time.perf_counter()
@@ -223,7 +183,7 @@ class Batcher:
         for part in parts:
             part.job.hearer.flush()
 
-    def _go_on(self, part: _Part) -> None:
+    def _go_on(self, part: Part) -> None:
         """After its rows were decoded."""
         slot, job, row = part.slot, part.job, part.row
         if part.judging or job.is_unjudged or (row is not None and job.is_deliberate and job.wish.max_tokens):
@@ -246,7 +206,7 @@ class Batcher:
         piece = b"" if ends else self._model.piece(token, special=token in job.wish.preserved)
         return job.accept(token, piece, ends=ends, likelihood=likelihood)
 
-    def _begin_to_choose(self, part: _Part) -> None:
+    def _begin_to_choose(self, part: Part) -> None:
         job = part.job
         with self._changed:
             if job.cancelled:  # meanwhile: nobody would interrupt it any more

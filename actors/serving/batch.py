@@ -1,0 +1,55 @@
+"""What a turn computes: the next token of every answer under way, and pieces of the prompts that are being read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from actors.serving.generation import Generation
+from actors.serving.model import Model, Row
+from actors.serving.slots import Slot, Slots
+
+JUDGED_AT_ONCE = 32
+"""Tokens of prompts that are judged in a turn. Their logits are copied: 1 MiB each for 262,144 tokens."""
+
+
+class Part(NamedTuple):
+    """What of a batch is a job's: the row that its next token comes from, and rows that judge its prompt."""
+
+    slot: Slot
+    job: Generation
+    tokens: list[int]
+    row: int | None
+    judging: list[int]
+
+
+def next_batch(running: Sequence[tuple[Slot, Generation]], slots: Slots, model: Model) -> tuple[list[Row], list[Part]]:
+    """One micro-batch at the most, for `running`: those that answer come first, then the shortest prompts. No more rows
+    want logits than the context keeps."""
+    rows: list[Row] = []
+    parts: list[Part] = []
+    room = max(model.n_ubatch, model.n_seq_max)
+    judgements = min(model.n_outputs - len(running), JUDGED_AT_ONCE)
+    for index, (slot, job) in enumerate(running):
+        start = len(slot.tokens)
+        if job.pending is not None:
+            tokens = [job.pending]
+        else:  # the room that is left is shared evenly; what a short prompt does not need goes to the longer ones
+            tokens = job.prompt[start : start + (room - len(rows)) // (len(running) - index)]
+        checkpoint = 0 if job.pending is not None else slots.checkpoint_of(slot, job)
+        if start < checkpoint < start + len(tokens):
+            tokens = tokens[: checkpoint - start]
+        if not tokens:
+            continue
+        samples = job.pending is not None or start + len(tokens) == len(job.prompt)
+        to_judge = job.to_judge(start, len(tokens))
+        if len(to_judge) + samples > 1 + judgements:  # the rest in the next turn
+            to_judge = to_judge[: 1 + judgements]
+            tokens, samples = tokens[: to_judge.stop - start], False
+        judgements -= max(0, len(to_judge) + samples - 1)
+        first_row = len(rows) - start
+        rows += (Row(token, start + at, slot.sequence, start + at in to_judge) for at, token in enumerate(tokens))
+        if samples:
+            rows[-1] = rows[-1]._replace(wants_logits=True)
+        parts.append(Part(slot, job, tokens, len(rows) - 1 if samples else None, [first_row + at for at in to_judge]))
+    return rows, parts
