@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from actors.gateway.app import make_app
 
 schemathesis = pytest.importorskip("schemathesis", reason="it needs Python 3.11")
+
+# Read here: Python 3.11 fails with a SystemError where a module is read for the first time as deep as Hypothesis calls.
+importlib.import_module("schemathesis.transport.wsgi")
 
 PATIENCE_S = 20.0
 STREAM_WITHOUT_END = "/api/v1/events"
