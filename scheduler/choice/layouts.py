@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import ceil
 
 from scheduler.choice.splits import Sums, shares, split
 from scheduler.choice.workload import Workload
@@ -274,13 +275,15 @@ class LayoutFamily:
         """What an average layer takes on a device."""
         return max(1, self.least_bytes // self.workload.n_layers)
 
-    def may_hold(self, n_gpu_layers: float, room: Room) -> bool:
-        """A quick look before `solve`: whether so many layers may fit on the devices. It is wrong only for layers of
-        less than three quarters of the average size."""
-        if self.tier == EXPERTS_IN_RAM:
-            return True
-        there = sum(max(0, room.devices.get(device.device_id, 0)) for device in self.devices)
-        return there >= 0.75 * n_gpu_layers * self._layer_bytes()
+    def may_hold(self, n_resident_layers: float, room: Room) -> bool:
+        """A quick look before `solve`: whether the devices have room for weights and cache of so many layers."""
+        least = ceil(n_resident_layers)
+        n_cpu_moe = self.workload.n_layers - least if self.tier == EXPERTS_IN_RAM else 0
+        begins = 0 if self.tier == EXPERTS_IN_RAM else self.workload.n_layers - least
+        sums = (self.workload.layer_sums(kind, n_cpu_moe) for kind in {device.kind for device in self.devices})
+        needed_bytes = min(of[-1] - of[begins] for of in sums)
+        free = (room.devices.get(device.device_id, 0) - self._overhead_bytes(i) for i, device in enumerate(self.devices))
+        return sum(max(0, there) for there in free) >= needed_bytes
 
 
 def _proportional(weights: Sequence[int], total: int) -> list[int]:

@@ -173,7 +173,7 @@ class Search:
         least = share * best.n_resident_layers if best.tier in PARTIAL else 0
 
         def enough(room: Room) -> Placement | None:
-            placement = self.situation.solve(candidate, room) if candidate.may_hold(least, room) else None
+            placement = self.situation.solve(candidate, room) if not least or candidate.may_hold(least, room) else None
             return placement if placement and placement.n_resident_layers >= least else None
 
         pool, outgrown = self._in_the_way(candidate, removable, enough), self.situation.outgrown

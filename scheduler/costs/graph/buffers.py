@@ -11,7 +11,9 @@ the host, and for architectures that do not settle like that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
@@ -88,6 +90,19 @@ def shortened(row: Sequence[T], cycle: int) -> list[T]:
     return kept
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """A graph is thousands of objects that all go at once. Searching them for cycles takes as long as drawing them: 55 ms
+    instead of 30 for 24 layers with experts, and 270 where all objects of the process are searched."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 @lru_cache(maxsize=_REMEMBERED)
 def _reserved(
     model: GraphModel,
@@ -125,7 +140,9 @@ def _reserved(
         pins = whole or batch.tokens < _PINS_BELOW_TOKENS
         flash, embeds = context.flash_attn == "on", context.embeddings
         build = Build(row, size, types, flash, batch, places, host, experts_on_host, embeds, "cuda" in kinds, pins)
-        TEMPLATES[model.arch.name](build)
-        sizes = buffer_sizes(schedule(build.graph, host, copies, offloads_to), kinds)
+        with _without_collections():
+            TEMPLATES[model.arch.name](build)
+            sizes = buffer_sizes(schedule(build.graph, host, copies, offloads_to), kinds)
+            build.graph.take_apart()
         totals = [max(pair) for pair in zip(totals, sizes, strict=True)]
     return totals

@@ -98,6 +98,11 @@ class Graph:
         (self.leafs if node.op == "NONE" else self.nodes).append(node)
         return node
 
+    def take_apart(self) -> None:
+        """Nobody reads it any more: without cycles (`cast`), it is freed at once."""
+        for node in self.nodes:
+            node.src.clear()
+
 
 def fresh_input(ne: Sequence[int], of: GgmlType = F32) -> Node:
     node = Node("NONE", ne, of)
