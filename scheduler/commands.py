@@ -32,9 +32,12 @@ class StartReplica:
 
 @dataclass(frozen=True, slots=True)
 class StopReplica:
+    """`saves`: its conversations are saved before; it works, as far as is known."""
+
     replica_id: ReplicaId
     node_id: NodeId
     reason: str
+    saves: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,6 +162,11 @@ class Policy(_Strict):
     fair_share_s: float = Field(
         10.0, ge=0, description="a request counts as this much later for each waiting request of the same API key"
     )
+    saved_state_bytes: Bytes = Field(
+        4 * GIB,
+        description="what each machine keeps on disk of conversations whose model was evicted, so that they go on "
+        "without being read again; 0: nothing",
+    )
     deadline_s: float = Field(600.0, gt=0, description="a request that has waited longer is refused")
     lease_ttl_s: float = Field(
         60.0, gt=0, description="a slot is taken back when its lease is not renewed in this time"

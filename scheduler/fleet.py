@@ -208,6 +208,8 @@ class Fleet:
         if replica.busy:
             replica.retiring = reason
             self._retiring[replica.replica_id] = replica
+        elif replica.state is ReplicaState.READY:
+            self.stop(replica, reason)
         else:
             self.abandon(replica, reason)
 
@@ -227,14 +229,16 @@ class Fleet:
         if replica.state is ReplicaState.PENDING:
             self.forget(replica)
         elif replica.state is not ReplicaState.STOPPING:
-            self.stop(replica, reason)
+            self.stop(replica, reason, works=False)
 
-    def stop(self, replica: Replica, reason: str) -> None:
+    def stop(self, replica: Replica, reason: str, *, works: bool = True) -> None:
+        """`works`: as far as is known."""
         if replica.leases:
             raise InvariantBroken(f"{replica.replica_id} would be stopped under {len(replica.leases)} leases")
+        saves = works and replica.state is ReplicaState.READY and replica.last_used_at > replica.ready_at
         self._become(replica, ReplicaState.STOPPING)
         self.ledger.releasing(replica.replica_id)
-        self._out.post(cmd.StopReplica(replica.replica_id, replica.placement.node_id, reason))
+        self._out.post(cmd.StopReplica(replica.replica_id, replica.placement.node_id, reason, saves))
 
     def gone(self, replica: Replica, now: float) -> None:
         """Its process has ended, and everything was read again since: what is in use now is not its own."""

@@ -30,7 +30,7 @@ from actors.devices.cores import Cores
 from actors.serving.batch import Part, next_batch
 from actors.serving.beat import Beat
 from actors.serving.choosing import Chooser
-from actors.serving.generation import Choice, Generation
+from actors.serving.generation import TELLING_TOKENS, Choice, Generation
 from actors.serving.jobs import Embedding, Job
 from actors.serving.model import Model, Row
 from actors.serving.protocol import Likelihood
@@ -65,6 +65,7 @@ class Batcher:
         self._chooser = Chooser(model)
         self._n_threads = 0
         self._failed_turns = 0
+        self._read_tokens, self._read_s = 0, 0.0  # of prompts that were read alone
         self._closing = False
         self.broken = ""  # why nothing works any more
         warm: Future[None] = Future()
@@ -102,6 +103,15 @@ class Batcher:
         """All jobs running or waiting, running ones first."""
         with self._changed:
             return [slot.job for slot in self._slots if slot.job is not None] + list(self._slots.waiting)
+
+    def known(self, prompt: Sequence[int]) -> int:
+        """How much of `prompt` some slot holds now."""
+        return self._slots.known(prompt)
+
+    @property
+    def tokens_read_per_s(self) -> float:
+        """How fast prompts were read; 0: none was long enough to tell."""
+        return self._read_tokens / self._read_s if self._read_s else 0.0
 
     def close(self) -> None:
         """Stops the thread; jobs that have not ended fail with EngineFailed."""
@@ -170,7 +180,7 @@ class Batcher:
         began = time.perf_counter()
         code = self._decode(rows, [part.job for part in parts])
         if len(parts) == 1 and code == 0:
-            parts[0].job.took(len(rows), time.perf_counter() - began)
+            self._took(parts[0].job, len(rows), time.perf_counter() - began)
         if code != 0:
             self._decode_failed(code, [(part.slot, part.job) for part in parts])
             return
@@ -182,6 +192,11 @@ class Batcher:
             self._go_on(part)
         for part in parts:
             part.job.hearer.flush()
+
+    def _took(self, job: Generation, n_rows: int, seconds: float) -> None:
+        job.took(n_rows, seconds)
+        if job.pending is None and n_rows >= TELLING_TOKENS:
+            self._read_tokens, self._read_s = self._read_tokens + n_rows, self._read_s + seconds
 
     def _go_on(self, part: Part) -> None:
         """After its rows were decoded."""
@@ -358,6 +373,10 @@ class Batcher:
     def _postpone_one(self) -> bool:
         with self._changed:
             return self._slots.postpone_one()
+
+    def slots(self) -> list[Slot]:
+        """What is left after `close`, most recently used first."""
+        return sorted(self._slots, key=lambda slot: -slot.last_used)
 
     def _end_all(self, error: EngineFailed) -> None:
         with self._changed:

@@ -1,16 +1,19 @@
 """The engine: one loaded model that answers several callers at once. Free of Ray; llama_cpp is imported by loading.
 
 `Engine(spec, endpoints, on_progress)` loads; `prepare` has a request made into tokens by the preparer and checks it;
-`submit` hands it to the batcher; `close` frees everything. Every method may be called from any thread.
+`submit` hands it to the batcher; `park` saves what was read of conversations; `close` frees everything. Every method
+may be called from any thread.
 Invariant: a request that cannot be served as asked is Rejected before it takes a slot.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from actors.devices.cores import Cores
@@ -22,6 +25,8 @@ from actors.serving.jobs import Answered, Choices, Embedded, Embedding, Hearer, 
 from actors.serving.parsing import ParsedAnswer
 from actors.serving.preparation import Errand, Prepared, Preparer
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec, Sampling
+from actors.serving.saved_states import SavedStates, origin_of, states_folder
+from actors.serving.states import SavedState
 from actors.serving.text import TextStream
 from scheduler.errors import EngineFailed, Rejected
 
@@ -35,6 +40,10 @@ MOST_PREPARED = 8
 
 MOST_LIKELIHOODS = 16_000
 """That are told at once. The engine's thread writes them: 50,000 took 271 ms in a chat, 20 in a completion."""
+
+
+MOST_PARKING_S = 2.0
+"""No save begins after it: another model waits for the memory."""
 
 
 class Engine:
@@ -64,6 +73,7 @@ class Engine:
                 self._model, last_words=llama_log().last_errors, beat=beat, cores=cores or Cores.alone(spec.n_threads)
             )
             unless_loaded.pop_all()
+        self._states = _states_of(spec) if self._model.can_generate else None
         self._closed = False
 
     @property
@@ -182,11 +192,16 @@ class Engine:
                 budget=budget,
                 first=first[0] if first else None,
                 source=request.source,
+                saved=None if wish.judge_prompt or wish.is_extra else self._saved(prompt),
             )
             unless_made.pop_all()
         if parsed is not None:
             parsed.give_up = lambda: self.drop(job)
         return job
+
+    def _saved(self, prompt: list[int]) -> SavedState | None:
+        """A state on disk that spares a good part of the prompt."""
+        return self._states.find(prompt, self._batcher.known(prompt)) if self._states is not None else None
 
     def _sampling(self, asked: Sampling, prepared: Prepared, index: int) -> Sampling:
         """As it was asked for, with what only the preparer knew. Each answer to a prompt has a seed of its own."""
@@ -264,6 +279,24 @@ class Engine:
             self._batcher.cancel(job)
         return bool(jobs)
 
+    def park(self) -> int:
+        """Stops serving, and saves what slots hold of conversations, where that is worth it: those used last first, for
+        `MOST_PARKING_S` seconds. Returns how many were saved. Requests under way fail with EngineFailed."""
+        self._batcher.close()
+        if self._states is None:
+            return 0
+        n_saved, until_s = 0, time.monotonic() + MOST_PARKING_S
+        for slot in self._batcher.slots():
+            if slot.tokens and time.monotonic() < until_s:
+                n_saved += self._states.save(
+                    slot.tokens,
+                    slot.checkpoints,
+                    self._model.sequence_bytes(slot.sequence),
+                    partial(self._model.save_sequence, slot.sequence),
+                    self._batcher.tokens_read_per_s,
+                )
+        return n_saved
+
     def close(self) -> None:
         """Stops serving and frees the memory; requests under way fail with EngineFailed. Safe to call twice."""
         if not self._closed:
@@ -271,6 +304,12 @@ class Engine:
             self._batcher.close()
             self._model.close()
             self._preparer.close()
+
+
+def _states_of(spec: LoadSpec) -> SavedStates | None:
+    if not spec.saved_state_bytes:
+        return None
+    return SavedStates(states_folder(), origin_of(spec), spec.saved_state_bytes)
 
 
 def _check_likelihoods(request: GenerateRequest, wish: Wish, n_prompt: int, n_answers: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from actors.serving.jobs import Hearer, Job
 from actors.serving.likelihood import Told
 from actors.serving.protocol import Chunk, FinishReason, Likelihood, Timings
+from actors.serving.states import SavedState
 from actors.serving.text import TextStream
 from actors.serving.thoughts import ThinkingBudget
 from scheduler.costs.paces import Pace
@@ -67,6 +68,7 @@ class Generation(Job[Chunk]):
     What must follow a `constraint`, or tells how likely its tokens are, is chosen beside the engine's thread:
     `choosing` until then, `chosen` after it.
     `first`: the first answer to the same prompt in a request that has several; this one waits until it has read it.
+    `saved`: a state that spares it a part of its prompt; None once it was used, or where there is none.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class Generation(Job[Chunk]):
         budget: ThinkingBudget | None = None,
         first: Generation | None = None,
         source: str = "",
+        saved: SavedState | None = None,
     ) -> None:
         super().__init__(lease_id, prompt, hearer, source)
         self.wish = wish
         self.sampler: Any = sampler
         self.constraint = constraint
         self.first = first
+        self.saved = saved
         self.choosing = False
         self.chosen: Choice | ArrieroError | None = None
         self.pending: int | None = None

@@ -319,6 +319,24 @@ class NativeModel:
         read = llama_cpp.llama_state_seq_set_data_ext(self._context, pointer, len(state), sequence, _PARTIAL)
         return bool(read) and bool(llama_cpp.llama_memory_seq_rm(self._memory, sequence, kept, -1))
 
+    def sequence_bytes(self, sequence: int) -> int:
+        """Of all that is kept of `sequence`."""
+        return int(llama_cpp.llama_state_seq_get_size(self._context, sequence))
+
+    def save_sequence(self, sequence: int, into: npt.NDArray[np.uint8]) -> bool:
+        """Writes all that is kept of `sequence`. False where that fails."""
+        pointer = into.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return bool(llama_cpp.llama_state_seq_get_data(self._context, pointer, len(into), sequence) == len(into))
+
+    def load_sequence(self, sequence: int, state: npt.NDArray[np.uint8]) -> bool:
+        """`sequence`, which holds nothing, is what was saved. False where that fails, as in a cache without room; then
+        it holds nothing."""
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if llama_cpp.llama_state_seq_set_data(self._context, pointer, len(state), sequence):
+            return True
+        self.clear(sequence)
+        return False
+
     def copy_prefix(self, source: int, sequence: int, count: int) -> None:
         """`sequence`, which holds nothing, begins with the first `count` cells of `source`. Takes no memory."""
         llama_cpp.llama_memory_seq_cp(self._memory, source, sequence, 0, count)

@@ -47,6 +47,7 @@ class LoadSpec:
     placement: Placement | None = None  # the scheduler's own record, kept for one that restarts
     preflight: bool = False  # ask llama.cpp first what it would allocate
     chat_template: str = ""  # in place of the file's
+    saved_state_bytes: int = 0  # the most that states of conversations take on the node's disk; 0: none are saved
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,13 @@ class Runner:
             time.sleep(WATCH_EVERY_S)
         return "another call watches"
 
+    def park(self) -> int:
+        """Saves conversations, see `Engine.park`; this replica serves no longer. Returns how many were saved."""
+        if self._state != "ready" or self._engine is None:
+            return 0
+        self._state, self._reason = "closed", "it was stopped"
+        return self._engine.park()
+
     def close(self) -> None:
         """Frees model, context and devices while the process lives on. Safe to call twice."""
         if self._engine is not None:
@@ -306,6 +313,9 @@ class RunnerActor:
     def watch(self) -> str:
         """Returns the reason when the replica breaks; fails with the actor when its process ends."""
         return self._runner.watch()
+
+    def park(self) -> int:
+        return self._runner.park()
 
     def process(self) -> Process:
         """See `this_process`. Newer versions ask for it when they take this one down: it must not be removed."""

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from functools import partial
+from typing import Any, TypeGuard
 
 from actors.serving.generation import Generation
 from actors.serving.jobs import Job
 from actors.serving.model import Model
+from actors.serving.states import Checkpoint, SavedState
 from scheduler.costs.host import CHECKPOINTS_PER_SLOT, MOST_CHECKPOINT_BYTES
 
 MOST_PASSED = 8
@@ -36,13 +38,6 @@ not have (it leaves thoughts out); llama-server has the same number."""
 
 LEAST_BETWEEN = 64
 """Tokens between two checkpoints. A small Gemma 3 saves its state (1.3 MiB) in 1.4 ms, and reads 64 tokens in 66 ms."""
-
-
-class Checkpoint(NamedTuple):
-    """What of the first `n_tokens` of a slot cannot be cut."""
-
-    n_tokens: int
-    state: Any
 
 
 @dataclass(slots=True)
@@ -150,6 +145,9 @@ class Slots:
 
     def _known(self, slot: Slot, job: Generation, shared: int) -> int:
         """How much of its prompt `slot` holds now: its own beginning, or that of another."""
+        saved, job.saved = job.saved, None
+        if saved is not None and (kept := self._restored(slot, job, saved, shared)) is not None:
+            return kept
         if self._model.shares_cells:
             others = [(common_prefix(other.tokens, job.prompt), other) for other in self._all if other is not slot]
             most, donor = max(others, key=lambda pair: pair[0], default=(0, slot))
@@ -160,6 +158,23 @@ class Slots:
                 slot.tokens += job.prompt[:most]
                 return most
         return self._cut(slot, shared)
+
+    def _restored(self, slot: Slot, job: Generation, saved: SavedState, shared: int) -> int | None:
+        """How much of its prompt `slot` holds after `saved` was loaded; None: it was not, and nothing has changed."""
+        common = min(common_prefix(saved.tokens, job.prompt), len(job.prompt) - 1)
+        if common < shared + LEAST_SHARED:  # meanwhile it became known here
+            return None
+        self.forget(slot)
+        load = partial(self._model.load_sequence, slot.sequence, saved.state)
+        if not load() and not (self.forget_idle() and load()):
+            return 0
+        slot.tokens += saved.tokens
+        slot.checkpoints += saved.checkpoints
+        return self._cut(slot, common)
+
+    def known(self, prompt: Sequence[int]) -> int:
+        """Tokens of `prompt` that some slot holds now. Any thread may ask: the answer may be old."""
+        return max(common_prefix(slot.tokens, prompt) for slot in self._all)
 
     def _cut(self, slot: Slot, count: int) -> int:
         """Leaves `count` tokens, or as many as can be; says how many."""

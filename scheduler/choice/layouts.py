@@ -282,7 +282,9 @@ class LayoutFamily:
         begins = 0 if self.tier == EXPERTS_IN_RAM else self.workload.n_layers - least
         sums = (self.workload.layer_sums(kind, n_cpu_moe) for kind in {device.kind for device in self.devices})
         needed_bytes = min(of[-1] - of[begins] for of in sums)
-        free = (room.devices.get(device.device_id, 0) - self._overhead_bytes(i) for i, device in enumerate(self.devices))
+        free = (
+            room.devices.get(device.device_id, 0) - self._overhead_bytes(i) for i, device in enumerate(self.devices)
+        )
         return sum(max(0, there) for there in free) >= needed_bytes
 
 
