@@ -36,9 +36,6 @@ Bytes = npt.NDArray[np.uint8]
 BYTES_PER_S = 500e6
 """At which a state is taken to be written, and to be read: that of a SATA SSD. Within the page cache it is more."""
 
-LEAST_GAIN_S = 0.1
-"""A state that saves less than this is not worth a file: nobody notices it."""
-
 ABANDONED_S = 3600.0
 """A file that is still incomplete after this time belongs to a process that has ended."""
 
@@ -93,7 +90,7 @@ class SavedStates:
         for path, (tokens, tokens_per_s, state_bytes) in self._index().items():
             common = common_prefix(tokens, wanted)
             gain = gain_s(common - n_known, tokens_per_s, state_bytes)
-            if gain >= LEAST_GAIN_S and (best is None or gain > best[0]):
+            if gain > 0 and (best is None or gain > best[0]):
                 best = gain, path
         return self._read(best[1]) if best else None
 
@@ -110,7 +107,7 @@ class SavedStates:
         it."""
         held = array("i", tokens)
         known = max((common_prefix(others, held) for others, _, _ in self._index().values()), default=0)
-        if gain_s(len(tokens) - known, tokens_per_s, 2 * state_bytes) < LEAST_GAIN_S:
+        if gain_s(len(tokens) - known, tokens_per_s, 2 * state_bytes) <= 0:
             return False
         path = self._folder / f"{hashlib.sha256(held.tobytes()).hexdigest()[:32]}.state"
         table = b"".join(_CHECKPOINT.pack(each.n_tokens, len(each.state)) for each in checkpoints)

@@ -31,6 +31,7 @@ from scheduler.errors import ArrieroError
 from scheduler.units import GIB, DeviceId, NodeId
 
 LOAD_S = 1.2  # a model takes
+PARK_S = 0.5
 
 _pids = itertools.count(100)
 
@@ -100,6 +101,7 @@ class FakeRunner:
         self.cancelled: list[str] = []
         self.answering: tuple[str, ...] = ()
         self._broken = asyncio.Event()
+        self.saved = False
 
     def process(self) -> Process:
         return self.body.process
@@ -126,6 +128,11 @@ class FakeRunner:
         buffers = BufferSizes(devices, HostBytes(), spec.context.n_ctx_slot)
         self._report = LoadReport(buffers, self.body.process.pid, self.body.process.started_at_s, LOAD_S)
         return self._report
+
+    async def park(self) -> int:
+        await asyncio.sleep(PARK_S)
+        self.saved = True
+        return 1
 
     def break_down(self, reason: str) -> None:
         """It can serve no longer, but its process lives."""

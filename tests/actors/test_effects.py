@@ -69,6 +69,7 @@ REST_S = 400.0  # in which every command has to end
 
 START = cmd.StartReplica(REPLICA, "ant", "/m/ant.gguf", PLACEMENT, 4, True, False)
 STOP = cmd.StopReplica(REPLICA, BOX, "evicted")
+STOP_AND_SAVE = cmd.StopReplica(REPLICA, BOX, "evicted", saves=True)
 CHECK = cmd.CheckReplica(REPLICA)
 SHAPE = cmd.ReadShape(BOX, "/m/ant.gguf")
 AHEAD = cmd.ReadAhead(BOX, "/m/ant.gguf")
@@ -125,6 +126,10 @@ class Stage:
     def there(self) -> bool:
         return BOX in self.inventory.nodes
 
+    @property
+    def is_stopped(self) -> bool:
+        return any(isinstance(command, cmd.StopReplica) for command in self.ordered)
+
     def carry_out(self, command: Order) -> None:
         """From the first command on, steps are counted and may be struck."""
         if not self.ordered:
@@ -154,7 +159,7 @@ class Stage:
         return actor
 
     def stop(self) -> None:
-        if STOP not in self.ordered and self.there:
+        if not self.is_stopped and self.there:
             self.carry_out(STOP)
 
     def lose_node(self) -> None:
@@ -201,7 +206,7 @@ class Stage:
         for body in self.machine.processes.values():
             body.end()
         await asyncio.sleep(60.0)
-        watched = self.count(ev.ReplicaReady) and STOP not in self.ordered and self.there
+        watched = self.count(ev.ReplicaReady) and not self.is_stopped and self.there
         if watched and self.count(ev.ReplicaDied) != 1 or self.count(ev.ReplicaDied) > before + 1:
             self.wrong.append(f"its end was told {self.count(ev.ReplicaDied)} times")
         left = [name for task in asyncio.all_tasks() if (name := task.get_coro().__qualname__).startswith("Effects.")]
@@ -246,6 +251,11 @@ def start_and_stop_while_it_loads(stage: Stage) -> None:
 def stop(stage: Stage) -> None:
     stage.adopt()
     stage.carry_out(STOP)
+
+
+def stop_what_saves_before(stage: Stage) -> None:
+    stage.adopt()
+    stage.carry_out(STOP_AND_SAVE)
 
 
 def stop_what_only_sigkill_ends(stage: Stage) -> None:
@@ -306,6 +316,7 @@ SCENES: dict[Scene, tuple[type, ...]] = {
     start_and_stop: (*READ_AGAIN, ev.ReplicaGone, ev.ReplicaFailed),
     start_and_stop_while_it_loads: (ev.ReplicaStarted, ev.ReplicaFailed, *READ_AGAIN, ev.ReplicaGone),
     stop: (*READ_AGAIN, ev.ReplicaGone),
+    stop_what_saves_before: (*READ_AGAIN, ev.ReplicaGone),
     stop_what_only_sigkill_ends: (*READ_AGAIN, ev.ReplicaGone),
     stop_what_nothing_ends_for_long: (*READ_AGAIN, ev.ReplicaGone),
     check: (ev.ReplicaVouched,),
@@ -463,7 +474,7 @@ def test_whatever_fails_at_whichever_step(scene: Scene, fault: Fault) -> None:
     for at, what in enumerate(undisturbed(scene).steps):
         stage = perform(scene, lambda stage, step, actor: fault(stage, actor) if step == at else None)  # noqa: B023
         crashes = [e for e in stage.posted if isinstance(e, ev.ReplicaFailed) and e.kind == "crashed"]
-        if fault in UNPLUGGED and crashes and STOP not in stage.ordered:
+        if fault in UNPLUGGED and crashes and not stage.is_stopped:
             stage.wrong.append("the model is blamed for what its machine did")
         wrong += [f"step {at}, {what}: {complaint}" for complaint in stage.wrong]
     assert wrong == []
@@ -509,6 +520,21 @@ def test_a_load_that_takes_too_long_has_failed() -> None:
 
     [failed] = [event for event in perform(start_without_a_spare, late).told if isinstance(event, ev.ReplicaFailed)]
     assert failed.kind == "failed" and "60 s" in failed.message
+
+
+def test_conversations_are_saved_before_the_end_and_only_where_that_is_asked() -> None:
+    steps = [step for step in undisturbed(stop_what_saves_before).steps if step in ("runner.park answers", "runner is killed")]
+    assert steps == ["runner.park answers", "runner is killed"]
+    assert not any("park" in step for step in undisturbed(stop).steps)
+
+
+def test_a_runner_that_does_not_save_in_time_is_stopped_all_the_same() -> None:
+    def late(stage: Stage, step: int, actor: Actor | None) -> Outcome:
+        return 60.0 if stage.ray.steps[step] == "runner.park answers" else None
+
+    stage = perform(stop_what_saves_before, late)
+    assert stage.wrong == []
+    assert stage.count(ev.ReplicaGone) == 1
 
 
 @pytest.mark.parametrize("scene", [start_with_a_spare, start_without_a_spare, start_that_fails])

@@ -13,9 +13,10 @@ from arriero.sample_models import write_sample_model
 
 @pytest.fixture(scope="module", autouse=True)
 def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What one module's models took, or ran out of, is not remembered in the next."""
+    """What one module's models took, or ran out of, or were told, is not remembered in the next."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

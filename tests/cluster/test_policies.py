@@ -106,6 +106,17 @@ def test_a_pinned_model_stays_and_others_do_without(up: Callable[..., Service], 
     assert {share.device for share in service.replica("cumbre").layout if share.layers} == {"gpu0"}
 
 
+def test_a_conversation_goes_on_after_its_model_was_evicted(up: Callable[..., Service], reference: Reference) -> None:
+    service = up(virtual_gpus=ONE_GPU, policy={"min_residency_s": 0})
+    said = " ".join(f"word {number}" for number in range(60))
+    first = service.client.complete("alba", said, max_tokens=4, temperature=0.0)
+    ask(service, reference, "bruma")
+    assert not service.replicas("alba"), "there is room for one"
+    again = service.client.complete("alba", said + first.text + " and", max_tokens=4, temperature=0.0)
+    assert again.usage.cached_tokens >= first.usage.prompt_tokens
+    assert service.complete("alba", said + first.text + " and", max_tokens=4) == again.text
+
+
 # ---------------------------------------------------------------------- memory that others take
 
 

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.serving import saved_states
 from actors.serving.engine import Engine
 from actors.serving.protocol import Chunk, GenerateRequest, LoadSpec, Sampling, content_of
-from actors.serving.saved_states import LEAST_GAIN_S, SavedStates, gain_s, origin_of
+from actors.serving.saved_states import SavedStates, gain_s, origin_of
 from actors.serving.states import Checkpoint, SavedState
 from scheduler.units import MIB
 
@@ -156,7 +155,7 @@ def test_incomplete_files_of_the_dead_are_removed(tmp_path: Path) -> None:
 
 def test_what_is_read_sooner_than_saved_is_not_saved(tmp_path: Path) -> None:
     there = states(tmp_path)
-    assert not there.save(TOKENS, [], 10, lambda memory: True, 200 / LEAST_GAIN_S * 2)
+    assert not there.save(TOKENS, [], MIB, lambda memory: True, 1e6)
     assert not there.save(TOKENS, [], 10, lambda memory: True, 0.0), "nobody knows how fast it is read"
     assert gain_s(4000, 1000.0, 500_000_000) == pytest.approx(3.0)
 
@@ -183,9 +182,8 @@ def test_the_origin_is_all_that_a_state_depends_on(tmp_path: Path, spec: Callabl
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where states go; all are worth it, however small the model."""
+    """Where states go."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(saved_states, "LEAST_GAIN_S", 1e-6)
     yield tmp_path / "arriero" / "states"
 
 
