@@ -115,7 +115,7 @@ class SamplerSettings(BaseModel):
             if name in given:
                 given[name] = tuple(given[name])
         given["seed"] = None if self.seed is None or randomly else self.seed & 0xFFFFFFFF
-        if self.logit_bias:
+        if self.logit_bias is not None:
             given["logit_bias"] = {token: bias for token, bias in self.logit_bias if isinstance(token, int)}
         return Sampling(**given)
 

@@ -277,8 +277,10 @@ class Batcher:
         if not own:
             return
         pooled = self._model.is_pooled
-        if not pooled:  # one text at a time: those half done would hold the cache
-            own = [min(own, key=lambda pair: pair[0].last_used)]
+        if pooled:
+            own.sort(key=lambda pair: pair[0].last_used)
+        else:  # one text at a time: those half done would hold the cache
+            own = [min(own, key=lambda pair: (not pair[0].tokens, pair[0].last_used))]
         room = self._model.n_ubatch if pooled else embed_step(self._model)
         free = [slot for slot in self._slots if slot.job is None] if pooled else []
         rows: list[Row] = []
@@ -313,6 +315,7 @@ class Batcher:
             slot.tokens += tokens
             if len(slot.tokens) == len(job.texts[job.done]):
                 self._slots.forget(slot)
+                self._slots.use(slot)  # the others' turn
                 job.finish_text()
         for slot, job in own:
             if job.done == len(job.texts):

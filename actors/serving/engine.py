@@ -207,6 +207,8 @@ class Engine:
         """As it was asked for, with what only the preparer knew. Each answer to a prompt has a seed of its own."""
         if prepared.constraint is not None and (asked.min_tokens or asked.ignore_eos):
             raise Rejected("min_tokens and ignore_eos cannot be combined with tools or a grammar; send one of them")
+        if prepared.constraint is not None and "infill" in asked.samplers:
+            raise Rejected("the sampler infill cannot be combined with tools or a grammar; leave it out of samplers")
         seed = None if asked.seed is None else asked.seed + index
         return replace(asked, seed=seed, logit_bias={**prepared.biases, **(asked.logit_bias or {})})
 

@@ -189,7 +189,7 @@ class Generation(Job[Chunk]):
             self._finish("length", shown)
         else:
             self.pending = token
-            if shown or self._opening:
+            if shown or self._opening or (likelihood is not None and not piece):  # else those of a whole answer pile up
                 self.hearer.say(Chunk(self._opened(shown), likelihoods=self._told.take(shown)))
             return False
         return True

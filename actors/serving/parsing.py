@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 End = tuple[Literal["end"], BaseException | None]
 
 
+MOST_HELD = 64
+"""Likelihoods that wait for text that the client sees. Told all at once, those of 4,000 tokens took seconds."""
+
+
 class ParsedAnswer:
     """A `Hearer` that tells `hearer` what the chunks mean. Its thread starts with the first of them.
 
@@ -96,7 +100,7 @@ class ParsedAnswer:
         self._likelihoods += (each for chunk in chunks for each in chunk.likelihoods)
         last = chunks[-1]
         deltas = self._parsing.feed(text, last=last.finish_reason)
-        if deltas or last.finish_reason is not None:
+        if deltas or last.finish_reason is not None or len(self._likelihoods) >= MOST_HELD:
             self._hearer.say(replace(last, text=text, deltas=deltas, likelihoods=tuple(self._likelihoods)))
             self._hearer.flush()
             self._likelihoods.clear()

@@ -140,6 +140,8 @@ class _Choice:
         if chunk.finish_reason is not None:
             first = {} if self.begun else {"role": "assistant", "content": ""}
             yield self._told({"delta": first}, self._said.finish_reason(chunk), likelihoods)
+        elif likelihoods:
+            yield self._told({"delta": {}}, None, likelihoods)
 
     def text_event(self, text: str) -> dict[str, Any]:
         """An event in the middle of an answer that is only text."""

@@ -207,6 +207,8 @@ def test_settings_left_out_are_llama_cpps(client: openai.OpenAI, backend: FakeBa
             {"logit_bias": [[5, False], ["yes", 2]]},
             {"sampling": Sampling(logit_bias={5: -100}), "logit_bias": {"yes": 2}},
         ),
+        ({"logit_bias": {}}, {"sampling": Sampling(logit_bias={})}),
+        ({"logit_bias": []}, {"sampling": Sampling(logit_bias={})}),
         ({"logit_bias": {"7": 1, "no": -3}}, {"sampling": Sampling(logit_bias={7: 1}), "logit_bias": {"no": -3}}),
         ({"logprobs": True}, {"n_probs": 0}),
         ({"n_probs": 3}, {"n_probs": 3}),

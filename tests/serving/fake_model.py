@@ -191,6 +191,12 @@ def expected(prompt: Sequence[int], max_tokens: int) -> tuple[str, str]:
     return "".join(said), "length"
 
 
+def talkative(n_tokens: int, at_least: int, of: int = 2) -> list[int]:
+    """A prompt whose answer does not end before `at_least` tokens."""
+    prompts = ([*([of] * (n_tokens - 1)), last] for last in range(1, 1000))
+    return next(prompt for prompt in prompts if expected(prompt, at_least)[1] == "length")
+
+
 def heard(chunks: Sequence[Chunk]) -> tuple[str, str]:
     return "".join(chunk.text for chunk in chunks), str(chunks[-1].finish_reason)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_model import FakeModel, PooledModel, expected, heard, job, submitted
+from fake_model import FakeModel, PooledModel, expected, heard, job, submitted, talkative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -228,12 +229,6 @@ def test_a_bug_ends_every_request_with_the_reason(running: Any) -> None:
             list(one.hearer)
 
 
-def talkative(n_tokens: int, at_least: int, of: int = 2) -> list[int]:
-    """A prompt whose answer does not end before `at_least` tokens."""
-    prompts = ([*([of] * (n_tokens - 1)), last] for last in range(1, 1000))
-    return next(prompt for prompt in prompts if expected(prompt, at_least)[1] == "length")
-
-
 def test_a_full_shared_cache_forgets_the_idle_first(running: Any) -> None:
     batcher = running(FakeModel(n_seq_max=2, n_ubatch=64, room=40))
     for prompt in ([1] * 18, [2] * 30):  # 48 tokens in all
@@ -309,6 +304,63 @@ def test_whoever_waits_for_room_that_its_own_answers_hold_keeps_no_other_waiting
     slots.release(next(slot for slot in slots if slot.job is not None))
     slots.assign()
     assert [slot.job.lease_id for slot in slots if slot.job is not None] == ["ann-large"]
+
+
+def test_a_source_with_many_answers_makes_room_for_another() -> None:
+    """Whoever waits in vain for room of its own keeps nobody waiting that holds less."""
+    slots = Slots(FakeModel(n_seq_max=8, room=100))
+    slots.waiting += [job([1] * 24, name=f"ann-{number}", source="ann") for number in range(5)]
+    slots.assign()
+    assert running_of(slots) == ["ann-0", "ann-1", "ann-2", "ann-3"]
+    slots.waiting[0].passed = MOST_PASSED
+    slots.waiting.append(job([2] * 10, name="bob", source="bob"))
+    slots.assign()
+    assert running_of(slots) == ["ann-0", "ann-1", "ann-2", "bob"]
+    slots.waiting.append(job([3] * 80, name="greedy-bob", source="bob"))
+    slots.assign()
+    assert "greedy-bob" not in running_of(slots), "he would hold more than ann"
+
+
+def test_an_answer_that_is_its_sources_only_one_keeps_its_slot() -> None:
+    slots = Slots(FakeModel(n_seq_max=4, room=100))
+    slots.waiting += [job([1] * 95, name="ann", source="ann"), job([2] * 10, name="bob", source="bob")]
+    slots.assign()
+    assert running_of(slots) == ["ann"]
+
+
+def running_of(slots: Slots) -> list[str]:
+    return sorted(slot.job.lease_id for slot in slots if slot.job is not None)
+
+
+@pytest.mark.parametrize("model", [FakeModel(2, n_ubatch=4), PooledModel(2, n_ubatch=4)])
+def test_who_embeds_many_texts_takes_turns_with_others(running: Any, model: FakeModel) -> None:
+    model.pause = threading.Event()
+    batcher = running(model)
+    many, one = Embedding("ann", [[3, 4, 5, 4]] * 20, Results(), 4), Embedding("bob", [[5, 5, 5]], Results(), 4)
+    batcher.submit(many)
+    assert model.entered.wait(10)
+    batcher.submit(one)
+    model.pause.set()
+    assert len(list(one.hearer)) == 1
+    assert len(list(many.hearer)) == 20
+    (turn,) = [turn for turn, rows in enumerate(model.batches) if rows[0].token == 5]
+    assert turn <= 3, "after the text that was under way"
+
+
+def test_one_source_chooses_on_no_more_threads_than_there_are_cores(running: Any) -> None:
+    cores = len(os.sched_getaffinity(0))
+    batcher = running(FakeModel(n_seq_max=cores + 3))
+    slow = [SlowConstraint() for _ in range(cores + 2)]
+    for constraint in slow:
+        submitted(batcher, job([1, 2], 1, source="ann", constraint=constraint))
+    for constraint in slow[:cores]:
+        assert constraint.began.wait(10)
+    other = SlowConstraint()
+    other.go.set()
+    assert list(submitted(batcher, job([3, 4], 1, source="bob", constraint=other)).hearer), "bob does not wait"
+    assert sum(constraint.began.is_set() for constraint in slow) == cores
+    for constraint in slow:
+        constraint.go.set()
 
 
 def test_an_answer_whose_token_is_chosen_gives_way_like_any_other(running: Any) -> None:

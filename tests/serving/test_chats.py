@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from threading import Semaphore
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +18,9 @@ from actors.serving.engine import Engine
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Results
 from actors.serving.message import Call
-from actors.serving.parsing import ParsedAnswer
+from actors.serving.parsing import MOST_HELD, ParsedAnswer
 from actors.serving.preparation import Preparer
-from actors.serving.protocol import Chunk, Delta, GenerateRequest, ReplyForm, Sampling, content_of
+from actors.serving.protocol import Chunk, Delta, GenerateRequest, Likelihood, ReplyForm, Sampling, content_of
 from actors.serving.replies import Reply
 from actors.serving.text import TextStream
 from actors.serving.vocabulary import Vocabulary
@@ -233,8 +234,10 @@ class FakeParsing:
 
     def __init__(self) -> None:
         self.closed = 0
+        self.fed = Semaphore(0)
 
     def feed(self, text: str, *, last: Any = None) -> tuple[Delta, ...]:
+        self.fed.release()
         if "bad" in text:
             raise EngineFailed("its preparer has ended")
         return (Delta(content=text),) if text else ()
@@ -256,6 +259,21 @@ def test_a_parsed_answer_tells_everything_in_order_and_then_its_end() -> None:
     assert said == " ".join(map(str, range(200))) + " end"
     assert (chunks[-1].finish_reason, chunks[-1].completion_tokens) == ("stop", 7)
     assert fake.closed == 1
+
+
+def test_likelihoods_of_what_is_not_shown_do_not_pile_up() -> None:
+    """Here what is parsed adds nothing to the message for long."""
+    results: Results[Chunk] = Results()
+    fake = FakeParsing()
+    answer = ParsedAnswer(results, fake)  # type: ignore[arg-type]
+    for _ in range(10):
+        answer.say(Chunk("", likelihoods=(Likelihood(1, b"", -1.0),) * MOST_HELD))
+        assert fake.fed.acquire(timeout=10)
+    answer.say(Chunk("end", "stop", 5, 0, 1000))
+    answer.end(None)
+    reply = Reply(ReplyForm("chat", stream=True))
+    events = [event for chunk in results for event in reply.bytes_of(chunk).decode().splitlines()]
+    assert [count for event in events if (count := event.count('"token"'))] == [MOST_HELD] * 10
 
 
 def test_an_answer_that_cannot_be_parsed_ends_with_the_reason_and_its_generation_too() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_model import FakeModel, heard, job, next_token, submitted
+from fake_model import FakeModel, heard, job, next_token, submitted, talkative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +75,15 @@ def test_likelihoods_are_those_of_each_token_whoever_shares_the_batch(
             check(one, prompt, chunks)
         assert one.wish.max_tokens or chunks[-1].completion_tokens == 0
     batcher.close()
+
+
+def test_likelihoods_of_tokens_without_text_are_told_one_by_one(running: Any) -> None:
+    """All at once, those of 4,000 tokens kept a model's other streams waiting for six seconds."""
+    model = FakeModel(1)
+    model.piece = lambda token, special=False: b""  # type: ignore[method-assign,misc]
+    silent = job(talkative(4, 12), 12, n_probs=1)
+    chunks = list(submitted(running(model), silent).hearer)  # type: ignore[call-overload]
+    assert [len(chunk.likelihoods) for chunk in chunks] == [1] * 12
 
 
 def test_a_prompt_that_is_judged_is_read_whole(running: Any) -> None:
