@@ -75,11 +75,11 @@ def main() -> None:
 
 
 def _measure_arriero(folder: Path, given: argparse.Namespace, results: Results) -> None:
-    with arriero(folder, single=False) as url:
+    with arriero(folder) as url:
         for model in given.models:
             _measure(url, model, "Arriero", results)
     if not given.no_swaps:
-        with arriero(folder, single=True) as url:
+        with arriero(folder, max_active_models=1) as url:
             _swap(url, "Arriero", results)
 
 
@@ -93,11 +93,11 @@ def _measure_llama_server(folder: Path, given: argparse.Namespace, results: Resu
 
 
 @contextlib.contextmanager
-def arriero(folder: Path, *, single: bool) -> Iterator[str]:
+def arriero(folder: Path, **policy: int) -> Iterator[str]:
     """The URL of a service on a Ray of its own, in a process of its own: a process connects to one Ray in its life."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_run_arriero, args=[str(folder), single, theirs])
+    child = context.Process(target=_run_arriero, args=[str(folder), policy, theirs])
     child.start()
     try:
         yield ours.recv()
@@ -106,7 +106,7 @@ def arriero(folder: Path, *, single: bool) -> Iterator[str]:
         child.join()
 
 
-def _run_arriero(folder: str, single: bool, pipe: Connection) -> None:
+def _run_arriero(folder: str, policy: dict[str, int], pipe: Connection) -> None:
     import os
 
     from arriero.machine import end_ray, start_ray
@@ -120,7 +120,7 @@ def _run_arriero(folder: str, single: bool, pipe: Connection) -> None:
             model_paths=(folder,),
             defaults=ModelParams(n_ctx=N_SLOTS * N_CTX, n_seq_max=N_SLOTS, kv_unified=True),
             server=Server(port=0),
-            policy=Policy(max_active_models=1 if single else None),
+            policy=Policy(**policy),
         )
         pipe.send(bring_up(catalogue).url)
         pipe.recv()
