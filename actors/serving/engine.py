@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from actors.devices.cores import Cores
+from actors.serving.adapter_choice import chosen_adapters
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
 from actors.serving.dialogue import prompt_too_long
@@ -99,6 +100,7 @@ class Engine:
             return self._embedding(request, hearer, errand)
         if request.max_tokens is not None and request.max_tokens < 0:
             raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 0")
+        chosen_adapters(self._spec.model, self._spec.adapters, request.lora)  # a wrong one is refused before all else
         prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand)
         if prepared.examined is not None:
             return Answered(request.lease_id, hearer, prepared.examined)
@@ -182,6 +184,7 @@ class Engine:
                 budget=budget,
                 first=first[0] if first else None,
                 source=request.source,
+                adapters=chosen_adapters(self._spec.model, self._spec.adapters, request.lora),
             )
             unless_made.pop_all()
         if parsed is not None:
@@ -214,7 +217,8 @@ class Engine:
         if (total := sum(map(len, texts))) > MOST_EMBEDDED:
             raise Rejected(f"the inputs are {total} tokens; at most {MOST_EMBEDDED} are allowed in one request")
         dimensions = None if request.rerank else request.dimensions or self._model.n_embd
-        return Embedding(request.lease_id, texts, hearer, dimensions, request.source)
+        adapters = chosen_adapters(self._spec.model, self._spec.adapters, None)
+        return Embedding(request.lease_id, texts, hearer, dimensions, request.source, adapters)
 
     def submit(self, job: Work) -> None:
         """Queues `job`. Raises EngineFailed, and has closed it, when the engine is broken or closed."""

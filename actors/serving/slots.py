@@ -2,7 +2,8 @@
 
 A slot keeps its tokens in the KV cache after an answer ends. The next request goes to the free slot that shares the
 longest prefix with it. Among equals it goes to the one that was idle longest, so that the others keep their tokens.
-Invariant: `slot.tokens` is exactly what the model's memory holds for that sequence.
+Invariant: `slot.tokens` is exactly what the model's memory holds for that sequence, computed with `slot.adapters`.
+What was computed with other adapters, or other scales of them, is of no use to a request.
 A recurrent state and a sliding window cannot be cut. So a slot keeps *checkpoints* of them, near the ends of its
 prompts: a chat that goes on, or an answer that is made anew, begins at one of these instead of at nothing.
 """
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from actors.serving.generation import Generation
 from actors.serving.jobs import Job
-from actors.serving.model import Model
+from actors.serving.model import Adapters, Model
 from scheduler.costs.host import CHECKPOINTS_PER_SLOT, MOST_CHECKPOINT_BYTES
 
 MOST_PASSED = 8
@@ -50,8 +51,13 @@ class Slot:
     sequence: int
     tokens: list[int] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)  # in order
+    adapters: Adapters = ()
     job: Job[Any] | None = None
     last_used: int = 0  # a counter, not a time
+
+    def shares(self, prompt: Sequence[int], adapters: Adapters) -> int:
+        """How many leading tokens of `prompt` it holds, computed with these adapters."""
+        return common_prefix(self.tokens, prompt) if self.adapters == adapters else 0
 
 
 def common_prefix(known: Sequence[int], wanted: Sequence[int]) -> int:
@@ -64,12 +70,12 @@ def common_prefix(known: Sequence[int], wanted: Sequence[int]) -> int:
     return shorter
 
 
-def best_slot(slots: Sequence[Slot], prompt: Sequence[int]) -> tuple[Slot, int] | None:
+def best_slot(slots: Sequence[Slot], prompt: Sequence[int], adapters: Adapters = ()) -> tuple[Slot, int] | None:
     """The free slot for `prompt` and how many of its tokens it already holds; None when all are busy.
 
     At least one token is left to decode, because sampling needs fresh logits.
     """
-    free = [(min(common_prefix(slot.tokens, prompt), len(prompt) - 1), slot) for slot in slots if slot.job is None]
+    free = [(min(slot.shares(prompt, adapters), len(prompt) - 1), slot) for slot in slots if slot.job is None]
     if not free:
         return None
     shared, slot = max(free, key=lambda choice: (choice[0], -choice[1].last_used))
@@ -128,7 +134,7 @@ class Slots:
                 return
 
     def _give_slot(self, job: Job[Any]) -> bool:
-        choice = best_slot(self._all, job.prompt)
+        choice = best_slot(self._all, job.prompt, job.adapters)
         if choice is None:
             return False
         slot, shared = choice
@@ -142,7 +148,7 @@ class Slots:
         else:  # all of it is to be computed
             self.forget(slot)
             kept = 0
-        slot.job = job
+        slot.job, slot.adapters = job, job.adapters
         slot.last_used = self._tick()
         if isinstance(job, Generation):
             job.begin(kept)
@@ -151,7 +157,7 @@ class Slots:
     def _known(self, slot: Slot, job: Generation, shared: int) -> int:
         """How much of its prompt `slot` holds now: its own beginning, or that of another."""
         if self._model.shares_cells:
-            others = [(common_prefix(other.tokens, job.prompt), other) for other in self._all if other is not slot]
+            others = [(other.shares(job.prompt, job.adapters), other) for other in self._all if other is not slot]
             most, donor = max(others, key=lambda pair: pair[0], default=(0, slot))
             most = min(most, len(job.prompt) - 1)
             if most >= shared + LEAST_SHARED:
