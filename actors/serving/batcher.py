@@ -267,7 +267,9 @@ class Batcher:
         A pooled model takes each text whole, several in a batch. Sequences that nobody uses help those who have
         several. Of others it is a micro-batch of one text.
         """
-        own = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and self._may_go_on(slot.job)]
+        own = [
+            (slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and self._may_go_on(slot.job)
+        ]
         own = [(slot, job) for slot, job in own if not job.cancelled]
         if not own:
             return

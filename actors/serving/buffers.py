@@ -1,10 +1,10 @@
 """Measured memory: turns llama.cpp's load report into `BufferSizes`.
 
 llama.cpp says what it allocated in log lines such as
-`load_tensors: RPC0[127.0.0.1:5123] model buffer size = 12.50 MiB`. Weights (adapters' too), KV cache and recurrent state are sums over
-several lines (one per file, cache kind or buffer type); a compute or output buffer that is logged again replaces the
-earlier one. A buffer belongs to a device when its name is that device's ("CUDA0", or the endpoint inside "RPC0[…]");
-whatever no device owns ("CPU", "CPU_Mapped", "CPU_REPACK", "CUDA_Host") is host memory.
+`load_tensors: RPC0[127.0.0.1:5123] model buffer size = 12.50 MiB`. Weights (those of adapters too), KV cache and
+recurrent state are sums over several lines (one per file, cache kind or buffer type); a compute or output buffer that
+is logged again replaces the earlier one. A buffer belongs to a device when its name is that device's ("CUDA0", or the
+endpoint inside "RPC0[…]"); whatever no device owns ("CPU", "CPU_Mapped", "CPU_REPACK", "CUDA_Host") is host memory.
 Unit: bytes, to the 0.01 MiB that the log prints.
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-
 Adapters = tuple[tuple[int, float], ...]
 """LoRA adapters by their number, with scales other than 0, in order. A batch is computed with one such set."""
 

@@ -123,7 +123,9 @@ def test_a_model_without_adapters_says_so(model: Path, engine: Any, text: Any) -
         text(engine(model), FUN)
 
 
-def test_the_largest_scale_harms_nobody_else(model: Path, files: tuple[LoadAdapter, ...], engine: Any, text: Any) -> None:
+def test_the_largest_scale_harms_nobody_else(
+    model: Path, files: tuple[LoadAdapter, ...], engine: Any, text: Any
+) -> None:
     """Numbers that overflow would stay in the cache, where masked cells are multiplied by 0: NaN, for everybody."""
     loaded = engine(model, adapters=files, **EXACT)
     plain = text(loaded)
