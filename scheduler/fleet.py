@@ -163,6 +163,8 @@ class Fleet:
         """Whether llama.cpp is asked before this load: never twice for the same."""
         if self.policy.preflight == "never" or model is None or model.shape is None:
             return False
+        if model.shape.adapter_weights:  # llama.cpp counts adapters only when it computes with them
+            return False
         placement = replica.placement
         if not placement.device_ids:  # host RAM that was misjudged is no failed load
             return False

@@ -124,7 +124,7 @@ class NativeModel:
 
     def _load_adapters(self, spec: LoadSpec, lines: list[LogLine]) -> None:
         """Beside the weights that they belong to. None of them is applied yet."""
-        for adapter in () if self._no_alloc else spec.adapters:
+        for adapter in spec.adapters:
             lora = llama_cpp.llama_adapter_lora_init(self._model, adapter.path.encode())
             if not lora:
                 raise load_failed(f"llama.cpp could not load the adapter {adapter.name}, {adapter.path}", lines)
