@@ -69,7 +69,7 @@ class NodeMonitor:
         self._files: tuple[ModelFile, ...] = ()
         self._searched = threading.Event()
         self._reads_ahead = threading.Event()
-        self._shapes: dict[tuple[str, ...], tuple[object, ModelShape | ArrieroError]] = {}
+        self._shapes: dict[object, tuple[object, ModelShape | ArrieroError]] = {}
         self.facts = NodeFacts(
             node_id=node_id,
             hostname=socket.gethostname(),
@@ -103,9 +103,10 @@ class NodeMonitor:
         try:
             parts = [part.stat() for file in files for part in parts_of(Path(file))]
             stamp = [(part.st_size, part.st_mtime_ns) for part in parts]
-            known = self._shapes.get(files)
+            key = path, tuple(adapters), mmproj
+            known = self._shapes.get(key)
             if known is None or known[0] != stamp:
-                known = self._shapes[files] = (stamp, _shape_or_fault(path, adapters, mmproj))
+                known = self._shapes[key] = (stamp, _shape_or_fault(path, adapters, mmproj))
             return known[1]
         except OSError as error:
             where = error.filename or path
