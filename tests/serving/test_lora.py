@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_writer import write_adapter
 
 from actors.devices.byte_count import ByteCount
 from actors.devices.virtual import start_device_process
 from actors.measurements import llama_build
 from actors.serving.engine import Engine
 from actors.serving.protocol import GenerateRequest, LoadAdapter, LoadDevice, LoadFailed, content_of
+from arriero.sample_adapters import write_sample_adapter
 from scheduler.config import MOST_SCALE
 from scheduler.costs.adapter import adapted, read_adapter
 from scheduler.costs.footprint import footprint
@@ -41,7 +41,7 @@ def model(sample: Any) -> Path:
 def files(model: Path) -> tuple[LoadAdapter, ...]:
     """Two adapters, of unlike rank; neither applies by itself."""
     return tuple(
-        LoadAdapter(name, str(write_adapter(model.with_name(f"{name}.lora"), model, rank=rank, seed=rank)), 0.0)
+        LoadAdapter(name, str(write_sample_adapter(model.with_name(f"{name}.lora"), model, rank=rank, seed=rank)), 0.0)
         for name, rank in (("fun", 4), ("terse", 8))
     )
 
@@ -97,7 +97,7 @@ def test_different_sets_at_once_give_the_text_of_each_alone(
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "granitehybrid"])
 def test_what_is_remembered_is_not_shared_across_sets(kind: str, sample: Any, engine: Any, ask: Any) -> None:
     path = sample(kind, "f32")
-    adapter = LoadAdapter("fun", str(write_adapter(path.with_name(f"{kind}.lora"), path)), 0.0)
+    adapter = LoadAdapter("fun", str(write_sample_adapter(path.with_name(f"{kind}.lora"), path)), 0.0)
     loaded = engine(path, adapters=(adapter,), n_ctx=1024, n_seq_max=2, kv_unified=kind == "llama", **EXACT)
 
     def cached(lora: Any) -> int:
@@ -150,7 +150,7 @@ def test_adapters_take_what_is_predicted_and_are_freed(
     virtual_gpus: tuple[LoadDevice, ...],
 ) -> None:
     """To what llama.cpp's log prints; the adapters have the same rank here, so that the graph is drawn exactly."""
-    other = write_adapter(model.with_name("other.lora"), model, rank=4, seed=9)
+    other = write_sample_adapter(model.with_name("other.lora"), model, rank=4, seed=9)
     adapters = (files[0], LoadAdapter("other", str(other), 0.0))
     devices, layers = virtual_gpus[:n_devices], {0: (), 1: (4.0,), 2: (2.0, 3.0)}[n_devices]
     loaded = spec(

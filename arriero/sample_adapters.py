@@ -1,23 +1,26 @@
-"""Small LoRA adapters that really run, made for a model file."""
+"""Small LoRA adapters that really run, written for a model file in a moment. Needs numpy and gguf.
+
+The weights are random and mean nothing: an adapter changes what a model says, and equal arguments write equal files.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import numpy as np
-from gguf import GGUFReader, GGUFWriter
-
 LINEAR = r"attn_(q|k|v|output)\.weight|ffn_(up|gate|down)\.weight|ssm_(in|out)\.weight"
 
 
-def write_adapter(
+def write_sample_adapter(
     path: Path, model: Path, *, rank: int = 4, seed: int = 1, strength: float = 1.0, pattern: str = LINEAR
 ) -> Path:
-    """An adapter that changes the matrices of `model` whose names match. Equal arguments write equal files.
+    """An adapter that changes the matrices of `model` whose names match; returns its path. Overwrites.
 
     `strength`: how large the change is, compared with weights of spread n^-1/2.
     """
+    import numpy as np
+    from gguf import GGUFReader, GGUFWriter
+
     reader = GGUFReader(model)
     arch = str(reader.fields["general.architecture"].contents())
     writer = GGUFWriter(str(path), arch)
