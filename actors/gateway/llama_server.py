@@ -64,7 +64,7 @@ def llama_server_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s:
         numbered = enumerate(found.adapters)
         return JSONResponse([{"id": number, **adapter.model_dump()} for number, adapter in numbered])
 
-    @router.post("/lora-adapters")
+    @router.post("/lora-adapters", include_in_schema=False)  # refused
     async def set_lora_adapters() -> Response:
         raise Rejected(
             "scales are not changed for all requests at once; send lora with each, or set scale under adapters in the "
