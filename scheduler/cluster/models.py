@@ -129,6 +129,7 @@ class Models:
         self._entries: dict[str, tuple[str, ...]] = {}  # of every path that was seen, which is looked up every second
         entries = catalogue.models.values()
         self._adapter_paths = [adapter.path for entry in entries for adapter in entry.adapters.values()]
+        self._plain_paths = [entry.path for entry in entries if not set("*?[") & set(entry.path)]
         self.by_name: dict[str, Model] = {
             name: Model(name, entry, pinned=entry.pinned) for name, entry in catalogue.models.items()
         }
@@ -321,7 +322,11 @@ class Models:
         return found
 
     def _is_companion(self, file: ModelFile) -> bool:
-        return is_projector(file.path) or any(matches(file.path, path) for path in self._adapter_paths)
+        """A glob may match adapters and models; what an entry names as its model is one."""
+        if is_projector(file.path):
+            return True
+        is_adapter = any(matches(file.path, path) for path in self._adapter_paths)
+        return is_adapter and not any(matches(file.path, path) for path in self._plain_paths)
 
     def _names(self, file: ModelFile, taken: dict[str, ModelFile]) -> list[str]:
         if file.path not in self._entries:

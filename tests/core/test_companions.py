@@ -93,6 +93,12 @@ def test_files_that_come_with_a_model_are_no_models() -> None:
     assert read == cmd.ReadShape(NodeId("box"), "/models/ant.gguf", (FUN, TERSE), EYES)
 
 
+def test_a_model_that_an_entry_names_is_no_adapter() -> None:
+    models = {"ant": {"path": "ant.gguf"}, "bee": {"path": "b*.gguf", "adapters": {"any": "*.gguf"}}}
+    s = Scenario([gpu("8GiB")], {"ant": SMALL, "bee": SMALL}, catalogue={"models": models})
+    assert s.core.models.by_name["ant"].copies and not s.core.models.by_name["bee"].copies
+
+
 def test_a_missing_adapter_is_told_and_read_once_it_is_there() -> None:
     s = Scenario([gpu("8GiB")], {"ant": SMALL}, catalogue=entry(adapters={"fun": "fun.gguf"}))
     s.ask("ant")
