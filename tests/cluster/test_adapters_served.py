@@ -71,5 +71,5 @@ def test_the_catalogue_tells_what_comes_with_a_model(service: Service, tmp_path:
     assert set(found) == {"alba", "plain", "broken"}  # adapters are no models
     assert [(each.name, each.scale) for each in found["alba"].adapters] == [("fun", 1.0), ("terse", 0.0)]
     assert found["broken"].state == "invalid" and "adapter gone: no file gone.gguf" in found["broken"].reason
-    with pytest.raises(Rejected, match="gone.gguf"):
+    with pytest.raises(Rejected, match=r"gone\.gguf"):
         service.complete("broken", "p")
