@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,8 @@ def _version(catalogue: Catalogue) -> str:
 
 
 def _model_paths(catalogue: Catalogue) -> tuple[str, ...]:
-    return (*catalogue.model_paths, *(entry.path for entry in catalogue.models.values()))
+    named = ((entry.path, *entry.companion_paths) for entry in catalogue.models.values())
+    return (*catalogue.model_paths, *chain.from_iterable(named))
 
 
 def _head_node() -> str:

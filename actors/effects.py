@@ -20,7 +20,15 @@ from actors.devices.watchdog import STOOD_STILL
 from actors.endpoint import Endpoint
 from actors.names import gpu_name, node_name
 from actors.questions import QUESTION_TIMEOUT_S, Questions, brief
-from actors.serving.protocol import Introduction, LoadDevice, LoadFailure, LoadReport, LoadSpec, RunnerStatus
+from actors.serving.protocol import (
+    Introduction,
+    LoadAdapter,
+    LoadDevice,
+    LoadFailure,
+    LoadReport,
+    LoadSpec,
+    RunnerStatus,
+)
 from actors.spares import RunnerHandle, Spares
 from scheduler import commands as cmd
 from scheduler import events as ev
@@ -230,6 +238,9 @@ class Effects:
             chat_template=command.chat_template,
             placement=placement,
             saved_state_bytes=self._policy.saved_state_bytes,
+            adapters=tuple(LoadAdapter(*adapter) for adapter in command.adapters),
+            mmproj=command.mmproj,
+            mmproj_on_device=placement.mmproj_on_device,
         )
 
     async def _report_progress(self, replica_id: ReplicaId, actor: Any) -> None:
@@ -338,7 +349,7 @@ class Effects:
             try:
                 node = node_name(command.node_id)
                 answer: ModelShape | ArrieroError = await self._questions.ask(
-                    node, "read_shape", command.path, timeout_s=None
+                    node, "read_shape", command.path, command.adapters, command.mmproj, timeout_s=None
                 )
             except Exception as error:  # the file is not to blame for it
                 log.warning("%s was not read, trying again: %s", command.path, brief(error))
@@ -352,7 +363,9 @@ class Effects:
             else:
                 shape = answer
             break
-        self._post(ev.ShapeRead(command.node_id, command.path, shape, invalid, trouble))
+        self._post(
+            ev.ShapeRead(command.node_id, command.path, shape, invalid, trouble, command.adapters, command.mmproj)
+        )
 
     async def _read_ahead(self, command: cmd.ReadAhead) -> None:
         try:

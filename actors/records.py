@@ -134,8 +134,19 @@ class Health(Record):
 # --- models -----------------------------------------------------------------------------------------------------
 
 
+class AdapterInfo(Record):
+    """A LoRA adapter of a model. `scale`: where a request names no adapters; `path`: on a machine that has it."""
+
+    name: str
+    scale: float
+    path: str = ""
+
+
 class ModelInfo(Record):
-    """A model of the catalogue. `n_ctx` is the context a slot gets by default; `reason` explains "invalid"."""
+    """A model of the catalogue. `n_ctx` is the context a slot gets by default; `reason` explains "invalid".
+
+    `adapters` in the order in which requests number them; `mmproj`: path of the projector that is loaded with it.
+    """
 
     name: str
     state: Literal["available", "invalid", "unknown"]
@@ -150,6 +161,8 @@ class ModelInfo(Record):
     pinned: bool = False
     replicas: list[str] = Field(default_factory=list)
     reason: str = ""
+    adapters: list[AdapterInfo] = Field(default_factory=list)
+    mmproj: str = ""
 
 
 # --- plan -------------------------------------------------------------------------------------------------------

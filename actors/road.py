@@ -66,6 +66,7 @@ def packed_generate(request: GenerateRequest) -> bytes:
         "n": request.n,
         "n_probs": request.n_probs,
         "echo": request.echo,
+        "lora": request.lora,
     }
     return json.dumps(head).encode() + b"\n" + request.content
 
@@ -90,6 +91,7 @@ def read_generate(payload: bytes, lease_id: LeaseId) -> GenerateRequest:
         n=head["n"],
         n_probs=head["n_probs"],
         echo=head["echo"],
+        lora=None if head["lora"] is None else tuple((which, scale) for which, scale in head["lora"]),
     )
 
 

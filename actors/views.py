@@ -9,7 +9,7 @@ from scheduler.choice.offer import Offer
 from scheduler.choice.placement import Choice
 from scheduler.cluster.inventory import Device, Node
 from scheduler.cluster.ledger import device_account, host_account
-from scheduler.cluster.models import Model
+from scheduler.cluster.models import Copy, Model
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.core import SchedulerCore
 from scheduler.costs.paces import Estimate
@@ -307,7 +307,18 @@ def _model(core: SchedulerCore, model: Model) -> records.ModelInfo:
         pinned=model.pinned,
         replicas=[r.replica_id for r in core.replicas.values() if r.model == model.name],
         reason=reason or ("" if first else "no node has the file"),
+        adapters=_adapters(model, first),
+        mmproj=first.companions.mmproj_path if first else "",
     )
+
+
+def _adapters(model: Model, copy: Copy | None) -> list[records.AdapterInfo]:
+    named = model.entry.adapters.items() if model.entry else ()
+    paths = copy.companions.adapter_paths if copy else ()
+    return [
+        records.AdapterInfo(name=name, scale=entry.scale, path=paths[number] if number < len(paths) else "")
+        for number, (name, entry) in enumerate(named)
+    ]
 
 
 def _layout(core: SchedulerCore, placement: Placement) -> list[records.LayoutShare]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from actors.gateway.address import DEFAULT_PORT
 from actors.gateway.errors import BodyTooLarge, Forbidden, NoSuchRoute, Unauthorized
 from actors.records import (
+    AdapterInfo,
     Answer,
     Embeddings,
     GpuStatus,
@@ -61,6 +62,7 @@ __all__ = [
     "LayoutShare",
     "QueueEntry",
     "ModelInfo",
+    "AdapterInfo",
     "Health",
     "Notice",
     # plan

@@ -140,9 +140,11 @@ class Charges:
             seen, served = reading.processes.get(replica.pid, 0), replica.last_used_at > replica.ready_at
             if seen and served and replica.measured is not None and replica.load_key is not None:
                 index = replica.placement.device_ids.index(facts.device_id)
-                outside = seen - replica.measured.devices[index].total_bytes
+                beside = replica.placement.mmproj_bytes if replica.placement.mmproj_on_device and not index else 0
+                outside = max(0, seen - replica.measured.devices[index].total_bytes - beside)
                 self._out.remember(self._measurements.held(replica.load_key, index, outside))
-                self._out.remember(self._measurements.lost(facts.product, build, outside))
+                if not beside:  # how much of it is the projector's is known as a bound only
+                    self._out.remember(self._measurements.lost(facts.product, build, outside))
 
 
 def _to_book(placement: Placement, predicted: int, measured: int) -> int:

@@ -28,6 +28,8 @@ class StartReplica:
     use_extra_bufts: bool
     preflight: bool = False  # ask llama.cpp first what it would allocate
     chat_template: str = ""  # in place of the file's
+    adapters: tuple[tuple[str, str, float], ...] = ()  # name, path and scale of each
+    mmproj: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,12 @@ class CancelAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ReadShape:
+    """Read the header of a model, and of the files that come with it: `adapters` in the catalogue's order, `mmproj`."""
+
     node_id: NodeId
     path: str
+    adapters: tuple[str, ...] = ()
+    mmproj: str = ""
 
 
 @dataclass(frozen=True, slots=True)

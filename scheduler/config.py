@@ -22,6 +22,10 @@ Slots = Annotated[int, Field(ge=1, le=64)] | Literal["auto"]
 Context = Annotated[int, Field(ge=256)] | Literal["auto"]
 UNNAMED_KEY = "unnamed"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}")
+NO_MMPROJ = "none"
+MOST_SCALE = 16.0
+"""Of an adapter, either sign. At 16 two small models still wrote sentences, at 64 no word. And a number that overflows
+would stay in the cache and spoil the answers of others."""
 
 
 class _Strict(BaseModel):
@@ -106,11 +110,50 @@ class ModelParams(_Strict):
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+class AdapterEntry(_Strict):
+    """A LoRA adapter of a model; a text is its path."""
+
+    model_config = ConfigDict(json_schema_extra={"type": ["object", "string"]})
+
+    path: str = Field(min_length=1, description="GGUF file or glob on the nodes")
+    scale: float = Field(
+        1.0, ge=-MOST_SCALE, le=MOST_SCALE, description="how strongly it applies where a request names no adapters"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+
 class ModelEntry(ModelParams):
     """One model of the catalogue."""
 
     path: str = Field(description="GGUF file or glob on the nodes; for a model in several files, the first one")
     pinned: bool = Field(False, description="never evict it once loaded")
+    adapters: dict[str, AdapterEntry] = Field(
+        default_factory=dict, description="LoRA adapters by name, which requests choose from"
+    )
+    mmproj: str | None = Field(
+        None,
+        min_length=1,
+        description="projector for images or sound: GGUF file or glob on the nodes; left out: the only one in the "
+        "model's folder, if it belongs to the model; none: no projector",
+    )
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_have_names(cls, adapters: dict[str, AdapterEntry]) -> dict[str, AdapterEntry]:
+        for name in adapters:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"adapter name {name!r} may hold letters, digits and ._:@/+- only")
+        return adapters
+
+    @property
+    def companion_paths(self) -> tuple[str, ...]:
+        """Of the files that are named to come with it."""
+        named = () if self.mmproj in (None, NO_MMPROJ) else (self.mmproj,)
+        return (*(adapter.path for adapter in self.adapters.values()), *named)
 
 
 class Policy(_Strict):
@@ -320,6 +363,8 @@ def _fields_at(location: tuple[Any, ...]) -> set[str]:
         return set(Catalogue.model_fields)
     if "alternatives" in location:
         return set(Alternative.model_fields)
+    if location[0] == "models" and location[2:3] == ("adapters",):
+        return set(AdapterEntry.model_fields)
     room: dict[str, type[BaseModel]] = {
         "models": ModelEntry, "defaults": ModelParams, "policy": Policy, "reserves": Reserves, "server": Server,
     }  # fmt: skip

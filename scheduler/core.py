@@ -18,7 +18,7 @@ from scheduler.choice.speeds import Speeds
 from scheduler.choice.workload import Workload
 from scheduler.cluster.inventory import Inventory
 from scheduler.cluster.leases import Ending
-from scheduler.cluster.models import Model, Models
+from scheduler.cluster.models import Files, Model, Models
 from scheduler.cluster.queue import RequestQueue, Waiting
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import Catalogue
@@ -163,8 +163,11 @@ class SchedulerCore:
         if was_silent:
             self._dispatch.look_again()
         changes = self.models.update(node_id, event.reading.files)
-        for path in changes.unread:
-            self._out.post(cmd.ReadShape(node_id, path))
+        for files in changes.unread:
+            self._out.post(cmd.ReadShape(node_id, *files))
+        for name in changes.incomplete:
+            why = self.models.by_name[name].copies[node_id].invalid
+            self._out.announce("model_invalid", f"{name}: {why}", name)
         for replica in self.replicas.on_node(node_id) if changes.changed else ():
             if replica.model in changes.changed:
                 message = f"{replica.model}'s file has changed; the loaded replica stops when its requests have ended"
@@ -202,7 +205,8 @@ class SchedulerCore:
 
     def _shape_read(self, event: ev.ShapeRead) -> None:
         self._dispatch.look_again()
-        for model in self.models.shaped(event.node_id, event.path, event.shape, event.invalid, event.trouble):
+        files = Files(event.path, event.adapters, event.mmproj)
+        for model in self.models.shaped(event.node_id, files, event.shape, event.invalid, event.trouble):
             if event.invalid:
                 self._out.announce("model_invalid", f"{model.name}: {event.invalid}", model.name)
             elif model.shape is not None and not model.history.pauses:

@@ -39,13 +39,18 @@ class DeviceSampled:
 
 @dataclass(frozen=True, slots=True)
 class ShapeRead:
-    """A header was read: `shape`, or why the file is `invalid`, or the `trouble` that kept it from being read."""
+    """A header was read: `shape`, or why the file is `invalid`, or the `trouble` that kept it from being read.
+
+    `adapters` and `mmproj` came with it: the shape is that of all together.
+    """
 
     node_id: NodeId
     path: str
     shape: ModelShape | None
     invalid: str = ""
     trouble: str = ""  # it is tried again
+    adapters: tuple[str, ...] = ()
+    mmproj: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,9 @@ class Failures:
             self._fleet.charges.learn_prediction(replica, event.buffers)
             return  # no failure of the model: the next plan reserves what llama.cpp wants
         if event.kind == "invalid_model":
-            self._models.shaped(replica.placement.node_id, replica.path, None, invalid=event.message)
+            copy = model.copies.get(replica.placement.node_id)
+            if copy is not None and copy.file.path == replica.path:
+                self._models.shaped(replica.placement.node_id, copy.files, None, invalid=event.message)
             return
         if event.kind == "out_of_memory":
             model.history.out_of_memory(max(replica.placement.device_bytes, default=0))

@@ -20,7 +20,7 @@ from scheduler.cluster.free_memory import NO_LIMIT, SETTLING_S, Rooms
 from scheduler.cluster.inventory import Inventory, Node
 from scheduler.cluster.leases import Leases
 from scheduler.cluster.ledger import ACTIVE, Ledger, device_account, host_account
-from scheduler.cluster.models import Model, Models
+from scheduler.cluster.models import Files, Model, Models
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.cluster.replicas import Replicas
 from scheduler.cluster.suspects import Suspects
@@ -138,6 +138,9 @@ class Fleet:
         self._become(replica, ReplicaState.LOADING)
         model = self._models.by_name.get(replica.model)
         params = self._models.params(model) if model else self._catalogue.defaults
+        copy = model.copies.get(replica.placement.node_id) if model else None
+        named = model.entry.adapters if model and model.entry else {}
+        files = copy.files if copy else Files(replica.path)
         self._out.post(
             cmd.StartReplica(
                 replica_id=replica.replica_id,
@@ -148,12 +151,19 @@ class Fleet:
                 use_extra_bufts=bool(params.use_extra_bufts),
                 preflight=self._asks_first(model, replica),
                 chat_template=params.chat_template or "",
+                adapters=tuple(
+                    (name, path, adapter.scale)
+                    for (name, adapter), path in zip(named.items(), files.adapters, strict=False)
+                ),
+                mmproj=files.mmproj if replica.placement.mmproj_bytes else "",
             )
         )
 
     def _asks_first(self, model: Model | None, replica: Replica) -> bool:
         """Whether llama.cpp is asked before this load: never twice for the same."""
         if self.policy.preflight == "never" or model is None or model.shape is None:
+            return False
+        if model.shape.adapter_weights:  # llama.cpp counts adapters only when it computes with them
             return False
         placement = replica.placement
         if not placement.device_ids:  # host RAM that was misjudged is no failed load

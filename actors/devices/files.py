@@ -1,9 +1,9 @@
 """GGUF models on this node's disks, and how much of each is in the page cache.
 
 A model of several files is one `ModelFile`, named by its first part. Not listed are models with a missing part (a
-download in progress), projectors (`mmproj`), hidden files, and names that are not UTF-8. mincore(2) says what is in the
-page cache. It is asked about at most 64 windows of 1 MiB per file, spread evenly, so that a file of 40 GiB takes a
-millisecond, as a small one does.
+download in progress), hidden files, and names that are not UTF-8. Adapters and projectors (`mmproj`) are listed as
+models are: the scheduler knows which model they come with. mincore(2) says what is in the page cache. It is asked about
+at most 64 windows of 1 MiB per file, spread evenly, so that a file of 40 GiB takes a millisecond, as a small one does.
 """
 
 from __future__ import annotations
@@ -116,10 +116,9 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _model(path: Path) -> ModelFile | None:
-    """The model that begins with `path`; None for later parts, incomplete models, projectors, pipes and what cannot be
-    read."""
+    """The model that begins with `path`; None for later parts, incomplete models, pipes and what cannot be read."""
     part = _PART.fullmatch(path.name)
-    if "mmproj" in path.name.lower() or (part is not None and int(part["number"]) != 1):
+    if part is not None and int(part["number"]) != 1:
         return None
     parts = parts_of(path)
     try:

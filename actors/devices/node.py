@@ -30,6 +30,9 @@ from actors.devices.virtual import create_virtual_gpus, virtual_gpu_holders
 from actors.devices.watchdog import LOOK_EVERY_S, Watchdog
 from actors.measurements import llama_build
 from scheduler.cluster.facts import DeviceFacts, ModelFile, NodeFacts, NodeReading
+from scheduler.costs.adapter import read_adapter
+from scheduler.costs.companions import Companions, accompanied
+from scheduler.costs.projector import Projector, read_projector
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.errors import ArrieroError, InvalidGGUF, Rejected
 from scheduler.units import MIB, NodeId
@@ -66,7 +69,7 @@ class NodeMonitor:
         self._files: tuple[ModelFile, ...] = ()
         self._searched = threading.Event()
         self._reads_ahead = threading.Event()
-        self._shapes: dict[str, tuple[object, ModelShape | ArrieroError]] = {}
+        self._shapes: dict[object, tuple[object, ModelShape | ArrieroError]] = {}
         self.facts = NodeFacts(
             node_id=node_id,
             hostname=socket.gethostname(),
@@ -90,19 +93,24 @@ class NodeMonitor:
         self._report(reading)
         return reading
 
-    def read_shape(self, path: str) -> ModelShape | ArrieroError:
-        """The model's shape, or why it has none (InvalidGGUF: never usable; Rejected: not readable here).
+    def read_shape(self, path: str, adapters: Sequence[str] = (), mmproj: str = "") -> ModelShape | ArrieroError:
+        """The shape of the model with the adapters and the projector that come with it, or why it has none
+        (InvalidGGUF: never usable; Rejected: not readable here).
 
-        Remembered until the size or the modification time of a part changes.
+        Remembered until the size or the modification time of a file changes.
         """
+        files = (path, *adapters, mmproj) if mmproj else (path, *adapters)
         try:
-            stamp = [(part.stat().st_size, part.stat().st_mtime_ns) for part in parts_of(Path(path))]
-            known = self._shapes.get(path)
+            parts = [part.stat() for file in files for part in parts_of(Path(file))]
+            stamp = [(part.st_size, part.st_mtime_ns) for part in parts]
+            key = path, tuple(adapters), mmproj
+            known = self._shapes.get(key)
             if known is None or known[0] != stamp:
-                known = self._shapes[path] = (stamp, _shape_or_fault(path))
+                known = self._shapes[key] = (stamp, _shape_or_fault(path, adapters, mmproj))
             return known[1]
         except OSError as error:
-            return Rejected(f"{path} cannot be read on {self.facts.hostname}: {error.strerror}", path=path)
+            where = error.filename or path
+            return Rejected(f"{where} cannot be read on {self.facts.hostname}: {error.strerror}", path=path)
 
     def read_ahead(self, path: str) -> None:
         """Read the model's parts into the page cache, unless `stop_reading_ahead` is called. Raises OSError."""
@@ -146,16 +154,27 @@ class NodeMonitor:
         return list_gpus(node_id)
 
 
-def _shape_or_fault(path: str) -> ModelShape | ArrieroError:
+def _shape_or_fault(path: str, adapters: Sequence[str], mmproj: str) -> ModelShape | ArrieroError:
     try:
-        return read_shape(path)
+        shape = read_shape(path)
+        companions = Companions(tuple(map(read_adapter, adapters)), _projector(mmproj) if mmproj else None)
+        return accompanied(shape, companions)
     except InvalidGGUF as fault:
         return fault
+    except Rejected as misfit:  # an adapter of another model
+        return InvalidGGUF(misfit.message, path=path)
     except OSError:
         raise
     except Exception as error:  # a header may hold anything; a second try would fail in the same way
         log.exception("the header of %s was not understood", path)
         return InvalidGGUF(f"{path}: its header was not understood ({type(error).__name__}: {error})", path=path)
+
+
+def _projector(path: str) -> Projector:
+    try:
+        return read_projector(path)
+    except InvalidGGUF as fault:
+        raise InvalidGGUF(f"{fault.message} (mmproj: none in the catalogue leaves it out)", **fault.details) from None
 
 
 # Four pools of threads: waits for processes must not delay the reading of headers, nor headers the rest.
@@ -185,9 +204,9 @@ class NodeActor:
         return unavailable_reason()
 
     @ray.method(concurrency_group="headers")
-    def read_shape(self, path: str) -> ModelShape | ArrieroError:
+    def read_shape(self, path: str, adapters: Sequence[str] = (), mmproj: str = "") -> ModelShape | ArrieroError:
         """See `NodeMonitor.read_shape`; faults are values."""
-        return self._monitor.read_shape(path)
+        return self._monitor.read_shape(path, adapters, mmproj)
 
     @ray.method(concurrency_group="reading_ahead")
     def read_ahead(self, path: str) -> None:

@@ -14,14 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
+from actors.gateway.hashes import fingerprint_of, opening_of, prefix_of
 from actors.gateway.openai_requests import (
     MAX_TOOL_NAME,
     MAX_TOOLS,
     Ask,
     checked_stops,
-    fingerprint_of,
-    opening_of,
-    prefix_of,
     refused,
 )
 from actors.records import MAX_NAME_LENGTH, MAX_TOKENS

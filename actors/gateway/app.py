@@ -63,7 +63,7 @@ def make_app(
     app.include_router(openai_routes(backend, relay, reader, pulse_s))
     app.include_router(responses_routes(relay, reader, pulse_s))
     app.include_router(management_routes(backend, reader, pulse_s))
-    app.include_router(llama_server_routes(relay, reader, pulse_s))
+    app.include_router(llama_server_routes(backend, relay, reader, pulse_s))
     app.include_router(ollama_routes(backend, relay, reader, pulse_s))
     app.include_router(anthropic_routes(relay, reader, pulse_s))
     app.openapi = document(app)  # type: ignore[method-assign]

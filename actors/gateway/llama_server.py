@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from actors.gateway.answer import generated
+from actors.gateway.backend import Backend
 from actors.gateway.dialects import OPENAI
 from actors.gateway.forms import Form
 from actors.gateway.openai_requests import Ranking
 from actors.gateway.reader import Reader
 from actors.gateway.relay import Relay
 from actors.gateway.stream import while_connected
+from actors.records import MAX_NAME_LENGTH
 from actors.serving.protocol import EmbedRequest, EmbedResult
+from scheduler.errors import Rejected, UnknownModel
 
 ROUTES: Mapping[str, Form] = {
     "/completion": "completion",
@@ -26,9 +30,9 @@ ROUTES: Mapping[str, Form] = {
 }
 
 
-def llama_server_routes(relay: Relay, reader: Reader, pulse_s: float) -> APIRouter:
-    """`/completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template` and `/v1/rerank`. While a stream waits
-    for its first token, a comment goes out every `pulse_s` seconds."""
+def llama_server_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float) -> APIRouter:
+    """`/completion`, `/infill`, `/tokenize`, `/detokenize`, `/apply-template`, `/lora-adapters` and `/v1/rerank`. While
+    a stream waits for its first token, a comment goes out every `pulse_s` seconds."""
     router = APIRouter(tags=["llama-server"])
 
     @router.post("/v1/rerank")
@@ -50,6 +54,23 @@ def llama_server_routes(relay: Relay, reader: Reader, pulse_s: float) -> APIRout
 
     for path, form in ROUTES.items():
         router.add_api_route(path, answering(form), methods=["POST"], name=form)
+
+    @router.get("/lora-adapters")
+    async def lora_adapters(model: Annotated[str, Query(min_length=1, max_length=MAX_NAME_LENGTH)]) -> JSONResponse:
+        """As llama-server tells them; which model's, it need not ask."""
+        found = next((each for each in await backend.models() if each.name == model), None)
+        if found is None:
+            raise UnknownModel(f"no model {model!r} in the catalogue; GET /v1/models lists them", model=model)
+        numbered = enumerate(found.adapters)
+        return JSONResponse([{"id": number, **adapter.model_dump()} for number, adapter in numbered])
+
+    @router.post("/lora-adapters", include_in_schema=False)  # refused
+    async def set_lora_adapters() -> Response:
+        raise Rejected(
+            "scales are not changed for all requests at once; send lora with each, or set scale under adapters in the "
+            "catalogue"
+        )
+
     router.add_api_route("/completions", answering("completion"), methods=["POST"], include_in_schema=False)
     return router
 

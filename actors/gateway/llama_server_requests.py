@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, Field
 
+from actors.gateway.hashes import prefix_of
+from actors.gateway.lora_settings import LoraSettings
 from actors.gateway.openai_requests import (
     MAX_GRAMMAR_LENGTH,
     MAX_INPUTS,
@@ -21,7 +23,6 @@ from actors.gateway.openai_requests import (
     Texts,
     Tokens,
     checked_stops,
-    prefix_of,
     refused,
     texts_or_tokens,
 )
@@ -34,7 +35,7 @@ MAX_EXAMINED = 262_144  # characters or tokens
 MAX_RETURNED = 1_048_576  # characters of documents that are sent back
 
 
-class LlamaServerRequest(ModelRequest, SamplerSettings):
+class LlamaServerRequest(ModelRequest, SamplerSettings, LoraSettings):
     """What `/completion` and `/infill` share."""
 
     stream: bool = False
@@ -63,8 +64,9 @@ class LlamaServerRequest(ModelRequest, SamplerSettings):
                 "completion", self.stream, request_id=request_id, model=self.model, created=int(time.time())
             ),
             n_probs=self.n_probs or None,
+            lora=self.scales(),
         )
-        return Ask(self.need(request_id, request, "generate", key, prefix_of(beginning)), request)
+        return Ask(self.need(request_id, request, "generate", key, prefix_of(beginning, request.lora)), request)
 
 
 class LlamaCompletionRequest(LlamaServerRequest):

@@ -15,14 +15,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from actors.gateway.hashes import fingerprint_of, opening_of, prefix_of
 from actors.gateway.openai_requests import (
     MAX_INPUTS,
     Ask,
     Tool,
     checked_stops,
-    fingerprint_of,
-    opening_of,
-    prefix_of,
     refused,
 )
 from actors.gateway.sampler_settings import SamplerSettings

@@ -10,17 +10,17 @@ Lists may have millions of elements: they fail at their first wrong one (see `bo
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
+from actors.gateway.hashes import fingerprint_of, opening_of, prefix_of
+from actors.gateway.lora_settings import LoraSettings
 from actors.gateway.sampler_settings import SamplerSettings
 from actors.records import MAX_NAME_LENGTH, MAX_TOKENS
 from actors.serving.protocol import EmbedRequest, GenerateRequest, ReplyForm, content_of
@@ -132,7 +132,7 @@ class ModelRequest(BaseModel):
         )  # fmt: skip
 
 
-class SamplingRequest(ModelRequest, SamplerSettings):
+class SamplingRequest(ModelRequest, SamplerSettings, LoraSettings):
     """What chats and completions share."""
 
     stream: bool | None = None
@@ -182,8 +182,9 @@ class SamplingRequest(ModelRequest, SamplerSettings):
             n=self.n or 1,
             n_probs=self.n_probs or n_probs,
             echo=echo,
+            lora=self.scales(),
         )
-        return Ask(self.need(request_id, request, "generate", key, prefix_of(beginning)), request)
+        return Ask(self.need(request_id, request, "generate", key, prefix_of(beginning, request.lora)), request)
 
     def _token_limit(self) -> int | None:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -338,24 +339,6 @@ def checked_stops(param: str, given: str | Sequence[str] | None) -> tuple[str, .
     if (longest := max(map(len, texts), default=0)) > MAX_STOP_LENGTH:
         raise refused(param, f"a stop string has {longest} characters; at most {MAX_STOP_LENGTH} are allowed")
     return tuple(text for text in texts if text)
-
-
-def fingerprint_of(model: str, asked: GenerateRequest | EmbedRequest) -> str:
-    """A hash of all that decides the answer: the same for a request that comes again."""
-    settings = (asked.max_tokens, asked.stop, asked.sampling) if isinstance(asked, GenerateRequest) else ()
-    digest = blake2b(repr((model, settings)).encode(), digest_size=16)
-    digest.update(asked.content)
-    return digest.hexdigest()
-
-
-def prefix_of(beginning: object) -> str:
-    return blake2b(json.dumps(beginning).encode(), digest_size=12).hexdigest()
-
-
-def opening_of(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """All up to the first message of the user, which stays while the chat goes on."""
-    first = next((i for i, message in enumerate(messages) if message.get("role") == "user"), 0)
-    return messages[: first + 1]
 
 
 def refused(param: str, message: str) -> Rejected:

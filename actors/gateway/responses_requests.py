@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
+from actors.gateway.lora_settings import LoraSettings
 from actors.gateway.openai_requests import (
     MAX_PROBS,
     MAX_TOOL_NAME,
@@ -36,7 +37,13 @@ MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512  # OpenAI's own bounds of `metadata`
 MAX_TOLD = 65536
 """Characters of the settings that a response tells again, three times in a stream. OpenAI tells all of them."""
 
-_AS_IN_CHATS = (*ModelRequest.model_fields, *SamplerSettings.model_fields, "parallel_tool_calls", "stream")
+_AS_IN_CHATS = (
+    *ModelRequest.model_fields,
+    *SamplerSettings.model_fields,
+    *LoraSettings.model_fields,
+    "parallel_tool_calls",
+    "stream",
+)
 _SAME_FOR_ALL = {
     "background": False, "max_tool_calls": None, "previous_response_id": None, "service_tier": "default",
     "store": False, "truncation": "disabled",
@@ -105,7 +112,7 @@ class TextSettings(BaseModel):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(ModelRequest, SamplerSettings):
+class ResponsesRequest(ModelRequest, SamplerSettings, LoraSettings):
     """`POST /v1/responses`."""
 
     input: str | Items

@@ -6,6 +6,7 @@ Each turn decodes one batch: the next token of every answer under way, plus prom
 one micro-batch (`n_ubatch`) in all. Prompts share that room evenly. So a long prompt delays the others, their first
 tokens too, by one micro-batch at a time, and a cancelled job is gone after one. Jobs that find no free slot wait in
 order. Embeddings take their own turns, because they make every token an output.
+Jobs with the same LoRA adapters share batches; those with other ones take turns with them (`turns`).
 An answer that its reader does not take waits: no token is computed that nobody reads.
 Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in another thread, because a grammar may take
 seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there.
@@ -32,9 +33,10 @@ from actors.serving.beat import Beat
 from actors.serving.choosing import Chooser
 from actors.serving.generation import TELLING_TOKENS, Choice, Generation
 from actors.serving.jobs import Embedding, Job
-from actors.serving.model import Model, Row
+from actors.serving.model import Adapters, Model, Row
 from actors.serving.protocol import Likelihood
 from actors.serving.slots import Slot, Slots
+from actors.serving.turns import Turns
 from scheduler.costs.host import embedding_rows
 from scheduler.errors import ArrieroError, EngineFailed
 
@@ -60,6 +62,7 @@ class Batcher:
         self._cores = cores or Cores.alone(1)
         self._last_words = last_words
         self._slots = Slots(model)
+        self._turns = Turns()
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
         self._chooser = Chooser(model)
@@ -104,9 +107,9 @@ class Batcher:
         with self._changed:
             return [slot.job for slot in self._slots if slot.job is not None] + list(self._slots.waiting)
 
-    def known(self, prompt: Sequence[int]) -> int:
+    def known(self, prompt: Sequence[int], adapters: Adapters) -> int:
         """How much of `prompt` some slot holds now."""
-        return self._slots.known(prompt)
+        return self._slots.known(prompt, adapters)
 
     @property
     def tokens_read_per_s(self) -> float:
@@ -132,6 +135,7 @@ class Batcher:
         warm.set_result(None)
         try:
             while self._prepare():
+                self._model.use_adapters(self._turns.adapters)
                 self._generate()
                 self._embed()
         except BaseException as error:  # a bug must not leave callers waiting for ever
@@ -156,10 +160,15 @@ class Batcher:
                 self._slots.assign()
                 if self._closing or self.broken:
                     return False
-                if any(slot.job is not None and not _waits(slot.job) for slot in self._slots):
+                wanted = (slot.job.adapters for slot in self._slots if slot.job is not None and not _stalls(slot.job))
+                left_s = self._turns.take(wanted, time.perf_counter())
+                if any(slot.job is not None and self._may_go_on(slot.job) for slot in self._slots):
                     return True
                 self._cores.leave()
-                self._changed.wait()
+                self._changed.wait(left_s)  # for a token that is being chosen, or for the turn of others
+
+    def _may_go_on(self, job: Job[Any]) -> bool:
+        return job.adapters == self._turns.adapters and not _waits(job)
 
     def _drop_cancelled(self) -> None:
         for slot in self._slots:
@@ -172,6 +181,7 @@ class Batcher:
     def _generate(self) -> None:
         """One turn of all generations."""
         generating = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
+        generating = [(slot, job) for slot, job in generating if job.adapters == self._turns.adapters]
         running = [(slot, job) for slot, job in generating if not job.choosing and not job.hearer.stalled]
         running.sort(key=lambda pair: (pair[1].pending is None, len(pair[1].prompt) - len(pair[0].tokens)))
         rows, parts = next_batch(running, self._slots, self._model)
@@ -272,7 +282,9 @@ class Batcher:
         A pooled model takes each text whole, several in a batch. Sequences that nobody uses help those who have
         several. Of others it is a micro-batch of one text.
         """
-        own = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and not _waits(slot.job)]
+        own = [
+            (slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and self._may_go_on(slot.job)
+        ]
         own = [(slot, job) for slot, job in own if not job.cancelled]
         if not own:
             return
@@ -402,4 +414,8 @@ def _is_being_chosen(job: Job[Any]) -> bool:
 
 def _waits(job: Job[Any]) -> bool:
     """Whether there is nothing to compute for `job` until somebody says so."""
-    return _is_being_chosen(job) or (job.hearer.stalled and not job.cancelled)
+    return _is_being_chosen(job) or _stalls(job)
+
+
+def _stalls(job: Job[Any]) -> bool:
+    return job.hearer.stalled and not job.cancelled

@@ -1,10 +1,10 @@
 """Measured memory: turns llama.cpp's load report into `BufferSizes`.
 
 llama.cpp says what it allocated in log lines such as
-`load_tensors: RPC0[127.0.0.1:5123] model buffer size = 12.50 MiB`. Weights, KV cache and recurrent state are sums over
-several lines (one per file, cache kind or buffer type); a compute or output buffer that is logged again replaces the
-earlier one. A buffer belongs to a device when its name is that device's ("CUDA0", or the endpoint inside "RPC0[…]");
-whatever no device owns ("CPU", "CPU_Mapped", "CPU_REPACK", "CUDA_Host") is host memory.
+`load_tensors: RPC0[127.0.0.1:5123] model buffer size = 12.50 MiB`. Weights (those of adapters too), KV cache and
+recurrent state are sums over several lines (one per file, cache kind or buffer type); a compute or output buffer that
+is logged again replaces the earlier one. A buffer belongs to a device when its name is that device's ("CUDA0", or the
+endpoint inside "RPC0[…]"); whatever no device owns ("CPU", "CPU_Mapped", "CPU_REPACK", "CUDA_Host") is host memory.
 Unit: bytes, to the 0.01 MiB that the log prints.
 """
 
@@ -13,13 +13,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from actors.serving.protocol import BufferSizes
 from scheduler.costs.params import DeviceBytes, HostBytes
 from scheduler.units import MIB
 
-_LINE = re.compile(r":\s+(\S+)\s+(?:DSV4 \S+ )?(model|KV|RS|state|compute|output) buffer size = +([0-9.]+) MiB")
-_SUMMED = {"model": "weights", "KV": "kv", "RS": "kv", "state": "kv"}
+_LINE = re.compile(r":\s+(\S+)\s+(?:DSV4 \S+ )?(model|LoRA|KV|RS|state|compute|output) buffer size = +([0-9.]+) MiB")
+_SUMMED = {"model": "weights", "LoRA": "weights", "KV": "kv", "RS": "kv", "state": "kv"}
 
 
 def parse_buffers(lines: Iterable[str], device_buffers: Sequence[str], n_ctx_per_slot: int) -> BufferSizes:
@@ -50,3 +51,14 @@ def parse_buffers(lines: Iterable[str], device_buffers: Sequence[str], n_ctx_per
         host=HostBytes(*buffers(host), output_bytes),
         n_ctx_per_slot=n_ctx_per_slot,
     )
+
+
+def reserved_anew(known: BufferSizes, lines: Iterable[str], device_buffers: Sequence[str]) -> BufferSizes:
+    """`known`, with the compute buffers that `lines` report."""
+    found = parse_buffers(lines, device_buffers, known.n_ctx_per_slot)
+    devices = (
+        replace(device, compute_bytes=now.compute_bytes)
+        for device, now in zip(known.devices, found.devices, strict=True)
+    )
+    host = replace(known.host, compute_bytes=found.host.compute_bytes)
+    return replace(known, devices=tuple(devices), host=host)

@@ -17,11 +17,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 from actors.devices.cores import Cores
+from actors.serving.adapter_choice import chosen_adapters
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
 from actors.serving.dialogue import prompt_too_long
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Answered, Choices, Embedded, Embedding, Hearer, Results, Together, Work
+from actors.serving.model import Adapters
 from actors.serving.parsing import ParsedAnswer
 from actors.serving.preparation import Errand, Prepared, Preparer
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec, Sampling
@@ -41,6 +43,9 @@ MOST_PREPARED = 8
 MOST_LIKELIHOODS = 16_000
 """That are told at once. The engine's thread writes them: 50,000 took 271 ms in a chat, 20 in a completion."""
 
+
+MOST_SETS = 64
+"""Of adapters with scales, whose folders of saved states are remembered."""
 
 MOST_PARKING_S = 2.0
 """No save begins after it: another model waits for the memory."""
@@ -73,7 +78,7 @@ class Engine:
                 self._model, last_words=llama_log().last_errors, beat=beat, cores=cores or Cores.alone(spec.n_threads)
             )
             unless_loaded.pop_all()
-        self._states = _states_of(spec) if self._model.can_generate else None
+        self._states: dict[Adapters, SavedStates] = {}
         self._closed = False
 
     @property
@@ -109,6 +114,7 @@ class Engine:
             return self._embedding(request, hearer, errand)
         if request.max_tokens is not None and request.max_tokens < 0:
             raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 0")
+        chosen_adapters(self._spec.model, self._spec.adapters, request.lora)  # a wrong one is refused before all else
         prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand)
         if prepared.examined is not None:
             return Answered(request.lease_id, hearer, prepared.examined)
@@ -166,6 +172,7 @@ class Engine:
         max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         sampling = self._sampling(request.sampling, prepared, index)
         budget = prepared.budget()
+        adapters = chosen_adapters(self._spec.model, self._spec.adapters, request.lora)
         wish = Wish(
             max_tokens=max_tokens,
             min_tokens=sampling.min_tokens,
@@ -192,16 +199,32 @@ class Engine:
                 budget=budget,
                 first=first[0] if first else None,
                 source=request.source,
-                saved=None if wish.judge_prompt or wish.is_extra else self._saved(prompt),
+                saved=None if wish.judge_prompt or wish.is_extra else self._saved(prompt, adapters),
+                adapters=adapters,
             )
             unless_made.pop_all()
         if parsed is not None:
             parsed.give_up = lambda: self.drop(job)
         return job
 
-    def _saved(self, prompt: list[int]) -> SavedState | None:
+    def _saved(self, prompt: list[int], adapters: Adapters) -> SavedState | None:
         """A state on disk that spares a good part of the prompt."""
-        return self._states.find(prompt, self._batcher.known(prompt)) if self._states is not None else None
+        states = self._states_with(adapters)
+        return states.find(prompt, self._batcher.known(prompt, adapters)) if states is not None else None
+
+    def _states_with(self, adapters: Adapters) -> SavedStates | None:
+        """What is on disk of conversations with these adapters."""
+        if not self._spec.saved_state_bytes:
+            return None
+        if adapters not in self._states:
+            if len(self._states) >= MOST_SETS:
+                self._states.clear()
+            try:
+                origin = origin_of(self._spec, adapters)
+            except OSError:  # the file was deleted after it was loaded
+                return None
+            self._states[adapters] = SavedStates(states_folder(), origin, self._spec.saved_state_bytes)
+        return self._states.get(adapters)
 
     def _sampling(self, asked: Sampling, prepared: Prepared, index: int) -> Sampling:
         """As it was asked for, with what only the preparer knew. Each answer to a prompt has a seed of its own."""
@@ -231,7 +254,8 @@ class Engine:
         if (total := sum(map(len, texts))) > MOST_EMBEDDED:
             raise Rejected(f"the inputs are {total} tokens; at most {MOST_EMBEDDED} are allowed in one request")
         dimensions = None if request.rerank else request.dimensions or self._model.n_embd
-        return Embedding(request.lease_id, texts, hearer, dimensions, request.source)
+        adapters = chosen_adapters(self._spec.model, self._spec.adapters, None)
+        return Embedding(request.lease_id, texts, hearer, dimensions, request.source, adapters)
 
     def submit(self, job: Work) -> None:
         """Queues `job`. Raises EngineFailed, and has closed it, when the engine is broken or closed."""
@@ -285,12 +309,11 @@ class Engine:
         """Stops serving, and saves what slots hold of conversations, where that is worth it: those used last first, for
         `MOST_PARKING_S` seconds. Returns how many were saved. Requests under way fail with EngineFailed."""
         self._batcher.close()
-        if self._states is None:
-            return 0
         n_saved, until_s = 0, time.monotonic() + MOST_PARKING_S
         for slot in self._batcher.slots():
-            if slot.tokens and time.monotonic() < until_s:
-                n_saved += self._states.save(
+            states = self._states_with(slot.adapters)
+            if states is not None and slot.tokens and time.monotonic() < until_s:
+                n_saved += states.save(
                     slot.tokens,
                     slot.checkpoints,
                     self._model.sequence_bytes(slot.sequence),
@@ -306,12 +329,6 @@ class Engine:
             self._batcher.close()
             self._model.close()
             self._preparer.close()
-
-
-def _states_of(spec: LoadSpec) -> SavedStates | None:
-    if not spec.saved_state_bytes:
-        return None
-    return SavedStates(states_folder(), origin_of(spec), spec.saved_state_bytes)
 
 
 def _check_likelihoods(request: GenerateRequest, wish: Wish, n_prompt: int, n_answers: int) -> None:

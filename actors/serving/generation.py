@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from actors.serving.jobs import Hearer, Job
 from actors.serving.likelihood import Told
+from actors.serving.model import Adapters
 from actors.serving.protocol import Chunk, FinishReason, Likelihood, Timings
 from actors.serving.states import SavedState
 from actors.serving.text import TextStream
@@ -85,8 +86,9 @@ class Generation(Job[Chunk]):
         first: Generation | None = None,
         source: str = "",
         saved: SavedState | None = None,
+        adapters: Adapters = (),
     ) -> None:
-        super().__init__(lease_id, prompt, hearer, source)
+        super().__init__(lease_id, prompt, hearer, source, adapters)
         self.wish = wish
         self.sampler: Any = sampler
         self.constraint = constraint

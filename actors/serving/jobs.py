@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from threading import Lock
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from actors.serving.model import Adapters
 from actors.serving.protocol import Chunk
 
 Result = TypeVar("Result")
@@ -77,8 +78,16 @@ class Embedded(NamedTuple):
 class Job(Generic[Result]):
     """What generations and embeddings have in common."""
 
-    def __init__(self, lease_id: str, prompt: list[int], hearer: Hearer[Result], source: str = "") -> None:
+    def __init__(
+        self,
+        lease_id: str,
+        prompt: list[int],
+        hearer: Hearer[Result],
+        source: str = "",
+        adapters: Adapters = (),
+    ) -> None:
         self.lease_id = lease_id
+        self.adapters = adapters  # that it is computed with
         self.source = source  # who asks for it: an API key's name, or an address
         self.passed = 0  # how many that came later got a slot before it
         self.prompt = prompt
@@ -234,8 +243,9 @@ class Embedding(Job[Embedded]):
         hearer: Hearer[Embedded],
         dimensions: int | None,
         source: str = "",
+        adapters: Adapters = (),
     ) -> None:
-        super().__init__(lease_id, max(texts, key=len), hearer, source)
+        super().__init__(lease_id, max(texts, key=len), hearer, source, adapters)
         self.texts = texts
         self._dimensions = dimensions
         self.done = 0

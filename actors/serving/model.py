@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+Adapters = tuple[tuple[int, float], ...]
+"""LoRA adapters by their number, with scales other than 0, in order. A batch is computed with one such set."""
+
 
 class Row(NamedTuple):
     """One token of a batch. Only rows that want logits can be sampled afterwards."""
@@ -30,6 +33,7 @@ class Model(Protocol):
     shares_cells: bool  # a sequence may begin with cells of another (`copy_prefix`)
 
     def warm_up(self) -> None: ...
+    def use_adapters(self, adapters: Adapters) -> None: ...
     def decode(self, rows: Sequence[Row]) -> int: ...
     def embed(self, rows: Sequence[Row]) -> Any: ...
     def sample(self, sampler: Any, row: int) -> int: ...

@@ -19,11 +19,11 @@ import numpy.typing as npt
 from llama_cpp._internals import LlamaBatch
 
 from actors.serving.breakdown import memory_breakdown
-from actors.serving.buffers import parse_buffers
+from actors.serving.buffers import parse_buffers, reserved_anew
 from actors.serving.ggml import BufferOverride, cache_type, find_devices, ggml_function
 from actors.serving.journal import LogLine, llama_log
 from actors.serving.load_errors import load_failed
-from actors.serving.model import Row
+from actors.serving.model import Adapters, Row
 from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec, Sampling
 from actors.serving.sampling import Chain, build_sampler
 from actors.serving.vocabulary import piece_of
@@ -50,6 +50,8 @@ class NativeModel:
         self._no_alloc = no_alloc
         self._model: Any = None
         self._context: Any = None
+        self._loras: list[Any] = []
+        self._adapters: Adapters = ()  # that the context applies
         self._batch: LlamaBatch | None = None
         self._kept: tuple[object, ...] = ()
         self._unified = spec.context.kv_unified
@@ -59,9 +61,11 @@ class NativeModel:
             try:
                 llama_cpp.llama_backend_init()
                 device_buffers = self._load(spec, rpc_endpoints, on_progress, lines)
+                self._load_adapters(spec, lines)
                 self._make_context(spec.context, spec.n_threads, lines)
                 self.n_ctx_per_slot: int = llama_cpp.llama_n_ctx_seq(self._context)
                 self.n_cells: int = llama_cpp.llama_n_ctx(self._context)
+                self._device_buffers = device_buffers
                 self.buffers: BufferSizes = parse_buffers(
                     (line.text for line in lines), device_buffers, self.n_ctx_per_slot
                 )
@@ -117,6 +121,14 @@ class NativeModel:
         if not self._model:
             raise load_failed(f"llama.cpp could not load {spec.path}", lines)
         return device_buffers
+
+    def _load_adapters(self, spec: LoadSpec, lines: list[LogLine]) -> None:
+        """Beside the weights that they belong to. None of them is applied yet."""
+        for adapter in spec.adapters:
+            lora = llama_cpp.llama_adapter_lora_init(self._model, adapter.path.encode())
+            if not lora:
+                raise load_failed(f"llama.cpp could not load the adapter {adapter.name}, {adapter.path}", lines)
+            self._loras.append(lora)
 
     def _make_context(self, context: ContextParams, n_threads: int, lines: list[LogLine]) -> None:
         if context.n_seq_max > context.n_batch:  # llama.cpp would end the process over it
@@ -185,9 +197,12 @@ class NativeModel:
             self._batch.close()
         if self._context:
             llama_cpp.llama_free(self._context)
+        for lora in self._loras:
+            llama_cpp.llama_adapter_lora_free(lora)
         if self._model:
             llama_cpp.llama_model_free(self._model)
         self._batch = self._context = self._model = None
+        self._loras = []
 
     # Vocabulary (any thread)
 
@@ -218,9 +233,13 @@ class NativeModel:
 
     def warm_up(self) -> None:
         """One decode, so that the first request meets loaded pages and kernels, and a device that cannot compute
-        fails the load (LoadFailed) instead of a request. What only embeds is warmed up by an embedding."""
+        fails the load (LoadFailed) instead of a request. What only embeds is warmed up by an embedding.
+
+        It is done with all adapters: then the compute buffers are as large as they will ever be, and `buffers` says so.
+        """
         rows = [Row(max(0, self.bos), 0, 0, True)]
         with llama_log().recording() as lines:
+            self.use_adapters(tuple((index, 1.0) for index in range(len(self._loras))))
             llama_cpp.llama_set_warmup(self._context, True)
             code = self.decode(rows) if self.can_generate else self.embed(rows)
             llama_cpp.llama_set_warmup(self._context, False)
@@ -229,6 +248,18 @@ class NativeModel:
             llama_cpp.llama_synchronize(self._context)
             if self._memory:
                 llama_cpp.llama_memory_clear(self._memory, True)
+        if self._loras:
+            self.buffers = reserved_anew(self.buffers, (line.text for line in lines), self._device_buffers)
+
+    def use_adapters(self, adapters: Adapters) -> None:
+        """What is computed from now on is computed with these, by their places in the spec. After a change llama.cpp
+        reserves its graph anew, in the next decode."""
+        if adapters == self._adapters:
+            return
+        loras = (llama_cpp.llama_adapter_lora_p_ctypes * len(adapters))(*(self._loras[index] for index, _ in adapters))
+        scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+        llama_cpp.llama_set_adapters_lora(self._context, loras, len(adapters), scales)
+        self._adapters = adapters
 
     def decode(self, rows: Sequence[Row]) -> int:
         """Runs `rows` through the model, to the end: devices compute asynchronously. 0: done; 1: no room in the cache,

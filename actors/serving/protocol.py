@@ -29,6 +29,14 @@ class LoadDevice:
     total_bytes: int = 0
 
 
+class LoadAdapter(NamedTuple):
+    """A LoRA adapter. `scale`: the one that applies where a request names none."""
+
+    name: str
+    path: str
+    scale: float
+
+
 @dataclass(frozen=True, slots=True)
 class LoadSpec:
     """All that a runner needs to load one replica; nothing is left for llama.cpp to fit by itself."""
@@ -48,6 +56,9 @@ class LoadSpec:
     preflight: bool = False  # ask llama.cpp first what it would allocate
     chat_template: str = ""  # in place of the file's
     saved_state_bytes: int = 0  # the most that states of conversations take on the node's disk; 0: none are saved
+    adapters: tuple[LoadAdapter, ...] = ()  # in the catalogue's order, which requests name them by
+    mmproj: str = ""  # the projector's path; empty: none
+    mmproj_on_device: bool = False  # whether it lies on the first of the devices; else in host RAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +154,7 @@ class GenerateRequest:
 
     `n`: answers to each prompt. `max_tokens` 0: the prompt is read, and nothing is said. `n_probs`: how many likely
     tokens are told with each token, and how likely all of them are; `echo`: of the prompt's tokens, too.
+    `lora`: adapters by number or name, and their scales; all others are switched off. None: the catalogue's scales.
     """
 
     content: bytes
@@ -155,6 +167,7 @@ class GenerateRequest:
     n: int = 1
     n_probs: int | None = None
     echo: bool = False
+    lora: tuple[tuple[int | str, float], ...] | None = None
 
 
 class Delta(NamedTuple):

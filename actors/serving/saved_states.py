@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from actors.serving.model import Adapters
 from actors.serving.protocol import LoadSpec
 from actors.serving.slots import common_prefix
 from actors.serving.states import Checkpoint, SavedState
@@ -54,17 +55,23 @@ def states_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arriero" / "states"
 
 
-def origin_of(spec: LoadSpec) -> str:
-    """A digest of the model's file and of all parameters that a state depends on. Raises OSError."""
-    with open(spec.path, "rb") as file:  # noqa: PTH123 - a glance at its header
-        facts = os.fstat(file.fileno())
-        header = hashlib.sha256(file.read(_HASHED_BYTES)).hexdigest()
+def origin_of(spec: LoadSpec, adapters: Adapters = ()) -> str:
+    """A digest of the model's file, of the adapters that are used, and of all parameters that a state depends on.
+    Raises OSError."""
     context = spec.context
     parts = [
-        header, facts.st_size, facts.st_mtime_ns, version("llama-cpp-python"),
+        _file(spec.path), version("llama-cpp-python"),
         context.type_k, context.type_v, context.flash_attn, context.swa_full,
+        [(_file(spec.adapters[number].path), scale) for number, scale in adapters],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _file(path: str) -> tuple[str, int, int]:
+    """What tells a file from others, without reading all of it."""
+    with open(path, "rb") as file:  # noqa: PTH123 - a glance at its header
+        facts = os.fstat(file.fileno())
+        return hashlib.sha256(file.read(_HASHED_BYTES)).hexdigest(), facts.st_size, facts.st_mtime_ns
 
 
 def gain_s(n_tokens: int, tokens_per_s: float, state_bytes: int) -> float:

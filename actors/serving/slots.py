@@ -2,7 +2,8 @@
 
 A slot keeps its tokens in the KV cache after an answer ends. The next request goes to the free slot that shares the
 longest prefix with it. Among equals it goes to the one that was idle longest, so that the others keep their tokens.
-Invariant: `slot.tokens` is exactly what the model's memory holds for that sequence.
+Invariant: `slot.tokens` is exactly what the model's memory holds for that sequence, computed with `slot.adapters`.
+What was computed with other adapters, or other scales of them, is of no use to a request.
 A recurrent state and a sliding window cannot be cut. So a slot keeps *checkpoints* of them, near the ends of its
 prompts: a chat that goes on, or an answer that is made anew, begins at one of these instead of at nothing.
 """
@@ -17,7 +18,7 @@ from typing import Any, TypeGuard
 
 from actors.serving.generation import Generation
 from actors.serving.jobs import Job
-from actors.serving.model import Model
+from actors.serving.model import Adapters, Model
 from actors.serving.states import Checkpoint, SavedState
 from scheduler.costs.host import CHECKPOINTS_PER_SLOT, MOST_CHECKPOINT_BYTES
 
@@ -45,8 +46,13 @@ class Slot:
     sequence: int
     tokens: list[int] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)  # in order
+    adapters: Adapters = ()
     job: Job[Any] | None = None
     last_used: int = 0  # a counter, not a time
+
+    def shares(self, prompt: Sequence[int], adapters: Adapters) -> int:
+        """How many leading tokens of `prompt` it holds, computed with these adapters."""
+        return common_prefix(self.tokens, prompt) if self.adapters == adapters else 0
 
 
 def common_prefix(known: Sequence[int], wanted: Sequence[int]) -> int:
@@ -59,12 +65,12 @@ def common_prefix(known: Sequence[int], wanted: Sequence[int]) -> int:
     return shorter
 
 
-def best_slot(slots: Sequence[Slot], prompt: Sequence[int]) -> tuple[Slot, int] | None:
+def best_slot(slots: Sequence[Slot], prompt: Sequence[int], adapters: Adapters = ()) -> tuple[Slot, int] | None:
     """The free slot for `prompt` and how many of its tokens it already holds; None when all are busy.
 
     At least one token is left to decode, because sampling needs fresh logits.
     """
-    free = [(min(common_prefix(slot.tokens, prompt), len(prompt) - 1), slot) for slot in slots if slot.job is None]
+    free = [(min(slot.shares(prompt, adapters), len(prompt) - 1), slot) for slot in slots if slot.job is None]
     if not free:
         return None
     shared, slot = max(free, key=lambda choice: (choice[0], -choice[1].last_used))
@@ -127,7 +133,7 @@ class Slots:
                 return
 
     def _give_slot(self, job: Job[Any]) -> bool:
-        choice = best_slot(self._all, job.prompt)
+        choice = best_slot(self._all, job.prompt, job.adapters)
         if choice is None:
             return False
         slot, shared = choice
@@ -141,7 +147,7 @@ class Slots:
         else:  # all of it is to be computed
             self.forget(slot)
             kept = 0
-        slot.job = job
+        slot.job, slot.adapters = job, job.adapters
         self.use(slot)
         if isinstance(job, Generation):
             job.begin(kept)
@@ -153,7 +159,7 @@ class Slots:
         if saved is not None and (kept := self._restored(slot, job, saved, shared)) is not None:
             return kept
         if self._model.shares_cells:
-            others = [(common_prefix(other.tokens, job.prompt), other) for other in self._all if other is not slot]
+            others = [(other.shares(job.prompt, job.adapters), other) for other in self._all if other is not slot]
             most, donor = max(others, key=lambda pair: pair[0], default=(0, slot))
             most = min(most, len(job.prompt) - 1)
             if most >= shared + LEAST_SHARED:
@@ -176,9 +182,9 @@ class Slots:
         slot.checkpoints += saved.checkpoints
         return self._cut(slot, common)
 
-    def known(self, prompt: Sequence[int]) -> int:
+    def known(self, prompt: Sequence[int], adapters: Adapters) -> int:
         """Tokens of `prompt` that some slot holds now. Any thread may ask: the answer may be old."""
-        return max(common_prefix(slot.tokens, prompt) for slot in self._all)
+        return max(slot.shares(prompt, adapters) for slot in self._all)
 
     def _cut(self, slot: Slot, count: int) -> int:
         """Leaves `count` tokens, or as many as can be; says how many."""

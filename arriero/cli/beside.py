@@ -1,6 +1,7 @@
-"""A plan for a model with what comes with it: room is kept free for a draft, a projector and a second context.
+"""A plan for a model with what comes with it: room is kept free for a draft and a second context.
 
-Adapters and prediction layers are part of the model's own figures. What lies beside it goes to the first GPU of a
+Adapters and prediction layers are part of the model's own figures, and the projector is part of its placement, as in a
+service. What else lies beside it goes to the first GPU of a
 layout, which is known only when the layout is. So the plan is made, what lies beside its layouts is costed, and the
 plan is made again with so much kept free on every GPU and machine, until that is enough. On several GPUs this is
 cautious: the others keep the same free for nothing. Prices and speeds are of the model alone.
@@ -33,11 +34,12 @@ def plan_beside(
     for _ in range(MOST_ROUNDS):
         asked = cluster(kept)
         plan = plan_on(asked, model, n_ctx)
-        bills = [_bill(asked, model, found, companions) for found in plan.places]
+        others = replace(companions, projector=None)
+        bills = [_bill(asked, model, found, others) for found in plan.places]
         gpu_bytes = max((count for bill in bills for count in _device_bytes(bill)), default=0)
         host_bytes = max((bill.beside_host_bytes + bill.beside_mapped_bytes for bill in bills), default=0)
         if gpu_bytes <= kept.gpu_bytes and host_bytes <= kept.host_bytes:
-            places = [replace(found, beside=bill.beside) for found, bill in zip(plan.places, bills, strict=True)]
+            places = [replace(found, beside=_bill(asked, model, found, companions).beside) for found in plan.places]
             return replace(plan, best=next(iter(places), None), alternatives=tuple(places[1:])), kept
         kept = Kept(max(kept.gpu_bytes, gpu_bytes), max(kept.host_bytes, host_bytes))
     raise Rejected("n_ctx auto does not work with files that grow with the context; give --n-ctx")

@@ -84,6 +84,8 @@ def _params(texts: list[str], given: dict[str, Any]) -> dict[str, Any]:
             raise Rejected(f"--set must be key=value, such as n_batch=512, not {text!r}")
         if key == "path":
             raise Rejected("--set path: the file is named by MODEL")
+        if key in ("adapters", "mmproj"):
+            raise Rejected(f"--set {key}: give the files with --lora and --mmproj")
         if key in found:
             raise Rejected(f"{key} is given twice")
         try:

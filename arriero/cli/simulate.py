@@ -207,6 +207,9 @@ def _play(
 def _models(path: Path | None) -> tuple[Catalogue, dict[str, ModelOnDisk]]:
     """The catalogue, and its models on disk; without one, the example models."""
     from arriero.cli.described import read_model, read_yaml
+    from arriero.cli.files import read_companions
+    from scheduler.config import NO_MMPROJ
+    from scheduler.costs.companions import accompanied
     from scheduler.simulation.described import ModelOnDisk
 
     if path is None:
@@ -216,9 +219,17 @@ def _models(path: Path | None) -> tuple[Catalogue, dict[str, ModelOnDisk]]:
         raise Rejected(f"{path} lists no models; give each a name and a path")
     found, entries = {}, {}
     for i, (name, entry) in enumerate(settings.models.items()):
-        file = path.parent / Path(entry.path).expanduser()
-        found[name] = ModelOnDisk(f"/models/{i}.gguf", read_model(file))
-        entries[name] = entry.model_copy(update={"path": found[name].path})  # so that no path is part of another
+        file, *adapters = (
+            path.parent / Path(each).expanduser()
+            for each in (entry.path, *(adapter.path for adapter in entry.adapters.values()))
+        )
+        named = entry.mmproj not in (None, NO_MMPROJ)
+        mmproj = path.parent / Path(entry.mmproj or "").expanduser() if named else None
+        shape = accompanied(read_model(file), read_companions(adapters, mmproj, None, False))
+        found[name] = ModelOnDisk(f"/models/{i}.gguf", shape)
+        # So that no path is part of another; what comes with the model is in its shape.
+        alone: dict[str, object] = {"path": found[name].path, "adapters": {}, "mmproj": None}
+        entries[name] = entry.model_copy(update=alone)
     return settings.model_copy(update={"models": entries}), found
 
 

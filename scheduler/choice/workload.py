@@ -17,6 +17,7 @@ from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement
 from scheduler.config import Reserves
+from scheduler.costs.companions import is_on_device, projector_footprint
 from scheduler.costs.footprint import bounded_footprint, computes_exactly, filled_footprint, grows, layer_bytes
 from scheduler.costs.host import host_memory
 from scheduler.costs.measurements import Measurements
@@ -152,14 +153,21 @@ class Workload:
         outside = measured.outside_bytes if measured else (0,) * len(devices)
         if measured and not grows(self.shape):  # what was measured is what the load took
             cost = measured.settle(cost, layout)
+        beside = self._beside(layout)
         overheads = tuple(
-            seen or self.overhead_bytes(device, build) for device, seen in zip(devices, outside, strict=True)
+            (seen or self.overhead_bytes(device, build)) + (share.total_bytes if beside else 0)
+            for device, seen, share in zip(devices, outside, (beside or cost).devices, strict=True)
         )
         device_bytes = tuple(
             share.total_bytes + self.extra_bytes + overhead
             for share, overhead in zip(cost.devices, overheads, strict=True)
         )
         return cost, overheads, device_bytes
+
+    def _beside(self, layout: Layout) -> Footprint | None:
+        """What the projector takes, if the model comes with one."""
+        projector = self.shape.projector
+        return projector_footprint(projector, layout, self.context) if projector else None
 
     def placement(
         self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, exact: bool = True
@@ -188,6 +196,9 @@ class Workload:
             process_bytes=self.reserves.runner_overhead_bytes,
             n_threads=node.facts.physical_cores,
         )
+        beside = self._beside(layout)
+        beside_bytes = beside.host.total_bytes if beside else 0
+        on_device = beside is not None and is_on_device(layout)
         return Placement(
             tier=tier,
             node_id=node.facts.node_id,
@@ -196,10 +207,12 @@ class Workload:
             context=self.context,
             device_bytes=device_bytes,
             overhead_bytes=overheads,
-            host_bytes=host.peak_bytes + host.mapped_bytes,
+            host_bytes=host.peak_bytes + host.mapped_bytes + beside_bytes,
             host_mapped_bytes=host.mapped_bytes,
-            host_outside_bytes=host.outside_bytes,
-            host_resting_bytes=host.resting_bytes,
+            host_outside_bytes=host.outside_bytes + beside_bytes,
+            host_resting_bytes=host.resting_bytes + beside_bytes,
+            mmproj_bytes=beside.devices[0].total_bytes if beside and on_device else beside_bytes,
+            mmproj_on_device=on_device,
             computes_on_cpu=layout.n_gpu_layers < self.n_layers or layout.spills_experts,
             n_layers=self.n_layers,
             grows=grows(self.shape),

@@ -1,21 +1,22 @@
 """The models that may be asked for: names, the files behind them on each node, and what their headers say.
 
 Names come from the catalogue's entries, then from the files themselves (the file name without `.gguf` and without
-`-00001-of-00005`); a second file of the same name takes its folder in front ("folder/name").
+`-00001-of-00005`); a second file of the same name takes its folder in front ("folder/name"). Projectors, and adapters
+that an entry names, are no models: they come with one (`companion_files`).
 """
 
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
 from math import inf
+from typing import NamedTuple
 
+from scheduler.cluster.companion_files import ALONE, PART, CompanionFiles, companions_of, is_projector, matches
 from scheduler.cluster.facts import ModelFile
 from scheduler.cluster.history import LoadHistory, Popularity, ServiceTime
 from scheduler.config import Catalogue, ModelEntry, ModelParams
@@ -28,17 +29,25 @@ DEFAULT_SLOT_CONTEXT = 8192
 AUTO_SLOTS = 4  # as many as llama-server has by default
 _COMPARED, _CANDIDATES = 32, 8  # characters of a name, and names
 
-_PART = re.compile(r"-\d{5}-of-\d{5}$")
+
+class Files(NamedTuple):
+    """Paths of what is loaded together."""
+
+    path: str
+    adapters: tuple[str, ...] = ()
+    mmproj: str = ""
 
 
 @dataclass(slots=True)
 class Copy:
-    """The model's file on one node. `shape` is None until its header has been read; `invalid` says why it never will.
+    """The model's file on one node, and those that come with it there. `shape` is None until their headers have been
+    read; `invalid` says why it never will.
 
-    `trouble` is why the last try to read it came to nothing; there will be another.
+    `trouble` is why the last try to read them came to nothing; there will be another.
     """
 
     file: ModelFile
+    companions: CompanionFiles = ALONE
     shape: ModelShape | None = None
     invalid: str = ""
     trouble: str = ""
@@ -47,6 +56,17 @@ class Copy:
     @property
     def undecided(self) -> bool:
         return self.shape is None and not self.invalid
+
+    @property
+    def files(self) -> Files:
+        return Files(self.file.path, self.companions.adapter_paths, self.companions.mmproj_path)
+
+    def is_of(self, file: ModelFile, companions: CompanionFiles) -> bool:
+        """Whether it is the copy in these files, as they are now."""
+        known = (self.file, *self.companions.adapters, self.companions.mmproj)
+        there = (file, *companions.adapters, companions.mmproj)
+        same = list(map(_identity, known)) == list(map(_identity, there))
+        return same and self.companions.missing == companions.missing
 
 
 @dataclass(slots=True)
@@ -64,10 +84,11 @@ class Model:
     spread_looked_at: float = -inf  # when a second replica was thought about last
     dismissed: bool = False  # unloaded by hand: it is not kept loaded before somebody asks for it again
     service: ServiceTime = field(default_factory=ServiceTime)
-    shape: ModelShape | None = None  # of the first copy whose header has been read
+    shape: ModelShape | None = None  # of the first copy whose header has been read, with a projector if any has one
 
     def copies_changed(self) -> None:
-        self.shape = next((copy.shape for copy in self.copies.values() if copy.shape is not None), None)
+        shapes = [copy.shape for copy in self.copies.values() if copy.shape is not None]
+        self.shape = next((shape for shape in shapes if shape.projector), next(iter(shapes), None))
 
     @property
     def invalid(self) -> str:
@@ -84,13 +105,15 @@ class Model:
 
 @dataclass(slots=True)
 class FileChanges:
-    """`unread`: paths whose headers have to be read; `changed`: models whose file is another than it was."""
+    """`unread`: files whose headers have to be read; `changed`: models one of whose files is another than it was;
+    `incomplete`: models that lack a file."""
 
-    unread: dict[str, None] = field(default_factory=dict)  # in order
+    unread: dict[Files, None] = field(default_factory=dict)  # in order
     changed: list[str] = field(default_factory=list)
+    incomplete: list[str] = field(default_factory=list)
 
-    def read(self, path: str) -> None:
-        self.unread[path] = None
+    def read(self, files: Files) -> None:
+        self.unread[files] = None
 
 
 class Models:
@@ -104,6 +127,9 @@ class Models:
         self._reported: dict[NodeId, tuple[ModelFile, ...]] = {}
         self._contexts: dict[str, tuple[ModelShape, ContextParams]] = {}  # the default ones
         self._entries: dict[str, tuple[str, ...]] = {}  # of every path that was seen, which is looked up every second
+        entries = catalogue.models.values()
+        self._adapter_paths = [adapter.path for entry in entries for adapter in entry.adapters.values()]
+        self._plain_paths = [entry.path for entry in entries if not set("*?[") & set(entry.path)]
         self.by_name: dict[str, Model] = {
             name: Model(name, entry, pinned=entry.pinned) for name, entry in catalogue.models.items()
         }
@@ -243,7 +269,7 @@ class Models:
             self._entries.pop(path, None)
         claimed: dict[str, ModelFile] = {}
         for file in files:
-            for name in self._names(file, claimed):
+            for name in () if self._is_companion(file) else self._names(file, claimed):
                 claimed[name] = file
         paths: dict[str, list[str]] = {}
         for name, file in claimed.items():
@@ -251,19 +277,24 @@ class Models:
         self._claimed[node_id] = paths
         for name, file in claimed.items():
             model = self.by_name.setdefault(name, Model(name))
-            known = model.copies.get(node_id)
-            if known is None or _identity(known.file) != _identity(file):
-                model.copies[node_id] = Copy(file)
+            known, companions = model.copies.get(node_id), companions_of(model.entry, file, files)
+            if known is None or not known.is_of(file, companions):
+                copy = Copy(file, companions, invalid=companions.missing)
+                model.copies[node_id] = copy
                 model.copies_changed()
                 model.history = LoadHistory()
                 if known is not None:
                     changes.changed.append(name)
-                changes.read(file.path)
+                if companions.missing:
+                    copy.being_read = False
+                    changes.incomplete.append(name)
+                else:
+                    changes.read(copy.files)
             else:
                 known.file = file
                 if known.undecided and not known.being_read:
                     known.being_read = True
-                    changes.read(file.path)
+                    changes.read(known.files)
         copies = [model.copies[node_id] for name in claimed if node_id in (model := self.by_name[name]).copies]
         self._reported.pop(node_id, None)
         if not files:
@@ -277,27 +308,34 @@ class Models:
         return changes
 
     def shaped(
-        self, node_id: NodeId, path: str, shape: ModelShape | None, invalid: str = "", trouble: str = ""
+        self, node_id: NodeId, files: Files, shape: ModelShape | None, invalid: str = "", trouble: str = ""
     ) -> list[Model]:
-        """Record what a header said, or why it said nothing; the models it concerns."""
+        """Record what headers said, or why they said nothing; the models it concerns."""
         found = []
-        for name in self._claimed.get(node_id, {}).get(path, ()):
+        for name in self._claimed.get(node_id, {}).get(files.path, ()):
             model = self.by_name.get(name)
             copy = model.copies.get(node_id) if model else None
-            if model is not None and copy is not None and copy.file.path == path:
+            if model is not None and copy is not None and copy.files == files and not copy.companions.missing:
                 copy.shape, copy.invalid, copy.trouble, copy.being_read = shape, invalid, trouble, False
                 model.copies_changed()
                 found.append(model)
         return found
 
+    def _is_companion(self, file: ModelFile) -> bool:
+        """A glob may match adapters and models; what an entry names as its model is one."""
+        if is_projector(file.path):
+            return True
+        is_adapter = any(matches(file.path, path) for path in self._adapter_paths)
+        return is_adapter and not any(matches(file.path, path) for path in self._plain_paths)
+
     def _names(self, file: ModelFile, taken: dict[str, ModelFile]) -> list[str]:
         if file.path not in self._entries:
-            matching = (name for name, entry in self._catalogue.models.items() if _matches(file.path, entry.path))
+            matching = (name for name, entry in self._catalogue.models.items() if matches(file.path, entry.path))
             self._entries[file.path] = tuple(matching)
         entries = [name for name in self._entries[file.path] if name not in taken]
         if entries:
             return entries
-        stem = _PART.sub("", posixpath.basename(file.path).removesuffix(".gguf"))
+        stem = PART.sub("", posixpath.basename(file.path).removesuffix(".gguf"))
         folder = posixpath.dirname(file.path)
         while (stem in self._catalogue.models or stem in taken) and folder.strip("/"):
             stem = f"{posixpath.basename(folder)}/{stem}"
@@ -305,14 +343,8 @@ class Models:
         return [stem] if stem not in taken else []
 
 
-def _identity(file: ModelFile) -> tuple[str, int, float]:
-    return file.path, file.size_bytes, file.modified_at_s
-
-
-def _matches(path: str, pattern: str) -> bool:
-    """A catalogue path matches the file itself, as a glob, or relative to any folder."""
-    relative = re.sub(r"^(\./|~/)", "", pattern)
-    return path == pattern or fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*/{relative}")
+def _identity(file: ModelFile | None) -> tuple[str, int, float] | None:
+    return (file.path, file.size_bytes, file.modified_at_s) if file else None
 
 
 def _takes_no_more(shape: ModelShape, shared: ContextParams, alone: ContextParams) -> bool:

@@ -53,6 +53,8 @@ class Placement:
     host_resting_bytes: int  # the part of host_bytes that is anonymous and there before the first request
     computes_on_cpu: bool
     n_layers: int  # layers in all, the output counted as one
+    mmproj_bytes: int = 0  # the projector's, where it lies; a part of the overhead there, or of host_outside_bytes
+    mmproj_on_device: bool = False  # it lies on the first device; else in host RAM
     grows: bool = False  # its buffers grow while it serves: what is booked for it stays booked
 
     @property

@@ -20,6 +20,7 @@ from scheduler.costs.weights import Padded, WeightSums, sum_weights
 from scheduler.errors import InvalidGGUF, Rejected
 
 _HALVES = (".lora_a", ".lora_b")
+_INVOCATION = "adapter.alora.invocation_tokens"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,8 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
     if header.metadata.get("general.type") != "adapter" or header.metadata.get("adapter.type") != "lora":
         raise refuse("this is not a LoRA adapter: general.type must be adapter and adapter.type lora")
+    if _INVOCATION in header.metadata:
+        raise refuse("this is an activated LoRA (aLoRA): it applies from certain tokens on, which is not supported")
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise refuse("general.architecture is missing")

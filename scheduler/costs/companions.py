@@ -1,13 +1,15 @@
 """What comes with a model: LoRA adapters, a multimodal projector, a draft model, its own prediction layers.
 
-Adapters and prediction layers change the model itself (`accompanied`); the rest lies beside it, each with a footprint
-of its own (`companion_footprints`). A projector and a draft go whole to the first device of the layout, or to host RAM
-where there is none, as llama.cpp's own programs do it.
+Adapters and prediction layers change the model itself; the rest lies beside it, each with a footprint of its own
+(`companion_footprints`). A model that was `accompanied` says of itself with which projector it is loaded. A projector
+and a draft go whole to the first device of the layout, or to host RAM where there is none, as llama.cpp's own programs
+do it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 
 from scheduler.costs.adapter import Adapter, adapted
 from scheduler.costs.footprint import footprint, mtp_footprint, with_mtp
@@ -27,8 +29,15 @@ class Companions:
 
 
 def accompanied(shape: ModelShape, companions: Companions) -> ModelShape:
-    """`shape` with what changes it. Raises Rejected for adapters that do not fit, or where nothing can predict."""
-    return adapted(with_mtp(shape) if companions.mtp else shape, companions.adapters)
+    """`shape` with what changes it, and with its projector. Raises Rejected for adapters that do not fit, or where
+    nothing can predict."""
+    changed = adapted(with_mtp(shape) if companions.mtp else shape, companions.adapters)
+    projector = companions.projector
+    if projector is None:
+        return changed
+    digest = hashlib.blake2b(changed.fingerprint.encode(), digest_size=16)
+    digest.update(repr((projector.weights, projector.encoders)).encode())
+    return replace(changed, projector=projector, fingerprint=digest.hexdigest())
 
 
 def companion_footprints(
@@ -39,30 +48,31 @@ def companion_footprints(
     Raises Rejected as `footprint`.
     """
     found: dict[str, Footprint] = {}
-    on_device = _on_device(layout)
     if companions.mtp:
         found["mtp"] = mtp_footprint(shape, layout, context)
     if companions.draft is not None:
         found["draft"] = footprint(companions.draft, draft_layout(layout), context, build)
     if companions.projector is not None:
-        found["mmproj"] = _projector_footprint(companions.projector, layout, on_device, context)
+        found["mmproj"] = projector_footprint(companions.projector, layout, context)
     return found
 
 
 def draft_layout(layout: Layout) -> Layout:
     """Where the draft of a model in `layout` lies."""
     shares = (1.0,) + (0.0,) * (len(layout.devices) - 1) if layout.devices else ()
-    return Layout(layout.devices, -1 if _on_device(layout) else 0, shares)
+    return Layout(layout.devices, -1 if is_on_device(layout) else 0, shares)
 
 
-def _on_device(layout: Layout) -> bool:
+def is_on_device(layout: Layout) -> bool:
+    """Whether a projector and a draft lie on the first device; else they lie in host RAM."""
     return bool(layout.devices) and layout.n_gpu_layers != 0
 
 
-def _projector_footprint(projector: Projector, layout: Layout, on_device: bool, context: ContextParams) -> Footprint:
+def projector_footprint(projector: Projector, layout: Layout, context: ContextParams) -> Footprint:
+    """Bytes of the projector beside a model in `layout`."""
     flash_attn = context.flash_attn == "on"
     nothing = tuple(DeviceBytes() for _ in layout.devices)
-    if not on_device:
+    if not is_on_device(layout):
         return Footprint(nothing, projector.on_host(flash_attn=flash_attn))
     first = projector.on_device(layout.devices[0].kind, flash_attn=flash_attn)
     beside = projector.beside_device(flash_attn=flash_attn)

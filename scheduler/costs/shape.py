@@ -24,6 +24,7 @@ from scheduler.costs.header import Array, Header, Tensor, read_header
 from scheduler.costs.metadata import Metadata
 from scheduler.costs.params import ContextParams, Layout
 from scheduler.costs.predictor import Predictor, read_predictor
+from scheduler.costs.projector import Projector
 from scheduler.costs.vocabulary import Vocabulary, read_vocabulary
 from scheduler.costs.weights import HOST, StoredSums, WeightSums, sum_stored, sum_weights
 from scheduler.errors import InvalidGGUF
@@ -64,6 +65,8 @@ class ModelShape:
     adapter_weights: tuple[WeightSums, ...] = ()
     """The part of `weights` that LoRA adapters add, which is never mapped."""
     n_adapter_pairs: int = 0
+    projector: Projector | None = None
+    """That is loaded beside it; nothing of it is in the other figures but the fingerprint."""
 
     @property
     def architecture(self) -> str:

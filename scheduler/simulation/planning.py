@@ -21,7 +21,8 @@ from scheduler.units import ReplicaId
 @dataclass(frozen=True, slots=True)
 class PricedPlacement:
     """`evicts`: models, the ones that finish what they are doing first included. `beside`: what lies beside the model,
-    by name, on the devices of the placement's layout; none of it is in the placement's own bytes."""
+    by name, on the devices of the placement's layout. Only a projector (mmproj) is a part of the placement's own
+    bytes."""
 
     placement: Placement
     evicts: tuple[str, ...]

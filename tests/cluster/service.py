@@ -126,7 +126,7 @@ class Reference:
 class Service:
     """A running Arriero and what the tests ask of it."""
 
-    def __init__(self, models: Path, **settings: Any) -> None:
+    def __init__(self, models: Path, /, **settings: Any) -> None:
         self.models = models
         self.deployment = self.bring_up(**settings)
         self.client = Client(self.deployment.url)

@@ -24,10 +24,13 @@ from scheduler.cluster.facts import DeviceFacts, DeviceReading, ModelFile, NodeF
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.config import parse_catalogue
 from scheduler.core import SchedulerCore
+from scheduler.costs.adapter import Adapter
+from scheduler.costs.companions import Companions, accompanied
 from scheduler.costs.footprint import footprint
 from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.measurements import Record
 from scheduler.costs.params import NO_RATES, DeviceBytes, Footprint, HostBytes, Rates
+from scheduler.costs.projector import Projector
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.simulation import physics
 from scheduler.simulation.physics import Process
@@ -117,6 +120,7 @@ class Scenario:
     auto: bool = True
     tells_processes: bool = False  # whether device readings say which process holds what
     records: Sequence[Record] = ()  # what an earlier scheduler remembered
+    companions: dict[str, Adapter | Projector] = field(default_factory=dict)  # by path: they are on every machine
     rates: Rates = NO_RATES  # of the CPU and RAM of every machine
     llama_build: str = CHECKED_BUILD
 
@@ -163,8 +167,8 @@ class Scenario:
     def report_node(self, name: str = "box", has: Any = None) -> None:
         node_id = NodeId(name)
         files = tuple(
-            ModelFile(f"/models/{m}.gguf", (f"/models/{m}.gguf",), 1000, self.file_age.get(m, 1.0))
-            for m in (self.models if has is None else has)
+            ModelFile(path, (path,), 1000, self.file_age.get(Path(path).stem, 1.0))
+            for path in (*(f"/models/{m}.gguf" for m in (self.models if has is None else has)), *self.companions)
         )
         self._read_host(node_id, files)
 
@@ -272,8 +276,14 @@ class Scenario:
     def read_header(self, command: cmd.ReadShape) -> None:
         name = Path(command.path).stem
         invalid = self.invalid.get(name, "")
-        found = None if invalid else shape(*self.models[name])
-        self.send(ev.ShapeRead(command.node_id, command.path, found, invalid))
+        found = None if invalid else accompanied(shape(*self.models[name]), self._companions(command))
+        self.send(ev.ShapeRead(command.node_id, command.path, found, invalid, "", command.adapters, command.mmproj))
+
+    def _companions(self, command: cmd.ReadShape) -> Companions:
+        adapters = [self.companions[path] for path in command.adapters]
+        projector = self.companions[command.mmproj] if command.mmproj else None
+        assert projector is None or isinstance(projector, Projector)
+        return Companions(tuple(each for each in adapters if isinstance(each, Adapter)), projector)
 
     def check(self) -> None:
         """What must hold at any time."""
@@ -304,7 +314,8 @@ class Scenario:
     def report(self, command: cmd.StartReplica) -> Footprint:
         """What llama.cpp says it allocated: what was predicted, unless a test has it say something else."""
         placement = command.placement
-        predicted = footprint(shape(*self.models[command.model]), placement.layout, placement.context, self.llama_build)
+        known = self.core.models.by_name[command.model].shape or shape(*self.models[command.model])
+        predicted = footprint(known, placement.layout, placement.context, self.llama_build)
         return self.reported.get(command.model, predicted)
 
     def allocate(self, command: cmd.StartReplica, share: float = 1.0) -> Process:

@@ -34,9 +34,9 @@ def test_a_name_that_is_not_utf_8_cannot_be_told_to_anybody(tmp_path: Path) -> N
     assert [Path(model.path).name for model in find_models([str(tmp_path)])] == ["a.gguf"]
 
 
-def test_projectors_are_no_models(tmp_path: Path) -> None:
-    put(tmp_path, "mmproj-llava-f16.gguf", "llava.gguf", "llava-MMPROJ.gguf")
-    assert names(tmp_path) == ["llava.gguf"]
+def test_projectors_are_listed_too(tmp_path: Path) -> None:
+    put(tmp_path, "mmproj-llava-f16.gguf", "llava.gguf")
+    assert names(tmp_path) == ["llava.gguf", "mmproj-llava-f16.gguf"]
 
 
 def test_a_pipe_is_no_model_and_is_not_waited_for(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from actors.gateway.server import Server, listen, make_server, url_of
 from actors.gateway.shortcut import Shortcut
 from actors.leasing import Grant, TokenCounts
 from actors.records import (
+    AdapterInfo,
     GpuStatus,
     Health,
     LayoutShare,
@@ -232,7 +233,14 @@ class FakeBackend:
     async def models(self) -> list[ModelInfo]:
         return posted(
             [
-                ModelInfo(name=MODEL, state="available", architecture="llama", n_ctx=4096, modified_at_s=12.5),
+                ModelInfo(
+                    name=MODEL,
+                    state="available",
+                    architecture="llama",
+                    n_ctx=4096,
+                    modified_at_s=12.5,
+                    adapters=[AdapterInfo(name="fun", scale=0.5, path="/m/fun.gguf")],
+                ),
                 ModelInfo(name="team/big", state="unknown"),
                 ModelInfo(name="broken", state="invalid", reason="truncated at 40"),
             ]

@@ -43,6 +43,7 @@ def spec() -> Callable[..., LoadSpec]:
             "experts_pattern": "",
             "n_threads": 2,
             "host_required_bytes": 0,
+            "adapters": (),
         }
         layout |= {name: given.pop(name) for name in list(given) if name in layout or name.startswith("use_")}
         context = ContextParams(**{"n_ctx": 512, "n_batch": 512, "n_ubatch": 128, **given})

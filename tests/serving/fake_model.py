@@ -15,7 +15,7 @@ import numpy as np
 from actors.serving.batcher import Batcher
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Results
-from actors.serving.model import Row
+from actors.serving.model import Adapters, Row
 from actors.serving.protocol import Chunk
 from actors.serving.text import TextStream
 
@@ -58,6 +58,7 @@ class FakeModel:
         self.pause: threading.Event | None = None  # decodes wait for it, or for an abort
         self.entered = threading.Event()
         self.threads = 0
+        self.adapters: Adapters = ()
         self.warmed_in: threading.Thread | None = None
         self.fault: Exception | None = None  # of warming up
 
@@ -65,6 +66,10 @@ class FakeModel:
         self.warmed_in = threading.current_thread()
         if self.fault is not None:
             raise self.fault
+
+    def use_adapters(self, adapters: Adapters) -> None:
+        assert threading.current_thread() is self.warmed_in
+        self.adapters = adapters
 
     def decode(self, rows: Sequence[Row]) -> int:
         assert threading.current_thread() is self.warmed_in
