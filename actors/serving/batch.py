@@ -35,7 +35,8 @@ def next_batch(running: Sequence[tuple[Slot, Generation]], slots: Slots, model: 
         if job.pending is not None:
             tokens = [job.pending]
         else:  # the room that is left is shared evenly; what a short prompt does not need goes to the longer ones
-            tokens = job.prompt[start : start + (room - len(rows)) // (len(running) - index)]
+            end = start + (room - len(rows)) // (len(running) - index)
+            tokens = job.prompt[start : job.media.text_end(start, end) if job.media else end]
         checkpoint = 0 if job.pending is not None else slots.checkpoint_of(slot, job)
         if start < checkpoint < start + len(tokens):
             tokens = tokens[: checkpoint - start]
@@ -48,7 +49,8 @@ def next_batch(running: Sequence[tuple[Slot, Generation]], slots: Slots, model: 
             tokens, samples = tokens[: to_judge.stop - start], False
         judgements -= max(0, len(to_judge) + samples - 1)
         first_row = len(rows) - start
-        rows += (Row(token, start + at, slot.sequence, start + at in to_judge) for at, token in enumerate(tokens))
+        position = job.media.position(start) if job.media else start
+        rows += (Row(token, position + at, slot.sequence, start + at in to_judge) for at, token in enumerate(tokens))
         if samples:
             rows[-1] = rows[-1]._replace(wants_logits=True)
         parts.append(Part(slot, job, tokens, len(rows) - 1 if samples else None, [first_row + at for at in to_judge]))

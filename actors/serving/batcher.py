@@ -8,7 +8,8 @@ tokens too, by one micro-batch at a time, and a cancelled job is gone after one.
 order. Embeddings take their own turns, because they make every token an output.
 An answer that its reader does not take waits: no token is computed that nobody reads.
 Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in another thread, because a grammar may take
-seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there.
+seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there. It is the same while a
+picture of its prompt is encoded. To read that is a turn of its own: what it is made of is no tokens.
 When a shared cache is full, the youngest answer waits until there is room.
 A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
 batcher for good: everything fails from then on, with the reason.
@@ -30,11 +31,14 @@ from actors.devices.cores import Cores
 from actors.serving.batch import Part, next_batch
 from actors.serving.beat import Beat
 from actors.serving.choosing import Chooser
+from actors.serving.encoding import Encoder
 from actors.serving.generation import Choice, Generation
 from actors.serving.jobs import Embedding, Job
 from actors.serving.model import Model, Row
+from actors.serving.pieces import Medium
 from actors.serving.protocol import Likelihood
 from actors.serving.slots import Slot, Slots
+from actors.serving.waiting import next_media, uses_sampler, waits
 from scheduler.costs.host import embedding_rows
 from scheduler.errors import ArrieroError, EngineFailed
 
@@ -63,6 +67,7 @@ class Batcher:
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
         self._chooser = Chooser(model)
+        self._encoder = Encoder(model)
         self._n_threads = 0
         self._failed_turns = 0
         self._closing = False
@@ -123,6 +128,7 @@ class Batcher:
         try:
             while self._prepare():
                 self._generate()
+                self._read_media()
                 self._embed()
         except BaseException as error:  # a bug must not leave callers waiting for ever
             self.broken = f"the engine thread failed: {type(error).__name__}: {error}"
@@ -136,6 +142,7 @@ class Batcher:
             if isinstance(job, Generation) and job.constraint is not None:
                 job.constraint.interrupt()
         self._chooser.close()
+        self._encoder.close()
 
     def _prepare(self) -> bool:
         """Waits for work and gives waiting jobs their slots; False when there is nothing more to do."""
@@ -146,16 +153,16 @@ class Batcher:
                 self._slots.assign()
                 if self._closing or self.broken:
                     return False
-                if any(slot.job is not None and not _waits(slot.job) for slot in self._slots):
+                if any(slot.job is not None and not waits(slot.job) for slot in self._slots):
                     return True
                 self._cores.leave()
                 self._changed.wait()
 
     def _drop_cancelled(self) -> None:
         for slot in self._slots:
-            if slot.job is not None and slot.job.cancelled and not _is_being_chosen(slot.job):
+            if slot.job is not None and slot.job.cancelled and not uses_sampler(slot.job):
                 self._slots.release(slot).end()
-        for job in [job for job in self._slots.waiting if job.cancelled and not _is_being_chosen(job)]:
+        for job in [job for job in self._slots.waiting if job.cancelled and not uses_sampler(job)]:
             self._slots.waiting.remove(job)
             job.end()
 
@@ -235,7 +242,7 @@ class Batcher:
 
     def _take(self, job: Generation) -> bool:
         """Its choice; True when the job has ended with it."""
-        chosen, job.chosen, job.choosing = job.chosen, None, False
+        chosen, job.chosen, job.choosing, job.encoding = job.chosen, None, False, False
         if isinstance(chosen, ArrieroError):
             job.end(None if job.cancelled else chosen)
             return True
@@ -251,13 +258,36 @@ class Batcher:
         job.hearer.flush()
         return ended
 
+    def _read_media(self) -> None:
+        """What is next in a prompt and no text: it is encoded beside this thread, or one is decoded, if it was."""
+        for slot, job, medium in next_media(self._slots):
+            if medium.embedding is not None:
+                self._read_medium(slot, job, medium)
+                return
+            with self._changed:
+                job.choosing = job.encoding = True
+            self._encoder.begin(job, medium, self._was_chosen)
+
+    def _read_medium(self, slot: Slot, job: Generation, medium: Medium) -> None:
+        position = job.media.position(len(slot.tokens))
+        with self._computing(medium.n_tokens, [job]):
+            code = self._model.decode_medium(medium, position, slot.sequence)
+        if code == 0:
+            self._failed_turns = 0
+            medium.embedding = None
+            slot.tokens += medium.tokens
+            return
+        self._slots.forget(slot)  # a part of it may be there: all is read again, or nothing
+        if code != _NO_ROOM or not self._slots.forget_idle():
+            self._decode_failed(code, [(slot, job)])
+
     def _embed(self) -> None:
         """One batch of texts to embed.
 
         A pooled model takes each text whole, several in a batch. Sequences that nobody uses help those who have
         several. Of others it is a micro-batch of one text.
         """
-        own = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and not _waits(slot.job)]
+        own = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and not waits(slot.job)]
         own = [(slot, job) for slot, job in own if not job.cancelled]
         if not own:
             return
@@ -372,12 +402,3 @@ class Batcher:
 def embed_step(model: Model) -> int:
     """Tokens per embedding turn."""
     return embedding_rows(4 * (model.n_vocab + model.n_embd), model.n_ubatch)
-
-
-def _is_being_chosen(job: Job[Any]) -> bool:
-    return isinstance(job, Generation) and job.choosing and job.chosen is None
-
-
-def _waits(job: Job[Any]) -> bool:
-    """Whether there is nothing to compute for `job` until somebody says so."""
-    return _is_being_chosen(job) or (job.hearer.stalled and not job.cancelled)

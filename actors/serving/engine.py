@@ -20,6 +20,7 @@ from actors.serving.dialogue import prompt_too_long
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Answered, Choices, Embedded, Embedding, Hearer, Results, Together, Work
 from actors.serving.parsing import ParsedAnswer
+from actors.serving.pieces import Media
 from actors.serving.preparation import Errand, Prepared, Preparer
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec, Sampling
 from actors.serving.text import TextStream
@@ -99,7 +100,7 @@ class Engine:
             return self._embedding(request, hearer, errand)
         if request.max_tokens is not None and request.max_tokens < 0:
             raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 0")
-        prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand)
+        prepared = self._prepared(request, errand)
         if prepared.examined is not None:
             return Answered(request.lease_id, hearer, prepared.examined)
         with ExitStack() as unless_made:
@@ -107,11 +108,14 @@ class Engine:
             if not self._model.can_generate:
                 raise Rejected(f"{self._spec.model} is an embedding model; ask it for embeddings")
             if len(prepared.prompts) == request.n == 1:
-                job: Work = self._generation(request, prepared, prepared.prompts[0], hearer)
+                job: Work = self._generation(request, prepared, prepared.prompts[0], hearer, prepared.media)
             else:
                 job = self._choices(request, prepared, hearer, errand)
             unless_made.pop_all()
         return job
+
+    def _prepared(self, request: GenerateRequest, errand: Errand | None) -> Prepared:
+        return self._preparer.prepare(request.content, self.n_ctx_per_slot, errand, self._model.eyes)
 
     def _choices(
         self, request: GenerateRequest, prepared: Prepared, hearer: Hearer[Chunk], errand: Errand | None
@@ -125,14 +129,17 @@ class Engine:
                 "a grammar or the sampler dry"
             )
         together = Together(hearer, count, request.n)
+        media = prepared.media
         choices: list[Generation] = []
         with ExitStack() as unless_made:
             for index in range(count):
                 prompt, first = prepared.prompts[index // request.n], index - index % request.n
                 if index and prepared.constraint is not None:
-                    prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand)
+                    prepared = self._prepared(request, errand)
                     unless_made.callback(prepared.close)
-                job = self._generation(request, prepared, prompt, together.of(index), choices[first : first + 1], index)
+                job = self._generation(
+                    request, prepared, prompt, together.of(index), media, choices[first : first + 1], index
+                )
                 unless_made.callback(job.close)
                 choices.append(job)
             unless_made.pop_all()
@@ -146,10 +153,13 @@ class Engine:
         prepared: Prepared,
         prompt: list[int],
         hearer: Hearer[Chunk],
+        media: Media,
         first: Sequence[Generation] = (),
         index: int = 0,
     ) -> Generation:
         """The answer with number `index`; `first`: the first one to the same prompt, if there is one."""
+        if media and request.echo:
+            raise Rejected("echo cannot be combined with pictures or sounds; leave it out")
         room = self.n_ctx_per_slot - len(prompt)
         if room < 1:
             raise prompt_too_long(len(prompt), self.n_ctx_per_slot)
@@ -182,6 +192,7 @@ class Engine:
                 budget=budget,
                 first=first[0] if first else None,
                 source=request.source,
+                media=media,
             )
             unless_made.pop_all()
         if parsed is not None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from actors.serving.jobs import Hearer, Job
 from actors.serving.likelihood import Told
+from actors.serving.pieces import NO_MEDIA, Media
 from actors.serving.protocol import Chunk, FinishReason, Likelihood, Timings
 from actors.serving.text import TextStream
 from actors.serving.thoughts import ThinkingBudget
@@ -67,6 +68,8 @@ class Generation(Job[Chunk]):
     What must follow a `constraint`, or tells how likely its tokens are, is chosen beside the engine's thread:
     `choosing` until then, `chosen` after it.
     `first`: the first answer to the same prompt in a request that has several; this one waits until it has read it.
+    `media`: pictures and sounds of its prompt. What it reads next is encoded beside the engine's thread, too: it is
+    `choosing` and `encoding` meanwhile.
     """
 
     def __init__(
@@ -82,13 +85,15 @@ class Generation(Job[Chunk]):
         budget: ThinkingBudget | None = None,
         first: Generation | None = None,
         source: str = "",
+        media: Media = NO_MEDIA,
     ) -> None:
         super().__init__(lease_id, prompt, hearer, source)
+        self.media = media
         self.wish = wish
         self.sampler: Any = sampler
         self.constraint = constraint
         self.first = first
-        self.choosing = False
+        self.choosing = self.encoding = False
         self.chosen: Choice | ArrieroError | None = None
         self.pending: int | None = None
         self.ended = False

@@ -47,6 +47,8 @@ class LoadSpec:
     placement: Placement | None = None  # the scheduler's own record, kept for one that restarts
     preflight: bool = False  # ask llama.cpp first what it would allocate
     chat_template: str = ""  # in place of the file's
+    mmproj: str = ""  # the path of its projector; empty: none, and it takes no pictures or sounds
+    mmproj_on_device: bool = False  # on the first of the devices; else in host RAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,8 @@ class GenerateRequest:
     chat_template_kwargs, continue_final_message, thinking_budget_tokens. Instead of a prompt there may be several
     ("prompts"), what stands around a gap ({"infill": {...}}, see `infill_prompt`), or a question that needs no model
     ({"examine": {...}}, see `examined`). {"logit_bias": {text: bias}} is for tokens that only the preparer knows.
+    The content of a message is a text, or a list of parts: {"type": "text", "text"}, or {"type": "image" or "audio",
+    "data": the file in base64}.
     The content may be large, and only the preparer opens it. The runner knows the request by its lease.
 
     `n`: answers to each prompt. `max_tokens` 0: the prompt is read, and nothing is said. `n_probs`: how many likely
