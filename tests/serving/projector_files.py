@@ -111,3 +111,27 @@ def write_ultravox(path: Path, n_embd: int) -> Path:
     }  # fmt: skip
     layers = {name: ne for name, ne in _layers("a").items() if not name.endswith("attn_k.bias")}
     return _write(path, "audio", keys, tensors | layers)
+
+
+def write_as_qwen2vl(path: Path, llama: Path) -> Path:
+    """A sample model of the kind llama, written again as one whose positions have two dimensions."""
+    source = gguf.GGUFReader(llama)
+    writer = gguf.GGUFWriter(str(path), "qwen2vl")
+    for name, each in source.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        kind = each.types[0]
+        inner = each.types[1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name.replace("llama.", "qwen2vl."), each.contents(), kind, sub_type=inner)
+    writer.add_array("qwen2vl.rope.dimension_sections", [4, 6, 6, 0])
+    for tensor in source.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+        for letter in "qkv":
+            if tensor.name.endswith(f"attn_{letter}.weight"):
+                n_out = int(tensor.shape[1])
+                writer.add_tensor(tensor.name.replace("weight", "bias"), np.zeros(n_out, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
