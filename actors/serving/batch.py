@@ -8,6 +8,7 @@ from typing import NamedTuple
 from actors.serving.generation import Generation
 from actors.serving.model import Model, Row
 from actors.serving.slots import Slot, Slots
+from scheduler.costs.host import embedding_rows
 
 JUDGED_AT_ONCE = 32
 """Tokens of prompts that are judged in a turn. Their logits are copied: 1 MiB each for 262,144 tokens."""
@@ -55,3 +56,8 @@ def next_batch(running: Sequence[tuple[Slot, Generation]], slots: Slots, model: 
             rows[-1] = rows[-1]._replace(wants_logits=True)
         parts.append(Part(slot, job, tokens, len(rows) - 1 if samples else None, [first_row + at for at in to_judge]))
     return rows, parts
+
+
+def embed_step(model: Model) -> int:
+    """Tokens per embedding turn."""
+    return embedding_rows(4 * (model.n_vocab + model.n_embd), model.n_ubatch)

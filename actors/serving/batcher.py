@@ -28,7 +28,7 @@ from itertools import chain, cycle
 from typing import Any
 
 from actors.devices.cores import Cores
-from actors.serving.batch import Part, next_batch
+from actors.serving.batch import Part, embed_step, next_batch
 from actors.serving.beat import Beat
 from actors.serving.choosing import Chooser
 from actors.serving.encoding import Encoder
@@ -39,7 +39,6 @@ from actors.serving.pieces import Medium
 from actors.serving.protocol import Likelihood
 from actors.serving.slots import Slot, Slots
 from actors.serving.waiting import next_media, uses_sampler, waits
-from scheduler.costs.host import embedding_rows
 from scheduler.errors import ArrieroError, EngineFailed
 
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
@@ -397,8 +396,3 @@ class Batcher:
                     self._slots.release(slot).end(error)
             while self._slots.waiting:
                 self._slots.waiting.popleft().end(error)
-
-
-def embed_step(model: Model) -> int:
-    """Tokens per embedding turn."""
-    return embedding_rows(4 * (model.n_vocab + model.n_embd), model.n_ubatch)

@@ -144,6 +144,8 @@ def sound(index: int, file: bytes, sample_rate: int, left_s: float) -> Samples:
                     f"sound {index + 1} is {count / rate:.1f} s long; all of a request may be {MOST_SOUND_S:.0f} s"
                 )
             raw = opened.readframes(count)
+            if len(raw) < width * channels:
+                raise EOFError("it has no samples")
     except (wave.Error, EOFError, ValueError, ZeroDivisionError) as error:
         raise Rejected(f"sound {index + 1} must be a WAV file of whole numbers (PCM): {error}") from error
     samples = _numbers_of(raw[: len(raw) // (width * channels) * width * channels], width)

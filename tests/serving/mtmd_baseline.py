@@ -12,6 +12,8 @@ import llama_cpp
 import numpy as np
 from llama_cpp import mtmd_cpp
 
+from actors.serving.vocabulary import piece_of
+
 
 def answer_of(model: Path, mmproj: Path, prompt: str, files: Sequence[bytes], n_tokens: int, *, n_ubatch: int) -> str:
     """The greedy answer; `prompt` has libmtmd's own marker for every file."""
@@ -53,8 +55,7 @@ def _go_on(model: Any, context: Any, position: int, n_tokens: int) -> str:
     for _ in range(n_tokens):
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (n_vocab,))
         token = int(logits.argmax())
-        piece = c.create_string_buffer(64)
-        said += piece.raw[: llama_cpp.llama_token_to_piece(vocab, token, piece, 64, 0, False)]
+        said += piece_of(vocab, token, special=False)
         batch.token[0], batch.pos[0], batch.n_seq_id[0], batch.logits[0] = token, position, 1, 1
         batch.seq_id[0][0] = 0
         batch.n_tokens = 1
