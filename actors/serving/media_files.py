@@ -25,7 +25,7 @@ MOST_PIXELS = 2**24
 """Of a picture: 4096 x 4096. A phone's photograph has 12 million, and projectors make it smaller."""
 
 MOST_PIXELS_TOGETHER = 2**26
-"""Of all pictures of a request: five photographs as they come, or many smaller ones. Decoding a million takes 10 to 30
+"""Of all pictures of a request: five photographs as they come, or many smaller ones. Decoding a million takes 10 to 40
 ms, and a child may compute for 5 s."""
 
 BYTES_PER_PIXEL = 32

@@ -16,9 +16,11 @@ from mtmd_baseline import answer_of
 from picture_files import bmp, gif, jpeg_head, png, png_of, wav
 from projector_files import write_as_qwen2vl, write_gemma3, write_llava, write_qwen2vl, write_ultravox
 
+from actors.devices.virtual import create_virtual_gpus, read_virtual_gpu, start_device_process
 from actors.serving.engine import Engine
-from actors.serving.protocol import Chunk, GenerateRequest, LoadFailed, Sampling, content_of, deltas_of
+from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, LoadFailed, Sampling, content_of, deltas_of
 from scheduler.errors import Rejected
+from scheduler.units import MIB, NodeId
 
 pytestmark = pytest.mark.llama
 
@@ -292,3 +294,21 @@ def test_a_file_that_is_no_projector_fails_the_load(sample: Any, spec: Any, tmp_
     for path in (tmp_path / "bad.gguf", tmp_path / "missing.gguf", sample("llama")):
         with pytest.raises(LoadFailed, match="projector"):
             Engine(replace(spec(sample("llama")), mmproj=str(path)))
+
+
+def test_a_projector_on_a_device_sees_the_same(files: Any, spec: Any, seeing: Any, tmp_path: Path) -> None:
+    model, mmproj = files("llava")
+    chat = message("What is ", png(1), "?")
+    (gpu,) = create_virtual_gpus(NodeId("here"), (32 * MIB,), tmp_path / "gpus")
+    device = LoadDevice(gpu.device_id, "rpc", 0, gpu.state_path, gpu.total_bytes)
+    used_bytes = []
+    for more in ({}, {"mmproj": str(mmproj), "mmproj_on_device": True}):
+        loaded = spec(model, n_ctx=1024, n_ubatch=N_UBATCH, devices=(device,), n_gpu_layers=-1, **EXACT)
+        with (
+            contextlib.closing(start_device_process(gpu.state_path, gpu.total_bytes)) as process,
+            contextlib.closing(Engine(replace(loaded, **more), [process.endpoint])) as engine,
+        ):
+            used_bytes.append(read_virtual_gpu(gpu).used_bytes)
+            if more:
+                assert told(engine, ask(chat))[0] == told(seeing("llava"), ask(chat))[0]
+    assert used_bytes[1] - used_bytes[0] >= mmproj.stat().st_size // 2
