@@ -17,8 +17,10 @@ from picture_files import bmp, gif, jpeg_head, png, png_of, wav
 from projector_files import write_as_qwen2vl, write_gemma3, write_llava, write_qwen2vl, write_ultravox
 
 from actors.devices.virtual import create_virtual_gpus, read_virtual_gpu, start_device_process
+from actors.serving import native
 from actors.serving.engine import Engine
 from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, LoadFailed, Sampling, content_of, deltas_of
+from actors.serving.sampling import build_sampler
 from scheduler.errors import Rejected
 from scheduler.units import MIB, NodeId
 
@@ -108,7 +110,9 @@ def rendered(engine: Engine, *messages: dict[str, Any]) -> str:
 
 
 def two(kind: str) -> tuple[bytes, bytes]:
-    return (wav(440), wav(3000, 35)) if kind == "ultravox" else (png(1), png(2, 90, 70))
+    if kind == "ultravox":
+        return wav(440), wav(3000, 35)
+    return png(1), png(2, 90, 70) if kind == "qwen2vl" else png(2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,10 +184,14 @@ def test_an_answer_about_a_picture_may_follow_a_schema(seeing: Any) -> None:
     assert "".join(delta.content for chunk in chunks for delta in deltas_of(chunk)).lstrip().startswith("{")
 
 
-def test_samplers_that_look_back_see_the_text_only(seeing: Any) -> None:
+def test_samplers_that_look_back_see_the_text_only(seeing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = []
+    monkeypatch.setattr(native, "build_sampler", lambda *given: prompts.append(given[3]) or build_sampler(*given))
     request = ask(message("What ", png(3), " is it?"))
     request = replace(request, sampling=Sampling(temperature=0, repeat_penalty=1.3, dry_multiplier=0.8))
-    assert told(seeing("llava"), request)[1].completion_tokens == 24
+    _, last = told(seeing("llava"), request)
+    assert last.completion_tokens == 24
+    assert len(prompts[0]) == last.prompt_tokens - 16 and min(prompts[0]) >= 0
 
 
 MARKERS = "<__media__> <image> [IMG]"

@@ -76,6 +76,7 @@ def test_a_picture_is_not_encoded_again_while_the_slot_knows_it(running: Any) ->
     chunks = list(submitted(batcher, other).hearer)
     assert heard(chunks) == wanted and chunks[-1].cached_tokens == 1 + 4 + 1
     assert [medium.n_tokens for medium in model.encoded] == [4, 5, 6]
+    assert all(medium.embedding is None for medium in model.encoded)  # they are large
 
 
 def test_other_answers_go_on_while_a_picture_is_encoded(running: Any) -> None:
@@ -89,7 +90,16 @@ def test_other_answers_go_on_while_a_picture_is_encoded(running: Any) -> None:
         assert heard(list(submitted(batcher, job(prompt)).hearer)) == expected(prompt, 20)
     assert [each.n_tokens for each in model.encoded] == [4] and one in batcher.jobs()
     model.encode_pause.set()
-    assert heard(list(one.hearer)) == wanted
+    assert heard(list(one.hearer)) == wanted and not model.was_left
+
+
+def test_a_checkpoint_comes_before_a_picture_that_ends_the_prompt(running: Any) -> None:
+    batcher = running(FakeModel(n_seq_max=1, can_cut=False))
+    for last in (3, 2):
+        one, wanted = looking(*[1] * 80, "d", last)
+        chunks = list(submitted(batcher, one).hearer)
+        assert heard(chunks) == wanted
+    assert chunks[-1].cached_tokens == 80
 
 
 def test_whoever_leaves_during_encoding_frees_the_slot_at_once(running: Any) -> None:
@@ -111,7 +121,7 @@ def test_whoever_leaves_during_encoding_frees_the_slot_at_once(running: Any) -> 
     model.encode_pause.set()
     assert heard(list(waiting.hearer)) == wanted
     assert [medium.n_tokens for medium in model.encoded] == [4, 5]
-    assert batcher.jobs() == []
+    assert batcher.jobs() == [] and not model.was_left
 
 
 def test_a_picture_that_cannot_be_encoded_fails_its_request_only(running: Any) -> None:
