@@ -127,7 +127,8 @@ class Batcher:
         try:
             while self._prepare():
                 self._generate()
-                self._read_media()
+                if self._model.eyes is not None:
+                    self._read_media()
                 self._embed()
         except BaseException as error:  # a bug must not leave callers waiting for ever
             self.broken = f"the engine thread failed: {type(error).__name__}: {error}"

@@ -61,7 +61,7 @@ class FakeModel:
         self.threads = 0
         self.warmed_in: threading.Thread | None = None
         self.fault: Exception | None = None  # of warming up
-        self.eyes = None
+        self.eyes: Any = "open"
         self.encoded: list[Medium] = []
         self.encode_pause = threading.Event()  # encoding waits for it
         self.encode_pause.set()
