@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from actors.gateway.attached import block_of, joined
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
 from actors.gateway.hashes import fingerprint_of, opening_of, prefix_of
@@ -157,13 +158,15 @@ def _as_openai(index: int, message: AnthropicMessage) -> Iterator[dict[str, Any]
         yield {"role": message.role, "content": message.content}
         return
     where = f"messages.{index}.content"
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     for block in message.content:
         match block.get("type"):
             case "text":
-                texts.append(_string(where, block, "text"))
+                parts.append({"type": "text", "text": _string(where, block, "text")})
+            case "image":
+                parts.append(block_of(where, block))
             case "thinking":
                 thoughts.append(_string(where, block, "thinking"))
             case "redacted_thinking":
@@ -176,8 +179,8 @@ def _as_openai(index: int, message: AnthropicMessage) -> Iterator[dict[str, Any]
                 yield {"role": "tool", "tool_call_id": _string(where, block, "tool_use_id"), "content": result}
             case kind:
                 raise refused(where, f"a block of type {clipped(str(kind), TOLD_LENGTH)!r} is not supported")
-    if texts or calls or thoughts:
-        said: dict[str, Any] = {"role": message.role, "content": "".join(texts)}
+    if parts or calls or thoughts:
+        said: dict[str, Any] = {"role": message.role, "content": joined(parts)}
         if calls:
             said |= {"tool_calls": calls, "content": said["content"] or None}
         if thoughts:

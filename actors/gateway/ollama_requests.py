@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from actors.gateway.attached import picture
 from actors.gateway.hashes import fingerprint_of, opening_of, prefix_of
 from actors.gateway.openai_requests import (
     MAX_INPUTS,
@@ -133,6 +134,13 @@ class GeneratingRequest(OllamaRequest):
         return self.asked(request_id, key, GenerateRequest(b""), "load")
 
 
+def with_images(param: str, text: str, images: Sequence[str] | None) -> str | list[dict[str, Any]]:
+    """The content of a message. Ollama shows pictures before the text that came with them."""
+    if not images:
+        return text
+    return [*(picture(param, image) for image in images), {"type": "text", "text": text}]
+
+
 class CalledFunction(BaseModel):
     name: str
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -147,15 +155,14 @@ class OllamaMessage(BaseModel):
     role: str
     content: str = ""
     thinking: str | None = None
-    images: list[str] | None = None
+    images: Texts | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
     def as_openai(self, index: int) -> dict[str, Any]:
-        if self.images:
-            raise refused(f"messages.{index}.images", "images are not supported; leave them out")
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        content = with_images(f"messages.{index}.images", self.content, self.images)
+        message: dict[str, Any] = {"role": self.role, "content": content}
         if self.thinking:
             message["reasoning_content"] = self.thinking
         if self.tool_calls:
@@ -199,22 +206,23 @@ class OllamaGenerateRequest(GeneratingRequest):
     system: str | None = None
     suffix: str | None = None
     template: str | None = None
-    images: list[str] | None = None
+    images: Texts | None = None
     raw: bool = False
 
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
-        for name in ("template", "images"):
-            if getattr(self, name):
-                raise refused(name, "it is not supported; leave it out")
-        if not self.prompt:
+        if self.template:
+            raise refused("template", "it is not supported; leave it out")
+        if not self.prompt and not self.images:
             return self.only_load(request_id, key)
+        if self.images and (self.suffix or self.raw):
+            raise refused("images", "they need the chat template; send them without suffix and raw")
         if self.suffix:
             gap = {"input_prefix": self.prompt, "input_suffix": self.suffix}
             return self.generation("ollama-generate", request_id, key, self.prompt[:256], infill=gap)
         if self.raw:
             return self.generation("ollama-generate", request_id, key, self.prompt[:256], prompt=self.prompt)
-        messages = [{"role": "user", "content": self.prompt}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": with_images("images", self.prompt, self.images)}]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
         return self.generation("ollama-generate", request_id, key, opening_of(messages), messages=messages)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from actors.gateway.attached import joined, part_of
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
 from actors.gateway.hashes import fingerprint_of, opening_of, prefix_of
@@ -346,21 +347,23 @@ def refused(param: str, message: str) -> Rejected:
 
 
 def _plain(index: int, message: Message) -> dict[str, Any]:
-    """The message with its content as one text."""
+    """The message with its content as one text, or, where it has pictures or sounds, as parts."""
     plain = message.model_dump()
     if isinstance(message.content, list):
-        plain["content"] = "".join(_text_of_part(index, part) for part in message.content)
+        plain["content"] = joined([_part(f"messages.{index}.content", part) for part in message.content])
     return plain
 
 
-def _text_of_part(index: int, part: Mapping[str, Any]) -> str:
+def _part(param: str, part: Mapping[str, Any]) -> dict[str, Any]:
     kind, text = part.get("type"), part.get("text")
     if kind != "text":
+        if (attached := part_of(param, part)) is not None:
+            return attached
         named = clipped(kind, TOLD_LENGTH) if isinstance(kind, str) else "unknown"
-        raise refused(f"messages.{index}.content", f"a part of type {named!r} is not supported; only text is")
+        raise refused(param, f"a part of type {named!r} is not supported; only text, image_url and input_audio are")
     if not isinstance(text, str):
-        raise refused(f"messages.{index}.content", 'a part of type "text" needs its "text"')
-    return text
+        raise refused(param, 'a part of type "text" needs its "text"')
+    return {"type": "text", "text": text}
 
 
 def texts_or_tokens(

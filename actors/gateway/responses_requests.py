@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from actors.gateway.attached import input_image_of, part_of
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
 from actors.gateway.lora_settings import LoraSettings
@@ -233,12 +234,12 @@ def _turns_of(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         where = f"input.{index}"
         match item.get("type") or ("message" if "role" in item else None):
             case "message":
-                role, text = _role_of(where, item), _text_of(where, item, "content", "input_text", "output_text")
+                role = _role_of(where, item)
                 if role == "assistant":
-                    said(text)
+                    said(_text_of(where, item, "content", "input_text", "output_text"))
                 else:
                     thoughts.clear()
-                    turns.append({"role": role, "content": text})
+                    turns.append({"role": role, "content": _content_of(where, item, role)})
             case "reasoning":
                 name, kind = ("content", "reasoning_text") if item.get("content") else ("summary", "summary_text")
                 if item.get(name) and (text := _text_of(where, item, name, kind)):
@@ -268,6 +269,27 @@ def _role_of(where: str, item: Mapping[str, Any]) -> str:
             return "system"
         case role:
             raise refused(where, f"the role {_named(role)} is not supported; send user, assistant, system or developer")
+
+
+def _content_of(where: str, item: Mapping[str, Any], role: str) -> str | list[dict[str, Any]]:
+    """Of a message: a text; or, where the user sends pictures or sounds, parts as chats have them."""
+    content = item.get("content")
+    if role != "user" or not isinstance(content, list) or not any(map(_is_file, content)):
+        return _text_of(where, item, "content", "input_text", "output_text")
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if _is_file(part):
+            file = input_image_of(f"{where}.content", part) if part["type"] == "input_image" else part
+            part_of(f"{where}.content", file)  # is it right?
+            parts.append(file)
+        else:
+            text = _text_of(where, {"content": [part]}, "content", "input_text", "output_text")
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def _is_file(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("input_image", "input_audio")
 
 
 def _text_of(where: str, item: Mapping[str, Any], name: str, *kinds: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, cycle
 from typing import NamedTuple
 
 from actors.serving.generation import Generation
+from actors.serving.jobs import Embedding
 from actors.serving.model import Model, Row
 from actors.serving.slots import Slot, Slots
+from scheduler.costs.host import embedding_rows
 
 JUDGED_AT_ONCE = 32
 """Tokens of prompts that are judged in a turn. Their logits are copied: 1 MiB each for 262,144 tokens."""
@@ -35,7 +39,8 @@ def next_batch(running: Sequence[tuple[Slot, Generation]], slots: Slots, model: 
         if job.pending is not None:
             tokens = [job.pending]
         else:  # the room that is left is shared evenly; what a short prompt does not need goes to the longer ones
-            tokens = job.prompt[start : start + (room - len(rows)) // (len(running) - index)]
+            end = start + (room - len(rows)) // (len(running) - index)
+            tokens = job.prompt[start : job.media.text_end(start, end) if job.media else end]
         checkpoint = 0 if job.pending is not None else slots.checkpoint_of(slot, job)
         if start < checkpoint < start + len(tokens):
             tokens = tokens[: checkpoint - start]
@@ -48,8 +53,53 @@ def next_batch(running: Sequence[tuple[Slot, Generation]], slots: Slots, model: 
             tokens, samples = tokens[: to_judge.stop - start], False
         judgements -= max(0, len(to_judge) + samples - 1)
         first_row = len(rows) - start
-        rows += (Row(token, start + at, slot.sequence, start + at in to_judge) for at, token in enumerate(tokens))
+        position = job.media.position(start) if job.media else start
+        rows += (Row(token, position + at, slot.sequence, start + at in to_judge) for at, token in enumerate(tokens))
         if samples:
             rows[-1] = rows[-1]._replace(wants_logits=True)
         parts.append(Part(slot, job, tokens, len(rows) - 1 if samples else None, [first_row + at for at in to_judge]))
     return rows, parts
+
+
+class TextPart(NamedTuple):
+    """What of a batch is of a text to embed."""
+
+    slot: Slot
+    job: Embedding
+    tokens: list[int]
+
+
+def next_texts(own: Sequence[tuple[Slot, Embedding]], slots: Slots, model: Model) -> tuple[list[Row], list[TextPart]]:
+    """One batch of texts to embed. Those whose slots were used longest ago come first.
+
+    A pooled model takes each text whole, several in a batch. Sequences that nobody uses help those who have several. Of
+    others it is a micro-batch of one text: those half done would hold the cache.
+    """
+    pooled = model.is_pooled
+    in_order = sorted(own, key=lambda pair: (not pooled and not pair[0].tokens, pair[0].last_used))
+    if not pooled:
+        del in_order[1:]
+    room = model.n_ubatch if pooled else embed_step(model)
+    free = [slot for slot in slots if slot.job is None] if pooled else []
+    rows: list[Row] = []
+    parts: list[TextPart] = []
+    taken: Counter[Embedding] = Counter()
+    for slot, job in chain(in_order, zip(free, cycle([job for _, job in in_order]))):
+        if job.done + taken[job] == len(job.texts):
+            continue
+        text = job.texts[job.done + taken[job]]
+        start = 0 if pooled else len(slot.tokens)
+        tokens = text if pooled else text[start : start + room - len(rows)]
+        if not tokens or len(rows) + len(tokens) > room:
+            continue
+        if slot.job is None:
+            slots.forget(slot)
+        rows += (Row(token, start + index, slot.sequence, True) for index, token in enumerate(tokens))
+        parts.append(TextPart(slot, job, tokens))
+        taken[job] += 1
+    return rows, parts
+
+
+def embed_step(model: Model) -> int:
+    """Tokens per embedding turn."""
+    return embedding_rows(4 * (model.n_vocab + model.n_embd), model.n_ubatch)

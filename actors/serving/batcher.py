@@ -9,7 +9,8 @@ order. Embeddings take their own turns, because they make every token an output.
 Jobs with the same LoRA adapters share batches; those with other ones take turns with them (`turns`).
 An answer that its reader does not take waits: no token is computed that nobody reads.
 Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in another thread, because a grammar may take
-seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there.
+seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there. It is the same while a
+picture of its prompt is encoded. To read that is a turn of its own: what it is made of is no tokens.
 When a shared cache is full, the youngest answer waits until there is room.
 A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
 batcher for good: everything fails from then on, with the reason.
@@ -20,24 +21,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from itertools import chain, cycle
 from typing import Any
 
 from actors.devices.cores import Cores
-from actors.serving.batch import Part, next_batch
+from actors.serving.batch import Part, next_batch, next_texts
 from actors.serving.beat import Beat
 from actors.serving.choosing import Chooser
+from actors.serving.encoding import Encoder
 from actors.serving.generation import TELLING_TOKENS, Choice, Generation
 from actors.serving.jobs import Embedding, Job
 from actors.serving.model import Adapters, Model, Row
+from actors.serving.pieces import Medium
 from actors.serving.protocol import Likelihood
 from actors.serving.slots import Slot, Slots
 from actors.serving.turns import Turns
-from scheduler.costs.host import embedding_rows
+from actors.serving.waiting import next_media, stalls, uses_sampler, waits
 from scheduler.errors import ArrieroError, EngineFailed
 
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
@@ -66,6 +67,7 @@ class Batcher:
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
         self._chooser = Chooser(model)
+        self._encoder = Encoder(model)
         self._n_threads = 0
         self._failed_turns = 0
         self._read_tokens, self._read_s = 0, 0.0  # of prompts that were read alone
@@ -137,6 +139,8 @@ class Batcher:
             while self._prepare():
                 self._model.use_adapters(self._turns.adapters)
                 self._generate()
+                if self._model.eyes is not None:
+                    self._read_media()
                 self._embed()
         except BaseException as error:  # a bug must not leave callers waiting for ever
             self.broken = f"the engine thread failed: {type(error).__name__}: {error}"
@@ -150,6 +154,7 @@ class Batcher:
             if isinstance(job, Generation) and job.constraint is not None:
                 job.constraint.interrupt()
         self._chooser.close()
+        self._encoder.close()
 
     def _prepare(self) -> bool:
         """Waits for work and gives waiting jobs their slots; False when there is nothing more to do."""
@@ -160,7 +165,7 @@ class Batcher:
                 self._slots.assign()
                 if self._closing or self.broken:
                     return False
-                wanted = (slot.job.adapters for slot in self._slots if slot.job is not None and not _stalls(slot.job))
+                wanted = (slot.job.adapters for slot in self._slots if slot.job is not None and not stalls(slot.job))
                 left_s = self._turns.take(wanted, time.perf_counter())
                 if any(slot.job is not None and self._may_go_on(slot.job) for slot in self._slots):
                     return True
@@ -168,13 +173,13 @@ class Batcher:
                 self._changed.wait(left_s)  # for a token that is being chosen, or for the turn of others
 
     def _may_go_on(self, job: Job[Any]) -> bool:
-        return job.adapters == self._turns.adapters and not _waits(job)
+        return job.adapters == self._turns.adapters and not waits(job)
 
     def _drop_cancelled(self) -> None:
         for slot in self._slots:
-            if slot.job is not None and slot.job.cancelled and not _is_being_chosen(slot.job):
+            if slot.job is not None and slot.job.cancelled and not uses_sampler(slot.job):
                 self._slots.release(slot).end()
-        for job in [job for job in self._slots.waiting if job.cancelled and not _is_being_chosen(job)]:
+        for job in [job for job in self._slots.waiting if job.cancelled and not uses_sampler(job)]:
             self._slots.waiting.remove(job)
             job.end()
 
@@ -260,7 +265,7 @@ class Batcher:
 
     def _take(self, job: Generation) -> bool:
         """Its choice; True when the job has ended with it."""
-        chosen, job.chosen, job.choosing = job.chosen, None, False
+        chosen, job.chosen, job.choosing, job.encoding = job.chosen, None, False, False
         if isinstance(chosen, ArrieroError):
             job.end(None if job.cancelled else chosen)
             return True
@@ -276,52 +281,50 @@ class Batcher:
         job.hearer.flush()
         return ended
 
-    def _embed(self) -> None:
-        """One batch of texts to embed.
+    def _read_media(self) -> None:
+        """What is next in a prompt and no text: it is encoded beside this thread, or one is decoded, if it was."""
+        for slot, job, medium in next_media(self._slots, self._turns.adapters):
+            if medium.embedding is not None:
+                self._read_medium(slot, job, medium)
+                return
+            with self._changed:
+                job.choosing = job.encoding = True
+            self._encoder.begin(job, medium, self._was_chosen)
 
-        A pooled model takes each text whole, several in a batch. Sequences that nobody uses help those who have
-        several. Of others it is a micro-batch of one text.
-        """
+    def _read_medium(self, slot: Slot, job: Generation, medium: Medium) -> None:
+        position = job.media.position(len(slot.tokens))
+        with self._computing(medium.n_tokens, [job]):
+            code = self._model.decode_medium(medium, position, slot.sequence)
+        if code == 0:
+            self._failed_turns = 0
+            medium.embedding = None
+            slot.tokens += medium.tokens
+            return
+        self._slots.forget(slot)  # a part of it may be there: all is read again, or nothing
+        if code != _NO_ROOM or not self._slots.forget_idle():
+            self._decode_failed(code, [(slot, job)])
+
+    def _embed(self) -> None:
+        """One batch of texts to embed."""
         own = [
             (slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and self._may_go_on(slot.job)
         ]
         own = [(slot, job) for slot, job in own if not job.cancelled]
         if not own:
             return
-        pooled = self._model.is_pooled
-        if pooled:
-            own.sort(key=lambda pair: pair[0].last_used)
-        else:  # one text at a time: those half done would hold the cache
-            own = [min(own, key=lambda pair: (not pair[0].tokens, pair[0].last_used))]
-        room = self._model.n_ubatch if pooled else embed_step(self._model)
-        free = [slot for slot in self._slots if slot.job is None] if pooled else []
-        rows: list[Row] = []
-        parts: list[tuple[Slot, Embedding, list[int]]] = []
-        taken: Counter[Embedding] = Counter()
-        for slot, job in chain(own, zip(free, cycle([job for _, job in own]))):
-            if job.done + taken[job] == len(job.texts):
-                continue
-            text = job.texts[job.done + taken[job]]
-            start = 0 if pooled else len(slot.tokens)
-            tokens = text if pooled else text[start : start + room - len(rows)]
-            if not tokens or len(rows) + len(tokens) > room:
-                continue
-            if slot.job is None:
-                self._slots.forget(slot)
-            rows += (Row(token, start + index, slot.sequence, True) for index, token in enumerate(tokens))
-            parts.append((slot, job, tokens))
-            taken[job] += 1
-        with self._computing(len(rows), list(taken), embeds=True):
+        rows, parts = next_texts(own, self._slots, self._model)
+        jobs = list(dict.fromkeys(job for _, job, _ in parts))
+        with self._computing(len(rows), jobs, embeds=True):
             vectors = self._model.embed(rows)
         if isinstance(vectors, int) and vectors == _NO_ROOM and (self._slots.forget_idle() or self._postpone_one()):
             return  # the same again in the next turn
         if isinstance(vectors, int):
-            self._decode_failed(vectors, [(slot, job) for slot, job in own if job in taken])
+            self._decode_failed(vectors, [(slot, job) for slot, job in own if job in jobs])
             return
         self._failed_turns = 0
         at = 0
         for slot, job, tokens in parts:
-            count = 1 if pooled else len(tokens)
+            count = 1 if self._model.is_pooled else len(tokens)
             job.add(vectors[at : at + count])
             at += count
             slot.tokens += tokens
@@ -401,21 +404,3 @@ class Batcher:
                     self._slots.release(slot).end(error)
             while self._slots.waiting:
                 self._slots.waiting.popleft().end(error)
-
-
-def embed_step(model: Model) -> int:
-    """Tokens per embedding turn."""
-    return embedding_rows(4 * (model.n_vocab + model.n_embd), model.n_ubatch)
-
-
-def _is_being_chosen(job: Job[Any]) -> bool:
-    return isinstance(job, Generation) and job.choosing and job.chosen is None
-
-
-def _waits(job: Job[Any]) -> bool:
-    """Whether there is nothing to compute for `job` until somebody says so."""
-    return _is_being_chosen(job) or _stalls(job)
-
-
-def _stalls(job: Job[Any]) -> bool:
-    return job.hearer.stalled and not job.cancelled

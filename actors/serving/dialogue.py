@@ -1,7 +1,8 @@
 """The protocol of a runner and its preparer, in frames. The runner asks, the preparer answers:
 
 READ path, 0, template   -> READY, or REJECTED (on the control socket, before all else; no template: the file's)
-PREPARE n_ctx, content   -> STEP* PROMPT* READY {"stops", "constrained", "syntax", "preserved", "biases", "thinking"},
+PREPARE slot, content    -> STEP* (BEFORE (PICTURE | SOUND))* PROMPT*
+                            READY {"stops", "constrained", "syntax", "preserved", "biases", "thinking"},
                             or EXAMINED the answer itself, or REJECTED
 TRY token                -> TAKEN, or ALLOWED bits: only these tokens may come next
 SYNTAX how to read an answer -> (nothing; only said to a child that is asked nothing else until the answer has ended)
@@ -13,11 +14,15 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
+from typing import NamedTuple
 
 from scheduler.errors import Rejected
 
-N_CTX = struct.Struct("<I")
+SLOT = struct.Struct("<I?I")
+"""Tokens that a slot holds, and the `Senses` of its model."""
 TOKEN = struct.Struct("<i")
+SIZE = struct.Struct("<II")
+"""Width and height of a picture, before its pixels (red, green, blue; a byte each)."""
 
 
 class Kind(IntEnum):
@@ -37,6 +42,16 @@ class Kind(IntEnum):
     CUT = 13
     DELTAS = 14
     EXAMINED = 15
+    BEFORE = 16  # tokens of a prompt that come before a picture or a sound, 4 bytes each
+    PICTURE = 17
+    SOUND = 18  # samples, floats of 4 bytes
+
+
+class Senses(NamedTuple):
+    """What a model takes besides text. `sample_rate`: of sounds, in Hz; 0: it takes none."""
+
+    pictures: bool = False
+    sample_rate: int = 0
 
 
 def prompt_too_long(n_tokens: int, n_ctx: int) -> Rejected:

@@ -25,6 +25,7 @@ from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Answered, Choices, Embedded, Embedding, Hearer, Results, Together, Work
 from actors.serving.model import Adapters
 from actors.serving.parsing import ParsedAnswer
+from actors.serving.pieces import Media
 from actors.serving.preparation import Errand, Prepared, Preparer
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec, Sampling
 from actors.serving.saved_states import SavedStates, origin_of, states_folder
@@ -115,7 +116,7 @@ class Engine:
         if request.max_tokens is not None and request.max_tokens < 0:
             raise Rejected(f"max_tokens is {request.max_tokens}; it must be at least 0")
         chosen_adapters(self._spec.model, self._spec.adapters, request.lora)  # a wrong one is refused before all else
-        prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand)
+        prepared = self._prepared(request, errand)
         if prepared.examined is not None:
             return Answered(request.lease_id, hearer, prepared.examined)
         with ExitStack() as unless_made:
@@ -123,11 +124,14 @@ class Engine:
             if not self._model.can_generate:
                 raise Rejected(f"{self._spec.model} is an embedding model; ask it for embeddings")
             if len(prepared.prompts) == request.n == 1:
-                job: Work = self._generation(request, prepared, prepared.prompts[0], hearer)
+                job: Work = self._generation(request, prepared, prepared.prompts[0], hearer, prepared.media)
             else:
                 job = self._choices(request, prepared, hearer, errand)
             unless_made.pop_all()
         return job
+
+    def _prepared(self, request: GenerateRequest, errand: Errand | None) -> Prepared:
+        return self._preparer.prepare(request.content, self.n_ctx_per_slot, errand, self._model.eyes)
 
     def _choices(
         self, request: GenerateRequest, prepared: Prepared, hearer: Hearer[Chunk], errand: Errand | None
@@ -141,14 +145,17 @@ class Engine:
                 "a grammar or the sampler dry"
             )
         together = Together(hearer, count, request.n)
+        media = prepared.media
         choices: list[Generation] = []
         with ExitStack() as unless_made:
             for index in range(count):
                 prompt, first = prepared.prompts[index // request.n], index - index % request.n
                 if index and prepared.constraint is not None:
-                    prepared = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand)
+                    prepared = self._prepared(request, errand)
                     unless_made.callback(prepared.close)
-                job = self._generation(request, prepared, prompt, together.of(index), choices[first : first + 1], index)
+                job = self._generation(
+                    request, prepared, prompt, together.of(index), media, choices[first : first + 1], index
+                )
                 unless_made.callback(job.close)
                 choices.append(job)
             unless_made.pop_all()
@@ -162,10 +169,13 @@ class Engine:
         prepared: Prepared,
         prompt: list[int],
         hearer: Hearer[Chunk],
+        media: Media,
         first: Sequence[Generation] = (),
         index: int = 0,
     ) -> Generation:
         """The answer with number `index`; `first`: the first one to the same prompt, if there is one."""
+        if media and request.echo:
+            raise Rejected("echo cannot be combined with pictures or sounds; leave it out")
         room = self.n_ctx_per_slot - len(prompt)
         if room < 1:
             raise prompt_too_long(len(prompt), self.n_ctx_per_slot)
@@ -199,8 +209,9 @@ class Engine:
                 budget=budget,
                 first=first[0] if first else None,
                 source=request.source,
-                saved=None if wish.judge_prompt or wish.is_extra else self._saved(prompt, adapters),
+                saved=None if media or wish.judge_prompt or wish.is_extra else self._saved(prompt, adapters),
                 adapters=adapters,
+                media=media,
             )
             unless_made.pop_all()
         if parsed is not None:
@@ -312,7 +323,8 @@ class Engine:
         n_saved, until_s = 0, time.monotonic() + MOST_PARKING_S
         for slot in self._batcher.slots():
             states = self._states_with(slot.adapters)
-            if states is not None and slot.tokens and time.monotonic() < until_s:
+            kept = bool(slot.tokens) and min(slot.tokens) >= 0  # pictures have positions of their own
+            if states is not None and kept and time.monotonic() < until_s:
                 n_saved += states.save(
                     slot.tokens,
                     slot.checkpoints,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from actors.serving.jobs import Hearer, Job
 from actors.serving.likelihood import Told
 from actors.serving.model import Adapters
+from actors.serving.pieces import NO_MEDIA, Media
 from actors.serving.protocol import Chunk, FinishReason, Likelihood, Timings
 from actors.serving.states import SavedState
 from actors.serving.text import TextStream
@@ -70,6 +71,8 @@ class Generation(Job[Chunk]):
     `choosing` until then, `chosen` after it.
     `first`: the first answer to the same prompt in a request that has several; this one waits until it has read it.
     `saved`: a state that spares it a part of its prompt; None once it was used, or where there is none.
+    `media`: pictures and sounds of its prompt. What it reads next is encoded beside the engine's thread, too: it is
+    `choosing` and `encoding` meanwhile.
     """
 
     def __init__(
@@ -87,14 +90,16 @@ class Generation(Job[Chunk]):
         source: str = "",
         saved: SavedState | None = None,
         adapters: Adapters = (),
+        media: Media = NO_MEDIA,
     ) -> None:
         super().__init__(lease_id, prompt, hearer, source, adapters)
+        self.media = media
         self.wish = wish
         self.sampler: Any = sampler
         self.constraint = constraint
         self.first = first
         self.saved = saved
-        self.choosing = False
+        self.choosing = self.encoding = False
         self.chosen: Choice | ArrieroError | None = None
         self.pending: int | None = None
         self.ended = False

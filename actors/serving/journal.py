@@ -35,8 +35,8 @@ class LlamaLog:
         self._last: deque[LogLine] = deque(maxlen=200)
         self._recordings: list[list[LogLine]] = []
         # ctypes keeps no reference to a callback that C holds: losing this attribute would crash the process.
-        self._callback = llama_cpp.llama_log_callback(self._receive)
-        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+        self.callback = llama_cpp.llama_log_callback(self._receive)
+        llama_cpp.llama_log_set(self.callback, ctypes.c_void_p(0))
 
     def _receive(self, level: int, text: bytes, _user_data: object) -> None:
         said = text.decode("utf-8", "replace")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
@@ -24,12 +24,16 @@ from actors.serving.ggml import BufferOverride, cache_type, find_devices, ggml_f
 from actors.serving.journal import LogLine, llama_log
 from actors.serving.load_errors import load_failed
 from actors.serving.model import Adapters, Row
+from actors.serving.pieces import Medium
 from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec, Sampling
 from actors.serving.sampling import Chain, build_sampler
 from actors.serving.vocabulary import piece_of
 from scheduler.costs.host import MOST_CHECKPOINT_BYTES
 from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import ContextParams, Footprint
+
+if TYPE_CHECKING:
+    from actors.serving.media import Projector
 
 _PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY, llama.h
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data (llama.h)
@@ -55,6 +59,7 @@ class NativeModel:
         self._batch: LlamaBatch | None = None
         self._kept: tuple[object, ...] = ()
         self._unified = spec.context.kv_unified
+        self.eyes: Projector | None = None
         self._abort_flag = ctypes.create_string_buffer(b"", 2)
         log = llama_log()
         with log.recording() as lines:
@@ -70,6 +75,8 @@ class NativeModel:
                     (line.text for line in lines), device_buffers, self.n_ctx_per_slot
                 )
                 self._read_facts(spec.context)
+                if spec.mmproj and not no_alloc:
+                    self.eyes = self._projector(spec)
             except BaseException:
                 self.close()
                 raise
@@ -181,6 +188,12 @@ class NativeModel:
         # Embeddings are computed only in the turns that want them: they make every token of a batch an output.
         llama_cpp.llama_set_embeddings(self._context, False)
 
+    def _projector(self, spec: LoadSpec) -> Projector:
+        from actors.serving.media import Projector  # most models have none
+
+        device = self._devices[0] if spec.mmproj_on_device and self._devices else None
+        return Projector(spec, self._model, device, self.n_ubatch, self.n_batch)
+
     def breakdown(self) -> Footprint | None:
         """llama.cpp's own sums, to the byte; None where it cannot be asked, or its log says otherwise."""
         sums = memory_breakdown(self._context, self._devices, self.buffers.host.output_bytes)
@@ -192,7 +205,9 @@ class NativeModel:
         return sums if agree else None
 
     def close(self) -> None:
-        """Frees the context and the model; safe to call twice."""
+        """Frees the context, the model and its projector; safe to call twice."""
+        if self.eyes is not None:
+            self.eyes.close()
         if self._batch is not None:
             self._batch.close()
         if self._context:
@@ -222,7 +237,8 @@ class NativeModel:
         """A new sampler chain for an answer to `prompt`; the caller closes it. Raises Rejected for settings that cannot
         be."""
         ends = self._ends if sampling.ignore_eos or sampling.min_tokens else ()
-        return build_sampler(self.vocab, self.n_ctx_per_slot, sampling, prompt, ends)
+        text = [token for token in prompt if token >= 0] if self.eyes is not None else prompt
+        return build_sampler(self.vocab, self.n_ctx_per_slot, sampling, text, ends)
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text that `tokens` spell, without the token that begins every text."""
@@ -277,6 +293,20 @@ class NativeModel:
             llama_cpp.llama_synchronize(self._context)
         return code
 
+    def encode(self, medium: Medium) -> None:
+        """The projector computes what `decode_medium` needs. In any thread, one at a time. Raises EngineFailed."""
+        assert self.eyes is not None
+        self.eyes.encode(medium)
+
+    def decode_medium(self, medium: Medium, position: int, sequence: int) -> int:
+        """Runs an encoded picture or sound through the model. The code is that of `decode`, but after a failure a part
+        of it may be in the memory."""
+        assert self.eyes is not None
+        code = self.eyes.decode(self._context, medium, position, sequence)
+        if code == 0:
+            llama_cpp.llama_synchronize(self._context)
+        return code
+
     def sample(self, sampler: Chain, row: int) -> int:
         """The next token after row `row` of the last batch; the sampler remembers it."""
         return int(llama_cpp.llama_sampler_sample(sampler.sampler, self._context, row))
@@ -322,7 +352,7 @@ class NativeModel:
             llama_cpp.llama_set_embeddings(self._context, False)
 
     def cut(self, sequence: int, kept: int, stored: int) -> bool:
-        """Forgets all but the first `kept` of the `stored` tokens of `sequence`. False, and nothing changed, where the
+        """Forgets the `stored` tokens of `sequence` from position `kept` on. False, and nothing changed, where the
         memory cannot be cut there: a recurrent state has no past, and a sliding window has dropped what the cut would
         need."""
         usable = bool(self._memory) and (kept == stored or self._covers(sequence, kept))

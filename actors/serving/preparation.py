@@ -14,7 +14,6 @@ import os
 import socket
 import subprocess
 import sys
-from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,8 @@ from typing import Any
 from actors.devices.processes import look_at
 from actors.frames import BrokenFrame, receive, send
 from actors.serving.conversation import Constraint, Parsing, rejected, shut
-from actors.serving.dialogue import N_CTX, Kind
+from actors.serving.dialogue import SLOT, Kind, Senses
+from actors.serving.pieces import NO_MEDIA, Eyes, Media, Reading
 from actors.serving.thoughts import ThinkingBudget, Thoughts
 from scheduler.errors import EngineFailed, Rejected
 
@@ -43,7 +43,7 @@ class Prepared:
 
     `syntax`: of an answer that must be parsed (`Preparer.parsing`), or None. `preserved`: special tokens that are text.
     `biases`: of tokens that were named by their text. `thinking`: how thoughts begin and end, where they are limited.
-    `examined`: the answer itself, as JSON, to what needs no model.
+    `examined`: the answer itself, as JSON, to what needs no model. `media`: of a prompt that has pictures or sounds.
     """
 
     prompts: tuple[list[int], ...]
@@ -54,6 +54,7 @@ class Prepared:
     biases: Mapping[int, float] = field(default_factory=dict)
     thinking: Mapping[str, Any] | None = None
     examined: str | None = None
+    media: Media = NO_MEDIA
 
     def budget(self) -> ThinkingBudget | None:
         """What limits the thoughts of one answer."""
@@ -113,8 +114,9 @@ class Preparer:
             self._model = os.fsencode(Path(path).absolute()) + b"\0" + chat_template.encode()
             self._tell_model()
 
-    def prepare(self, content: bytes, n_ctx: int, errand: Errand | None = None) -> Prepared:
+    def prepare(self, content: bytes, n_ctx: int, errand: Errand | None = None, eyes: Eyes | None = None) -> Prepared:
         """The prompts of a request's content, for slots of `n_ctx` tokens. Ending the `errand` ends the wait for them.
+        `eyes`: of a model that takes pictures or sounds.
 
         Raises Rejected for a request that cannot be made into one, EngineFailed when there is no preparer to ask.
         """
@@ -122,8 +124,9 @@ class Preparer:
         errand = errand or Errand()
         try:
             errand.begin(connection)
-            send(connection, Kind.PREPARE, N_CTX.pack(n_ctx) + content)
-            prepared = self._answer(connection)
+            senses = eyes.senses if eyes is not None else Senses()
+            send(connection, Kind.PREPARE, SLOT.pack(n_ctx, *senses) + content)
+            prepared = self._answer(connection, Reading(eyes, n_ctx))
         except Rejected:
             errand.finish()  # before another request gets the connection
             self._keep(connection)
@@ -154,7 +157,7 @@ class Preparer:
             raise EngineFailed(f"its preparer has ended ({error}); ask again") from error
         return Parsing(connection, self._keep)
 
-    def _answer(self, connection: socket.socket) -> Prepared:
+    def _answer(self, connection: socket.socket, reading: Reading) -> Prepared:
         prompts: list[list[int]] = []
         step = "the request"
         while (frame := receive(connection)) is not None:
@@ -163,8 +166,14 @@ class Preparer:
                 case Kind.STEP:
                     step = payload.decode()
                 case Kind.PROMPT:
-                    prompts.append(array("i", payload).tolist())
+                    prompts.append(reading.finish(payload))
+                case Kind.BEFORE:
+                    reading.add_text(payload)
+                case Kind.PICTURE | Kind.SOUND:
+                    reading.add_file(kind, payload)
                 case Kind.READY:
+                    if reading.refusal is not None:
+                        raise reading.refusal
                     ready = json.loads(payload)
                     constraint = Constraint(connection, self._keep) if ready["constrained"] else None
                     syntax = json.dumps(ready["syntax"]).encode() if ready["syntax"] else None
@@ -176,6 +185,7 @@ class Preparer:
                         frozenset(ready["preserved"]),
                         dict(ready["biases"]),
                         ready["thinking"],
+                        media=Media(reading.media),
                     )
                 case Kind.EXAMINED:
                     return Prepared((), (), examined=payload.decode())

@@ -5,7 +5,8 @@
 Content from strangers is opened here and nowhere else: the text of requests, JSON schemas, chat templates (which are
 programs). The process imports what it needs, is told the file, and reads the vocabulary once. Then it forks a *child*
 for every connection that its runner hands over (file descriptors, on the control socket). A child has limits: `CPU_S`
-seconds of computing for each question, and `MEMORY_BYTES` of memory beyond the vocabulary's. If it exceeds them, or
+seconds of computing for each question, and `MEMORY_BYTES` of memory beyond the vocabulary's (and what a picture takes
+by its size, which is bounded). If it exceeds them, or
 llama.cpp ends it, one request is lost. The process ends with its runner, and the children with it. The protocol:
 `dialogue`.
 """
@@ -28,8 +29,9 @@ from typing import Any
 
 from actors.devices.processes import end_with_parent
 from actors.frames import receive, send
+from actors.serving.attachments import Attachments
 from actors.serving.chat import Chat, ThoughtfulGrammar, render, whole_schema
-from actors.serving.dialogue import N_CTX, TOKEN, Kind, prompt_too_long
+from actors.serving.dialogue import SLOT, TOKEN, Kind, Senses, prompt_too_long
 from actors.serving.examination import examined
 from actors.serving.grammar import Grammar
 from actors.serving.infill import infill_prompt
@@ -202,15 +204,17 @@ class Child:
         send(self._connection, Kind.STEP, name.encode())
 
     def _prepare(self, payload: bytes) -> None:
-        (n_ctx,) = N_CTX.unpack_from(payload)
-        self._limit_memory(MEMORY_PER_TOKEN_BYTES * n_ctx + len(payload))
+        n_ctx, *senses = SLOT.unpack_from(payload)
+        usual_bytes = MEMORY_PER_TOKEN_BYTES * n_ctx + len(payload)
+        self._limit_memory(usual_bytes)
         self._forget()
         self._step("the request")
-        content: Mapping[str, Any] = json.loads(payload[N_CTX.size :])
+        content: Mapping[str, Any] = json.loads(payload[SLOT.size :])
+        attached = Attachments(Senses(*senses))
         chat: Chat | None = None
         if "examine" in content:
             self._step("the text, or the messages")
-            told = examined(self._vocabulary, content["examine"], lambda asked: self._chat(asked).prompt)
+            told = examined(self._vocabulary, content["examine"], lambda asked: self._chat(asked, attached).prompt)
             send(self._connection, Kind.EXAMINED, json.dumps(told).encode())
             return
         if sum(name in content for name in _WHAT_IS_READ) != 1:
@@ -218,8 +222,11 @@ class Child:
         if several := content.get("inputs") or content.get("prompts"):
             prompts = [self._tokens(each, n_ctx) for each in several]
         elif "messages" in content:
-            chat = self._chat(content)
-            prompts = [self._tokenized(chat.prompt, n_ctx)]
+            chat = self._chat(content, attached)
+            if attached.files:
+                prompts = [self._shown(chat.prompt, attached, n_ctx, usual_bytes)]
+            else:
+                prompts = [self._tokenized(chat.prompt, n_ctx)]
         elif "infill" in content:
             self._step("the text around the gap")
             prompts = [infill_prompt(self._vocabulary, content["infill"], n_ctx)]
@@ -277,11 +284,25 @@ class Child:
                 held.close()
         self._grammar = self._parser = None
 
-    def _chat(self, content: Mapping[str, Any]) -> Chat:
+    def _shown(self, prompt: str, attached: Attachments, n_ctx: int, usual_bytes: int) -> list[int]:
+        """Sends the files of a chat, each after the text before it; returns the tokens after the last."""
+        from actors.serving import media_files  # most requests have none
+
+        self._step("the pictures and sounds")
+        self._limit_memory(usual_bytes + media_files.bytes_to_open(attached.files))
+        *texts, last = (self._tokenized(text, n_ctx, begins=False) for text in attached.pieces_of(prompt))
+        texts[0] = self._vocabulary.opening + texts[0]
+        for tokens, (kind, opened) in zip(texts, media_files.opened(attached), strict=True):
+            send(self._connection, Kind.BEFORE, array("i", tokens).tobytes())
+            send(self._connection, kind, opened)
+        return last
+
+    def _chat(self, content: Mapping[str, Any], attached: Attachments) -> Chat:
         self._step("the model's chat template, the tools or the JSON schema")
         if self._template is None:
             self._template = ChatTemplate(self._vocabulary.model, self._chat_template)
-        return render(self._template, self._vocabulary, content)
+        messages = attached.taken_from(content["messages"])
+        return render(self._template, self._vocabulary, {**content, "messages": messages})
 
     def _tokens(self, prompt: str | Sequence[int], n_ctx: int) -> list[int]:
         if isinstance(prompt, str):
@@ -298,8 +319,9 @@ class Child:
             raise Rejected("the prompt is empty")
         return tokens
 
-    def _tokenized(self, text: str, n_ctx: int) -> list[int]:
-        """Tokens of `text`. A text that is longer than `n_ctx` tokens can be is refused at once."""
+    def _tokenized(self, text: str, n_ctx: int, *, begins: bool = True) -> list[int]:
+        """Tokens of `text`. A text that is longer than `n_ctx` tokens can be is refused at once. `begins`: with the
+        token that begins every text."""
         self._step("the prompt's text")
         longest_bytes = n_ctx * self._vocabulary.longest_bytes
         if len(text) > longest_bytes:
@@ -308,7 +330,7 @@ class Child:
                 f"{format_bytes(longest_bytes)} at the most. Shorten the prompt or load the model with a larger n_ctx",
                 n_ctx=n_ctx,
             )
-        return self._vocabulary.tokenize(text, add_special=True)
+        return self._vocabulary.tokenize(text, add_special=begins)
 
     def _begin_parsing(self, payload: bytes) -> None:
         self._limit_memory(len(payload))

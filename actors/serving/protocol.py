@@ -150,6 +150,8 @@ class GenerateRequest:
     chat_template_kwargs, continue_final_message, thinking_budget_tokens. Instead of a prompt there may be several
     ("prompts"), what stands around a gap ({"infill": {...}}, see `infill_prompt`), or a question that needs no model
     ({"examine": {...}}, see `examined`). {"logit_bias": {text: bias}} is for tokens that only the preparer knows.
+    The content of a message is a text, or a list of parts: {"type": "text", "text"}, or {"type": "image" or "audio",
+    "data": the file in base64}.
     The content may be large, and only the preparer opens it. The runner knows the request by its lease.
 
     `n`: answers to each prompt. `max_tokens` 0: the prompt is read, and nothing is said. `n_probs`: how many likely

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 from actors.serving.generation import Generation
 from actors.serving.jobs import Job
 from actors.serving.model import Adapters, Model
+from actors.serving.pieces import Media
 from actors.serving.states import Checkpoint, SavedState
 from scheduler.costs.host import CHECKPOINTS_PER_SLOT, MOST_CHECKPOINT_BYTES
 
@@ -164,10 +165,10 @@ class Slots:
             most = min(most, len(job.prompt) - 1)
             if most >= shared + LEAST_SHARED:
                 self.forget(slot)
-                self._model.copy_prefix(donor.sequence, slot.sequence, most)
+                self._model.copy_prefix(donor.sequence, slot.sequence, job.media.position(most))
                 slot.tokens += job.prompt[:most]
                 return most
-        return self._cut(slot, shared)
+        return self._cut(slot, shared, job.media)
 
     def _restored(self, slot: Slot, job: Generation, saved: SavedState, shared: int) -> int | None:
         """How much of its prompt `slot` holds after `saved` was loaded; None: it was not, and nothing has changed."""
@@ -180,18 +181,18 @@ class Slots:
             return 0
         slot.tokens += saved.tokens
         slot.checkpoints += saved.checkpoints
-        return self._cut(slot, common)
+        return self._cut(slot, common, job.media)
 
     def known(self, prompt: Sequence[int], adapters: Adapters) -> int:
         """Tokens of `prompt` that some slot holds now. Any thread may ask: the answer may be old."""
         return max(slot.shares(prompt, adapters) for slot in self._all)
 
-    def _cut(self, slot: Slot, count: int) -> int:
-        """Leaves `count` tokens, or as many as can be; says how many."""
+    def _cut(self, slot: Slot, count: int, media: Media) -> int:
+        """Leaves `count` tokens, or as many as can be; says how many. `media`: what is among them."""
         before = [each for each in slot.checkpoints if each.n_tokens <= count]
-        if count and self._model.cut(slot.sequence, count, len(slot.tokens)):
+        if count and self._model.cut(slot.sequence, media.position(count), len(slot.tokens)):
             kept = count
-        elif before and self._model.load_state(slot.sequence, before[-1].state, before[-1].n_tokens):
+        elif before and self._model.load_state(slot.sequence, before[-1].state, media.position(before[-1].n_tokens)):
             kept = before[-1].n_tokens
         else:
             self._model.clear(slot.sequence)
@@ -202,7 +203,7 @@ class Slots:
 
     def checkpoint_of(self, slot: Slot, job: Generation) -> int:
         """Where in its prompt a checkpoint is to be made; 0: nowhere."""
-        at = len(job.prompt) - CHECKPOINT_TAIL
+        at = job.media.whole(len(job.prompt) - CHECKPOINT_TAIL)
         last = slot.checkpoints[-1].n_tokens if slot.checkpoints else 0
         return at if self._model.keeps_states and at >= last + LEAST_BETWEEN else 0
 

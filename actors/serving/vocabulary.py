@@ -48,6 +48,12 @@ class Vocabulary:
             count = llama_cpp.llama_tokenize(self.pointer, raw, len(raw), tokens, -count, add_special, parse_special)
         return list(tokens[:count])
 
+    @cached_property
+    def opening(self) -> list[int]:
+        """What every text begins with: one token, or none."""
+        begins = llama_cpp.llama_vocab_get_add_bos(self.pointer)
+        return [llama_cpp.llama_vocab_bos(self.pointer)] if begins else []
+
     def piece(self, token: int) -> bytes:
         """The bytes that `token` stands for; of a special token its name."""
         return piece_of(self.pointer, token, special=True)

@@ -175,7 +175,7 @@ def test_durations(said: object, seconds: float | None) -> None:
     "body",
     [
         {"prompt": "x", "template": "y"},
-        {"prompt": "x", "images": ["abc"]},
+        {"prompt": "x", "images": ["abc"], "raw": True},
         {"prompt": "x", "options": {"num_predict": -3}},
         {"prompt": "x", "options": {"stop": ["s"] * 33}},
     ],

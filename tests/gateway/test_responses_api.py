@@ -399,7 +399,7 @@ def test_thoughts_go_to_the_message_that_they_led_to() -> None:
         ({"input": 7}, "input", "string"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input.0", "'tool'"),
         ({"input": [{"role": "user", "content": 7}]}, "input.0.content", "a list of parts"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content", "input_image"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content", "data:image/png"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input.0.content", '"text"'),
         ({"input": [user("a"), {"type": "computer_call"}]}, "input.1", "computer_call"),
         ({"input": [{"type": "item_reference", "id": "rs_1"}]}, "input.0", "send the item itself"),

@@ -16,6 +16,7 @@ from actors.serving.batcher import Batcher
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Results
 from actors.serving.model import Adapters, Row
+from actors.serving.pieces import NO_MEDIA, Media, Medium
 from actors.serving.protocol import Chunk
 from actors.serving.text import TextStream
 
@@ -61,6 +62,12 @@ class FakeModel:
         self.adapters: Adapters = ()
         self.warmed_in: threading.Thread | None = None
         self.fault: Exception | None = None  # of warming up
+        self.eyes: Any = "open"
+        self.encoded: list[Medium] = []
+        self.encode_pause = threading.Event()  # encoding waits for it
+        self.encode_pause.set()
+        self.was_left = False  # encoding, for so long that something must have waited for it
+        self.blindness: Exception | None = None  # of encoding
 
     def warm_up(self) -> None:
         self.warmed_in = threading.current_thread()
@@ -88,6 +95,26 @@ class FakeModel:
         for row in rows:
             assert row.position == len(self.memory[row.sequence]), "a gap in the sequence"
             self.memory[row.sequence].append(row.token)
+        return 0
+
+    def encode(self, medium: Medium) -> None:
+        assert threading.current_thread() is not self.warmed_in
+        self.encoded.append(medium)
+        if not self.encode_pause.wait(10):
+            self.was_left = True
+        if self.blindness is not None:
+            raise self.blindness
+        medium.embedding = "seen"
+
+    def decode_medium(self, medium: Medium, position: int, sequence: int) -> int:
+        assert threading.current_thread() is self.warmed_in and medium.embedding == "seen"
+        assert position == len(self.memory[sequence])
+        if self.codes and (code := self.codes.pop(0)):
+            self.memory[sequence] += medium.tokens[:1]
+            return code
+        if sum(map(len, self.memory)) + medium.n_tokens > self.room:
+            return 1
+        self.memory[sequence] += medium.tokens
         return 0
 
     def sample(self, sampler: Any, row: int) -> int:
@@ -166,6 +193,7 @@ def job(
     source: str = "",
     constraint: Any = None,
     first: Generation | None = None,
+    media: Media = NO_MEDIA,
     **wish: Any,
 ) -> Generation:
     return Generation(
@@ -178,6 +206,7 @@ def job(
         constraint=constraint,
         first=first,
         source=source,
+        media=media,
     )
 
 

@@ -1,0 +1,153 @@
+"""A model's projector (mmproj) in libmtmd: pictures and sounds into what the model reads.
+
+A medium is *encoded* by the projector, in any one thread at a time, and then *decoded* by the model, in the thread that
+owns its context. A file may be several media with text between them: tiles of a picture, half minutes of a sound. No
+text of strangers comes here, and no file: only pixels and samples (see `media_files`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from threading import Thread
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp import mtmd_cpp
+
+from actors.serving.dialogue import SIZE, Senses
+from actors.serving.journal import llama_log
+from actors.serving.load_errors import load_failed
+from actors.serving.pieces import Medium
+from actors.serving.protocol import LoadSpec
+from scheduler.costs.header import read_header
+from scheduler.errors import EngineFailed, Rejected
+
+_DEPEND_ON_OTHERS = {"deepseek4v", "hunyuanvl"}
+"""Kinds of projectors whose pictures depend on what is before them in the prompt. Here each is made alone."""
+
+
+class Projector:
+    """A loaded one; `close()` frees it. Raises LoadFailed. Media may be made by any thread."""
+
+    def __init__(self, spec: LoadSpec, model: Any, device: int | None, n_ubatch: int, n_batch: int) -> None:
+        """`model`: the `llama_model *`; `device`: where it lies; None: in host RAM."""
+        self._n_ubatch, self._n_batch = n_ubatch, n_batch
+        self._n_embd: int = llama_cpp.llama_model_n_embd_inp(model)
+        params = mtmd_cpp.mtmd_context_params_default()
+        params.use_gpu = device is not None
+        params.device = device
+        params.print_timings = False
+        params.n_threads = spec.n_threads
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if spec.context.flash_attn == "on"
+            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        params.warmup = True  # which allocates its buffers
+        with llama_log().recording() as lines:
+            mtmd_cpp.mtmd_helper_log_set(llama_log().callback, ctypes.c_void_p(0))
+            # OpenMP keeps a team of threads for every thread that has computed, as long as that lives.
+            made: list[Any] = []
+            path = spec.mmproj.encode()
+            loading = Thread(target=lambda: made.append(mtmd_cpp.mtmd_init_from_file(path, model, params)))
+            loading.start()
+            loading.join()
+            self._context: Any = made[0] if made else None
+            if not self._context:
+                raise load_failed(f"llama.cpp could not load the projector {spec.mmproj}", lines)
+        self._kinds = {read_header(spec.mmproj).metadata.get(f"clip.{part}projector_type") for part in ("", "vision.")}
+        rate = mtmd_cpp.mtmd_get_audio_sample_rate(self._context)
+        self.senses = Senses(bool(mtmd_cpp.mtmd_support_vision(self._context)), max(0, rate))
+        self._marker: bytes = mtmd_cpp.mtmd_default_marker()
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._context:
+            mtmd_cpp.mtmd_free(self._context)
+        self._context = None
+
+    # ------------------------------------------------------------------ any thread
+
+    def picture(self, width: int, height: int, pixels: bytes) -> Sequence[list[int] | Medium]:
+        """What a picture is to the model; `pixels`: red, green and blue, a byte each. Raises Rejected."""
+        if len(pixels) != 3 * width * height or not pixels:
+            raise EngineFailed(f"a picture of {width} x {height} pixels came with {len(pixels)} bytes")
+        if unable := self._kinds & _DEPEND_ON_OTHERS:
+            raise Rejected(f"pictures are not supported for projectors of kind {unable.pop()}; send text only")
+        data: Any = ctypes.cast(ctypes.c_char_p(pixels), ctypes.POINTER(ctypes.c_uint8))
+        identity = blake2b(b"picture" + SIZE.pack(width, height) + pixels, digest_size=16).digest()
+        return self._parts_of(mtmd_cpp.mtmd_bitmap_init(width, height, data), identity)
+
+    def sound(self, samples: bytes) -> Sequence[list[int] | Medium]:
+        """What a sound is to the model; `samples`: floats of 4 bytes. Raises Rejected."""
+        data: Any = ctypes.cast(ctypes.c_char_p(samples), ctypes.POINTER(ctypes.c_float))
+        identity = blake2b(b"sound" + samples, digest_size=16).digest()
+        return self._parts_of(mtmd_cpp.mtmd_bitmap_init_from_audio(len(samples) // 4, data), identity)
+
+    def _parts_of(self, bitmap: Any, identity: bytes) -> Sequence[list[int] | Medium]:
+        """Frees the bitmap."""
+        chunks: Any = mtmd_cpp.mtmd_input_chunks_init()
+        try:
+            text: Any = ctypes.byref(mtmd_cpp.mtmd_input_text(self._marker, len(self._marker), False, True))
+            bitmaps: Any = (ctypes.c_void_p * 1)(bitmap)
+            code = mtmd_cpp.mtmd_tokenize(self._context, chunks, text, bitmaps, 1)
+            if code != 0:
+                raise Rejected(f"this model's projector takes no such picture or sound (mtmd_tokenize returned {code})")
+            return list(self._parts(chunks, identity))
+        finally:
+            mtmd_cpp.mtmd_input_chunks_free(chunks)
+            mtmd_cpp.mtmd_bitmap_free(bitmap)
+
+    def _parts(self, chunks: Any, identity: bytes) -> Iterator[list[int] | Medium]:
+        for index in range(mtmd_cpp.mtmd_input_chunks_size(chunks)):
+            chunk: Any = mtmd_cpp.mtmd_input_chunks_get(chunks, index)
+            n_tokens = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk)
+            if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
+                count: Any = ctypes.byref(ctypes.c_size_t())
+                tokens: Any = mtmd_cpp.mtmd_input_chunk_get_tokens_text(chunk, count)
+                yield list(tokens[:n_tokens])
+                continue
+            if mtmd_cpp.mtmd_decode_use_non_causal(self._context, chunk) and n_tokens > self._n_ubatch:
+                raise Rejected(  # llama.cpp would end the process
+                    f"a picture is {n_tokens} tokens that this model must read at once, and it is loaded for "
+                    f"{self._n_ubatch}; set n_ubatch: {n_tokens} or more for it in the catalogue"
+                )
+            positions = mtmd_cpp.mtmd_input_chunk_get_n_pos(chunk)
+            yield Medium(identity + b"%d" % index, n_tokens, positions, _Chunk(chunk))
+
+    # ------------------------------------------------------------------ one thread at a time
+
+    def encode(self, medium: Medium) -> None:
+        """Computes its embedding. Raises EngineFailed."""
+        if mtmd_cpp.mtmd_encode_chunk(self._context, medium.chunk.pointer) != 0:
+            raise EngineFailed(f"the projector failed: {llama_log().last_errors() or 'no reason given'}")
+        embedding: Any = mtmd_cpp.mtmd_get_output_embd(self._context)
+        medium.embedding = np.array(np.ctypeslib.as_array(embedding, (medium.n_tokens, self._n_embd)))
+
+    # ------------------------------------------------------------------ the thread that owns the context
+
+    def decode(self, context: Any, medium: Medium, position: int, sequence: int) -> int:
+        """The model reads what was encoded. The code is llama_decode's; after a failure a part of it may be read."""
+        data = medium.embedding.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        after = llama_cpp.llama_pos()
+        nothing = mtmd_cpp.mtmd_helper_post_decode_callback()
+        return int(
+            mtmd_cpp.mtmd_helper_decode_image_chunk(
+                self._context, context, medium.chunk.pointer, data, position, sequence,
+                min(self._n_batch, self._n_ubatch), ctypes.byref(after), nothing, None,
+            )
+        )  # fmt: skip
+
+
+class _Chunk:
+    """A copy of an `mtmd_input_chunk`, freed with the last who has it: several answers may read it."""
+
+    def __init__(self, chunk: Any) -> None:
+        self.pointer: Any = mtmd_cpp.mtmd_input_chunk_copy(chunk)
+        self._free = mtmd_cpp.mtmd_input_chunk_free  # also at the interpreter's end
+
+    def __del__(self) -> None:
+        self._free(self.pointer)

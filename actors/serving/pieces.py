@@ -1,0 +1,129 @@
+"""Prompts with pictures and sounds in them.
+
+A prompt is a list of tokens. What is no text takes as many of them as it takes cells of the cache. They are negative,
+made from a hash of what it is, how long it is, and their place in it. So equal tokens mean equal pictures, all of them:
+what finds equal beginnings needs to know nothing of pictures, and no beginning ends inside one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+from actors.serving.dialogue import SIZE, Kind, Senses
+from scheduler.errors import Rejected
+
+
+class Medium:
+    """A picture, a tile of one, or a stretch of sound, as the model reads it: at once.
+
+    `n_positions`: by how much the position of what follows grows; less than its tokens where positions have two
+    dimensions (M-RoPE). `embedding`: what its projector made of it, until the model has read it. `chunk`: libmtmd's.
+    """
+
+    def __init__(self, identity: bytes, n_tokens: int, n_positions: int, chunk: Any) -> None:
+        digest = blake2b(identity + b"%d" % n_tokens, digest_size=16).digest()
+        self._first = -1 - int.from_bytes(digest, "big")
+        self.n_tokens = n_tokens
+        self.n_positions = n_positions
+        self.chunk = chunk
+        self.embedding: Any = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [self._first - place for place in range(self.n_tokens)]
+
+
+class Placed(NamedTuple):
+    """A medium, and where in its prompt it begins and ends."""
+
+    start: int
+    end: int
+    medium: Medium
+
+
+class Eyes(Protocol):
+    """A model's projector (`media.Projector`). Raises Rejected for what it cannot take."""
+
+    senses: Senses
+
+    def picture(self, width: int, height: int, pixels: bytes) -> Sequence[list[int] | Medium]: ...
+    def sound(self, samples: bytes) -> Sequence[list[int] | Medium]: ...
+
+
+class Reading:
+    """Puts a prompt together as its parts come from the preparer. Once it is longer than the slot, no more pictures are
+    looked at: it will be refused for its length."""
+
+    def __init__(self, eyes: Eyes | None, n_ctx: int) -> None:
+        self._eyes = eyes
+        self._n_ctx = n_ctx
+        self._tokens: list[int] = []
+        self.media: list[Placed] = []
+        self.refusal: Rejected | None = None  # to be raised when everything has come
+
+    def add_text(self, payload: bytes) -> None:
+        self._tokens += array("i", payload)
+
+    def add_file(self, kind: int, payload: bytes) -> None:
+        if self.refusal is not None or len(self._tokens) > self._n_ctx:
+            return
+        assert self._eyes is not None, "the preparer knows what the model takes"
+        try:
+            if kind == Kind.PICTURE:
+                width, height = SIZE.unpack_from(payload)
+                parts = self._eyes.picture(width, height, payload[SIZE.size :])
+            else:
+                parts = self._eyes.sound(payload)
+        except Rejected as error:
+            self.refusal = error
+            return
+        for part in parts:
+            start = len(self._tokens)
+            if isinstance(part, Medium):
+                self._tokens += part.tokens
+                self.media.append(Placed(start, len(self._tokens), part))
+            else:
+                self._tokens += part
+
+    def finish(self, payload: bytes) -> list[int]:
+        """The whole prompt; `payload`: its last tokens."""
+        self.add_text(payload)
+        if self._tokens and self._tokens[-1] < 0:
+            self.refusal = Rejected("the prompt ends with a picture or a sound; text must follow it, to be answered")
+        tokens, self._tokens = self._tokens, []
+        return tokens
+
+
+class Media:
+    """Where in a prompt its pictures and sounds are."""
+
+    def __init__(self, placed: Sequence[Placed]) -> None:
+        self._placed = placed
+        saved = accumulate((each.end - each.start - each.medium.n_positions for each in placed), initial=0)
+        self._saved = list(saved)
+
+    def __bool__(self) -> bool:
+        return bool(self._placed)
+
+    def at(self, count: int) -> Medium | None:
+        """What begins after the first `count` tokens; None: text."""
+        return next((each.medium for each in self._placed if each.start == count), None)
+
+    def text_end(self, start: int, end: int) -> int:
+        """Up to where between `start` and `end` there is text only."""
+        return min((each.start for each in self._placed if start <= each.start < end), default=end)
+
+    def position(self, count: int) -> int:
+        """Of what comes after the first `count` tokens, which end in no picture."""
+        return count - self._saved[sum(each.end <= count for each in self._placed)]
+
+    def whole(self, count: int) -> int:
+        """So many tokens, or fewer: those before the picture that they would end in."""
+        return next((each.start for each in self._placed if each.start < count < each.end), count)
+
+
+NO_MEDIA = Media(())

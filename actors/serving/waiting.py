@@ -1,0 +1,44 @@
+"""Which jobs have nothing to compute now, because another thread or a reader is to go first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from actors.serving.generation import Generation
+from actors.serving.jobs import Job
+from actors.serving.model import Adapters
+from actors.serving.pieces import Medium
+from actors.serving.slots import Slot
+
+
+def is_being_chosen(job: Job[Any]) -> bool:
+    """Whether its next token is chosen, or its next picture encoded, beside the engine's thread."""
+    return isinstance(job, Generation) and job.choosing and job.chosen is None
+
+
+def uses_sampler(job: Job[Any]) -> bool:
+    """Whether another thread may use its sampler."""
+    return is_being_chosen(job) and not (isinstance(job, Generation) and job.encoding)
+
+
+def waits(job: Job[Any]) -> bool:
+    """Whether there is nothing to compute for `job` until somebody says so."""
+    return is_being_chosen(job) or stalls(job)
+
+
+def stalls(job: Job[Any]) -> bool:
+    """Whether its reader does not take what it was told."""
+    return job.hearer.stalled and not job.cancelled
+
+
+def next_media(slots: Iterable[Slot], adapters: Adapters) -> Iterator[tuple[Slot, Generation, Medium]]:
+    """What is a picture or a sound, of all that is to be computed next with these adapters."""
+    for slot in slots:
+        job = slot.job
+        if not isinstance(job, Generation) or not job.media or waits(job) or job.cancelled:
+            continue
+        if job.adapters == adapters:
+            medium = job.media.at(len(slot.tokens))
+            if medium is not None:
+                yield slot, job, medium

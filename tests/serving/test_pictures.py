@@ -1,0 +1,322 @@
+"""Pictures and sounds on real models: what libmtmd's own helper would say, from the cache too, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mtmd_baseline import answer_of
+from picture_files import bmp, gif, jpeg_head, png, png_of, wav
+from projector_files import write_as_qwen2vl, write_gemma3, write_llava, write_qwen2vl, write_ultravox
+
+from actors.devices.virtual import create_virtual_gpus, read_virtual_gpu, start_device_process
+from actors.serving import native
+from actors.serving.engine import Engine
+from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, LoadFailed, Sampling, content_of, deltas_of
+from actors.serving.sampling import build_sampler
+from scheduler.errors import Rejected
+from scheduler.units import MIB, NodeId
+
+pytestmark = pytest.mark.llama
+
+KINDS = ("llava", "gemma3", "qwen2vl", "ultravox", "window")
+EXACT = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
+N_UBATCH = 64
+
+
+@pytest.fixture(scope="session")
+def files(sample: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """`files(kind)`: a model and its projector."""
+    folder = tmp_path_factory.mktemp("projectors")
+    llama = sample("llama", "f32")
+
+    def write(kind: str) -> tuple[Path, Path]:
+        model, mmproj = llama, folder / f"mmproj-{kind}.gguf"
+        match kind:
+            case "llava":
+                write_llava(mmproj, 128)
+            case "gemma3":
+                write_gemma3(mmproj, 128)
+            case "qwen2vl":
+                model = write_as_qwen2vl(folder / "qwen2vl.gguf", llama)
+                write_qwen2vl(mmproj, 128)
+            case "window":
+                model = sample("gemma3", "f32", sliding_window=64)
+                write_gemma3(mmproj, 128)
+            case _:
+                write_ultravox(mmproj, 128)
+        return model, mmproj
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def seeing(files: Any, spec: Any) -> Iterator[Callable[..., Engine]]:
+    """`seeing(kind)`: an engine with eyes (or ears), one for all tests."""
+    engines: dict[str, Engine] = {}
+    with contextlib.ExitStack() as held:
+
+        def load(kind: str) -> Engine:
+            if kind not in engines:
+                model, mmproj = files(kind)
+                n_seq_max = 1 if kind == "window" else 2
+                wanted = spec(
+                    model, n_ctx=1024, n_ubatch=N_UBATCH, n_seq_max=n_seq_max, kv_unified=n_seq_max > 1, **EXACT
+                )
+                engines[kind] = held.enter_context(contextlib.closing(Engine(replace(wanted, mmproj=str(mmproj)))))
+            return engines[kind]
+
+        yield load
+
+
+def message(*parts: str | bytes, role: str = "user") -> dict[str, Any]:
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "audio" if part[:4] in (b"RIFF", b"ID3\3") else "image", "data": b64encode(part).decode()}
+        for part in parts
+    ]
+    return {"role": role, "content": content}
+
+
+def ask(*messages: dict[str, Any], max_tokens: int = 24, **given: Any) -> GenerateRequest:
+    content = {name: given.pop(name) for name in ("json_schema",) if name in given}
+    return GenerateRequest(
+        content_of(messages=messages, **content),
+        lease_id="r",
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature=0),
+        **given,
+    )
+
+
+def told(engine: Engine, request: GenerateRequest) -> tuple[str, Chunk]:
+    chunks = list(engine.generate(request))
+    return "".join(chunk.text for chunk in chunks), chunks[-1]
+
+
+def rendered(engine: Engine, *messages: dict[str, Any]) -> str:
+    """The prompt, with libmtmd's marker for every file."""
+    asked = GenerateRequest(content_of(examine={"apply_template": {"messages": messages}}))
+    prompt = json.loads(told(engine, asked)[0])["prompt"]
+    return re.sub(r"<__media_\w+__>", "<__media__>", prompt)
+
+
+def two(kind: str) -> tuple[bytes, bytes]:
+    if kind == "ultravox":
+        return wav(440), wav(3000, 35)
+    return png(1), png(2, 90, 70) if kind == "qwen2vl" else png(2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_as_libmtmds_own_helper_does(kind: str, seeing: Any, files: Any) -> None:
+    engine = seeing(kind)
+    for shown in (two(kind), two(kind)[::-1]):
+        chat = message("What is on the left, ", shown[0], " and what here: ", shown[1], " Tell me!")
+        wanted = answer_of(*files(kind), rendered(engine, chat), shown, 24, n_ubatch=N_UBATCH)
+        assert told(engine, ask(chat))[0] == wanted and len(wanted) > 30
+        assert told(engine, ask(chat))[0] == wanted  # out of the cache
+
+
+def likely(engine: Engine, *parts: str | bytes) -> list[tuple[int, float]]:
+    """Tokens and their likelihoods, which nothing hides that a model is told."""
+    chunks = list(engine.generate(ask(message(*parts), max_tokens=4, n_probs=1)))
+    return [(each.token, round(each.logprob or 0, 3)) for chunk in chunks for each in chunk.likelihoods]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_seen_changes_the_answer_and_so_does_its_place(kind: str, seeing: Any) -> None:
+    engine, (one, other) = seeing(kind), two(kind)
+    answers = [
+        likely(engine, *parts)
+        for parts in (("a ", one, "?"), ("a ", other, "?"), ("a ", one, other, "?"), ("a ", other, one, "?"))
+    ]
+    assert all(answers[i] != answers[j] for i in range(4) for j in range(i))
+    assert likely(engine, "a ", one, "?") == answers[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_seen_is_found_again(kind: str, seeing: Any) -> None:
+    engine, (one, other) = seeing(kind), two(kind)
+    _, plain = told(engine, ask(message("Once more: ", " or ", " it?")))
+    _, first = told(engine, ask(message("Once more: ", one, " or ", other, " it?")))
+    n_seen = first.prompt_tokens - plain.prompt_tokens
+    assert n_seen >= {"ultravox": 75 * 3}.get(kind, 16 * 2) - 4  # texts are cut elsewhere
+    _, again = told(engine, ask(message("Once more: ", one, " or ", other, " it?")))
+    assert again.prompt_tokens == first.prompt_tokens
+    assert first.prompt_tokens - 5 <= again.cached_tokens < first.prompt_tokens
+    if kind != "window":  # a window has dropped what an earlier cut needs
+        _, half = told(engine, ask(message("Once more: ", one, " or ", one, " it?")))
+        assert plain.prompt_tokens // 2 + n_seen // 4 < half.cached_tokens < first.prompt_tokens - 16
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2vl"])
+def test_a_text_after_a_picture_has_its_own_place_in_the_slot(kind: str, seeing: Any) -> None:
+    engine = seeing(kind)
+    chat = [message("Look: ", png(5), " What?")]
+    said, _ = told(engine, ask(*chat))
+    chat += [{"role": "assistant", "content": said}, message("And this? ", png(6), " Well?")]
+    whole, last = told(engine, ask(*chat))
+    assert last.cached_tokens > 16
+    told(engine, ask(message("Something else")))
+    told(engine, ask(message("And else")))
+    fresh, _ = told(engine, ask(*chat))
+    assert whole == fresh
+
+
+def test_several_answers_see_one_picture(seeing: Any) -> None:
+    engine = seeing("llava")
+    wanted, _ = told(engine, ask(message("What ", png(3), " is it?")))
+    chunks = list(engine.generate(ask(message("What ", png(3), " is it?"), n=3)))
+    assert ["".join(c.text for c in chunks if c.index == i) for i in range(3)] == [wanted] * 3
+
+
+def test_an_answer_about_a_picture_may_follow_a_schema(seeing: Any) -> None:
+    request = ask(message("What ", png(3), " is it?"), json_schema={"type": "object"}, max_tokens=200)
+    chunks = list(seeing("llava").generate(request))
+    assert "".join(delta.content for chunk in chunks for delta in deltas_of(chunk)).lstrip().startswith("{")
+
+
+def test_samplers_that_look_back_see_the_text_only(seeing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = []
+    monkeypatch.setattr(native, "build_sampler", lambda *given: prompts.append(given[3]) or build_sampler(*given))
+    request = ask(message("What ", png(3), " is it?"))
+    request = replace(request, sampling=Sampling(temperature=0, repeat_penalty=1.3, dry_multiplier=0.8))
+    _, last = told(seeing("llava"), request)
+    assert last.completion_tokens == 24
+    assert len(prompts[0]) == last.prompt_tokens - 16 and min(prompts[0]) >= 0
+
+
+MARKERS = "<__media__> <image> [IMG]"
+
+
+def test_a_clients_text_makes_no_picture(seeing: Any) -> None:
+    engine = seeing("llava")
+    _, plain = told(engine, ask(message(MARKERS)))
+    _, seen = told(engine, ask(message(MARKERS, png(1), "?")))
+    assert plain.prompt_tokens < 100 and 16 <= seen.prompt_tokens - plain.prompt_tokens <= 18
+
+
+BOMB = png_of(1, 1, b"\0" * 400_000_000)
+BROKEN = png(1)[:500]
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "named"),
+    [
+        ("llava", ["x", b"hello"], "file 1 of the messages must be a PNG, JPEG, GIF or BMP"),
+        ("llava", ["x", b"RIFF\1\1\1\1WEBPVP8 "], "takes no sounds"),
+        ("llava", ["x", png(1), BROKEN, "y"], "picture 2 is broken"),
+        ("llava", ["x", png_of(5000, 5000, b""), "y"], "5000 x 5000 pixels; at most 16777216"),
+        ("llava", ["x", png_of(0, 7, b""), "y"], "0 x 7 pixels"),
+        ("llava", ["x", jpeg_head(65000, 65000), "y"], "65000 x 65000"),
+        ("llava", ["x", gif(65000, 65000), "y"], "65000 x 65000"),
+        ("llava", ["x", *[png_of(4000, 4000, b"")] * 5, "y"], "80000000 pixels together; at most 67108864"),
+        ("llava", ["x", *[png(1)] * 101, "y"], "more than 100 files"),
+        ("llava", ["x", *[png(1)] * 99, "y"], "prompt is 1[0-9]{3} tokens; the slot holds 1024"),
+        ("llava", ["x", b"\x89PNG\r\n\x1a\n" + b"x" * 21_000_000, "y"], "at most 20.0 MiB"),
+        ("llava", ["x", BOMB, "y"], "broken|memory|computing"),
+        ("llava", ["x", wav(440)], "this model takes no sounds"),
+        ("ultravox", ["x", png(1)], "this model takes no images"),
+        ("ultravox", ["x", b"ID3\3" + b"x" * 900, "y"], "must be a WAV"),
+        ("ultravox", ["x", wav(440)[:44], "y"], "it has no samples"),
+        ("ultravox", ["x", wav(440, 601, 8000, 1, 1), "y"], "601.0 s long"),
+    ],
+)
+def test_what_cannot_be_seen_is_refused_with_the_numbers(kind: str, parts: Any, named: str, seeing: Any) -> None:
+    engine = seeing(kind)
+    with pytest.raises(Rejected, match=named) as refused:
+        list(engine.generate(ask(message(*parts))))
+    assert len(refused.value.message) < 400
+    assert told(engine, ask(message("Where is the salt?")))[0]  # and nobody else noticed
+
+
+def test_a_model_without_a_projector_names_the_way_out(seeing: Any, engine: Any, sample: Any) -> None:
+    plain = engine(sample("llama"))
+    for parts in (["x", png(1)], ["x", wav(440)]):
+        with pytest.raises(Rejected, match="give it a projector that does: mmproj in the catalogue"):
+            list(plain.generate(ask(message(*parts))))
+    assert told(plain, ask(message("a ", "b")))[0]
+
+
+def test_a_file_that_is_no_base64_is_refused(seeing: Any) -> None:
+    chat = {"role": "user", "content": [{"type": "image", "data": "(-:"}]}
+    with pytest.raises(Rejected, match="file 1 of the messages is not base64"):
+        list(seeing("llava").generate(ask(chat)))
+
+
+@pytest.mark.parametrize("file", [bmp(40, 30), png(1, 1, 1), png(1, 1, 3000), png_of(8, 8, bytes(8 * 65), 16, 6)])
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2vl"])
+def test_strange_shapes_are_seen(kind: str, file: bytes, seeing: Any) -> None:
+    assert told(seeing(kind), ask(message("x", file, "y"), max_tokens=2))[1].completion_tokens == 2
+
+
+def test_a_large_picture_fits_its_childs_memory(seeing: Any) -> None:
+    """The costliest kind: 16 bits, four channels."""
+    large = png_of(4096, 4096, b"\0" * (4096 * (1 + 8 * 4096)), 16, 6)
+    assert told(seeing("llava"), ask(message("x", large, "y"), max_tokens=2))[1].completion_tokens == 2
+
+
+@pytest.mark.parametrize(("width", "channels", "rate"), [(1, 1, 8000), (2, 2, 44100), (3, 1, 16000), (4, 2, 48000)])
+def test_a_tone_is_heard_alike_however_it_is_written(width: int, channels: int, rate: int) -> None:
+    import numpy as np
+
+    from actors.serving.media_files import sound
+
+    heard = sound(0, wav(1000, 1.0, rate, width, channels), 16000, 600)
+    assert abs(len(heard) - 16000) <= 1
+    tone = np.sin(np.arange(len(heard)) * 1000 * 2 * np.pi / 16000)
+    level = 100 / 128 if width == 1 else 0.5
+    assert np.abs(heard - level * tone)[200:-200].max() < 0.25 * level  # half a step of the coarse ones
+    assert np.corrcoef(heard, tone)[0, 1] > 0.99
+
+
+def test_tones_that_a_rate_cannot_hold_are_not_heard_as_others() -> None:
+    import numpy as np
+
+    from actors.serving.media_files import sound
+
+    heard = sound(0, wav(15000, 1.0, 44100), 16000, 600)
+    assert np.abs(heard[500:-500]).max() < 0.02
+
+
+def test_a_picture_that_must_be_read_at_once_needs_a_large_micro_batch(files: Any, spec: Any) -> None:
+    model, mmproj = files("gemma3")
+    loaded = replace(spec(model, n_ctx=1024, n_ubatch=8, **EXACT), mmproj=str(mmproj))
+    with (
+        contextlib.closing(Engine(loaded)) as engine,
+        pytest.raises(Rejected, match="16 tokens that this model must read at once, and it is loaded for 8"),
+    ):
+        list(engine.generate(ask(message("x", png(1), "y"))))
+
+
+def test_a_file_that_is_no_projector_fails_the_load(sample: Any, spec: Any, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    for path in (tmp_path / "bad.gguf", tmp_path / "missing.gguf", sample("llama")):
+        with pytest.raises(LoadFailed, match="projector"):
+            Engine(replace(spec(sample("llama")), mmproj=str(path)))
+
+
+def test_a_projector_on_a_device_sees_the_same(files: Any, spec: Any, seeing: Any, tmp_path: Path) -> None:
+    model, mmproj = files("llava")
+    chat = message("What is ", png(1), "?")
+    (gpu,) = create_virtual_gpus(NodeId("here"), (32 * MIB,), tmp_path / "gpus")
+    device = LoadDevice(gpu.device_id, "rpc", 0, gpu.state_path, gpu.total_bytes)
+    used_bytes = []
+    for more in ({}, {"mmproj": str(mmproj), "mmproj_on_device": True}):
+        loaded = spec(model, n_ctx=1024, n_ubatch=N_UBATCH, devices=(device,), n_gpu_layers=-1, **EXACT)
+        with (
+            contextlib.closing(start_device_process(gpu.state_path, gpu.total_bytes)) as process,
+            contextlib.closing(Engine(replace(loaded, **more), [process.endpoint])) as engine,
+        ):
+            used_bytes.append(read_virtual_gpu(gpu).used_bytes)
+            if more:
+                assert told(engine, ask(chat))[0] == told(seeing("llava"), ask(chat))[0]
+    assert used_bytes[1] - used_bytes[0] >= mmproj.stat().st_size // 2
