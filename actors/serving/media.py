@@ -23,6 +23,7 @@ from actors.serving.load_errors import load_failed
 from actors.serving.pieces import Medium
 from actors.serving.protocol import LoadSpec
 from scheduler.costs.header import read_header
+from scheduler.costs.projector import most_image_tokens
 from scheduler.errors import EngineFailed, Rejected
 
 _DEPEND_ON_OTHERS = {"deepseek4v", "hunyuanvl"}
@@ -47,6 +48,10 @@ class Projector:
             else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         params.warmup = True  # which allocates its buffers
+        metadata = read_header(spec.mmproj).metadata
+        self._kinds = {metadata.get(f"clip.{part}projector_type") for part in ("", "vision.")}
+        if most := max(most_image_tokens(str(kind)) for kind in self._kinds):
+            params.image_max_tokens = most  # larger images would need larger buffers than were booked: they are shrunk
         with llama_log().recording() as lines:
             mtmd_cpp.mtmd_helper_log_set(llama_log().callback, ctypes.c_void_p(0))
             # OpenMP keeps a team of threads for every thread that has computed, as long as that lives.
@@ -58,7 +63,6 @@ class Projector:
             self._context: Any = made[0] if made else None
             if not self._context:
                 raise load_failed(f"llama.cpp could not load the projector {spec.mmproj}", lines)
-        self._kinds = {read_header(spec.mmproj).metadata.get(f"clip.{part}projector_type") for part in ("", "vision.")}
         rate = mtmd_cpp.mtmd_get_audio_sample_rate(self._context)
         self.senses = Senses(bool(mtmd_cpp.mtmd_support_vision(self._context)), max(0, rate))
         self._marker: bytes = mtmd_cpp.mtmd_default_marker()

@@ -2,7 +2,8 @@
 
 All weights go to one device, or to host RAM: to the byte where the file holds one encoder. Compute buffers are reserved
 for a warm-up input when the projector is loaded; they are bounded here from the widths of the first layer, one moment
-after the other: patches, attention, feed-forward block, projection. A larger image than that makes the buffer grow.
+after the other: patches, attention, feed-forward block, projection. A larger image than that would make the buffer
+grow; so runners let no image have more tokens (`most_image_tokens`).
 Source in llama.cpp: tools/mtmd/clip.cpp (`warmup`, `load_tensors`), tools/mtmd/models/. Checked with libmtmd's own
 `mtmd_get_memory_usage` (tests/costs/test_projectors.py; 2,000 random shapes once: none below).
 """
@@ -148,6 +149,12 @@ class Projector:
         """Bytes in host RAM when that holds the projector."""
         compute_bytes = sum(e.compute_bytes(flash_attn=flash_attn)[0] for e in self.encoders)
         return HostBytes(self.weights.plain, 0, compute_bytes)
+
+
+def most_image_tokens(kind: str) -> int:
+    """Of an image that needs no larger buffer than the warm-up did, for a projector of this kind; 0: all its images have
+    the warm-up's size."""
+    return _PATCHES_A_SIDE.get(kind, 0) ** 2
 
 
 def read_projector(path: str | os.PathLike[str]) -> Projector:

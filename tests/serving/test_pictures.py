@@ -21,6 +21,7 @@ from actors.serving import native
 from actors.serving.engine import Engine
 from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, LoadFailed, Sampling, content_of, deltas_of
 from actors.serving.sampling import build_sampler
+from scheduler.costs.projector import most_image_tokens
 from scheduler.errors import Rejected
 from scheduler.units import MIB, NodeId
 
@@ -262,6 +263,13 @@ def test_a_large_picture_fits_its_childs_memory(seeing: Any) -> None:
     """The costliest kind: 16 bits, four channels."""
     large = png_of(4096, 4096, b"\0" * (4096 * (1 + 8 * 4096)), 16, 6)
     assert told(seeing("llava"), ask(message("x", large, "y"), max_tokens=2))[1].completion_tokens == 2
+
+
+def test_no_picture_needs_more_than_was_booked(seeing: Any) -> None:
+    """Qwen's projector takes pictures of any size, and its buffers would grow with them."""
+    side = 46 * 28 * 2  # twice the warm-up image's
+    (start, picture, end) = seeing("qwen2vl")._model.eyes.picture(side, side, bytes(3 * side * side))
+    assert picture.n_tokens <= most_image_tokens("qwen2vl_merger") == 46 * 46
 
 
 @pytest.mark.parametrize(("width", "channels", "rate"), [(1, 1, 8000), (2, 2, 44100), (3, 1, 16000), (4, 2, 48000)])
