@@ -146,6 +146,7 @@ class ModelInfo(Record):
     """A model of the catalogue. `n_ctx` is the context a slot gets by default; `reason` explains "invalid".
 
     `adapters` in the order in which requests number them; `mmproj`: path of the projector that is loaded with it.
+    `takes`: what it takes besides text; `embeds_only`: its answers are vectors.
     """
 
     name: str
@@ -163,6 +164,8 @@ class ModelInfo(Record):
     reason: str = ""
     adapters: list[AdapterInfo] = Field(default_factory=list)
     mmproj: str = ""
+    takes: list[Literal["images", "sounds"]] = Field(default_factory=list)
+    embeds_only: bool = False
 
 
 # --- plan -------------------------------------------------------------------------------------------------------

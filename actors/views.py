@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from actors import records
 from scheduler.choice.offer import Offer
@@ -13,6 +14,7 @@ from scheduler.cluster.models import Copy, Model
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.core import SchedulerCore
 from scheduler.costs.paces import Estimate
+from scheduler.costs.shape import ModelShape
 from scheduler.dispatch import Preview
 from scheduler.errors import Rejected
 from scheduler.units import DeviceId, ReplicaId
@@ -309,7 +311,17 @@ def _model(core: SchedulerCore, model: Model) -> records.ModelInfo:
         reason=reason or ("" if first else "no node has the file"),
         adapters=_adapters(model, first),
         mmproj=first.companions.mmproj_path if first else "",
+        takes=_takes(shape),
+        embeds_only=shape is not None and shape.is_embedding_only,
     )
+
+
+def _takes(shape: ModelShape | None) -> list[Literal["images", "sounds"]]:
+    """What its projector has encoders for."""
+    encoders = shape.projector.encoders if shape is not None and shape.projector is not None else ()
+    names: dict[bool, Literal["images", "sounds"]] = {False: "images", True: "sounds"}
+    there = {encoder.is_audio for encoder in encoders}
+    return [name for is_audio, name in names.items() if is_audio in there]
 
 
 def _adapters(model: Model, copy: Copy | None) -> list[records.AdapterInfo]:

@@ -178,6 +178,12 @@ def _running(replica: ReplicaStatus, model: ModelInfo | None) -> dict[str, Any]:
     }
 
 
+def _capabilities(model: ModelInfo) -> list[str]:
+    if model.embeds_only:
+        return ["embedding"]
+    return ["completion", "tools", *(["vision"] if "images" in model.takes else [])]
+
+
 def _shown(model: ModelInfo) -> dict[str, Any]:
     info: dict[str, Any] = {"general.architecture": model.architecture}
     if model.architecture and model.n_ctx_train:
@@ -188,6 +194,6 @@ def _shown(model: ModelInfo) -> dict[str, Any]:
         "template": "",
         "details": _details(model),
         "model_info": info,
-        "capabilities": ["completion", "tools"],
+        "capabilities": _capabilities(model),
         "modified_at": _time_of(model.modified_at_s or 0),
     }

@@ -152,8 +152,8 @@ class Projector:
 
 
 def most_image_tokens(kind: str) -> int:
-    """Of an image that needs no larger buffer than the warm-up did, for a projector of this kind; 0: all its images have
-    the warm-up's size."""
+    """Of an image that needs no larger buffer than the warm-up did, for this kind of projector; 0: all images have the
+    warm-up's size."""
     return _PATCHES_A_SIDE.get(kind, 0) ** 2
 
 

@@ -240,8 +240,9 @@ class FakeBackend:
                     n_ctx=4096,
                     modified_at_s=12.5,
                     adapters=[AdapterInfo(name="fun", scale=0.5, path="/m/fun.gguf")],
+                    takes=["images"],
                 ),
-                ModelInfo(name="team/big", state="unknown"),
+                ModelInfo(name="team/big", state="unknown", embeds_only=True),
                 ModelInfo(name="broken", state="invalid", reason="truncated at 40"),
             ]
         )

@@ -124,7 +124,8 @@ def test_what_is_there(client: ollama.Client, url: str) -> None:
     (running,) = client.ps().models
     assert (running.model, running.context_length) == (MODEL, 4096)
     shown = client.show(f"{MODEL}:latest")
-    assert shown.capabilities == ["completion", "tools"]
+    assert shown.capabilities == ["completion", "tools", "vision"]
+    assert client.show("team/big").capabilities == ["embedding"]
     with pytest.raises(ollama.ResponseError, match="not found") as missing:
         client.show("nothing")
     assert missing.value.status_code == 404

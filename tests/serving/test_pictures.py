@@ -268,7 +268,7 @@ def test_a_large_picture_fits_its_childs_memory(seeing: Any) -> None:
 def test_no_picture_needs_more_than_was_booked(seeing: Any) -> None:
     """Qwen's projector takes pictures of any size, and its buffers would grow with them."""
     side = 46 * 28 * 2  # twice the warm-up image's
-    (start, picture, end) = seeing("qwen2vl")._model.eyes.picture(side, side, bytes(3 * side * side))
+    _, picture, _ = seeing("qwen2vl")._model.eyes.picture(side, side, bytes(3 * side * side))
     assert picture.n_tokens <= most_image_tokens("qwen2vl_merger") == 46 * 46
 
 
