@@ -6,6 +6,7 @@ Each turn decodes one batch: the next token of every answer under way, plus prom
 one micro-batch (`n_ubatch`) in all. Prompts share that room evenly. So a long prompt delays the others, their first
 tokens too, by one micro-batch at a time, and a cancelled job is gone after one. Jobs that find no free slot wait in
 order. Embeddings take their own turns, because they make every token an output.
+Tokens that are guessed to follow an answer's next one share its turn, where that is faster (`drafting`).
 Jobs with the same LoRA adapters share batches; those with other ones take turns with them (`turns`).
 An answer that its reader does not take waits: no token is computed that nobody reads.
 Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in another thread, because a grammar may take
@@ -201,7 +202,9 @@ class Batcher:
         if guesses is not None:
             self._drafting.took(len(rows), took_s)
         if len(parts) == 1 and not guesses:  # how fast an answer comes with guesses says little of the next one
-            self._took(parts[0].job, len(rows), took_s)
+            parts[0].job.took(len(rows), took_s)
+            if parts[0].job.pending is None and len(rows) >= TELLING_TOKENS:
+                self._read_tokens, self._read_s = self._read_tokens + len(rows), self._read_s + took_s
         for part in parts:
             part.slot.tokens += part.tokens
             if part.row is None and len(part.slot.tokens) == self._slots.checkpoint_of(part.slot, part.job):
@@ -209,11 +212,6 @@ class Batcher:
             self._go_on(part)
         for part in parts:
             part.job.hearer.flush()
-
-    def _took(self, job: Generation, n_rows: int, seconds: float) -> None:
-        job.took(n_rows, seconds)
-        if job.pending is None and n_rows >= TELLING_TOKENS:
-            self._read_tokens, self._read_s = self._read_tokens + n_rows, self._read_s + seconds
 
     def _go_on(self, part: Part) -> None:
         """After its rows were decoded."""

@@ -289,6 +289,7 @@ def test_others_do_not_wait_for_what_one_gains() -> None:
     one = guessing(n_right=40)
     assert len(measured({1: 1.0, 2: 2.0, 4: 2.0, 8: 9.0, 16: 9.0}).choose([one], 1, 15)[one]) == 3
     assert measured({4: 1.0, 5: 2.0, 7: 2.0, 11: 9.0, 19: 9.0}).choose([one], 4, 15) == {}
+    assert len(measured({4: 1.0, 5: 2.0, 7: 1.4, 11: 9.0, 19: 9.0}).choose([one], 4, 15)[one]) == 3
 
 
 def test_no_more_is_guessed_than_there_is_room_for_or_may_be_said() -> None:
