@@ -67,6 +67,9 @@ class ModelParams(_Strict):
         None, description="repack host weights for faster prefill on the CPU, at up to twice their memory (false)"
     )
     embeddings: bool | None = Field(None, description="serve /v1/embeddings from this model (embedding models: true)")
+    spec_type: Literal["none", "ngram-simple"] | None = Field(
+        None, description="guess next tokens from what was said before, where that is faster (none)"
+    )
     chat_template: str | None = Field(None, min_length=1, description="Jinja template of chats, in place of the file's")
     alternatives: tuple[Alternative, ...] | None = Field(
         None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, cycle
 from typing import NamedTuple
 
@@ -18,26 +18,35 @@ JUDGED_AT_ONCE = 32
 
 
 class Part(NamedTuple):
-    """What of a batch is a job's: the row that its next token comes from, and rows that judge its prompt."""
+    """What of a batch is a job's: the row that its next token comes from, and rows that judge its prompt. `guessed`:
+    its last tokens, whose rows follow that one."""
 
     slot: Slot
     job: Generation
     tokens: list[int]
     row: int | None
     judging: list[int]
+    guessed: list[int]
 
 
-def next_batch(running: Sequence[tuple[Slot, Generation]], slots: Slots, model: Model) -> tuple[list[Row], list[Part]]:
+def next_batch(
+    running: Sequence[tuple[Slot, Generation]],
+    slots: Slots,
+    model: Model,
+    guesses: Mapping[Generation, list[int]] | None = None,
+) -> tuple[list[Row], list[Part]]:
     """One micro-batch at the most, for `running`: those that answer come first, then the shortest prompts. No more rows
-    want logits than the context keeps."""
+    want logits than the context keeps. `guesses`: what may follow the next tokens of answers, where there is room."""
     rows: list[Row] = []
     parts: list[Part] = []
     room = max(model.n_ubatch, model.n_seq_max)
     judgements = min(model.n_outputs - len(running), JUDGED_AT_ONCE)
     for index, (slot, job) in enumerate(running):
         start = len(slot.tokens)
+        guessed: list[int] = []
         if job.pending is not None:
-            tokens = [job.pending]
+            guessed = guesses.get(job, guessed) if guesses else guessed
+            tokens = [job.pending, *guessed]
         else:  # the room that is left is shared evenly; what a short prompt does not need goes to the longer ones
             end = start + (room - len(rows)) // (len(running) - index)
             tokens = job.prompt[start : job.media.text_end(start, end) if job.media else end]
@@ -54,10 +63,13 @@ def next_batch(running: Sequence[tuple[Slot, Generation]], slots: Slots, model: 
         judgements -= max(0, len(to_judge) + samples - 1)
         first_row = len(rows) - start
         position = job.media.position(start) if job.media else start
-        rows += (Row(token, position + at, slot.sequence, start + at in to_judge) for at, token in enumerate(tokens))
-        if samples:
-            rows[-1] = rows[-1]._replace(wants_logits=True)
-        parts.append(Part(slot, job, tokens, len(rows) - 1 if samples else None, [first_row + at for at in to_judge]))
+        says = len(tokens) - 1 - len(guessed) if samples else len(tokens)  # from here on, rows say what comes next
+        rows += (
+            Row(token, position + at, slot.sequence, at >= says or start + at in to_judge)
+            for at, token in enumerate(tokens)
+        )
+        row = first_row + start + says if samples else None
+        parts.append(Part(slot, job, tokens, row, [first_row + at for at in to_judge], guessed))
     return rows, parts
 
 

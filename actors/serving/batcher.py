@@ -6,6 +6,7 @@ Each turn decodes one batch: the next token of every answer under way, plus prom
 one micro-batch (`n_ubatch`) in all. Prompts share that room evenly. So a long prompt delays the others, their first
 tokens too, by one micro-batch at a time, and a cancelled job is gone after one. Jobs that find no free slot wait in
 order. Embeddings take their own turns, because they make every token an output.
+Tokens that are guessed to follow an answer's next one share its turn, where that is faster (`drafting`).
 Jobs with the same LoRA adapters share batches; those with other ones take turns with them (`turns`).
 An answer that its reader does not take waits: no token is computed that nobody reads.
 Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in another thread, because a grammar may take
@@ -30,15 +31,15 @@ from actors.devices.cores import Cores
 from actors.serving.batch import Part, next_batch, next_texts
 from actors.serving.beat import Beat
 from actors.serving.choosing import Chooser
+from actors.serving.drafting import Drafting, accept, answer
 from actors.serving.encoding import Encoder
 from actors.serving.generation import TELLING_TOKENS, Choice, Generation
 from actors.serving.jobs import Embedding, Job
 from actors.serving.model import Adapters, Model, Row
 from actors.serving.pieces import Medium
-from actors.serving.protocol import Likelihood
 from actors.serving.slots import Slot, Slots
 from actors.serving.turns import Turns
-from actors.serving.waiting import next_media, stalls, uses_sampler, waits
+from actors.serving.waiting import next_answers, next_media, stalls, uses_sampler, waits
 from scheduler.errors import ArrieroError, EngineFailed
 
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
@@ -63,6 +64,7 @@ class Batcher:
         self._cores = cores or Cores.alone(1)
         self._last_words = last_words
         self._slots = Slots(model)
+        self._drafting = Drafting(self._slots, model)
         self._turns = Turns()
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
@@ -185,21 +187,24 @@ class Batcher:
 
     def _generate(self) -> None:
         """One turn of all generations."""
-        generating = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Generation)]
-        generating = [(slot, job) for slot, job in generating if job.adapters == self._turns.adapters]
-        running = [(slot, job) for slot, job in generating if not job.choosing and not job.hearer.stalled]
-        running.sort(key=lambda pair: (pair[1].pending is None, len(pair[1].prompt) - len(pair[0].tokens)))
-        rows, parts = next_batch(running, self._slots, self._model)
+        running = next_answers(self._slots, self._turns.adapters)
+        guesses = self._drafting.guesses(running)
+        rows, parts = next_batch(running, self._slots, self._model, guesses)
         if not rows:
             return
         began = time.perf_counter()
         code = self._decode(rows, [part.job for part in parts])
-        if len(parts) == 1 and code == 0:
-            self._took(parts[0].job, len(rows), time.perf_counter() - began)
         if code != 0:
             self._decode_failed(code, [(part.slot, part.job) for part in parts])
             return
+        took_s = time.perf_counter() - began
         self._failed_turns = 0
+        if guesses is not None:
+            self._drafting.took(len(rows), took_s)
+        if len(parts) == 1 and not guesses:  # how fast an answer comes with guesses says little of the next one
+            parts[0].job.took(len(rows), took_s)
+            if parts[0].job.pending is None and len(rows) >= TELLING_TOKENS:
+                self._read_tokens, self._read_s = self._read_tokens + len(rows), self._read_s + took_s
         for part in parts:
             part.slot.tokens += part.tokens
             if part.row is None and len(part.slot.tokens) == self._slots.checkpoint_of(part.slot, part.job):
@@ -207,11 +212,6 @@ class Batcher:
             self._go_on(part)
         for part in parts:
             part.job.hearer.flush()
-
-    def _took(self, job: Generation, n_rows: int, seconds: float) -> None:
-        job.took(n_rows, seconds)
-        if job.pending is None and n_rows >= TELLING_TOKENS:
-            self._read_tokens, self._read_s = self._read_tokens + n_rows, self._read_s + seconds
 
     def _go_on(self, part: Part) -> None:
         """After its rows were decoded."""
@@ -222,19 +222,11 @@ class Batcher:
             job.cut_short()
             self._release_locked(slot)
         elif row is not None:
-            token = job.forced()
-            if token is None:
-                token = self._model.sample(job.sampler, row)
-            else:
-                self._model.accept(job.sampler, token)
-            if self._accept(job, token):
+            n_right, has_ended = answer(self._model, part)
+            if n_right < len(part.guessed):
+                self._slots.take_back(slot, job, len(part.guessed) - n_right)
+            if has_ended:
                 self._release_locked(slot)
-
-    def _accept(self, job: Generation, token: int, likelihood: Likelihood | None = None) -> bool:
-        """True when it was the answer's last token."""
-        ends = self._model.ends_generation(token)
-        piece = b"" if ends else self._model.piece(token, special=token in job.wish.preserved)
-        return job.accept(token, piece, ends=ends, likelihood=likelihood)
 
     def _begin_to_choose(self, part: Part) -> None:
         job = part.job
@@ -274,7 +266,7 @@ class Batcher:
         job.judge(chosen.of_prompt)
         ended = False
         if chosen.token is not None:
-            ended = self._accept(job, chosen.token, chosen.likelihood)
+            ended = accept(self._model, job, chosen.token, chosen.likelihood)
         elif not job.wish.max_tokens and job.n_judged == len(job.prompt):
             job.cut_short()
             ended = True

@@ -21,9 +21,11 @@ from actors.serving.adapter_choice import chosen_adapters
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beat
 from actors.serving.dialogue import prompt_too_long
+from actors.serving.draft import Draft
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Answered, Choices, Embedded, Embedding, Hearer, Results, Together, Work
 from actors.serving.model import Adapters
+from actors.serving.ngrams import Ngrams
 from actors.serving.parsing import ParsedAnswer
 from actors.serving.pieces import Media
 from actors.serving.preparation import Errand, Prepared, Preparer
@@ -212,11 +214,20 @@ class Engine:
                 saved=None if media or wish.judge_prompt or wish.is_extra else self._saved(prompt, adapters),
                 adapters=adapters,
                 media=media,
+                draft=self._draft(prepared, wish, prompt),
             )
             unless_made.pop_all()
         if parsed is not None:
             parsed.give_up = lambda: self.drop(job)
         return job
+
+    def _draft(self, prepared: Prepared, wish: Wish, prompt: list[int]) -> Draft | None:
+        """Not where tokens are chosen one by one, beside the engine's thread, or cannot be taken back from the memory.
+        Further answers of a request have none: what theirs would take is not booked."""
+        one_by_one = prepared.constraint is not None or wish.n_probs is not None
+        if self._spec.context.spec_type == "none" or one_by_one or wish.is_extra or self._model.keeps_states:
+            return None
+        return Draft(Ngrams(prompt))
 
     def _saved(self, prompt: list[int], adapters: Adapters) -> SavedState | None:
         """A state on disk that spares a good part of the prompt."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from actors.serving.draft import Draft
 from actors.serving.jobs import Hearer, Job
 from actors.serving.likelihood import Told
 from actors.serving.model import Adapters
@@ -73,6 +74,7 @@ class Generation(Job[Chunk]):
     `saved`: a state that spares it a part of its prompt; None once it was used, or where there is none.
     `media`: pictures and sounds of its prompt. What it reads next is encoded beside the engine's thread, too: it is
     `choosing` and `encoding` meanwhile.
+    `draft`: guesses of its next tokens; None: nobody guesses.
     """
 
     def __init__(
@@ -91,9 +93,11 @@ class Generation(Job[Chunk]):
         saved: SavedState | None = None,
         adapters: Adapters = (),
         media: Media = NO_MEDIA,
+        draft: Draft | None = None,
     ) -> None:
         super().__init__(lease_id, prompt, hearer, source, adapters)
         self.media = media
+        self.draft = draft
         self.wish = wish
         self.sampler: Any = sampler
         self.constraint = constraint
@@ -129,6 +133,11 @@ class Generation(Job[Chunk]):
     def is_deliberate(self) -> bool:
         """Whether its tokens are chosen beside the engine's thread."""
         return self.constraint is not None or self.wish.n_probs is not None
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that it may still say."""
+        return self.wish.max_tokens - self._n_tokens
 
     def begin(self, cached_tokens: int) -> None:
         """It has a slot, which holds so many tokens of the prompt."""
@@ -183,6 +192,8 @@ class Generation(Job[Chunk]):
             self._finish("stop", "")
             return True
         self._n_tokens += 1
+        if self.draft is not None:
+            self.draft.take(token)
         if self._n_tokens == self.wish.min_tokens:
             self.sampler.allow_the_end()
         if likelihood is not None:
@@ -214,6 +225,7 @@ class Generation(Job[Chunk]):
         shown += self._text.finish()
         now_s = time.perf_counter()
         first_s = self._first_s if self._n_tokens else now_s
+        drafted = (self.draft.n_drafted, self.draft.n_accepted) if self.draft is not None else (0, 0)
         self.hearer.say(
             Chunk(
                 text=self._opened(shown),
@@ -223,7 +235,7 @@ class Generation(Job[Chunk]):
                 completion_tokens=self._n_tokens,
                 pace=self._pace(),
                 likelihoods=self._told.take(shown, cut=stopped),
-                timings=Timings(first_s - self._began_s, now_s - first_s),
+                timings=Timings(first_s - self._began_s, now_s - first_s, *drafted),
             )
         )
         self.end()

@@ -76,7 +76,7 @@ class OllamaReply:
 
     def _end(self, last: Chunk) -> dict[str, Any]:
         total_s = time.time() - self._wanted.created
-        prompt_s, answer_s = last.timings or (0.0, 0.0)
+        prompt_s, answer_s = last.timings[:2] if last.timings else (0.0, 0.0)
         seconds = {
             "total_duration": total_s,
             "load_duration": total_s - prompt_s - answer_s,

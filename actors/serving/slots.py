@@ -201,6 +201,16 @@ class Slots:
         slot.checkpoints = before
         return kept
 
+    def take_back(self, slot: Slot, job: Generation, count: int) -> None:
+        """The last `count` tokens that it holds were guessed, and wrong."""
+        kept = len(slot.tokens) - count
+        if self._model.cut(slot.sequence, job.media.position(kept), len(slot.tokens)):
+            del slot.tokens[kept:]
+        else:  # nobody guesses again, where all has to be read anew
+            job.draft = None
+            job.begin_again(slot.tokens[:kept])
+            self.forget(slot)
+
     def checkpoint_of(self, slot: Slot, job: Generation) -> int:
         """Where in its prompt a checkpoint is to be made; 0: nowhere."""
         at = job.media.whole(len(job.prompt) - CHECKPOINT_TAIL)

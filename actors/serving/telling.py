@@ -22,6 +22,7 @@ def timings_of(last: Chunk) -> dict[str, Any]:
         return {}
     n_prompt, n_answer = last.prompt_tokens - last.cached_tokens, last.completion_tokens
     prompt_s, answer_s = max(last.timings.prompt_s, 1e-6), max(last.timings.answer_s, 1e-6)
+    drafted = {"draft_n": last.timings.draft_n, "draft_n_accepted": last.timings.draft_n_accepted}
     return {
         "timings": {
             "cache_n": last.cached_tokens,
@@ -33,5 +34,6 @@ def timings_of(last: Chunk) -> dict[str, Any]:
             "predicted_ms": 1e3 * answer_s,
             "predicted_per_token_ms": 1e3 * answer_s / max(1, n_answer),
             "predicted_per_second": n_answer / answer_s,
+            **(drafted if last.timings.draft_n else {}),
         }
     }

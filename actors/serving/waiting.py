@@ -1,4 +1,4 @@
-"""Which jobs have nothing to compute now, because another thread or a reader is to go first."""
+"""Which jobs have nothing to compute now, because another thread or a reader is to go first; and which have."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ def waits(job: Job[Any]) -> bool:
 def stalls(job: Job[Any]) -> bool:
     """Whether its reader does not take what it was told."""
     return job.hearer.stalled and not job.cancelled
+
+
+def next_answers(slots: Iterable[Slot], adapters: Adapters) -> list[tuple[Slot, Generation]]:
+    """All that are to go on with these adapters: first those that say something, then the shortest prompts."""
+    generating = [(slot, slot.job) for slot in slots if isinstance(slot.job, Generation)]
+    generating = [(slot, job) for slot, job in generating if job.adapters == adapters]
+    running = [(slot, job) for slot, job in generating if not job.choosing and not job.hearer.stalled]
+    return sorted(running, key=lambda pair: (pair[1].pending is None, len(pair[1].prompt) - len(pair[0].tokens)))
 
 
 def next_media(slots: Iterable[Slot], adapters: Adapters) -> Iterator[tuple[Slot, Generation, Medium]]:

@@ -20,7 +20,7 @@ from scheduler.cluster.companion_files import ALONE, PART, CompanionFiles, compa
 from scheduler.cluster.facts import ModelFile
 from scheduler.cluster.history import LoadHistory, Popularity, ServiceTime
 from scheduler.config import Catalogue, ModelEntry, ModelParams
-from scheduler.costs.params import ContextParams
+from scheduler.costs.params import MOST_DRAFTED, ContextParams
 from scheduler.costs.shape import ModelShape
 from scheduler.errors import Rejected, UnknownModel
 from scheduler.units import NodeId
@@ -220,7 +220,7 @@ class Models:
             n_ctx = said or min(trained, DEFAULT_SLOT_CONTEXT) * divided
         embeddings = shape.is_embedding_only if params.embeddings is None else params.embeddings
         n_batch = params.n_batch or 2048
-        return ContextParams(
+        context = ContextParams(
             n_ctx=n_ctx,
             n_seq_max=slots,
             n_batch=n_batch,
@@ -234,6 +234,10 @@ class Models:
             # One row per slot is all that is ever sampled; embeddings make every token an output.
             n_outputs_max=0 if embeddings or shape.is_embedding_only else slots,
         )
+        if params.spec_type in (None, "none") or shape.is_embedding_only or not _takes_back(shape, context):
+            return context
+        n_outputs_max = context.n_outputs_max and min(n_batch, slots + MOST_DRAFTED)
+        return replace(context, spec_type=params.spec_type, n_outputs_max=n_outputs_max)
 
     def alternatives(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> tuple[ContextParams, ...]:
         """Other contexts that the catalogue allows for the same request, best first. Raises as `context`."""
@@ -345,6 +349,12 @@ class Models:
 
 def _identity(file: ModelFile | None) -> tuple[str, int, float] | None:
     return (file.path, file.size_bytes, file.modified_at_s) if file else None
+
+
+def _takes_back(shape: ModelShape, context: ContextParams) -> bool:
+    """Whether tokens can be taken out of its cache again: not of a recurrent state, nor of a sliding window."""
+    has_windows = shape.arch.n_swa > 0 and not context.swa_full
+    return not has_windows and not any(layer.is_recurrent for layer in shape.arch.layers)
 
 
 def _takes_no_more(shape: ModelShape, shared: ContextParams, alone: ContextParams) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from scheduler.costs.architecture import Architecture
 from scheduler.costs.ggml_types import F32, KV_TYPES, GgmlType
 from scheduler.costs.layer_kinds import LayerKind
-from scheduler.costs.params import ContextParams, DeviceKind, Layout
+from scheduler.costs.params import ContextParams, DeviceKind, Layout, SpecType
 from scheduler.costs.weights import HOST, kv_bytes, pad
 from scheduler.errors import Rejected
 
@@ -70,6 +71,8 @@ def effective_context(arch: Architecture, context: ContextParams) -> EffectiveCo
     n_ctx = n_ctx if context.kv_unified else n_ctx_seq * context.n_seq_max
     if 0 < context.n_outputs_max < context.n_seq_max:  # likewise
         raise Rejected(f"n_outputs_max is {context.n_outputs_max}: {context.n_seq_max} sequences need at least as many")
+    if context.spec_type not in get_args(SpecType):
+        raise Rejected(f"spec_type is {context.spec_type!r}; it must be {' or '.join(get_args(SpecType))}")
     n_outputs = n_batch if arch.name in _WITH_ENCODER else context.n_outputs_max or n_batch
     shares = context.kv_unified and not arch.streams_apart
     swa = 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from scheduler.costs.architecture import Architecture
 from scheduler.costs.cache import effective_context, window_and_state_bytes
-from scheduler.costs.params import ContextParams, Footprint, Layout
+from scheduler.costs.params import MOST_DRAFTED, ContextParams, Footprint, Layout
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.weights import assign_layers, place_weights
 from scheduler.units import KIB, MIB
@@ -25,6 +25,8 @@ CHECKPOINTS_PER_SLOT = 4
 """Of windows and recurrent states, which cannot be cut: the engine keeps so many, near the ends of prompts."""
 MOST_CHECKPOINT_BYTES = 256 * MIB
 """Of a replica's checkpoints together."""
+_NGRAM_BYTES = 200
+"""Per token of a context: where it and the two before it were said last (`actors/serving/ngrams.py`)."""
 _NODE_BYTES = 368
 """`ggml_tensor_overhead()`."""
 _CELL_BYTES = 52
@@ -137,7 +139,11 @@ def _growing(shape: ModelShape, layout: Layout, context: ContextParams, n_thread
         at_once = size.n_ubatch
     elif context.embeddings:
         at_once = embedding_rows(row, size.n_ubatch)
-    total = row * max(0, at_once - size.n_seq_max)
+    total = 0
+    if context.spec_type != "none":
+        at_once = max(at_once, size.n_seq_max + MOST_DRAFTED)
+        total += _NGRAM_BYTES * size.n_ctx
+    total += row * max(0, at_once - size.n_seq_max)
     offloaded = layout.n_gpu_layers < 0 or layout.n_gpu_layers > shape.n_layer_all
     if not layout.devices or not offloaded or layout.spills_experts:
         total += 2 * size.n_tokens * shape.widest_row

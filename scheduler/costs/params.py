@@ -13,6 +13,13 @@ DeviceKind = Literal["cuda", "rpc"]
 
 FlashAttn = Literal["on", "off"]
 
+SpecType = Literal["none", "ngram-simple"]
+"""Where guesses of next tokens come from (llama.cpp's `--spec-type`)."""
+
+MOST_DRAFTED = 15
+"""Tokens that are guessed ahead in a turn: each is a row of logits. With the token before them they are 16 rows. On a
+CPU 16 rows took twice as long as 8, so more would bring nothing there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rates:
@@ -44,6 +51,7 @@ class ContextParams:
     op_offload: bool = True
     n_outputs_max: int = 0
     """Rows of logits in one micro-batch; 0: `n_batch`. llama.cpp ends the process when more are asked for."""
+    spec_type: SpecType = "none"
 
     @property
     def n_streams(self) -> int:

@@ -12,7 +12,10 @@ from scheduler.choice.workload import Workload
 from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.models import Models
 from scheduler.config import Reserves, parse_catalogue
-from scheduler.costs.params import ContextParams, Rates
+from scheduler.costs.footprint import footprint
+from scheduler.costs.graph.templates import CHECKED_BUILD
+from scheduler.costs.host import host_memory
+from scheduler.costs.params import ContextParams, Layout, Rates
 from scheduler.errors import Impossible, Rejected
 
 M = {"m": MEDIUM}
@@ -115,6 +118,28 @@ def test_other_contexts_of_an_embedding_model_hold_whole_sequences_in_one_batch(
     assert [(each.n_ctx, each.n_batch, each.n_ubatch) for each in contexts] == [
         (n_ctx, n_ctx, n_ctx) for n_ctx in (8192, 2048, 8192, 16384)
     ]
+
+
+def test_drafts_are_in_the_plan_where_guesses_can_be_taken_back() -> None:
+    models = Models(parse_catalogue(wants(spec_type="ngram-simple", n_ctx=4096)))
+    plain = Models(parse_catalogue(wants(n_ctx=4096)))
+    llama = shape(*MEDIUM)
+    without = plain.context(plain.by_name["m"], llama, None)
+    context = models.context(models.by_name["m"], llama, None)
+    assert (without.n_outputs_max, context.n_outputs_max) == (4, 19)
+    assert replace(context, spec_type="none", n_outputs_max=4) == without
+    before, grown = (
+        host_memory(
+            llama, Layout(), each, footprint(llama, Layout(), each, CHECKED_BUILD), process_bytes=0
+        ).growing_bytes
+        for each in (without, context)
+    )
+    assert grown - before == 15 * 4 * (32000 + llama.arch.n_embd_out) + 200 * 4096
+
+    windows = replace(llama, arch=replace(llama.arch, n_swa=1024))
+    assert models.context(models.by_name["m"], windows, None) == plain.context(plain.by_name["m"], windows, None)
+    embeds = replace(llama, arch=replace(llama.arch, pools=True))
+    assert models.context(models.by_name["m"], embeds, None) == plain.context(plain.by_name["m"], embeds, None)
 
 
 def test_a_model_is_not_its_own_neighbour() -> None:

@@ -55,7 +55,8 @@ def main() -> None:
     if context.embeddings:
         model.embed(rows)
     else:
-        model.decode([row._replace(wants_logits=row is rows[-1]) for row in rows])
+        n_outputs = context.n_outputs_max or 1
+        model.decode([row._replace(wants_logits=row.position >= n - n_outputs) for row in rows])
     used = resident()
     print(
         json.dumps(

@@ -59,8 +59,18 @@ def seen(path: Path, context: ContextParams, **load: Any) -> dict[str, int]:
         (replace(SMALL["qwen3-embedding"], n_vocab=60_000), ContextParams(n_ctx=1024, embeddings=True), {}),
         (replace(SMALL["qwen3moe"], n_embd=512, n_ff_exp=512), ContextParams(n_ctx=4096), {}),
         (SMALL["mamba2"], ContextParams(n_ctx=4096), {}),
+        (WORDY, ContextParams(n_ctx=4096, n_outputs_max=16, spec_type="ngram-simple"), {}),
     ],
-    ids=["large vocabulary", "read, not mapped", "long context", "repacked", "embeddings", "experts", "recurrent"],
+    ids=[
+        "large vocabulary",
+        "read, not mapped",
+        "long context",
+        "repacked",
+        "embeddings",
+        "experts",
+        "recurrent",
+        "drafts",
+    ],
 )
 def test_a_process_takes_no_more_than_predicted(
     spec: Spec, context: ContextParams, load: dict[str, Any], tmp_path: Path

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from actors.serving.batcher import Batcher
+from actors.serving.draft import Draft
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Results
 from actors.serving.model import Adapters, Row
@@ -121,8 +122,7 @@ class FakeModel:
         assert not sampler.closed
         wanted = self.batches[-1][row]
         assert wanted.wants_logits
-        assert wanted.position == len(self.memory[wanted.sequence]) - 1
-        return next_token(self.memory[wanted.sequence])
+        return next_token(self.memory[wanted.sequence][: wanted.position + 1])
 
     def logits(self, row: int) -> Any:
         """The next token is four times as likely as any other."""
@@ -194,6 +194,7 @@ def job(
     constraint: Any = None,
     first: Generation | None = None,
     media: Media = NO_MEDIA,
+    draft: Draft | None = None,
     **wish: Any,
 ) -> Generation:
     return Generation(
@@ -207,6 +208,7 @@ def job(
         first=first,
         source=source,
         media=media,
+        draft=draft,
     )
 
 
