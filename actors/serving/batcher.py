@@ -328,8 +328,11 @@ class Batcher:
             if job.done == len(job.texts):
                 self._release_locked(slot)
                 job.end()
-            else:
-                job.hearer.flush()
+                continue
+            job.hearer.flush()
+            if not slot.tokens:
+                with self._changed:
+                    self._slots.give_back(slot)
 
     def _release_locked(self, slot: Slot) -> None:
         with self._changed:

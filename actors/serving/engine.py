@@ -242,10 +242,10 @@ class Engine:
             if len(self._states) >= MOST_SETS:
                 self._states.clear()
             try:
-                origin = origin_of(self._spec, adapters)
-            except OSError:  # the file was deleted after it was loaded
+                origin, root = origin_of(self._spec, adapters), states_folder()
+            except (OSError, RuntimeError):  # the file was deleted after it was loaded, or there is no home folder
                 return None
-            self._states[adapters] = SavedStates(states_folder(), origin, self._spec.saved_state_bytes)
+            self._states[adapters] = SavedStates(root, origin, self._spec.saved_state_bytes)
         return self._states.get(adapters)
 
     def _sampling(self, asked: Sampling, prepared: Prepared, index: int) -> Sampling:

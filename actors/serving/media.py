@@ -21,10 +21,10 @@ from actors.serving.dialogue import SIZE, Senses
 from actors.serving.journal import llama_log
 from actors.serving.load_errors import load_failed
 from actors.serving.pieces import Medium
-from actors.serving.protocol import LoadSpec
+from actors.serving.protocol import LoadFailed, LoadSpec
 from scheduler.costs.header import read_header
 from scheduler.costs.projector import most_image_tokens
-from scheduler.errors import EngineFailed, Rejected
+from scheduler.errors import EngineFailed, InvalidGGUF, Rejected
 
 _DEPEND_ON_OTHERS = {"deepseek4v", "hunyuanvl"}
 """Kinds of projectors whose pictures depend on what is before them in the prompt. Here each is made alone."""
@@ -48,7 +48,10 @@ class Projector:
             else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         params.warmup = True  # which allocates its buffers
-        metadata = read_header(spec.mmproj).metadata
+        try:
+            metadata = read_header(spec.mmproj).metadata
+        except (InvalidGGUF, OSError) as error:
+            raise LoadFailed("failed", f"llama.cpp could not load the projector {spec.mmproj}: {error}") from error
         self._kinds = {metadata.get(f"clip.{part}projector_type") for part in ("", "vision.")}
         if most := max(most_image_tokens(str(kind)) for kind in self._kinds):
             params.image_max_tokens = most  # larger images would need larger buffers than were booked: they are shrunk
@@ -119,6 +122,8 @@ class Projector:
                     f"a picture is {n_tokens} tokens that this model must read at once, and it is loaded for "
                     f"{self._n_ubatch}; set n_ubatch: {n_tokens} or more for it in the catalogue"
                 )
+            if not n_tokens:
+                raise Rejected("a picture or sound is too small for this model's projector")
             positions = mtmd_cpp.mtmd_input_chunk_get_n_pos(chunk)
             yield Medium(identity + b"%d" % index, n_tokens, positions, _Chunk(chunk))
 
@@ -129,7 +134,10 @@ class Projector:
         if mtmd_cpp.mtmd_encode_chunk(self._context, medium.chunk.pointer) != 0:
             raise EngineFailed(f"the projector failed: {llama_log().last_errors() or 'no reason given'}")
         embedding: Any = mtmd_cpp.mtmd_get_output_embd(self._context)
-        medium.embedding = np.array(np.ctypeslib.as_array(embedding, (medium.n_tokens, self._n_embd)))
+        vectors = np.array(np.ctypeslib.as_array(embedding, (medium.n_tokens, self._n_embd)))
+        if not np.isfinite(vectors).all():  # in the cache, they would spoil the answers of others
+            raise EngineFailed("the projector made no numbers of a picture or sound")
+        medium.embedding = vectors
 
     # ------------------------------------------------------------------ the thread that owns the context
 

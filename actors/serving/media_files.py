@@ -37,6 +37,15 @@ BYTES_PER_SOUND_BYTE = 24
 MOST_SOUND_S = 600.0
 """Of all sounds of a request. 10 minutes are 38 MiB of samples at 16 kHz, and some 4,000 to 15,000 tokens."""
 
+PIECE_S = 30.0
+"""Encoders of sound take pieces of half a minute. So each sound counts as one of these at the least."""
+
+SHORTEST_S = 0.1
+"""Sounds are filled up with silence to whole multiples of this: libmtmd ends the process over a piece of one sample."""
+
+LONGEST_SIDE = 2**14
+"""Of a picture, in pixels. Making one of 1 x 16,777,216 smaller takes libmtmd 1 GB, in the runner."""
+
 _CROSSINGS = 8  # of zero on either side of the filter's middle. 20 MiB at 48 kHz and 8 bits take 0.8 s
 _BLOCK = 2**20  # samples
 
@@ -58,6 +67,10 @@ def bytes_to_open(files: Sequence[tuple[str, bytes]]) -> int:
     what is no picture, or too large."""
     sizes = [(index, size_of(index, file)) for index, (kind, file) in enumerate(files) if kind == "image"]
     for index, size in sizes:
+        if max(size) > LONGEST_SIDE:
+            raise Rejected(
+                f"picture {index + 1} has {size.width} x {size.height} pixels; a side may have {LONGEST_SIDE} at most"
+            )
         if not 0 < size.pixels <= MOST_PIXELS:
             raise Rejected(
                 f"picture {index + 1} has {size.width} x {size.height} pixels; at most {MOST_PIXELS} are allowed "
@@ -82,7 +95,7 @@ def opened(attached: Attachments) -> Iterator[tuple[Kind, bytes]]:
             yield Kind.PICTURE, SIZE.pack(*size) + pixels
         else:
             samples = sound(index, file, attached.senses.sample_rate, left_s)
-            left_s -= len(samples) / attached.senses.sample_rate
+            left_s -= max(PIECE_S, len(samples) / attached.senses.sample_rate)
             yield Kind.SOUND, samples.tobytes()
 
 
@@ -141,7 +154,8 @@ def sound(index: int, file: bytes, sample_rate: int, left_s: float) -> Samples:
             channels, width, rate, count = opened.getparams()[:4]
             if not 0 < count <= left_s * rate:
                 raise Rejected(
-                    f"sound {index + 1} is {count / rate:.1f} s long; all of a request may be {MOST_SOUND_S:.0f} s"
+                    f"sound {index + 1} is {count / rate:.1f} s long; all of a request may be {MOST_SOUND_S:.0f} s, "
+                    f"where each counts as {PIECE_S:.0f} s at the least"
                 )
             raw = opened.readframes(count)
             if len(raw) < width * channels:
@@ -152,7 +166,9 @@ def sound(index: int, file: bytes, sample_rate: int, left_s: float) -> Samples:
     mixed: Samples = samples
     if channels > 1:
         mixed = samples.reshape(-1, channels).mean(axis=1, dtype=np.float32)
-    return _at_rate(mixed, rate, sample_rate)
+    samples = _at_rate(mixed, rate, sample_rate)
+    step = round(SHORTEST_S * sample_rate)
+    return np.pad(samples, (0, -len(samples) % step))
 
 
 def _numbers_of(raw: bytes, width: int) -> Samples:

@@ -62,6 +62,8 @@ def origin_of(spec: LoadSpec, adapters: Adapters = ()) -> str:
     parts = [
         _file(spec.path), version("llama-cpp-python"),
         context.type_k, context.type_v, context.flash_attn, context.swa_full,
+        context.n_ctx_slot,  # by which LongRoPE chooses its factors
+        context.n_seq_max, context.kv_unified,
         [(_file(spec.adapters[number].path), scale) for number, scale in adapters],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -92,6 +94,13 @@ class SavedStates:
 
     def find(self, prompt: Sequence[int], n_known: int) -> SavedState | None:
         """The state that spares most of the prompt, if that is worth it. `n_known`: tokens that are there anyway."""
+        try:
+            return self._find(prompt, n_known)
+        except OSError as error:  # of the folder: it is no request's fault
+            log.warning("saved conversations cannot be looked for: %s", error)
+            return None
+
+    def _find(self, prompt: Sequence[int], n_known: int) -> SavedState | None:
         best: tuple[float, Path] | None = None
         wanted = array("i", prompt)
         for path, (tokens, tokens_per_s, state_bytes) in self._index().items():
@@ -122,7 +131,8 @@ class SavedStates:
         smaller = b"".join([held.tobytes(), table, *(each.state.tobytes() for each in checkpoints)])
         begins = _FIRST + len(smaller)
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, exist_ok=True)
             if not self._make_room(begins + state_bytes):
                 return False
             part = path.with_suffix(f".{os.getpid()}")
@@ -156,10 +166,14 @@ class SavedStates:
         if changed_ns != self._seen_ns:
             found = {}
             for path in self._folder.glob("*.state"):
-                if (known := self._tokens.get(path) or _glance(path)) is not None:
+                try:
+                    known = self._tokens.get(path) or _glance(path)
+                except OSError:  # it is gone, or cannot be read now
+                    continue
+                if known is not None:
                     found[path] = known
                 else:
-                    path.unlink(missing_ok=True)
+                    _drop(path)
             self._tokens, self._seen_ns = found, changed_ns
         return self._tokens
 
@@ -181,13 +195,14 @@ class SavedStates:
             for of_tokens, count in sizes:
                 checkpoints.append(Checkpoint(of_tokens, memory[at : at + count].copy()))
                 at += count
-            os.utime(path)
-            return SavedState(tokens, checkpoints, memory[at : at + state_bytes], tokens_per_s)
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            return SavedState(tokens, checkpoints, memory[at : at + state_bytes], tokens_per_s, path)
         except FileNotFoundError:  # it made room for others
             return None
-        except (OSError, ValueError, struct.error) as error:
-            log.warning("%s is damaged and was dropped: %s", path, error)
-            path.unlink(missing_ok=True)
+        except (ValueError, struct.error) as error:
+            log.warning("%s: %s", path, error)
+            _drop(path)
             return None
 
     def _make_room(self, wanted_bytes: int) -> bool:
@@ -206,13 +221,23 @@ class SavedStates:
                 break
             path.unlink(missing_ok=True)
             there -= size
+            if path.parent != self._folder:
+                with contextlib.suppress(OSError):  # others are in it
+                    path.parent.rmdir()
         return there + wanted_bytes <= self._most_bytes
 
     def _drop_beginnings(self, new: Path, tokens: array[int]) -> None:
         """Files whose tokens are the beginning of those in `new` are of no more use."""
         for path, (shorter, _, _) in self._index().items():
             if path != new and tokens[: len(shorter)] == shorter:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def _drop(path: Path) -> None:
+    log.warning("%s is damaged, and is deleted", path)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _glance(path: Path) -> tuple[array[int], float, int] | None:
@@ -225,7 +250,7 @@ def _glance(path: Path) -> tuple[array[int], float, int] | None:
                 return None
             file.seek(_FIRST)
             return array("i", file.read(4 * n_tokens)), tokens_per_s, state_bytes
-    except (OSError, ValueError, struct.error):
+    except (ValueError, struct.error):
         return None
 
 

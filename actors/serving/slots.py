@@ -10,10 +10,10 @@ prompts: a chat that goes on, or an answer that is made anew, begins at one of t
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeGuard
 
 from actors.serving.generation import Generation
@@ -175,9 +175,18 @@ class Slots:
         common = min(common_prefix(saved.tokens, job.prompt), len(job.prompt) - 1)
         if common < shared + LEAST_SHARED:  # meanwhile it became known here
             return None
+        ends = [len(saved.tokens), *(each.n_tokens for each in saved.checkpoints)]
+        if self._model.keeps_states and min(ends) > common:  # it cannot be cut there
+            return None
+        room = self._model.n_cells - len(saved.tokens)
+        if sum(len(each.tokens) for each in self._all if each is not slot) > room:
+            if _held_by(self._all) > room:
+                return None
+            self.forget_idle()
         self.forget(slot)
-        load = partial(self._model.load_sequence, slot.sequence, saved.state)
-        if not load() and not (self.forget_idle() and load()):
+        if not self._model.load_sequence(slot.sequence, saved.state):
+            with contextlib.suppress(OSError):
+                saved.path.unlink()
             return 0
         slot.tokens += saved.tokens
         slot.checkpoints += saved.checkpoints
@@ -185,7 +194,8 @@ class Slots:
 
     def known(self, prompt: Sequence[int], adapters: Adapters) -> int:
         """Tokens of `prompt` that some slot holds now. Any thread may ask: the answer may be old."""
-        return max(slot.shares(prompt, adapters) for slot in self._all)
+        held = [([*slot.tokens], slot.adapters) for slot in self._all]
+        return max(common_prefix(tokens, prompt) if used == adapters else 0 for tokens, used in held)
 
     def _cut(self, slot: Slot, count: int, media: Media) -> int:
         """Leaves `count` tokens, or as many as can be; says how many. `media`: what is among them."""
@@ -247,15 +257,36 @@ class Slots:
 
     def _postpone_for(self, job: Job[Any]) -> bool:
         """Takes the youngest slot from the source that holds most of the cache, if it has several, and holds more than
-        the job's source would. Without this, 31 streams of one source kept others waiting for 23 s."""
-        most, slots = self._held_of(job.source) + len(job.prompt), list[tuple[Slot, Generation]]()
-        for source in {slot.job.source for slot in self._all if slot.job is not None} - {job.source}:
-            own = [(slot, slot.job) for slot in self._of(source) if isinstance(slot.job, Generation)]
-            if len(own) > 1 and (held := self._held_of(source)) > most:
-                most, slots = held, own
-        if not slots:
+        the job's source would. Without this, 31 streams of one source kept others waiting for 23 s.
+
+        A job that gave way itself waits until another has ended: else two sources would drive each other out for ever.
+        """
+        if isinstance(job, Generation) and job.postponed_at >= 0:
             return False
-        self._postpone(*max(slots, key=lambda pair: pair[0].last_used))
+        most, richest = self._held_of(job.source) + len(job.prompt), list[tuple[Slot, Generation]]()
+        room = self._model.n_cells - _held_by(self._all)
+        for source in {slot.job.source for slot in self._all if slot.job is not None} - {job.source}:
+            answers = [(slot, slot.job) for slot in self._of(source) if isinstance(slot.job, Generation)]
+            answers.sort(key=lambda pair: pair[0].last_used)
+            held = self._held_of(source)
+            if len(answers) > 1 and held > self._held_of(job.source) + len(job.prompt):
+                room += _held_by(slot for slot, _ in answers[1:])
+                if held > most:
+                    most, richest = held, answers
+        if not richest or room <= len(job.prompt):  # it would not be enough
+            return False
+        self._postpone(*richest[-1])
+        return True
+
+    def give_back(self, slot: Slot) -> bool:
+        """Takes the slot from a job between two of its texts if another source waits for room. It waits in its turn."""
+        job = slot.job
+        assert job is not None
+        if not any(other.source != job.source and not self._has_room_for(other) for other in self.waiting):
+            return False
+        self.release(slot)
+        job.passed = 0
+        self.waiting.append(job)
         return True
 
     def _of(self, source: str) -> list[Slot]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -15,9 +16,11 @@ class Checkpoint(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """All that was kept of a sequence when it was saved. `tokens_per_s`: how fast its tokens had been read."""
+    """All that was kept of a sequence when it was saved, in the file at `path`. `tokens_per_s`: how fast its tokens had
+    been read."""
 
     tokens: list[int]
     checkpoints: list[Checkpoint]
     state: Any
     tokens_per_s: float
+    path: Path

@@ -321,6 +321,49 @@ def test_a_source_with_many_answers_makes_room_for_another() -> None:
     assert "greedy-bob" not in running_of(slots), "he would hold more than ann"
 
 
+def test_sources_do_not_drive_each_other_out() -> None:
+    """Whoever gave way waits until somebody has ended."""
+    slots = Slots(FakeModel(n_seq_max=4, room=100))
+    for name in ("ann", "bob"):
+        slots.waiting += [job([1] * 24, name=f"{name}-{number}", source=name) for number in range(2)]
+    slots.assign()
+    assert len(running_of(slots)) == 4
+    for slot in slots:
+        slot.tokens += [1] * 24
+    assert slots.postpone_one()
+    left = running_of(slots)
+    for _ in range(10):
+        slots.assign()
+    assert running_of(slots) == left
+
+
+def test_nobody_gives_way_where_that_would_not_be_enough() -> None:
+    slots = Slots(FakeModel(n_seq_max=4, room=100))
+    slots.waiting += [
+        job([1] * 60, name="long", source="cat"),
+        *(job([1] * 15, name="ann", source="ann") for _ in "12"),
+    ]
+    slots.assign()
+    slots.waiting.append(job([2] * 28, name="bob", source="bob"))
+    slots.assign()
+    assert running_of(slots) == ["ann", "ann", "long"]
+
+
+def test_who_embeds_long_texts_makes_room_between_two_of_them(running: Any) -> None:
+    model = FakeModel(2, n_ubatch=64, room=40)
+    model.pause = threading.Event()
+    batcher = running(model)
+    many = Embedding("ann", [[3] * 38] * 10, Results(), 4, "ann")
+    batcher.submit(many)
+    assert model.entered.wait(10)
+    other = submitted(batcher, job(talkative(4, 6), 6, source="bob"))
+    model.pause.set()
+    assert heard(list(other.hearer)) == expected(talkative(4, 6), 6)
+    assert len(list(many.hearer)) == 10
+    first = next(turn for turn, rows in enumerate(model.batches) if rows[0].token != 3)
+    assert first <= 2, "after the text that was under way"
+
+
 def test_an_answer_that_is_its_sources_only_one_keeps_its_slot() -> None:
     slots = Slots(FakeModel(n_seq_max=4, room=100))
     slots.waiting += [job([1] * 95, name="ann", source="ann"), job([2] * 10, name="bob", source="bob")]

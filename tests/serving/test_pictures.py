@@ -229,6 +229,8 @@ BROKEN = png(1)[:500]
         ("ultravox", ["x", b"ID3\3" + b"x" * 900, "y"], "must be a WAV"),
         ("ultravox", ["x", wav(440)[:44], "y"], "it has no samples"),
         ("ultravox", ["x", wav(440, 601, 8000, 1, 1), "y"], "601.0 s long"),
+        ("ultravox", ["x", *[wav(440, 0.1, 8000, 1, 1)] * 21, "y"], "counts as 30 s"),
+        ("llava", ["x", png(1, 1, 20_000), "y"], "a side may have 16384 at most"),
     ],
 )
 def test_what_cannot_be_seen_is_refused_with_the_numbers(kind: str, parts: Any, named: str, seeing: Any) -> None:
@@ -257,6 +259,13 @@ def test_a_file_that_is_no_base64_is_refused(seeing: Any) -> None:
 @pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2vl"])
 def test_strange_shapes_are_seen(kind: str, file: bytes, seeing: Any) -> None:
     assert told(seeing(kind), ask(message("x", file, "y"), max_tokens=2))[1].completion_tokens == 2
+
+
+@pytest.mark.parametrize("seconds", [1 / 16000, 2 / 16000, 0.05, 30 + 1 / 16000])
+def test_a_sound_of_any_length_is_heard(seconds: float, seeing: Any) -> None:
+    """libmtmd ends the process over a single sample."""
+    file = wav(440, seconds, 16000, 2, 1)
+    assert told(seeing("ultravox"), ask(message("x", file, "y"), max_tokens=2))[1].completion_tokens == 2
 
 
 def test_a_large_picture_fits_its_childs_memory(seeing: Any) -> None:

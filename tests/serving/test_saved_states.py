@@ -171,11 +171,13 @@ def test_the_origin_is_all_that_a_state_depends_on(tmp_path: Path, spec: Callabl
         origin_of(spec(file, type_v="q8_0")),
         origin_of(spec(file, flash_attn="off")),
         origin_of(spec(file, swa_full=True)),
+        origin_of(spec(file, n_ctx=1024)),  # LongRoPE rotates keys by it
+        origin_of(spec(file, n_seq_max=2)),
     ]
     file.write_bytes(b"contents")
     origins.append(origin_of(base))
     assert len(set(origins)) == len(origins)
-    assert origin_of(base) == origin_of(spec(file, n_ctx=1024))
+    assert origin_of(base) == origin_of(spec(file, n_threads=1, n_ubatch=64))
 
 
 # ---------------------------------------------------------------------- engines
@@ -246,6 +248,7 @@ def test_a_state_that_llama_cpp_does_not_take_is_read_anew(
     with closing(Engine(wanted)) as engine:
         text, last = ask(engine, prompt)
     assert (text, last.cached_tokens) == (expected, 0)
+    assert files(cache) == [], "it would be tried again and again"
 
 
 @pytest.mark.llama
@@ -270,3 +273,17 @@ def test_tokens_of_any_kind_are_kept(tmp_path: Path) -> None:
     back = found(there, strange)
     assert back is not None
     assert back.tokens == strange
+
+
+def test_a_folder_that_cannot_be_read_harms_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = states(tmp_path)
+    assert save(there, TOKENS)
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fails)
+    assert found(there, TOKENS) is None
+    assert found(states(tmp_path), TOKENS) is None
+    monkeypatch.undo()
+    assert found(states(tmp_path), TOKENS) is not None, "it is not deleted for it"
