@@ -298,10 +298,8 @@ class Batcher:
 
     def _embed(self) -> None:
         """One batch of texts to embed."""
-        own = [
-            (slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding) and self._may_go_on(slot.job)
-        ]
-        own = [(slot, job) for slot, job in own if not job.cancelled]
+        there = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding)]
+        own = [(slot, job) for slot, job in there if self._may_go_on(job) and not job.cancelled]
         if not own:
             return
         rows, parts = next_texts(own, self._slots, self._model)

@@ -51,7 +51,7 @@ MOST_SETS = 64
 """Of adapters with scales, whose folders of saved states are remembered."""
 
 MOST_PARKING_S = 2.0
-"""No save begins after it: another model waits for the memory."""
+"""No save begins after it: another model waits for the memory. A guess."""
 
 
 class Engine:

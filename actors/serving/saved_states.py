@@ -30,7 +30,7 @@ import numpy.typing as npt
 from actors.serving.model import Adapters
 from actors.serving.protocol import LoadSpec
 from actors.serving.slots import common_prefix
-from actors.serving.states import Checkpoint, SavedState
+from actors.serving.states import Checkpoint, SavedState, drop
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -173,7 +173,7 @@ class SavedStates:
                 if known is not None:
                     found[path] = known
                 else:
-                    _drop(path)
+                    drop(path)
             self._tokens, self._seen_ns = found, changed_ns
         return self._tokens
 
@@ -202,7 +202,7 @@ class SavedStates:
             return None
         except (ValueError, struct.error) as error:
             log.warning("%s: %s", path, error)
-            _drop(path)
+            drop(path)
             return None
 
     def _make_room(self, wanted_bytes: int) -> bool:
@@ -232,12 +232,6 @@ class SavedStates:
             if path != new and tokens[: len(shorter)] == shorter:
                 with contextlib.suppress(OSError):
                     path.unlink()
-
-
-def _drop(path: Path) -> None:
-    log.warning("%s is damaged, and is deleted", path)
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def _glance(path: Path) -> tuple[array[int], float, int] | None:

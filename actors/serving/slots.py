@@ -10,7 +10,6 @@ prompts: a chat that goes on, or an answer that is made anew, begins at one of t
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from actors.serving.generation import Generation
 from actors.serving.jobs import Job
 from actors.serving.model import Adapters, Model
 from actors.serving.pieces import Media
-from actors.serving.states import Checkpoint, SavedState
+from actors.serving.states import Checkpoint, SavedState, drop
 from scheduler.costs.host import CHECKPOINTS_PER_SLOT, MOST_CHECKPOINT_BYTES
 
 MOST_PASSED = 8
@@ -185,8 +184,7 @@ class Slots:
             self.forget_idle()
         self.forget(slot)
         if not self._model.load_sequence(slot.sequence, saved.state):
-            with contextlib.suppress(OSError):
-                saved.path.unlink()
+            drop(saved.path)
             return 0
         slot.tokens += saved.tokens
         slot.checkpoints += saved.checkpoints

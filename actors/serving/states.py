@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
@@ -24,3 +28,10 @@ class SavedState:
     state: Any
     tokens_per_s: float
     path: Path
+
+
+def drop(path: Path) -> None:
+    """Deletes a state's file that cannot be used."""
+    log.warning("%s cannot be used, and is deleted", path)
+    with contextlib.suppress(OSError):
+        path.unlink()
