@@ -99,10 +99,12 @@ def arriero(folder: Path, **policy: int) -> Iterator[str]:
     ours, theirs = context.Pipe()
     child = context.Process(target=_run_arriero, args=[str(folder), policy, theirs])
     child.start()
+    theirs.close()  # so that a child that fails is an end of file, not a wait for ever
     try:
         yield ours.recv()
     finally:
-        ours.send("end")
+        with contextlib.suppress(BrokenPipeError):
+            ours.send("end")
         child.join()
 
 
