@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -177,6 +178,80 @@ def test_several_answers_see_one_picture(seeing: Any) -> None:
     wanted, _ = told(engine, ask(message("What ", png(3), " is it?")))
     chunks = list(engine.generate(ask(message("What ", png(3), " is it?"), n=3)))
     assert ["".join(c.text for c in chunks if c.index == i) for i in range(3)] == [wanted] * 3
+
+
+def large(kind: str) -> tuple[bytes, ...]:
+    """More tokens than a micro-batch has, and both dimensions of a position matter."""
+    match kind:
+        case "qwen2vl":
+            return png(1, 28 * 11, 28 * 7), png(2, 28 * 5, 28 * 16)
+        case "ultravox":
+            return wav(440, 40), wav(3000, 2)
+        case _:
+            return png(1), png(2)
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2vl", "ultravox"])
+def test_pictures_that_are_read_in_pieces_beside_others_are_seen_as_by_libmtmds_helper(
+    kind: str, files: Any, spec: Any
+) -> None:
+    model, mmproj = files(kind)
+    n_ubatch = 16 if kind == "gemma3" else 13
+    loaded = spec(model, n_ctx=1024, n_ubatch=n_ubatch, n_seq_max=3, kv_unified=True, **EXACT)
+    chats = [message("What is on the left, ", *large(kind), " Tell me!"), message("And ", large(kind)[0], " here?")]
+    with contextlib.closing(Engine(replace(loaded, mmproj=str(mmproj)))) as engine:
+        shown = [large(kind), large(kind)[:1]]
+        prompts = [rendered(engine, chat) for chat in chats]
+        wanted = [answer_of(model, mmproj, prompts[at], shown[at], 24, n_ubatch=64) for at in (0, 1)]
+        answers = ["", "", ""]
+
+        def say(number: int) -> None:
+            request = ask(chats[number]) if number < 2 else ask(message("Tell me a story"), max_tokens=300)
+            answers[number] = told(engine, request)[0]
+
+        threads = [Thread(target=say, args=(number,)) for number in (2, 0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers[:2] == wanted and answers[2]
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2vl"])
+def test_who_leaves_in_the_midst_of_a_picture_leaves_a_slot_that_can_be_used(
+    kind: str, files: Any, spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, mmproj = files(kind)
+    loaded = replace(spec(model, n_ctx=1024, n_ubatch=7, n_seq_max=1, **EXACT), mmproj=str(mmproj))
+    with contextlib.closing(Engine(loaded)) as engine:
+        chat = message("What is on the left, ", *large(kind), " Tell me!")
+        decode, count = engine._model.decode_media, [0]
+
+        def leave_after_the_second(pieces: Any) -> int:
+            code = decode(pieces)
+            count[0] += 1
+            if count[0] == 2:
+                engine.cancel("leaver")
+            return int(code)
+
+        monkeypatch.setattr(engine._model, "decode_media", leave_after_the_second)
+        assert list(engine.generate(replace(ask(chat), lease_id="leaver"))) == [] and count[0] == 2
+        text, last = told(engine, ask(chat))
+        assert 0 < last.cached_tokens < 40, "the text before it"
+        assert text == answer_of(model, mmproj, rendered(engine, chat), large(kind), 24, n_ubatch=64)
+
+
+def test_several_answers_with_a_grammar_open_their_picture_once(seeing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, opened = seeing("llava"), []
+    look = engine._model.eyes.picture
+    monkeypatch.setattr(engine._model.eyes, "picture", lambda *given: opened.append(given) or look(*given))
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    request = ask(message("What ", png(4), " is it?"), json_schema=schema, max_tokens=60, n=3)
+    texts = ["", "", ""]
+    for chunk in engine.generate(request):
+        texts[chunk.index] += "".join(delta.content for delta in deltas_of(chunk))
+    assert len(opened) == 1
+    assert all(json.loads(text)["a"] in "xy" for text in texts)
 
 
 def test_an_answer_about_a_picture_may_follow_a_schema(seeing: Any) -> None:
