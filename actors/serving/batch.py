@@ -53,7 +53,7 @@ def next_batch(
     model: Model,
     guesses: Mapping[Generation, list[int]] | None = None,
 ) -> Batch:
-    """One micro-batch at the most, for `running`: those that answer come first, then the shortest prompts. Prompts share
+    """One micro-batch at the most, for `running`: those that answer come first, then the shortest prompts. Those share
     the room that is left, by source. No more rows want logits than the context keeps. `guesses`: what may follow the
     next tokens of answers, where there is room. What must be read at once is not in it (`next_whole`)."""
     batch = Batch([], [], [])

@@ -3,15 +3,16 @@
 The very first decode runs in that thread too. OpenMP keeps a team of threads for every thread that has computed. With a
 second team there are more threads than cores, and they sleep at every barrier instead of spinning.
 Each turn decodes one batch: the next token of every answer under way, plus prompt tokens of slots still reading, up to
-one micro-batch (`n_ubatch`) in all. Prompts share that room, by source (`fairness`). So a long prompt delays the others,
+one micro-batch (`n_ubatch`) in all. Prompts share that room by source (`fairness`). So a long prompt delays the others,
 their first tokens too, by one micro-batch at a time, and a cancelled job is gone after one. Jobs that find no free slot
 wait in order. Embeddings take their own turns, because they make every token an output.
 Tokens that are guessed to follow an answer's next one share its turn, where that is faster (`drafting`).
 Jobs with the same LoRA adapters share batches; those with other ones take turns with them (`turns`).
 An answer that its reader does not take waits: no token is computed that nobody reads.
 Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in another thread, because a grammar may take
-seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there. It is the same while a
-picture of its prompt is encoded. Its pieces share the room of prompts, but are a batch of their own: they are no tokens.
+seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there. So it does while a
+picture of its prompt is encoded. The pieces of that share the room of prompts, in a batch of their own: they are no
+tokens.
 When a shared cache is full, the youngest answer waits until there is room.
 A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
 batcher for good: everything fails from then on, with the reason.
@@ -206,9 +207,7 @@ class Batcher:
         if whole := next_whole(next_answers(self._slots, self._turns.adapters), self._viewers):
             self._decode_media(whole)
 
-    def _decode_text(
-        self, rows: list[Row], parts: list[Part], guesses: Mapping[Generation, list[int]] | None
-    ) -> bool:
+    def _decode_text(self, rows: list[Row], parts: list[Part], guesses: Mapping[Generation, list[int]] | None) -> bool:
         began = time.perf_counter()
         if not self._decode(parts, len(rows), lambda: self._model.decode(rows)):
             return False

@@ -138,7 +138,7 @@ class Engine:
     def _choices(
         self, request: GenerateRequest, prepared: Prepared, hearer: Hearer[Chunk], errand: Errand | None
     ) -> Choices:
-        """`request.n` answers to each prompt. Each needs a grammar and a parser of its own; pictures are opened once."""
+        """`request.n` answers to each prompt. Each needs a grammar and a parser of its own; its pictures are shared."""
         count = len(prepared.prompts) * request.n
         costly = prepared.constraint is not None or prepared.syntax is not None or request.sampling.dry_multiplier > 0
         if count > MOST_PREPARED and costly:

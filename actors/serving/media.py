@@ -1,8 +1,8 @@
 """A model's projector (mmproj) in libmtmd: pictures and sounds into what the model reads.
 
 A medium is *encoded* by the projector, in any one thread at a time, and then *decoded* by the model, piece by piece, in
-the thread that owns its context. A file may be several media with text between them: tiles of a picture, half minutes of a sound. No
-text of strangers comes here, and no file: only pixels and samples (see `media_files`).
+the thread that owns its context. A file may be several media with text between them: tiles of a picture, half minutes
+of a sound. No text of strangers comes here, and no file: only pixels and samples (see `media_files`).
 """
 
 from __future__ import annotations

@@ -35,10 +35,14 @@ class Turns:
         sets = dict.fromkeys(adapters for _, adapters in pairs)
         self._sources.keep(source for source, _ in pairs)
         self._sets.keep(sets)
-        if self.adapters in sets:
-            self._sources.serve(source for source, adapters in pairs if adapters == self.adapters)
-            self._sets.serve([self.adapters])
+        self._serve(pairs)
         if pairs and (self.adapters not in sets or (len(sets) > 1 and now_s - self._began_s >= TURN_S)):
             _, self.adapters = min(pairs, key=lambda pair: (self._sources.place(pair[0]), self._sets.place(pair[1])))
             self._began_s = now_s
+            self._serve(pairs)  # at once: by its end they may use another set
         return max(0.0, self._began_s + TURN_S - now_s) if len(sets) > 1 else None
+
+    def _serve(self, pairs: Iterable[tuple[str, Adapters]]) -> None:
+        served = [pair for pair in pairs if pair[1] == self.adapters]
+        self._sources.serve(source for source, _ in served)
+        self._sets.serve(adapters for _, adapters in served)

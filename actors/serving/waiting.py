@@ -28,8 +28,8 @@ def waits(job: Job[Any]) -> bool:
 
 
 def is_in_line(job: Job[Any]) -> bool:
-    """Whether `job` wants turns of the engine's thread, now or within a token. While its picture is encoded it does not:
-    its adapters would keep others waiting for nothing."""
+    """Whether `job` wants turns of the engine's thread, now or within a token. Not while its picture is encoded: its
+    adapters would keep others waiting for nothing."""
     return not stalls(job) and not (isinstance(job, Generation) and job.encoding)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
@@ -119,7 +119,7 @@ def served(turns: Turns, wanted: list[tuple[str, Adapters]], n_turns: int) -> li
 @pytest.mark.parametrize("shared", [(), (B,)])
 def test_many_sets_of_one_source_let_another_wait_for_one_turn(shared: tuple[Adapters, ...]) -> None:
     seen = served(Turns(), [*of("ann", *MANY, *shared), *of("bob", B)], 64)
-    assert all(B in pair for pair in zip(seen, seen[1:], strict=False))
+    assert all(B in pair for pair in pairwise(seen))
     assert set(seen) == {*MANY, B}, "its sets take turns among themselves"
 
 
