@@ -10,7 +10,8 @@ from typing import NamedTuple
 from actors.serving.generation import Generation
 from actors.serving.jobs import Embedding
 from actors.serving.model import Model, Row
-from actors.serving.slots import Slot, Slots
+from actors.serving.slot import Slot
+from actors.serving.slots import Slots
 from scheduler.costs.host import embedding_rows
 
 JUDGED_AT_ONCE = 32
