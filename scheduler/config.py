@@ -210,8 +210,8 @@ class Policy(_Strict):
     )
     saved_state_bytes: Bytes = Field(
         4 * GIB,
-        description="what each machine keeps on disk of conversations whose model was evicted, so that they go on "
-        "without being read again; 0: nothing",
+        description="what each machine keeps on disk of conversations whose model was evicted, and of prompts that "
+        "several requests began with, so that they are not read again; 0: nothing",
     )
     deadline_s: float = Field(600.0, gt=0, description="a request that has waited longer is refused")
     lease_ttl_s: float = Field(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from hashlib import blake2b
 from typing import Any
 
 from actors.gateway.lora_settings import Scales
 from actors.serving.protocol import EmbedRequest, GenerateRequest
 
+_DECIDES_NOTHING = {"lease_id", "source", "reply", "content"}
+"""Fields of requests: who asks, and how the answer is named. The content is added as it is."""
+
 
 def fingerprint_of(model: str, asked: GenerateRequest | EmbedRequest) -> str:
-    """A hash of all that decides the answer: the same for a request that comes again."""
-    settings = (asked.max_tokens, asked.stop, asked.sampling, asked.lora) if isinstance(asked, GenerateRequest) else ()
-    digest = blake2b(repr((model, settings)).encode(), digest_size=16)
+    """A hash of all that decides what a runner does for it: the same for a request that comes again."""
+    given = {each.name: getattr(asked, each.name) for each in fields(asked) if each.name not in _DECIDES_NOTHING}
+    if isinstance(asked, GenerateRequest):
+        given["reply"] = asked.reply.form, asked.reply.stream, asked.reply.include_usage, asked.reply.as_functions
+    digest = blake2b(repr((model, type(asked).__name__, given)).encode(), digest_size=16)
     digest.update(asked.content)
     return digest.hexdigest()
 

@@ -12,7 +12,8 @@ from actors.serving.generation import Generation
 from actors.serving.jobs import Embedding
 from actors.serving.model import Model, Row
 from actors.serving.pieces import Piece, Placed
-from actors.serving.slots import Slot, Slots
+from actors.serving.slot import Slot
+from actors.serving.slots import Slots
 from scheduler.costs.host import embedding_rows
 
 JUDGED_AT_ONCE = 32

@@ -37,8 +37,10 @@ from actors.serving.encoding import Encoder
 from actors.serving.fairness import Rotation
 from actors.serving.generation import TELLING_TOKENS, Choice, Generation
 from actors.serving.jobs import Embedding, Job
+from actors.serving.keeping import Keeper
 from actors.serving.model import Adapters, Model, Row
-from actors.serving.slots import Slot, Slots
+from actors.serving.slot import Slot
+from actors.serving.slots import Slots
 from actors.serving.turns import Turns
 from actors.serving.waiting import is_in_line, next_answers, next_encodings, uses_sampler, waits
 from scheduler.errors import ArrieroError, EngineFailed
@@ -49,7 +51,7 @@ _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
 class Batcher:
     """Runs jobs on a model in a thread of its own, from construction to `close()`.
 
-    Constructed once the model is warm; raises what warming it up raised.
+    Constructed once the model is warm; raises what warming it up raised. `keeper`: of states on disk; None: none are.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class Batcher:
         last_words: Callable[[], str] = lambda: "",
         beats: Beats | None = None,
         cores: Cores | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self._model = model
         self._beats = beats or Beats()
         self._cores = cores or Cores.alone(1)
         self._last_words = last_words
-        self._slots = Slots(model)
+        self._slots = Slots(model, keeper)
+        self._keeper = keeper
         self._drafting = Drafting(self._slots, model)
         self._turns = Turns()
         self._in_batch: tuple[Job[Any], ...] = ()
@@ -74,7 +78,6 @@ class Batcher:
         self._viewers = Rotation[str]()  # sources whose pictures must be read at once
         self._n_threads = 0
         self._failed_turns = 0
-        self._read_tokens, self._read_s = 0, 0.0  # of prompts that were read alone
         self._closing = False
         self.broken = ""  # why nothing works any more
         warm: Future[None] = Future()
@@ -117,11 +120,6 @@ class Batcher:
         """How much of `prompt` some slot holds now."""
         return self._slots.known(prompt, adapters)
 
-    @property
-    def tokens_read_per_s(self) -> float:
-        """How fast prompts were read; 0: none was long enough to tell."""
-        return self._read_tokens / self._read_s if self._read_s else 0.0
-
     def close(self) -> None:
         """Stops the thread; jobs that have not ended fail with EngineFailed."""
         with self._changed:
@@ -141,6 +139,7 @@ class Batcher:
         warm.set_result(None)
         try:
             while self._prepare():
+                self._slots.settle()  # without the lock, which others wait for
                 self._model.use_adapters(self._turns.adapters)
                 self._encode()
                 self._generate()
@@ -216,8 +215,9 @@ class Batcher:
             self._drafting.took(len(rows), took_s)
         if len(parts) == 1 and not guesses:  # how fast an answer comes with guesses says little of the next one
             parts[0].job.took(len(rows), took_s)
-            if parts[0].job.pending is None and len(rows) >= TELLING_TOKENS:
-                self._read_tokens, self._read_s = self._read_tokens + len(rows), self._read_s + took_s
+        n_read = sum(len(part.tokens) for part in parts if part.job.pending is None)
+        if n_read >= TELLING_TOKENS and self._keeper is not None:
+            self._keeper.was_read(n_read, took_s)
         for part in parts:
             part.slot.tokens += part.tokens
             if part.row is None and len(part.slot.tokens) == self._slots.checkpoint_of(part.slot, part.job):

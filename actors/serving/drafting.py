@@ -15,7 +15,8 @@ from actors.serving.batch import Part
 from actors.serving.generation import Generation
 from actors.serving.model import Model
 from actors.serving.protocol import Likelihood
-from actors.serving.slots import Slot, Slots
+from actors.serving.slot import Slot
+from actors.serving.slots import Slots
 from scheduler.costs.params import MOST_DRAFTED
 
 SIZES = (1, 3, 7, MOST_DRAFTED)

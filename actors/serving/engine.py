@@ -24,13 +24,13 @@ from actors.serving.dialogue import prompt_too_long
 from actors.serving.draft import Draft
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Answered, Choices, Embedded, Embedding, Hearer, Results, Together, Work
+from actors.serving.keeping import Keeper
 from actors.serving.model import Adapters
 from actors.serving.ngrams import Ngrams
 from actors.serving.parsing import ParsedAnswer
 from actors.serving.pieces import Media
 from actors.serving.preparation import Errand, Prepared, Preparer
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec, Sampling
-from actors.serving.saved_states import SavedStates, origin_of, states_folder
 from actors.serving.states import SavedState
 from actors.serving.text import TextStream
 from scheduler.errors import EngineFailed, Rejected
@@ -46,9 +46,6 @@ MOST_PREPARED = 8
 MOST_LIKELIHOODS = 16_000
 """That are told at once. The engine's thread writes them: 50,000 took 271 ms in a chat, 20 in a completion."""
 
-
-MOST_SETS = 64
-"""Of adapters with scales, whose folders of saved states are remembered."""
 
 MOST_PARKING_S = 2.0
 """No save begins after it: another model waits for the memory. A guess."""
@@ -77,11 +74,15 @@ class Engine:
             self._preparer.read(spec.path, spec.chat_template)  # while the weights are loaded
             self._model = NativeModel(spec, rpc_endpoints, on_progress)
             unless_loaded.callback(self._model.close)
+            self._keeper = Keeper(spec, can_cut=not self._model.keeps_states) if spec.saved_state_bytes else None
             self._batcher = Batcher(
-                self._model, last_words=llama_log().last_errors, beats=beats, cores=cores or Cores.alone(spec.n_threads)
+                self._model,
+                last_words=llama_log().last_errors,
+                beats=beats,
+                cores=cores or Cores.alone(spec.n_threads),
+                keeper=self._keeper,
             )
             unless_loaded.pop_all()
-        self._states: dict[Adapters, SavedStates] = {}
         self._closed = False
 
     @property
@@ -212,7 +213,7 @@ class Engine:
                 budget=budget,
                 first=first[0] if first else None,
                 source=request.source,
-                saved=None if media or wish.judge_prompt or wish.is_extra else self._saved(prompt, adapters),
+                saved=self._saved(prompt, wish, adapters),
                 adapters=adapters,
                 media=media,
                 draft=self._draft(prepared, wish, prompt),
@@ -230,24 +231,11 @@ class Engine:
             return None
         return Draft(Ngrams(prompt))
 
-    def _saved(self, prompt: list[int], adapters: Adapters) -> SavedState | None:
+    def _saved(self, prompt: list[int], wish: Wish, adapters: Adapters) -> SavedState | None:
         """A state on disk that spares a good part of the prompt."""
-        states = self._states_with(adapters)
-        return states.find(prompt, self._batcher.known(prompt, adapters)) if states is not None else None
-
-    def _states_with(self, adapters: Adapters) -> SavedStates | None:
-        """What is on disk of conversations with these adapters."""
-        if not self._spec.saved_state_bytes:
+        if self._keeper is None or not wish.takes_states:
             return None
-        if adapters not in self._states:
-            if len(self._states) >= MOST_SETS:
-                self._states.clear()
-            try:
-                origin, root = origin_of(self._spec, adapters), states_folder()
-            except (OSError, RuntimeError):  # the file was deleted after it was loaded, or there is no home folder
-                return None
-            self._states[adapters] = SavedStates(root, origin, self._spec.saved_state_bytes)
-        return self._states.get(adapters)
+        return self._keeper.find(prompt, self._batcher.known(prompt, adapters), adapters)
 
     def _sampling(self, asked: Sampling, prepared: Prepared, index: int) -> Sampling:
         """As it was asked for, with what only the preparer knew. Each answer to a prompt has a seed of its own."""
@@ -332,18 +320,14 @@ class Engine:
         """Stops serving, and saves what slots hold of conversations, where that is worth it: those used last first, for
         `MOST_PARKING_S` seconds. Returns how many were saved. Requests under way fail with EngineFailed."""
         self._batcher.close()
+        if self._keeper is None:
+            return 0
+        self._keeper.close()
         n_saved, until_s = 0, time.monotonic() + MOST_PARKING_S
         for slot in self._batcher.slots():
-            states = self._states_with(slot.adapters)
-            kept = bool(slot.tokens) and min(slot.tokens) >= 0  # pictures have positions of their own
-            if states is not None and kept and time.monotonic() < until_s:
-                n_saved += states.save(
-                    slot.tokens,
-                    slot.checkpoints,
-                    self._model.sequence_bytes(slot.sequence),
-                    partial(self._model.save_sequence, slot.sequence),
-                    self._batcher.tokens_read_per_s,
-                )
+            if slot.tokens and time.monotonic() < until_s:
+                n_bytes = self._model.sequence_bytes(slot.sequence)
+                n_saved += self._keeper.park(slot, n_bytes, partial(self._model.save_sequence, slot.sequence))
         return n_saved
 
     def close(self) -> None:
@@ -351,6 +335,8 @@ class Engine:
         if not self._closed:
             self._closed = True
             self._batcher.close()
+            if self._keeper is not None:
+                self._keeper.close()
             self._model.close()
             self._preparer.close()
 

@@ -64,6 +64,11 @@ class Wish:
     preserved: frozenset[int] = frozenset()
     is_extra: bool = False
 
+    @property
+    def takes_states(self) -> bool:
+        """Whether its prompt may begin with a saved state: not if all of it is judged, or the first answer reads it."""
+        return not (self.judge_prompt or self.is_extra)
+
 
 class Generation(Job[Chunk]):
     """`pending` is the sampled token that the next batch has to decode.
@@ -108,6 +113,7 @@ class Generation(Job[Chunk]):
         self.pending: int | None = None
         self.ended = False
         self.cached_tokens: int | None = None  # of the prompt; None until it has had a slot
+        self.n_shared = 0  # tokens of its prompt that an earlier one began with, too
         self.postponed_at = -1  # when it lost its slot: a count of the batcher's
         self._budget = budget
         self._prompt_tokens = len(prompt)

@@ -3,6 +3,7 @@
 A prompt is a list of tokens. What is no text takes as many of them as it takes cells of the cache. They are negative,
 made from a hash of what it is, how long it is, and their place in it. So equal tokens mean equal pictures, all of them:
 what finds equal beginnings needs to know nothing of pictures, and no beginning ends inside one.
+These numbers have 128 bits. What must be small knows them by 31 of these (`folded`), and only looks for candidates.
 """
 
 from __future__ import annotations
@@ -47,6 +48,32 @@ class Medium:
     @property
     def tokens(self) -> list[int]:
         return [self._first - place for place in range(self.n_tokens)]
+
+
+_FOLDED = 0x7FFF_FFFF
+
+
+def folded(tokens: Sequence[int]) -> array[int]:
+    """The tokens, in 4 bytes each. Other pictures may look like these: whoever compares so must look again."""
+    try:
+        return array("i", tokens)
+    except OverflowError:
+        return array("i", [token if token >= 0 else -1 - (-1 - token & _FOLDED) for token in tokens])
+
+
+def media_runs(tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """Where among `tokens` each medium begins, and of how many it is."""
+    runs: list[tuple[int, int]] = []
+    if min(tokens, default=0) >= 0:
+        return runs
+    for at, token in enumerate(tokens):
+        if token >= 0:
+            continue
+        if runs and sum(runs[-1]) == at and tokens[at - 1] == token + 1:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((at, 1))
+    return runs
 
 
 class Placed(NamedTuple):
@@ -120,16 +147,40 @@ class Reading:
         return tokens
 
 
-class Media:
-    """Where in a prompt its pictures and sounds are."""
+class Places:
+    """Where in a prompt pictures and sounds are, and what that does to positions. It holds nothing of them."""
+
+    def __init__(self, spans: Sequence[tuple[int, int, int]]) -> None:
+        """`spans`: where each begins and ends, and its positions."""
+        self._spans = spans
+        self._saved = list(accumulate((end - start - n_positions for start, end, n_positions in spans), initial=0))
+
+    def position(self, count: int) -> int:
+        """Of what comes after the first `count` tokens, which end in no picture."""
+        return count - self._saved[sum(end <= count for _, end, _ in self._spans)]
+
+    def whole(self, count: int) -> int:
+        """So many tokens, or fewer: those before the picture that they would end in."""
+        return next((start for start, end, _ in self._spans if start < count < end), count)
+
+
+NO_PLACES = Places(())
+
+
+class Media(Places):
+    """The pictures and sounds of a prompt, in their places."""
 
     def __init__(self, placed: Sequence[Placed]) -> None:
+        super().__init__([(each.start, each.end, each.medium.n_positions) for each in placed])
         self._placed = placed
-        saved = accumulate((each.end - each.start - each.medium.n_positions for each in placed), initial=0)
-        self._saved = list(saved)
 
     def __bool__(self) -> bool:
         return bool(self._placed)
+
+    @property
+    def places(self) -> Places:
+        """Without the pictures themselves, which are large."""
+        return Places(self._spans) if self._placed else NO_PLACES
 
     def at(self, count: int) -> Placed | None:
         """What comes, or goes on, after the first `count` tokens; None: text."""
@@ -138,14 +189,6 @@ class Media:
     def text_end(self, start: int, end: int) -> int:
         """Up to where between `start` and `end` there is text only."""
         return min([end, *(max(start, each.start) for each in self._placed if each.end > start)])
-
-    def position(self, count: int) -> int:
-        """Of what comes after the first `count` tokens, which end in no picture."""
-        return count - self._saved[sum(each.end <= count for each in self._placed)]
-
-    def whole(self, count: int) -> int:
-        """So many tokens, or fewer: those before the picture that they would end in."""
-        return next((each.start for each in self._placed if each.start < count < each.end), count)
 
 
 NO_MEDIA = Media(())

@@ -3,8 +3,8 @@
 A *state* is what llama.cpp keeps of a sequence (`llama_state_seq_get_data`). One file holds one state, with its tokens
 and checkpoints. Files lie in a folder that is named by their *origin*: all that must be equal for a state to be of use.
 New files lie in the page cache, which is RAM that the kernel gives back when somebody needs it. So no budget of RAM is
-booked for them; their bytes on disk have a limit, and the files that were used longest ago go first.
-A file is written under another name first, and has a checksum: an incomplete or damaged one is never loaded.
+booked for them. Their bytes on disk have a limit, which sources share: whoever holds most loses what he used longest
+ago. A file's name says whose it is, by a hash.
 Files and folders are private to the user. What is on disk is what was said, in the model's own terms.
 """
 
@@ -14,37 +14,24 @@ import contextlib
 import hashlib
 import json
 import logging
-import mmap
 import os
 import struct
 import time
-import zlib
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from actors.serving.model import Adapters
+from actors.serving.pieces import folded
 from actors.serving.protocol import LoadSpec
-from actors.serving.slots import common_prefix
-from actors.serving.states import Checkpoint, SavedState, drop
-
-Bytes = npt.NDArray[np.uint8]
-
-BYTES_PER_S = 500e6
-"""At which a state is taken to be written, and to be read: that of a SATA SSD. Within the page cache it is more."""
+from actors.serving.slot import common_prefix
+from actors.serving.state_files import Bytes, Glance, Part, glance, read_state
+from actors.serving.states import Checkpoint, SavedState, Speeds, drop
 
 ABANDONED_S = 3600.0
 """A file that is still incomplete after this time belongs to a process that has ended."""
 
-_HEAD = struct.Struct("<8sIIQf")  # magic, tokens, checkpoints, bytes of the state, tokens/s
-_CHECKSUM = struct.Struct("<I")  # of all else
-_FIRST = _HEAD.size + _CHECKSUM.size  # where the tokens begin
-_CHECKPOINT = struct.Struct("<IQ")  # tokens, bytes
-_MAGIC = b"arriero1"
 _HASHED_BYTES = 1 << 20  # of the model's file: its header
 
 log = logging.getLogger(__name__)
@@ -56,8 +43,8 @@ def states_folder() -> Path:
 
 
 def origin_of(spec: LoadSpec, adapters: Adapters = ()) -> str:
-    """A digest of the model's file, of the adapters that are used, and of all parameters that a state depends on.
-    Raises OSError."""
+    """A digest of the model's file, of its projector and the adapters that are used, and of all parameters that a state
+    depends on. Raises OSError."""
     context = spec.context
     parts = [
         _file(spec.path), version("llama-cpp-python"),
@@ -65,6 +52,7 @@ def origin_of(spec: LoadSpec, adapters: Adapters = ()) -> str:
         context.n_ctx_slot,  # by which LongRoPE chooses its factors
         context.n_seq_max, context.kv_unified,
         [(_file(spec.adapters[number].path), scale) for number, scale in adapters],
+        _file(spec.mmproj) if spec.mmproj else None,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -76,21 +64,26 @@ def _file(path: str) -> tuple[str, int, int]:
         return hashlib.sha256(file.read(_HASHED_BYTES)).hexdigest(), facts.st_size, facts.st_mtime_ns
 
 
-def gain_s(n_tokens: int, tokens_per_s: float, state_bytes: int) -> float:
-    """Seconds that are saved when a state is loaded instead of `n_tokens` being read."""
-    return n_tokens / tokens_per_s - state_bytes / BYTES_PER_S if tokens_per_s > 0 else 0.0
+def gain_s(n_tokens: int, tokens_per_s: float, moving_s: float) -> float:
+    """Seconds that are saved when a state is moved for so long instead of `n_tokens` being read."""
+    return n_tokens / tokens_per_s - moving_s if tokens_per_s > 0 else 0.0
 
 
 class SavedStates:
-    """Those of one origin. `find` may be called from any thread; `save` by one at a time."""
+    """Those of one origin. `find` may be called from any thread; `begin` and `save` by one at a time."""
 
-    def __init__(self, root: Path, origin: str, most_bytes: int) -> None:
-        """`most_bytes`: of the files of all origins under `root`."""
+    def __init__(
+        self, root: Path, origin: str, most_bytes: int, speeds: Speeds | None = None, *, can_cut: bool = True
+    ) -> None:
+        """`most_bytes`: of the files of all origins under `root`. `can_cut`: a state serves all that begins as it does;
+        else only what begins with one of its checkpoints, or with all of it."""
         self._root = root
         self._folder = root / origin
         self._most_bytes = most_bytes
+        self._speeds = speeds or Speeds()
+        self._can_cut = can_cut
         self._seen_ns = 0
-        self._tokens: dict[Path, tuple[array[int], float, int]] = {}  # what it read, how fast, bytes of the state
+        self._files: dict[Path, Glance] = {}
 
     def find(self, prompt: Sequence[int], n_known: int) -> SavedState | None:
         """The state that spares most of the prompt, if that is worth it. `n_known`: tokens that are there anyway."""
@@ -102,13 +95,71 @@ class SavedStates:
 
     def _find(self, prompt: Sequence[int], n_known: int) -> SavedState | None:
         best: tuple[float, Path] | None = None
-        wanted = array("i", prompt)
-        for path, (tokens, tokens_per_s, state_bytes) in self._index().items():
-            common = common_prefix(tokens, wanted)
-            gain = gain_s(common - n_known, tokens_per_s, state_bytes)
+        self._look()
+        wanted = folded(prompt[:-1])  # the last one is read in any case
+        for path, known in self._files.items():
+            spared = self._usable(known.tokens, known.ends, common_prefix(known.tokens, wanted)) - n_known
+            gain = gain_s(spared, known.tokens_per_s, self._speeds.restoring_s(known.state_bytes))
             if gain > 0 and (best is None or gain > best[0]):
                 best = gain, path
         return self._read(best[1]) if best else None
+
+    def _usable(self, tokens: Sequence[int], ends: Sequence[int], common: int) -> int:
+        """How much of `common` leading tokens a state can be set back to."""
+        if self._can_cut or common == len(tokens):
+            return common
+        return max((end for end in ends if end <= common), default=0)
+
+    def begin(
+        self,
+        tokens: Sequence[int],
+        checkpoints: Sequence[Checkpoint],
+        state_bytes: int,
+        tokens_per_s: float,
+        source: str,
+        *,
+        in_ram: bool = False,
+    ) -> Part | None:
+        """A file for a state of `state_bytes`; `complete` it. `in_ram`: see `Part`. None where it cannot
+        be saved, or where it does not pay."""
+        if not self.pays(tokens, state_bytes, tokens_per_s, in_ram=in_ram):
+            return None
+        name = hashlib.sha256(folded(tokens).tobytes()).hexdigest()[:32]
+        whose = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+        try:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            path = self._folder / f"{name}-{whose}.state"
+            return Part(path, tokens, checkpoints, state_bytes, tokens_per_s, in_ram=in_ram)
+        except OSError as error:  # the disk is full, or not ours to write to
+            log.warning("a conversation was not saved: %s", error)
+            return None
+
+    def pays(self, tokens: Sequence[int], state_bytes: int, tokens_per_s: float, *, in_ram: bool = False) -> bool:
+        """Whether to save and load such a state takes less time than to read again what no known file has. Nobody waits
+        until what is copied to RAM is written."""
+        held = folded(tokens)
+        usable = (
+            self._usable(each.tokens, each.ends, common_prefix(each.tokens, held)) for each in self._files.values()
+        )
+        saving = self._speeds.copying if in_ram else self._speeds.saving
+        moving_s = saving.seconds(state_bytes) + self._speeds.restoring_s(state_bytes)
+        return gain_s(len(tokens) - max(usable, default=0), tokens_per_s, moving_s) > 0
+
+    def complete(self, part: Part) -> bool:
+        """The state is in its memory. False where it could not be kept."""
+        try:
+            if not self._make_room(part):
+                return False
+            part.finish()
+            self._look()
+        except OSError as error:
+            log.warning("a conversation was not saved: %s", error)
+            return False
+        finally:
+            part.discard()
+        self._drop_beginnings(part)
+        return True
 
     def save(
         self,
@@ -117,146 +168,103 @@ class SavedStates:
         state_bytes: int,
         write: Callable[[Bytes], bool],
         tokens_per_s: float,
+        source: str = "",
     ) -> bool:
-        """Saves a state of `state_bytes`, which `write` puts into the memory that it is given. False where it cannot be
-        saved, or where it is not worth it: reading again what no other file has takes less time than saving and loading
-        it."""
-        held = array("i", tokens)
-        known = max((common_prefix(others, held) for others, _, _ in self._index().values()), default=0)
-        if gain_s(len(tokens) - known, tokens_per_s, 2 * state_bytes) <= 0:
+        """All at once: a state that `write` puts into the memory that it is given. False where it was not saved."""
+        with contextlib.suppress(OSError):
+            self._look()
+        began_s = time.perf_counter()
+        part = self.begin(tokens, checkpoints, state_bytes, tokens_per_s, source)
+        if part is None:
             return False
-        path = self._folder / f"{hashlib.sha256(held.tobytes()).hexdigest()[:32]}.state"
-        table = b"".join(_CHECKPOINT.pack(each.n_tokens, len(each.state)) for each in checkpoints)
-        head = _HEAD.pack(_MAGIC, len(held), len(checkpoints), state_bytes, tokens_per_s)
-        smaller = b"".join([held.tobytes(), table, *(each.state.tobytes() for each in checkpoints)])
-        begins = _FIRST + len(smaller)
-        try:
-            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            if not self._make_room(begins + state_bytes):
-                return False
-            part = path.with_suffix(f".{os.getpid()}")
-            try:
-                with _mapped(part, begins + state_bytes) as pages:
-                    pages[_FIRST:begins] = smaller
-                    memory = np.frombuffer(pages, np.uint8)
-                    written = write(memory[begins:])
-                    checksum = zlib.crc32(memory[_FIRST:].data, zlib.crc32(head))
-                    del memory  # or the pages could not be given back
-                    pages[:_FIRST] = head + _CHECKSUM.pack(checksum)
-                if not written:
-                    return False
-                part.rename(path)
-            finally:
-                part.unlink(missing_ok=True)
-        except OSError as error:  # the disk is full, or not ours to write to
-            log.warning("a conversation was not saved: %s", error)
+        if not write(part.memory):
+            part.discard()
             return False
-        self._drop_beginnings(path, held)
-        return True
+        self._speeds.saving.took(state_bytes, time.perf_counter() - began_s)
+        return self.complete(part)
 
     # ------------------------------------------------------------------ files
 
-    def _index(self) -> dict[Path, tuple[array[int], float, int]]:
-        """The files that are there; looked up again when the folder has changed."""
+    def _look(self) -> None:
+        """Which files are there; looked up again when the folder has changed. Raises OSError."""
         try:
             changed_ns = self._folder.stat().st_mtime_ns
-        except OSError:
-            return {}
-        if changed_ns != self._seen_ns:
-            found = {}
-            for path in self._folder.glob("*.state"):
-                try:
-                    known = self._tokens.get(path) or _glance(path)
-                except OSError:  # it is gone, or cannot be read now
-                    continue
-                if known is not None:
-                    found[path] = known
-                else:
-                    drop(path)
-            self._tokens, self._seen_ns = found, changed_ns
-        return self._tokens
+        except FileNotFoundError:
+            self._files = {}
+            return
+        if changed_ns == self._seen_ns:
+            return
+        found = {}
+        for path in self._folder.glob("*.state"):
+            try:
+                known = self._files.get(path) or glance(path)
+            except OSError:  # it is gone, or cannot be read now
+                continue
+            if known is not None:
+                found[path] = known
+            else:
+                drop(path)
+        self._files, self._seen_ns = found, changed_ns
 
     def _read(self, path: Path) -> SavedState | None:
-        """A file's state, which stays in the file until it is used; None, and the file is gone, if it is damaged."""
+        """A file's state; None, and the file is gone, if it is damaged."""
+        began_s = time.perf_counter()
         try:
-            with path.open("rb") as file:
-                pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            _, n_tokens, n_checkpoints, state_bytes, tokens_per_s = _HEAD.unpack_from(pages)
-            memory = np.frombuffer(pages, np.uint8)
-            checksum = zlib.crc32(memory[_FIRST:].data, zlib.crc32(pages[: _HEAD.size]))
-            if _CHECKSUM.unpack_from(pages, _HEAD.size) != (checksum,):
-                raise ValueError("its checksum is wrong")
-            at = _FIRST + 4 * n_tokens
-            tokens = memory[_FIRST:at].view(np.int32).tolist()
-            sizes = list(_CHECKPOINT.iter_unpack(pages[at : at + n_checkpoints * _CHECKPOINT.size]))
-            at += n_checkpoints * _CHECKPOINT.size
-            checkpoints = []
-            for of_tokens, count in sizes:
-                checkpoints.append(Checkpoint(of_tokens, memory[at : at + count].copy()))
-                at += count
-            with contextlib.suppress(OSError):
-                os.utime(path)
-            return SavedState(tokens, checkpoints, memory[at : at + state_bytes], tokens_per_s, path)
+            saved = read_state(path)
         except FileNotFoundError:  # it made room for others
             return None
         except (ValueError, struct.error) as error:
             log.warning("%s: %s", path, error)
             drop(path)
             return None
+        self._speeds.reading.took(len(saved.state), time.perf_counter() - began_s)
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return saved
 
-    def _make_room(self, wanted_bytes: int) -> bool:
-        """Whether the files of all origins leave room for so many bytes, without those that were used longest ago."""
+    def _make_room(self, part: Part) -> bool:
+        """Whether the files of all origins keep to their limit, those under way too, after some had to go. Whoever
+        holds most loses what he used longest ago."""
         files: list[tuple[float, int, Path]] = []
+        held = Counter({_owner(part.path): part.n_bytes if part.in_ram else 0})  # else it is among the files
         for path in self._root.glob("*/*"):
             with contextlib.suppress(OSError):  # another runner has deleted it
                 facts = path.stat()
-                if path.suffix != ".state" and time.time() - facts.st_mtime > ABANDONED_S:
-                    path.unlink()
-                else:
+                if path.suffix == ".state":
                     files.append((facts.st_mtime, facts.st_size, path))
-        there = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if there + wanted_bytes <= self._most_bytes:
-                break
+                elif time.time() - facts.st_mtime > ABANDONED_S:
+                    path.unlink()
+                    continue
+                held[_owner(path)] += facts.st_size
+        files.sort()
+        victims: list[Path] = []
+        while held.total() > self._most_bytes:
+            most = max(held.values())
+            oldest = next((each for each in files if held[_owner(each[2])] == most), None)
+            if oldest is None:  # what is under way is more than anybody else holds
+                return False
+            files.remove(oldest)
+            _, size, path = oldest
+            held[_owner(path)] -= size
+            victims.append(path)
+        for path in victims:
             path.unlink(missing_ok=True)
-            there -= size
             if path.parent != self._folder:
                 with contextlib.suppress(OSError):  # others are in it
                     path.parent.rmdir()
-        return there + wanted_bytes <= self._most_bytes
+        return True
 
-    def _drop_beginnings(self, new: Path, tokens: array[int]) -> None:
-        """Files whose tokens are the beginning of those in `new` are of no more use."""
-        for path, (shorter, _, _) in self._index().items():
-            if path != new and tokens[: len(shorter)] == shorter:
+    def _drop_beginnings(self, new: Part) -> None:
+        """Files that serve nothing that the new one does not serve are of no more use."""
+        made = self._files.get(new.path)
+        for path, shorter in self._files.items():
+            count = len(shorter.tokens)
+            is_beginning = path != new.path and new.tokens[:count] == shorter.tokens
+            if is_beginning and made is not None and self._usable(made.tokens, made.ends, count) == count:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
 
-def _glance(path: Path) -> tuple[array[int], float, int] | None:
-    """A file's tokens, how fast they were read, and the bytes of the state; None for what cannot be one."""
-    try:
-        with path.open("rb") as file:
-            n_bytes = os.fstat(file.fileno()).st_size
-            magic, n_tokens, _, state_bytes, tokens_per_s = _HEAD.unpack(file.read(_HEAD.size))
-            if magic != _MAGIC or _FIRST + 4 * n_tokens + state_bytes > n_bytes:
-                return None
-            file.seek(_FIRST)
-            return array("i", file.read(4 * n_tokens)), tokens_per_s, state_bytes
-    except (ValueError, struct.error):
-        return None
-
-
-@contextlib.contextmanager
-def _mapped(path: Path, n_bytes: int) -> Iterator[mmap.mmap]:
-    """A new file of so many bytes, as memory. They are set aside at once: on a full disk, writing to memory would end
-    the process. Raises OSError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.posix_fallocate(descriptor, 0, n_bytes)
-        pages = mmap.mmap(descriptor, n_bytes)
-    finally:
-        os.close(descriptor)
-    with pages:
-        yield pages
+def _owner(path: Path) -> str:
+    """Whose state a file is, by the hash in its name."""
+    return path.stem.rpartition("-")[2]

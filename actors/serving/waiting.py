@@ -9,7 +9,7 @@ from actors.serving.generation import Generation
 from actors.serving.jobs import Job
 from actors.serving.model import Adapters
 from actors.serving.pieces import Medium
-from actors.serving.slots import Slot
+from actors.serving.slot import Slot
 
 
 def is_being_chosen(job: Job[Any]) -> bool:

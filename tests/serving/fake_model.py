@@ -6,6 +6,7 @@ an answer is right only if the slot's memory is the prompt and the answer.
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -174,12 +175,28 @@ class FakeModel:
         self.memory[sequence].clear()
 
     def save_state(self, sequence: int) -> Any:
-        return list(self.memory[sequence])
+        return np.array([token & 255 for token in self.memory[sequence]], np.uint8)
 
     def load_state(self, sequence: int, state: Any, kept: int) -> bool:
         """The rest of what a sequence holds must still be there."""
-        assert len(state) == kept and self.memory[sequence][:kept] == state
+        assert len(state) == kept and [token & 255 for token in self.memory[sequence][:kept]] == state.tolist()
         del self.memory[sequence][kept:]
+        return True
+
+    def sequence_bytes(self, sequence: int) -> int:
+        return len(pickle.dumps(self.memory[sequence]))
+
+    def save_sequence(self, sequence: int, into: Any) -> bool:
+        assert threading.current_thread() is self.warmed_in
+        into[:] = np.frombuffer(pickle.dumps(self.memory[sequence]), np.uint8)
+        return True
+
+    def load_sequence(self, sequence: int, state: Any) -> bool:
+        assert threading.current_thread() is self.warmed_in and not self.memory[sequence]
+        loaded = pickle.loads(state.tobytes())
+        if sum(map(len, self.memory)) + len(loaded) > self.room:
+            return False
+        self.memory[sequence] += loaded
         return True
 
     def copy_prefix(self, source: int, sequence: int, count: int) -> None:

@@ -18,7 +18,7 @@ from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Results
 from actors.serving.model import Adapters, Row
 from actors.serving.protocol import LoadAdapter
-from actors.serving.slots import Slot, best_slot
+from actors.serving.slot import Slot, best_slot
 from actors.serving.text import TextStream
 from actors.serving.turns import TURN_S, Turns
 

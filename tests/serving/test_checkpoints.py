@@ -10,11 +10,11 @@ from fake_model import FakeModel, expected, heard, job, submitted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.serving import slots
+from actors.serving import holdings
 from actors.serving.batcher import Batcher
 from actors.serving.engine import Engine
+from actors.serving.holdings import CHECKPOINT_TAIL, LEAST_BETWEEN
 from actors.serving.protocol import GenerateRequest, Sampling, content_of
-from actors.serving.slots import CHECKPOINT_TAIL, LEAST_BETWEEN
 from scheduler.costs.cache import window_and_state_bytes
 from scheduler.costs.host import CHECKPOINTS_PER_SLOT
 from scheduler.costs.shape import read_shape
@@ -52,7 +52,7 @@ def test_a_slot_keeps_the_latest(running: Any) -> None:
 
 def test_all_slots_share_the_room(running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one idle for longest gives way."""
-    monkeypatch.setattr(slots, "MOST_CHECKPOINT_BYTES", len(PROMPT))
+    monkeypatch.setattr(holdings, "MOST_CHECKPOINT_BYTES", len(PROMPT))
     batcher = running(FakeModel(2, n_ubatch=64, can_cut=False))
     other = [9, *PROMPT[1:]]
     answered(batcher, PROMPT)

@@ -20,6 +20,7 @@ from projector_files import write_as_qwen2vl, write_gemma3, write_llava, write_q
 from actors.devices.virtual import create_virtual_gpus, read_virtual_gpu, start_device_process
 from actors.serving import native
 from actors.serving.engine import Engine
+from actors.serving.keeping import Keeper
 from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, LoadFailed, Sampling, content_of, deltas_of
 from actors.serving.sampling import build_sampler
 from scheduler.costs.projector import most_image_tokens
@@ -157,6 +158,32 @@ def test_what_was_seen_is_found_again(kind: str, seeing: Any) -> None:
     if kind != "window":  # a window has dropped what an earlier cut needs
         _, half = told(engine, ask(message("Once more: ", one, " or ", one, " it?")))
         assert plain.prompt_tokens // 2 + n_seen // 4 < half.cached_tokens < first.prompt_tokens - 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_seen_outlives_its_model(
+    kind: str, files: Any, spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Keeper, "tokens_read_per_s", 100.0)
+    (model, mmproj), (one, other) = files(kind), two(kind)
+    wanted = replace(
+        spec(model, n_ctx=1024, n_ubatch=N_UBATCH, **EXACT), mmproj=str(mmproj), saved_state_bytes=64 * MIB
+    )
+    chat = message("What is on the left, ", one, " and what here: ", other, " Tell me!")
+    changed = message("What is on the left, ", other, " and what here: ", one, " Tell me!")
+    with contextlib.closing(Engine(wanted)) as engine:
+        said, first = told(engine, ask(chat))
+        assert engine.park() == 1
+    with contextlib.closing(Engine(wanted)) as engine:
+        encoded, encode = [], engine._model.encode
+        monkeypatch.setattr(engine._model, "encode", lambda medium: encoded.append(medium) or encode(medium))
+        again, last = told(engine, ask(chat))
+        assert again == said and not encoded and first.prompt_tokens - 5 <= last.cached_tokens < first.prompt_tokens
+        turned, last = told(engine, ask(changed))
+        assert encoded and last.cached_tokens < first.prompt_tokens // 2
+    with contextlib.closing(Engine(replace(wanted, saved_state_bytes=0))) as engine:
+        assert told(engine, ask(changed))[0] == turned
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2vl"])
