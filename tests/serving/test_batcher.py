@@ -12,6 +12,7 @@ import pytest
 from fake_model import FakeModel, PooledModel, expected, heard, job, submitted, talkative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import wait_until
 
 from actors.devices.cores import Cores
 from actors.serving.batcher import Batcher
@@ -57,7 +58,7 @@ def test_every_answer_is_that_of_a_clean_run(
             assert last.cached_tokens < len(prompt)
             assert last.completion_tokens == len(heard(chunks)[0].split())
             assert one.sampler.closed
-        assert batcher.jobs() == []
+        wait_until(lambda: not batcher.jobs())  # a job's end is heard before its slot is free
     finally:
         batcher.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from patience import wait_until
 
 from actors.devices.byte_count import ByteCount
 from actors.endpoint import Endpoint
@@ -49,13 +49,6 @@ def start(cluster: None) -> Iterator[Callable[[], Any]]:
 
 def got(reference: Any) -> Any:
     return ray.get(reference, timeout=60)
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.01)
 
 
 Answer = tuple[str, TokenCounts | ArrieroError]
