@@ -9,20 +9,22 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 from mtmd_baseline import answer_of
 from picture_files import bmp, gif, jpeg_head, png, png_of, wav
 from projector_files import write_as_qwen2vl, write_gemma3, write_llava, write_qwen2vl, write_ultravox
+from sound_files import flac, flac_bomb, mp3
 
 from actors.devices.virtual import create_virtual_gpus, read_virtual_gpu, start_device_process
 from actors.serving import native
 from actors.serving.engine import Engine
 from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, LoadFailed, Sampling, content_of, deltas_of
 from actors.serving.sampling import build_sampler
-from scheduler.costs.projector import most_image_tokens
-from scheduler.errors import Rejected
+from scheduler.costs.projector import read_projector
+from scheduler.errors import EngineFailed, Rejected
 from scheduler.units import MIB, NodeId
 
 pytestmark = pytest.mark.llama
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.llama
 KINDS = ("llava", "gemma3", "qwen2vl", "ultravox", "window")
 EXACT = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
 N_UBATCH = 64
+SOUNDS = (b"RIFF", b"ID3", b"fLaC", b"\xff\xfb")
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +84,7 @@ def message(*parts: str | bytes, role: str = "user") -> dict[str, Any]:
     content = [
         {"type": "text", "text": part}
         if isinstance(part, str)
-        else {"type": "audio" if part[:4] in (b"RIFF", b"ID3\3") else "image", "data": b64encode(part).decode()}
+        else {"type": "audio" if part.startswith(SOUNDS) else "image", "data": b64encode(part).decode()}
         for part in parts
     ]
     return {"role": role, "content": content}
@@ -226,7 +229,12 @@ BROKEN = png(1)[:500]
         ("llava", ["x", BOMB, "y"], "broken|memory|computing"),
         ("llava", ["x", wav(440)], "this model takes no sounds"),
         ("ultravox", ["x", png(1)], "this model takes no images"),
-        ("ultravox", ["x", b"ID3\3" + b"x" * 900, "y"], "must be a WAV"),
+        ("ultravox", ["x", b"ID3\3" + b"x" * 900, "y"], "sound 1 is a broken MP3"),
+        ("ultravox", ["x", b"RIFF" + b"x" * 900, "y"], "must be an MP3, a FLAC, or a WAV"),
+        ("ultravox", ["x", mp3(1), flac(440)[:60], "y"], "sound 2 is a broken FLAC"),
+        ("ultravox", ["x", flac_bomb(300_000), "y"], "longer than 600.0 s"),
+        ("ultravox", ["x", flac_bomb(300_000, 655_350), "y"], "longer than 600.0 s|more than 5 s of computing"),
+        ("ultravox", ["x", flac(440), *[mp3(1)] * 20, "y"], "longer than 0.0 s"),
         ("ultravox", ["x", wav(440)[:44], "y"], "it has no samples"),
         ("ultravox", ["x", wav(440, 601, 8000, 1, 1), "y"], "601.0 s long"),
         ("ultravox", ["x", *[wav(440, 0.1, 8000, 1, 1)] * 21, "y"], "counts as 30 s"),
@@ -268,17 +276,32 @@ def test_a_sound_of_any_length_is_heard(seconds: float, seeing: Any) -> None:
     assert told(seeing("ultravox"), ask(message("x", file, "y"), max_tokens=2))[1].completion_tokens == 2
 
 
+@pytest.mark.parametrize("file", [flac(440, 0.3), flac(440, 31, 8000, 1), mp3(0.01), mp3(31)])
+def test_compressed_sounds_are_heard(file: bytes, seeing: Any) -> None:
+    plain = told(seeing("ultravox"), ask(message("x", "y"), max_tokens=2))[1]
+    heard = told(seeing("ultravox"), ask(message("x", file, "y"), max_tokens=2))[1]
+    assert heard.completion_tokens == 2 and heard.prompt_tokens - plain.prompt_tokens >= 75 - 4
+
+
+def test_ten_minutes_of_music_fit_their_child(seeing: Any) -> None:
+    """They are more tokens than the slot has, so only the preparer hears them."""
+    for file in (mp3(599), flac_bomb(400)):
+        with pytest.raises(Rejected, match=r"prompt is .* tokens; the slot holds 1024"):
+            list(seeing("ultravox").generate(ask(message("x", file, "y"))))
+
+
 def test_a_large_picture_fits_its_childs_memory(seeing: Any) -> None:
     """The costliest kind: 16 bits, four channels."""
     large = png_of(4096, 4096, b"\0" * (4096 * (1 + 8 * 4096)), 16, 6)
     assert told(seeing("llava"), ask(message("x", large, "y"), max_tokens=2))[1].completion_tokens == 2
 
 
-def test_no_picture_needs_more_than_was_booked(seeing: Any) -> None:
+def test_no_picture_needs_more_than_was_booked(seeing: Any, files: Any) -> None:
     """Qwen's projector takes pictures of any size, and its buffers would grow with them."""
     side = 46 * 28 * 2  # twice the warm-up image's
     _, picture, _ = seeing("qwen2vl")._model.eyes.picture(side, side, bytes(3 * side * side))
-    assert picture.n_tokens <= most_image_tokens("qwen2vl_merger") == 46 * 46
+    (eyes,) = read_projector(files("qwen2vl")[1]).encoders
+    assert picture.n_tokens <= eyes.most_tokens == 46 * 46
 
 
 @pytest.mark.parametrize(("width", "channels", "rate"), [(1, 1, 8000), (2, 2, 44100), (3, 1, 16000), (4, 2, 48000)])
@@ -337,3 +360,57 @@ def test_a_projector_on_a_device_sees_the_same(files: Any, spec: Any, seeing: An
             if more:
                 assert told(engine, ask(chat))[0] == told(seeing("llava"), ask(chat))[0]
     assert used_bytes[1] - used_bytes[0] >= mmproj.stat().st_size // 2
+
+
+@pytest.fixture
+def on_device(spec: Any, tmp_path: Path) -> Iterator[Callable[..., tuple[Engine, int]]]:
+    """`on_device(model, mmproj or None, …)`: an engine on a virtual GPU, and the bytes that are used there."""
+    with contextlib.ExitStack() as held:
+
+        def load(model: Path, mmproj: Path | None, **context: Any) -> tuple[Engine, int]:
+            (gpu,) = create_virtual_gpus(NodeId("here"), (256 * MIB,), Path(mkdtemp(dir=tmp_path)))
+            device = LoadDevice(gpu.device_id, "rpc", 0, gpu.state_path, gpu.total_bytes)
+            loaded = spec(model, n_ctx=4096, n_ubatch=N_UBATCH, devices=(device,), n_gpu_layers=-1, **context)
+            process = held.enter_context(contextlib.closing(start_device_process(gpu.state_path, gpu.total_bytes)))
+            if mmproj is not None:
+                loaded = replace(loaded, mmproj=str(mmproj), mmproj_on_device=True)
+            engine = held.enter_context(contextlib.closing(Engine(loaded, [process.endpoint])))
+            return engine, read_virtual_gpu(gpu).used_bytes
+
+        yield load
+
+
+@pytest.mark.parametrize("most", [50 * 50, 56 * 56])
+def test_larger_pictures_take_what_is_booked_and_at_the_load(most: int, files: Any, on_device: Any) -> None:
+    model, mmproj = files("qwen2vl")
+    _, alone_bytes = on_device(model, None)
+    _, usual_bytes = on_device(model, mmproj)
+    engine, loaded_bytes = on_device(model, mmproj, image_max_tokens=most)
+    projector = read_projector(mmproj).taking(most)
+    booked = projector.on_device("rpc", flash_attn=True)
+    assert usual_bytes < loaded_bytes <= alone_bytes + booked.total_bytes
+    assert booked.compute_bytes <= 2.5 * (loaded_bytes - alone_bytes)  # a bound, but no wild one
+    side = projector.encoders[0].side_pixels
+    _, picture, _ = engine._model.eyes.picture(2 * side, side, bytes(3 * 2 * side * side))
+    assert 46 * 46 < picture.n_tokens <= most
+    long = png_of(2 * side, side, b"\0" * ((1 + 6 * side) * side))
+    assert told(engine, ask(message("x", long, "y"), max_tokens=2))[1].completion_tokens == 2
+
+
+def test_small_pictures_are_made_larger(files: Any, spec: Any) -> None:
+    model, mmproj = files("qwen2vl")
+    loaded = spec(model, n_ctx=1024, image_min_tokens=100, image_max_tokens=400)
+    with contextlib.closing(Engine(replace(loaded, mmproj=str(mmproj)))) as engine:
+        for side in (28, 56, 2000):
+            _, picture, _ = engine._model.eyes.picture(side, side, bytes(3 * side * side))
+            assert 100 <= picture.n_tokens <= 400
+
+
+def test_a_warm_up_that_fails_ends_the_load(files: Any, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise EngineFailed("no room")
+
+    monkeypatch.setattr("actors.serving.media.Projector.encode", refuse)
+    model, mmproj = files("qwen2vl")
+    with pytest.raises(LoadFailed, match="cannot encode a picture of 1400 x 1400 pixels: no room"):
+        Engine(replace(spec(model, image_max_tokens=2500), mmproj=str(mmproj)))
