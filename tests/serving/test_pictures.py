@@ -9,7 +9,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -21,10 +21,9 @@ from sound_files import flac, flac_bomb, mp3
 from actors.devices.virtual import create_virtual_gpus, read_virtual_gpu, start_device_process
 from actors.serving import native
 from actors.serving.engine import Engine
-from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, LoadFailed, Sampling, content_of, deltas_of
+from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, Sampling, content_of, deltas_of
 from actors.serving.sampling import build_sampler
-from scheduler.costs.projector import read_projector
-from scheduler.errors import EngineFailed, Rejected
+from scheduler.errors import Rejected
 from scheduler.units import MIB, NodeId
 
 pytestmark = pytest.mark.llama
@@ -182,6 +181,79 @@ def test_several_answers_see_one_picture(seeing: Any) -> None:
     assert ["".join(c.text for c in chunks if c.index == i) for i in range(3)] == [wanted] * 3
 
 
+def large(kind: str) -> tuple[bytes, ...]:
+    """More tokens than a micro-batch has, and both dimensions of a position matter."""
+    match kind:
+        case "qwen2vl":
+            return png(1, 28 * 11, 28 * 7), png(2, 28 * 5, 28 * 16)
+        case "ultravox":
+            return wav(440, 40), wav(3000, 2)
+        case _:
+            return png(1), png(2)
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2vl", "ultravox"])
+def test_pictures_that_are_read_in_pieces_beside_others_are_seen_as_by_libmtmds_helper(
+    kind: str, files: Any, spec: Any
+) -> None:
+    model, mmproj = files(kind)
+    n_ubatch = 16 if kind == "gemma3" else 13
+    loaded = spec(model, n_ctx=1024, n_ubatch=n_ubatch, n_seq_max=3, kv_unified=True, **EXACT)
+    chats = [message("What is on the left, ", *large(kind), " Tell me!"), message("And ", large(kind)[0], " here?")]
+    with contextlib.closing(Engine(replace(loaded, mmproj=str(mmproj)))) as engine:
+        shown = [large(kind), large(kind)[:1]]
+        prompts = [rendered(engine, chat) for chat in chats]
+        wanted = [answer_of(model, mmproj, prompts[at], shown[at], 24, n_ubatch=64) for at in (0, 1)]
+        answers = ["", "", ""]
+
+        def say(number: int) -> None:
+            request = ask(chats[number]) if number < 2 else ask(message("Tell me a story"), max_tokens=300)
+            answers[number] = told(engine, request)[0]
+
+        threads = [Thread(target=say, args=(number,)) for number in (2, 0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers[:2] == wanted and answers[2]
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2vl"])
+def test_who_leaves_in_the_midst_of_a_picture_leaves_a_slot_that_can_be_used(
+    kind: str, files: Any, spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, mmproj = files(kind)
+    loaded = replace(spec(model, n_ctx=1024, n_ubatch=7, n_seq_max=1, **EXACT), mmproj=str(mmproj))
+    with contextlib.closing(Engine(loaded)) as engine:
+        chat = message("What is on the left, ", *large(kind), " Tell me!")
+        decode, begun = engine._model.decode_media, list[int]()
+
+        def leave_after_the_second(pieces: Any) -> int:
+            code = decode(pieces)
+            begun.append(pieces[0].position)
+            if len(begun) == 2:
+                engine.cancel("leaver")
+            return int(code)
+
+        monkeypatch.setattr(engine._model, "decode_media", leave_after_the_second)
+        assert list(engine.generate(replace(ask(chat), lease_id="leaver"))) == [] and len(begun) == 2
+        text, last = told(engine, ask(chat))
+        assert last.cached_tokens == begun[0] == begun[1], "the text before it"
+        assert text == answer_of(model, mmproj, rendered(engine, chat), large(kind), 24, n_ubatch=64)
+
+
+def test_several_answers_with_a_grammar_open_their_picture_once(seeing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, opened = seeing("llava"), []
+    look = engine._model.eyes.picture
+    monkeypatch.setattr(engine._model.eyes, "picture", lambda *given: opened.append(given) or look(*given))
+    request = ask(message("What ", png(3), " is it?"), json_schema={"type": "object"}, max_tokens=200, n=2)
+    texts = ["", ""]
+    for chunk in engine.generate(request):
+        texts[chunk.index] += "".join(delta.content for delta in deltas_of(chunk))
+    assert len(opened) == 1
+    assert [text.lstrip()[:1] for text in texts] == ["{", "{"], texts
+
+
 def test_an_answer_about_a_picture_may_follow_a_schema(seeing: Any) -> None:
     request = ask(message("What ", png(3), " is it?"), json_schema={"type": "object"}, max_tokens=200)
     chunks = list(seeing("llava").generate(request))
@@ -296,37 +368,6 @@ def test_a_large_picture_fits_its_childs_memory(seeing: Any) -> None:
     assert told(seeing("llava"), ask(message("x", large, "y"), max_tokens=2))[1].completion_tokens == 2
 
 
-def test_no_picture_needs_more_than_was_booked(seeing: Any, files: Any) -> None:
-    """Qwen's projector takes pictures of any size, and its buffers would grow with them."""
-    side = 46 * 28 * 2  # twice the warm-up image's
-    _, picture, _ = seeing("qwen2vl")._model.eyes.picture(side, side, bytes(3 * side * side))
-    (eyes,) = read_projector(files("qwen2vl")[1]).encoders
-    assert picture.n_tokens <= eyes.most_tokens == 46 * 46
-
-
-@pytest.mark.parametrize(("width", "channels", "rate"), [(1, 1, 8000), (2, 2, 44100), (3, 1, 16000), (4, 2, 48000)])
-def test_a_tone_is_heard_alike_however_it_is_written(width: int, channels: int, rate: int) -> None:
-    import numpy as np
-
-    from actors.serving.media_files import sound
-
-    heard = sound(0, wav(1000, 1.0, rate, width, channels), 16000, 600)
-    assert abs(len(heard) - 16000) <= 1
-    tone = np.sin(np.arange(len(heard)) * 1000 * 2 * np.pi / 16000)
-    level = 100 / 128 if width == 1 else 0.5
-    assert np.abs(heard - level * tone)[200:-200].max() < 0.25 * level  # half a step of the coarse ones
-    assert np.corrcoef(heard, tone)[0, 1] > 0.99
-
-
-def test_tones_that_a_rate_cannot_hold_are_not_heard_as_others() -> None:
-    import numpy as np
-
-    from actors.serving.media_files import sound
-
-    heard = sound(0, wav(15000, 1.0, 44100), 16000, 600)
-    assert np.abs(heard[500:-500]).max() < 0.02
-
-
 def test_a_picture_that_must_be_read_at_once_needs_a_large_micro_batch(files: Any, spec: Any) -> None:
     model, mmproj = files("gemma3")
     loaded = replace(spec(model, n_ctx=1024, n_ubatch=8, **EXACT), mmproj=str(mmproj))
@@ -335,13 +376,6 @@ def test_a_picture_that_must_be_read_at_once_needs_a_large_micro_batch(files: An
         pytest.raises(Rejected, match="16 tokens that this model must read at once, and it is loaded for 8"),
     ):
         list(engine.generate(ask(message("x", png(1), "y"))))
-
-
-def test_a_file_that_is_no_projector_fails_the_load(sample: Any, spec: Any, tmp_path: Path) -> None:
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 100)
-    for path in (tmp_path / "bad.gguf", tmp_path / "missing.gguf", sample("llama")):
-        with pytest.raises(LoadFailed, match="projector"):
-            Engine(replace(spec(sample("llama")), mmproj=str(path)))
 
 
 def test_a_projector_on_a_device_sees_the_same(files: Any, spec: Any, seeing: Any, tmp_path: Path) -> None:
@@ -360,57 +394,3 @@ def test_a_projector_on_a_device_sees_the_same(files: Any, spec: Any, seeing: An
             if more:
                 assert told(engine, ask(chat))[0] == told(seeing("llava"), ask(chat))[0]
     assert used_bytes[1] - used_bytes[0] >= mmproj.stat().st_size // 2
-
-
-@pytest.fixture
-def on_device(spec: Any, tmp_path: Path) -> Iterator[Callable[..., tuple[Engine, int]]]:
-    """`on_device(model, mmproj or None, …)`: an engine on a virtual GPU, and the bytes that are used there."""
-    with contextlib.ExitStack() as held:
-
-        def load(model: Path, mmproj: Path | None, **context: Any) -> tuple[Engine, int]:
-            (gpu,) = create_virtual_gpus(NodeId("here"), (256 * MIB,), Path(mkdtemp(dir=tmp_path)))
-            device = LoadDevice(gpu.device_id, "rpc", 0, gpu.state_path, gpu.total_bytes)
-            loaded = spec(model, n_ctx=4096, n_ubatch=N_UBATCH, devices=(device,), n_gpu_layers=-1, **context)
-            process = held.enter_context(contextlib.closing(start_device_process(gpu.state_path, gpu.total_bytes)))
-            if mmproj is not None:
-                loaded = replace(loaded, mmproj=str(mmproj), mmproj_on_device=True)
-            engine = held.enter_context(contextlib.closing(Engine(loaded, [process.endpoint])))
-            return engine, read_virtual_gpu(gpu).used_bytes
-
-        yield load
-
-
-@pytest.mark.parametrize("most", [50 * 50, 56 * 56])
-def test_larger_pictures_take_what_is_booked_and_at_the_load(most: int, files: Any, on_device: Any) -> None:
-    model, mmproj = files("qwen2vl")
-    _, alone_bytes = on_device(model, None)
-    _, usual_bytes = on_device(model, mmproj)
-    engine, loaded_bytes = on_device(model, mmproj, image_max_tokens=most)
-    projector = read_projector(mmproj).taking(most)
-    booked = projector.on_device("rpc", flash_attn=True)
-    assert usual_bytes < loaded_bytes <= alone_bytes + booked.total_bytes
-    assert booked.compute_bytes <= 2.5 * (loaded_bytes - alone_bytes)  # a bound, but no wild one
-    side = projector.encoders[0].side_pixels
-    _, picture, _ = engine._model.eyes.picture(2 * side, side, bytes(3 * 2 * side * side))
-    assert 46 * 46 < picture.n_tokens <= most
-    long = png_of(2 * side, side, b"\0" * ((1 + 6 * side) * side))
-    assert told(engine, ask(message("x", long, "y"), max_tokens=2))[1].completion_tokens == 2
-
-
-def test_small_pictures_are_made_larger(files: Any, spec: Any) -> None:
-    model, mmproj = files("qwen2vl")
-    loaded = spec(model, n_ctx=1024, image_min_tokens=100, image_max_tokens=400)
-    with contextlib.closing(Engine(replace(loaded, mmproj=str(mmproj)))) as engine:
-        for side in (28, 56, 2000):
-            _, picture, _ = engine._model.eyes.picture(side, side, bytes(3 * side * side))
-            assert 100 <= picture.n_tokens <= 400
-
-
-def test_a_warm_up_that_fails_ends_the_load(files: Any, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise EngineFailed("no room")
-
-    monkeypatch.setattr("actors.serving.media.Projector.encode", refuse)
-    model, mmproj = files("qwen2vl")
-    with pytest.raises(LoadFailed, match="cannot encode a picture of 1400 x 1400 pixels: no room"):
-        Engine(replace(spec(model, image_max_tokens=2500), mmproj=str(mmproj)))
