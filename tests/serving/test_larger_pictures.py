@@ -23,9 +23,11 @@ from scheduler.units import MIB, NodeId
 
 pytestmark = pytest.mark.llama
 
+Files = tuple[Path, Path]
+
 
 @pytest.fixture(scope="module")
-def eyes(sample: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def eyes(sample: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A model and its projector, which takes pictures of any size."""
     folder = tmp_path_factory.mktemp("eyes")
     model = write_as_qwen2vl(folder / "qwen2vl.gguf", sample("llama", "f32"))
@@ -51,7 +53,9 @@ def on_device(spec: Any, tmp_path: Path) -> Iterator[Callable[..., tuple[Engine,
 
 
 @pytest.mark.parametrize("most", [50 * 50, 56 * 56])
-def test_larger_pictures_take_what_is_booked_and_at_the_load(most: int, eyes: tuple[Path, Path], on_device: Any) -> None:
+def test_larger_pictures_take_what_is_booked_and_at_the_load(
+    most: int, eyes: Files, on_device: Any
+) -> None:
     model, mmproj = eyes
     _, alone_bytes = on_device(model, None)
     _, usual_bytes = on_device(model, mmproj)
@@ -67,7 +71,7 @@ def test_larger_pictures_take_what_is_booked_and_at_the_load(most: int, eyes: tu
     assert told(engine, ask(message("x", long, "y"), max_tokens=2))[1].completion_tokens == 2
 
 
-def test_small_pictures_are_made_larger(eyes: tuple[Path, Path], spec: Any) -> None:
+def test_small_pictures_are_made_larger(eyes: Files, spec: Any) -> None:
     model, mmproj = eyes
     loaded = spec(model, n_ctx=1024, image_min_tokens=100, image_max_tokens=400)
     with contextlib.closing(Engine(replace(loaded, mmproj=str(mmproj)))) as engine:
@@ -76,7 +80,9 @@ def test_small_pictures_are_made_larger(eyes: tuple[Path, Path], spec: Any) -> N
             assert 100 <= picture.n_tokens <= 400
 
 
-def test_a_warm_up_that_fails_ends_the_load(eyes: tuple[Path, Path], spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_up_that_fails_ends_the_load(
+    eyes: Files, spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise EngineFailed("no room")
 
@@ -86,7 +92,7 @@ def test_a_warm_up_that_fails_ends_the_load(eyes: tuple[Path, Path], spec: Any, 
         Engine(replace(spec(model, image_max_tokens=2500), mmproj=str(mmproj)))
 
 
-def test_no_picture_needs_more_than_was_booked(eyes: tuple[Path, Path], spec: Any) -> None:
+def test_no_picture_needs_more_than_was_booked(eyes: Files, spec: Any) -> None:
     """The projector takes pictures of any size, and its buffers would grow with them."""
     model, mmproj = eyes
     side = 46 * 28 * 2  # twice the warm-up image's
