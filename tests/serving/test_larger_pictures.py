@@ -53,9 +53,7 @@ def on_device(spec: Any, tmp_path: Path) -> Iterator[Callable[..., tuple[Engine,
 
 
 @pytest.mark.parametrize("most", [50 * 50, 56 * 56])
-def test_larger_pictures_take_what_is_booked_and_at_the_load(
-    most: int, eyes: Files, on_device: Any
-) -> None:
+def test_larger_pictures_take_what_is_booked_and_at_the_load(most: int, eyes: Files, on_device: Any) -> None:
     model, mmproj = eyes
     _, alone_bytes = on_device(model, None)
     _, usual_bytes = on_device(model, mmproj)
@@ -80,9 +78,7 @@ def test_small_pictures_are_made_larger(eyes: Files, spec: Any) -> None:
             assert 100 <= picture.n_tokens <= 400
 
 
-def test_a_warm_up_that_fails_ends_the_load(
-    eyes: Files, spec: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_warm_up_that_fails_ends_the_load(eyes: Files, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise EngineFailed("no room")
 
