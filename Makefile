@@ -25,7 +25,9 @@ setup: .venv/ready
 ifneq ($(variant),$(installed))
 .venv/ready: FORCE
 endif
-.venv/ready: requirements/lock.txt requirements/llama.txt pyproject.toml setup/environment.py setup/llama_build.py setup/progress.py
+BUILT := setup/environment.py setup/llama_build.py setup/common_build.py setup/progress.py setup/llama_common/CMakeLists.txt \
+	actors/serving/llama_common.cpp actors/serving/sound_files.cpp
+.venv/ready: requirements/lock.txt requirements/llama.txt pyproject.toml $(BUILT)
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) setup/environment.py $(if $(variant),--variant $(variant))
 

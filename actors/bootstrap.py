@@ -31,8 +31,9 @@ from actors.gateway.address import check_exposure
 from actors.names import GATEWAY, GPU_PREFIX, NAMESPACE, NODE_PREFIX, RUNNER_PREFIX, SCHEDULER
 from actors.scheduler import SchedulerActor, SchedulerSettings
 from actors.turn import turn
-from scheduler.config import Catalogue, Server
+from scheduler.config import Catalogue
 from scheduler.errors import Rejected, Unavailable
+from scheduler.server import Server
 
 HEAD_RESOURCE = "node:__internal_head__"  # Ray gives it to the head node alone
 START_TIMEOUT_S = 60.0
@@ -116,7 +117,7 @@ def _start_all(catalogue: Catalogue, head: str, version: str, say: Say) -> str:
     port: int = catalogue.server.port or _get(scheduler.free_port.remote(host), "the scheduler does not start")
     say("starting the gateway")
     more_ports = (catalogue.server.ollama_port,) if catalogue.server.ollama_port else ()
-    listening = GatewaySettings(host, port, catalogue.server.keys, more_ports)
+    listening = GatewaySettings(host, port, catalogue.server.keys, more_ports, catalogue.server.media_hosts)
     gateway = _start(GatewayActor, GATEWAY, on_head, listening, scheduler)
     try:
         url: str = _get(gateway.url.remote(), "the gateway does not start")

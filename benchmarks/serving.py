@@ -150,7 +150,8 @@ def _run_arriero(folder: str, policy: dict[str, int], pipe: Connection) -> None:
     import os
 
     from arriero.machine import end_ray, start_ray
-    from scheduler.config import Catalogue, ModelParams, Policy, Server
+    from scheduler.config import Catalogue, ModelParams, Policy
+    from scheduler.server import Server
 
     state = start_ray()
     try:

@@ -9,23 +9,25 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from math import isqrt
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scheduler.errors import Rejected
+from scheduler.server import Server
 from scheduler.units import GIB, MIB, parse_bytes
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"type": ["integer", "string"]})]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 Slots = Annotated[int, Field(ge=1, le=64)] | Literal["auto"]
 Context = Annotated[int, Field(ge=256)] | Literal["auto"]
-UNNAMED_KEY = "unnamed"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}")
 NO_MMPROJ = "none"
 MOST_SCALE = 16.0
 """Of an adapter, either sign. At 16 two small models still wrote sentences, at 64 no word. And a number that overflows
 would stay in the cache and spoil the answers of others."""
+MOST_IMAGE_TOKENS = 2**14
 
 
 class _Strict(BaseModel):
@@ -143,6 +145,16 @@ class ModelEntry(ModelParams):
         description="projector for images or sound: GGUF file or glob on the nodes; left out: the only one in the "
         "model's folder, if it belongs to the model; none: no projector",
     )
+    image_min_tokens: int | None = Field(
+        None, ge=1, le=MOST_IMAGE_TOKENS, description="fewest tokens of a picture: smaller ones are made larger"
+    )
+    image_max_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_IMAGE_TOKENS,
+        description="most tokens of a picture, rounded down to a square number: larger ones are made smaller; none: "
+        "those of the projector's warm-up image",
+    )
 
     @field_validator("adapters")
     @classmethod
@@ -151,6 +163,20 @@ class ModelEntry(ModelParams):
             if not NAME.fullmatch(name):
                 raise ValueError(f"adapter name {name!r} may hold letters, digits and ._:@/+- only")
         return adapters
+
+    @field_validator("image_max_tokens")
+    @classmethod
+    def _square(cls, most: int | None) -> int | None:
+        """Pictures with as many tokens may be long or square; a square takes no less memory than any of them."""
+        return None if most is None else isqrt(most) ** 2
+
+    @model_validator(mode="after")
+    def _least_is_least(self) -> ModelEntry:
+        if self.image_min_tokens and self.image_max_tokens and self.image_min_tokens > self.image_max_tokens:
+            raise ValueError(
+                f"image_min_tokens {self.image_min_tokens} is more than image_max_tokens {self.image_max_tokens}"
+            )
+        return self
 
     @property
     def companion_paths(self) -> tuple[str, ...]:
@@ -248,46 +274,6 @@ class Reserves(_Strict):
     runner_overhead_bytes: Bytes = Field(
         128 * MIB, description="per replica: the runner's interpreter and libraries, in host RAM"
     )
-
-
-class Server(_Strict):
-    """The HTTP gateway."""
-
-    host: str = Field("127.0.0.1", description="address to listen on; other addresses than loopback need api_key")
-    port: int = Field(11535, ge=0, le=65535)
-    ollama_port: int | None = Field(
-        None,
-        ge=1,
-        le=65535,
-        description="a second port, for clients of Ollama, which look for 11434; none: no second one",
-    )
-    api_key: str | None = Field(None, min_length=8, description="clients send it as a bearer token")
-    api_keys: dict[str, Annotated[str, Field(min_length=8)]] = Field(
-        default_factory=dict, description="API keys of several users, by name: each has a fair share of the queue"
-    )
-
-    @property
-    def keys(self) -> dict[str, str]:
-        """All keys by name. The one without a name has none while nobody shares the cluster, else it is one of them."""
-        if self.api_key is None:
-            return self.api_keys
-        return {UNNAMED_KEY if self.api_keys else "": self.api_key, **self.api_keys}
-
-    @field_validator("api_keys")
-    @classmethod
-    def _unlike_the_unnamed(cls, keys: dict[str, str]) -> dict[str, str]:
-        if UNNAMED_KEY in keys:
-            raise ValueError(f"{UNNAMED_KEY!r} is the name of api_key; choose another name")
-        return keys
-
-    @model_validator(mode="after")
-    def _one_key_each(self) -> Server:
-        names: dict[str, str] = {}
-        for name, key in self.keys.items():
-            if key in names:
-                raise ValueError(f"{names[key] or 'api_key'} and {name} have the same key; give each user another key")
-            names[key] = name
-        return self
 
 
 class Catalogue(_Strict):

@@ -207,8 +207,8 @@ class SchedulerCore:
         self._dispatch.look_again()
         files = Files(event.path, event.adapters, event.mmproj)
         for model in self.models.shaped(event.node_id, files, event.shape, event.invalid, event.trouble):
-            if event.invalid:
-                self._out.announce("model_invalid", f"{model.name}: {event.invalid}", model.name)
+            if why := model.copies[event.node_id].invalid:
+                self._out.announce("model_invalid", f"{model.name}: {why}", model.name)
             elif model.shape is not None and not model.history.pauses:
                 model.history.extra_bytes = self.measurements.extra_bytes(model.shape)
 

@@ -1,4 +1,5 @@
 """Builds the library for chats: actors/serving/llama_common.cpp, and the parts of llama.cpp's `common` that it needs.
+It opens sounds, too: actors/serving/sound_files.cpp, with the library that llama.cpp has for them.
 
 The source is the archive that llama-cpp-python was built from; pip checks it against the pinned hash. Only what chats
 need is compiled: two minutes of processor time, half of it on 2 cores by the clock. Needs no network but the package
@@ -18,7 +19,8 @@ from progress import SetupFailed, run
 
 LIBRARY = "libarriero_common.so"
 PROJECT = Path(__file__).resolve().parent / "llama_common"
-SOURCES = (PROJECT / "CMakeLists.txt", PROJECT.parents[1] / "actors" / "serving" / "llama_common.cpp")
+_SERVING = PROJECT.parents[1] / "actors" / "serving"
+SOURCES = (PROJECT / "CMakeLists.txt", _SERVING / "llama_common.cpp", _SERVING / "sound_files.cpp")
 _WHERE = "import pathlib, llama_cpp; print(pathlib.Path(llama_cpp.__file__).parent / 'lib')"
 
 

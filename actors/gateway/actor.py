@@ -24,12 +24,14 @@ from scheduler.units import NodeId
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """Where to listen, and the key to ask for. `port` 0 takes any free one; `more_ports`: those beside it."""
+    """Where to listen, and the key to ask for. `port` 0 takes any free one; `more_ports`: those beside it;
+    `media_hosts`: where pictures are fetched from."""
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
     api_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     more_ports: tuple[int, ...] = ()
+    media_hosts: tuple[str, ...] = ()
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=100)
@@ -45,7 +47,8 @@ class GatewayActor:
         self._url = url_of(listeners[0])
         scheduler.forget_clients.remote()  # those of a gateway before this one
         node_id = ray.get_runtime_context().get_node_id()
-        self._server = make_server(make_app(RayBackend(scheduler, NodeId(node_id)), settings.api_keys))
+        backend = RayBackend(scheduler, NodeId(node_id))
+        self._server = make_server(make_app(backend, settings.api_keys, media_hosts=settings.media_hosts))
         self._serving = asyncio.ensure_future(self._server.serve(sockets=listeners))
         self._pulse = sign_in(node_id, "GatewayActor", "a turn of its event loop")
         self._beating = asyncio.ensure_future(self._beat())

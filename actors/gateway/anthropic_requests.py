@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.gateway.attached import block_of, joined
+from actors.gateway.attached import block_of, content_to_fetch, joined
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
 from actors.gateway.hashes import fingerprint_of, opening_of, prefix_of
+from actors.gateway.lora_settings import LoraSettings
 from actors.gateway.openai_requests import (
     MAX_TOOL_NAME,
     MAX_TOOLS,
@@ -24,7 +25,7 @@ from actors.gateway.openai_requests import (
     refused,
 )
 from actors.records import MAX_NAME_LENGTH, MAX_TOKENS
-from actors.serving.protocol import GenerateRequest, ReplyForm, Sampling, content_of
+from actors.serving.protocol import GenerateRequest, ReplyForm, Sampling
 from scheduler.events import RequestArrived
 from scheduler.units import RequestId
 
@@ -53,8 +54,9 @@ class Thinking(BaseModel):
     budget_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
 
 
-class CountTokensRequest(BaseModel):
-    """`POST /v1/messages/count_tokens`. Unknown fields are ignored."""
+class CountTokensRequest(LoraSettings):
+    """`POST /v1/messages/count_tokens`. Unknown fields are ignored. `lora` is llama-server's: the prompt is read with
+    these adapters, and found again only by them."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -86,26 +88,28 @@ class CountTokensRequest(BaseModel):
         tools, choice = self._tools()
         thinking = {"enable_thinking": False} if self.thinking and self.thinking.type == "disabled" else None
         parallel = False if tools and self.tool_choice and self.tool_choice.disable_parallel_tool_use else None
+        content, fetches = content_to_fetch(
+            messages=messages,
+            tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=parallel,
+            chat_template_kwargs=thinking,
+            thinking_budget_tokens=self.thinking.budget_tokens if self.thinking else None,
+        )
         request = GenerateRequest(
-            content_of(
-                messages=messages,
-                tools=tools,
-                tool_choice=choice,
-                parallel_tool_calls=parallel,
-                chat_template_kwargs=thinking,
-                thinking_budget_tokens=self.thinking.budget_tokens if self.thinking else None,
-            ),
+            content,
             max_tokens=max_tokens,
             stop=stop,
             sampling=sampling,
             reply=ReplyForm("anthropic", stream, request_id=request_id, model=self.model, created=int(time.time())),
+            lora=self.scales(),
         )
         beginning = [*(tools or ()), *opening_of(messages)]
         need = RequestArrived(
-            RequestId(request_id), self.model, "generate", None, None, None, key, prefix_of(beginning),
+            RequestId(request_id), self.model, "generate", None, None, None, key, prefix_of(beginning, request.lora),
             fingerprint_of(self.model, request),
         )  # fmt: skip
-        return Ask(need, request)
+        return Ask(need, request, fetches=fetches)
 
     def _tools(self) -> tuple[list[dict[str, Any]] | None, str | None]:
         """In OpenAI's words. A named one is the only one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -40,13 +40,15 @@ def make_app(
     api_keys: Mapping[str, str] | None = None,
     pulse_s: float = PULSE_S,
     max_held_bytes: int = MAX_HELD_BYTES,
+    media_hosts: Collection[str] = (),
 ) -> FastAPI:
     """The application over `backend`. Without `api_keys` (by name) it answers to loopback names only: `security`.
+    `media_hosts`: where pictures are fetched from, as the catalogue has them.
 
     `state.closing` of the application ends its requests when it has to go.
     """
     relay = Relay(backend)
-    reader = Reader()
+    reader = Reader(media_hosts)
     closing = Closing()
 
     @asynccontextmanager

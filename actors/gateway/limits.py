@@ -48,6 +48,13 @@ STALL_S = 60.0
 REST_S, REST_BYTES = 2.0, 64 * KIB
 """Of a body in chunks whose request was answered already: so much is still read, and the connection is closed soon."""
 
+FETCH_S = 15.0  # of one file at an address
+MAX_FETCH_WAIT_S = 60.0  # of all files of a request, with the wait for their turn
+MAX_REDIRECTS = 3
+MAX_ADDRESS_LENGTH = 4096  # characters; signed addresses of storage services have up to 2,000
+FETCHES, FETCHES_OF_ONE = 4, 2
+"""At a time, and those of one source. Each takes up to 47 MiB, the file and its base64, until the request holds it."""
+
 KEEP_ALIVE_S = 75  # longer than clients keep idle connections pooled, so that they never reuse one being closed
 
 MAX_CONNECTIONS = 4096

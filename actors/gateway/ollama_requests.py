@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from actors.gateway.attached import picture
 from actors.gateway.hashes import fingerprint_of, opening_of, prefix_of
+from actors.gateway.lora_settings import LoraSettings
 from actors.gateway.openai_requests import (
     MAX_INPUTS,
     Ask,
@@ -53,8 +54,8 @@ Seconds = Annotated[float | None, BeforeValidator(seconds_of)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
-class Options(SamplerSettings):
-    """llama.cpp's settings, in Ollama's spelling."""
+class Options(SamplerSettings, LoraSettings):
+    """llama.cpp's settings, in Ollama's spelling. `lora` is among them: Ollama's own clients send no other fields."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -127,8 +128,9 @@ class GeneratingRequest(OllamaRequest):
             stop=checked_stops("options.stop", options.stop),
             sampling=options.sampling(randomly=options.seed is not None and options.seed < 0),
             reply=ReplyForm(form, self.stream, request_id=request_id, model=self.model, created=int(time.time())),
+            lora=options.scales(),
         )
-        return self.asked(request_id, key, request, "generate", prefix_of(beginning))
+        return self.asked(request_id, key, request, "generate", prefix_of(beginning, request.lora))
 
     def only_load(self, request_id: str, key: str) -> Ask:
         return self.asked(request_id, key, GenerateRequest(b""), "load")

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from actors.gateway.attached import joined, part_of
+from actors.gateway.attached import Fetch, content_to_fetch, joined, part_of
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
 from actors.gateway.hashes import fingerprint_of, opening_of, prefix_of
@@ -63,6 +63,7 @@ class Ask:
     encoding_format: Literal["float", "base64"] = "float"
     ranking: Ranking | None = None  # of a request to a reranker
     keep_alive_s: float | None = None  # Ollama's: 0 unloads the model after the answer, a negative one pins it
+    fetches: tuple[Fetch, ...] = ()  # what the request's content lacks
 
 
 class Message(BaseModel):
@@ -161,13 +162,14 @@ class SamplingRequest(ModelRequest, SamplerSettings, LoraSettings):
         """`content`: the parts of the request's content; `beginning`: that of its prompt. Raises Rejected."""
         if self.grammar and (content.get("tools") or self._json_schema() is not None):
             raise refused("grammar", "it cannot be combined with tools or a response format; send one of them")
+        whole, fetches = content_to_fetch(
+            **content,
+            json_schema=self._json_schema(),
+            grammar=self.grammar or None,
+            logit_bias=self.biased_texts(),
+        )
         request = GenerateRequest(
-            content_of(
-                **content,
-                json_schema=self._json_schema(),
-                grammar=self.grammar or None,
-                logit_bias=self.biased_texts(),
-            ),
+            whole,
             max_tokens=self._token_limit(),
             stop=checked_stops("stop", self.stop),
             sampling=self.sampling(randomly=self.seed == -1),  # as llama.cpp spells it
@@ -185,7 +187,8 @@ class SamplingRequest(ModelRequest, SamplerSettings, LoraSettings):
             echo=echo,
             lora=self.scales(),
         )
-        return Ask(self.need(request_id, request, "generate", key, prefix_of(beginning, request.lora)), request)
+        need = self.need(request_id, request, "generate", key, prefix_of(beginning, request.lora))
+        return Ask(need, request, fetches=fetches)
 
     def _token_limit(self) -> int | None:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

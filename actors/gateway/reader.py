@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
 
 from actors.gateway.bodies import checked
+from actors.gateway.fetching import Fetcher
 from actors.gateway.forms import Form, read_ask
 from actors.gateway.limits import INLINE_BYTES, MAX_CONTENT_BYTES, too_large
 from actors.gateway.openai_requests import Ask
 from actors.gateway.parsers import Parsers
-from actors.gateway.security import key_of, source_of
+from actors.gateway.security import hold, key_of, source_of
 from actors.gateway.stream import ClientGone, while_connected
 from scheduler.errors import Rejected
 
@@ -21,13 +24,15 @@ Order = TypeVar("Order", bound=BaseModel)
 
 
 class Reader:
-    """Belongs to one event loop; `close()` ends its processes."""
+    """Belongs to one event loop; `close()` ends its processes. `media_hosts`: see `Fetcher`."""
 
-    def __init__(self) -> None:
+    def __init__(self, media_hosts: Collection[str] = ()) -> None:
         self._parsers = Parsers()
+        self._fetcher = Fetcher(media_hosts)
 
     async def ask(self, request: Request, form: Form, request_id: str, *, any_type: bool = False) -> Ask:
-        """What `request` asks for. `any_type`: whatever its Content-Type says. Raises Rejected, or ClientGone."""
+        """What `request` asks for, with the files that it names. `any_type`: whatever its Content-Type says. Raises
+        Rejected, Unavailable, or ClientGone."""
         body = await _body_of(request, any_type=any_type)
         source = source_of(request)
         if len(body) <= INLINE_BYTES:
@@ -37,6 +42,8 @@ class Reader:
             ask = await while_connected(request, reading)
         if len(ask.request.content) > MAX_CONTENT_BYTES:
             raise too_large(MAX_CONTENT_BYTES)
+        if ask.fetches:
+            ask = await while_connected(request, self._fetcher.complete(ask, source, partial(hold, request)))
         return replace(ask, request=replace(ask.request, source=source))
 
     async def order(self, request: Request, kind: type[Order], *, any_type: bool = False) -> Order:
@@ -45,6 +52,7 @@ class Reader:
 
     def close(self) -> None:
         self._parsers.close()
+        self._fetcher.close()
 
 
 async def _body_of(request: Request, *, any_type: bool) -> bytes | bytearray:

@@ -157,7 +157,8 @@ class ResponsesRequest(ModelRequest, SamplerSettings, LoraSettings):
         ask = chat.ask(request_id, key)
         assert isinstance(ask.request, GenerateRequest)
         reply = replace(ask.request.reply, form="responses", settings=self._settings(ask.request.sampling))
-        return replace(ask, request=replace(ask.request, reply=reply))
+        fetches = tuple(fetch._replace(param="input") for fetch in ask.fetches)
+        return replace(ask, request=replace(ask.request, reply=reply), fetches=fetches)
 
     def _refuse(self) -> None:
         """What would give another answer."""

@@ -23,9 +23,8 @@ from actors.serving.journal import llama_log
 from actors.serving.load_errors import load_failed
 from actors.serving.pieces import Medium, Piece
 from actors.serving.protocol import LoadFailed, LoadSpec
-from scheduler.costs.header import read_header
-from scheduler.costs.projector import most_image_tokens
-from scheduler.errors import EngineFailed, InvalidGGUF, Rejected
+from scheduler.costs.projector import read_projector
+from scheduler.errors import ArrieroError, EngineFailed, InvalidGGUF, Rejected
 
 _DEPEND_ON_OTHERS = {"deepseek4v", "hunyuanvl"}
 """Kinds of projectors whose pictures depend on what is before them in the prompt. Here each is made alone."""
@@ -50,12 +49,18 @@ class Projector:
         )
         params.warmup = True  # which allocates its buffers
         try:
-            metadata = read_header(spec.mmproj).metadata
+            projector = read_projector(spec.mmproj)
         except (InvalidGGUF, OSError) as error:
             raise LoadFailed("failed", f"llama.cpp could not load the projector {spec.mmproj}: {error}") from error
-        self._kinds = {metadata.get(f"clip.{part}projector_type") for part in ("", "vision.")}
-        if most := max(most_image_tokens(str(kind)) for kind in self._kinds):
+        eyes = [encoder for encoder in projector.encoders if not encoder.is_audio]
+        self._kinds = {encoder.kind for encoder in eyes}
+        usual = max((encoder.most_tokens for encoder in eyes), default=0)
+        if most := spec.context.image_max_tokens or usual:
             params.image_max_tokens = most  # larger images would need larger buffers than were booked: they are shrunk
+        if least := spec.context.image_min_tokens:
+            params.image_min_tokens = least
+        # libmtmd shrinks no picture of these: larger ones are refused.
+        self._most_tokens = 0 if all(encoder.is_choosable for encoder in eyes) else usual
         with llama_log().recording() as lines:
             mtmd_cpp.mtmd_helper_log_set(llama_log().callback, ctypes.c_void_p(0))
             # OpenMP keeps a team of threads for every thread that has computed, as long as that lives.
@@ -67,10 +72,33 @@ class Projector:
             self._context: Any = made[0] if made else None
             if not self._context:
                 raise load_failed(f"llama.cpp could not load the projector {spec.mmproj}", lines)
-        rate = mtmd_cpp.mtmd_get_audio_sample_rate(self._context)
         self._has_mrope = bool(mtmd_cpp.mtmd_decode_use_mrope(self._context))
-        self.senses = Senses(bool(mtmd_cpp.mtmd_support_vision(self._context)), max(0, rate))
         self._marker: bytes = mtmd_cpp.mtmd_default_marker()
+        if most > usual:
+            self._warm_up(max(encoder.taking(most).side_pixels for encoder in eyes))
+        rate = mtmd_cpp.mtmd_get_audio_sample_rate(self._context)
+        self.senses = Senses(bool(mtmd_cpp.mtmd_support_vision(self._context)), max(0, rate))
+
+    def _warm_up(self, side: int) -> None:
+        """Encodes the largest picture, so that its buffers are taken now, and not when memory is used by others."""
+        failures: list[str] = []
+
+        def encode() -> None:
+            try:
+                for part in self.picture(side, side, bytes(3 * side * side)):
+                    if isinstance(part, Medium):
+                        self.encode(part)
+            except ArrieroError as error:
+                failures.append(error.message)
+
+        encoding = Thread(target=encode)
+        encoding.start()
+        encoding.join()
+        if failures:
+            self.close()
+            raise LoadFailed(
+                "failed", f"the projector cannot encode a picture of {side} x {side} pixels: {failures[0]}"
+            )
 
     def close(self) -> None:
         """Safe to call twice."""
@@ -128,6 +156,12 @@ class Projector:
                 )
             if not n_tokens:
                 raise Rejected("a picture or sound is too small for this model's projector")
+            is_image = mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE
+            if is_image and 0 < self._most_tokens < n_tokens:
+                raise Rejected(
+                    f"a picture is {n_tokens} tokens; this model's projector has room for {self._most_tokens}. "
+                    "Make the picture smaller"
+                )
             positions = mtmd_cpp.mtmd_input_chunk_get_n_pos(chunk)
             is_sound = kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_AUDIO
             yield Medium(

@@ -2,7 +2,8 @@
 
 Pictures are decoded by libmtmd (stb_image): PNG, JPEG, GIF (the first frame) and BMP. Their size is read from the
 header first, so that none takes more memory than it may. libmtmd would hand anything else to ffmpeg: it never gets it.
-Sounds are WAV. libmtmd could read others, too, but not without the projector's weights.
+Sounds are WAV, MP3 or FLAC. The last two are opened by llama.cpp's own library for them (`sound_files.cpp`), which
+stops where a sound is longer than it may be, whatever its header says.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from llama_cpp import mtmd_cpp
 
 from actors.serving.attachments import Attachments
 from actors.serving.dialogue import SIZE, Kind
+from actors.serving.llama_common import library
 from scheduler.errors import Rejected
 
 MOST_PIXELS = 2**24
@@ -147,28 +149,56 @@ def picture(index: int, file: bytes) -> tuple[Size, bytes]:
 
 
 def sound(index: int, file: bytes, sample_rate: int, left_s: float) -> Samples:
-    """The samples of a WAV file, its channels mixed, at `sample_rate` Hz. `left_s`: how long it may be. Raises
+    """The samples of a sound file, its channels mixed, at `sample_rate` Hz. `left_s`: how long it may be. Raises
     Rejected."""
+    if file.startswith((b"fLaC", b"ID3")) or file[:1] == b"\xff" and file[1:2] >= b"\xe0":
+        samples = _compressed(index, file, sample_rate, left_s)
+    else:
+        samples = _of_wav(index, file, sample_rate, left_s)
+    step = round(SHORTEST_S * sample_rate)
+    return np.pad(samples, (0, -len(samples) % step))
+
+
+def _compressed(index: int, file: bytes, sample_rate: int, left_s: float) -> Samples:
+    """Of an MP3 or FLAC file."""
+    is_flac = file.startswith(b"fLaC")
+    most = max(0, int(left_s * sample_rate))
+    samples = np.empty(most + 1, np.float32)  # one more, to see whether there is more
+    count = library().arriero_sound(file, len(file), is_flac, sample_rate, samples.ctypes.data, len(samples))
+    if count <= 0:
+        raise Rejected(f"sound {index + 1} is a broken {'FLAC' if is_flac else 'MP3'}, or has no samples")
+    if count > most:
+        raise _too_long(index, f"longer than {max(0.0, left_s):.1f} s")
+    if not np.isfinite(found := samples[:count]).all():
+        raise Rejected(f"sound {index + 1} is broken: its samples are no numbers")
+    return found
+
+
+def _too_long(index: int, how_long: str) -> Rejected:
+    return Rejected(
+        f"sound {index + 1} is {how_long}; all of a request may be {MOST_SOUND_S:.0f} s, "
+        f"where each counts as {PIECE_S:.0f} s at the least"
+    )
+
+
+def _of_wav(index: int, file: bytes, sample_rate: int, left_s: float) -> Samples:
     try:
         with wave.open(io.BytesIO(file)) as opened:
             channels, width, rate, count = opened.getparams()[:4]
             if not 0 < count <= left_s * rate:
-                raise Rejected(
-                    f"sound {index + 1} is {count / rate:.1f} s long; all of a request may be {MOST_SOUND_S:.0f} s, "
-                    f"where each counts as {PIECE_S:.0f} s at the least"
-                )
+                raise _too_long(index, f"{count / rate:.1f} s long")
             raw = opened.readframes(count)
             if len(raw) < width * channels:
                 raise EOFError("it has no samples")
     except (wave.Error, EOFError, ValueError, ZeroDivisionError) as error:
-        raise Rejected(f"sound {index + 1} must be a WAV file of whole numbers (PCM): {error}") from error
+        raise Rejected(
+            f"sound {index + 1} must be an MP3, a FLAC, or a WAV file of whole numbers (PCM): {error}"
+        ) from error
     samples = _numbers_of(raw[: len(raw) // (width * channels) * width * channels], width)
     mixed: Samples = samples
     if channels > 1:
         mixed = samples.reshape(-1, channels).mean(axis=1, dtype=np.float32)
-    samples = _at_rate(mixed, rate, sample_rate)
-    step = round(SHORTEST_S * sample_rate)
-    return np.pad(samples, (0, -len(samples) % step))
+    return _at_rate(mixed, rate, sample_rate)
 
 
 def _numbers_of(raw: bytes, width: int) -> Samples:

@@ -11,8 +11,9 @@ from pathlib import Path
 from arriero import sample_language, sample_models
 from arriero.api import Status
 from arriero.sample_models import SAMPLES, write_samples
-from scheduler.config import Catalogue, ModelParams, Policy, Server
+from scheduler.config import Catalogue, ModelParams, Policy
 from scheduler.errors import Rejected
+from scheduler.server import Server
 from scheduler.units import MIB, format_bytes
 
 VIRTUAL_GPUS = (96 * MIB, 64 * MIB)

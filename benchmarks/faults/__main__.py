@@ -28,7 +28,8 @@ from benchmarks.faults.clients import KINDS, Clients
 from benchmarks.faults.mishaps import Mishaps
 from benchmarks.faults.referee import Referee
 from benchmarks.table import print_table
-from scheduler.config import Catalogue, ModelParams, Policy, Server
+from scheduler.config import Catalogue, ModelParams, Policy
+from scheduler.server import Server
 from scheduler.units import MIB
 
 VIRTUAL_GPUS = (96 * MIB, 64 * MIB)

@@ -233,6 +233,8 @@ class Models:
             embeddings=embeddings,
             # One row per slot is all that is ever sampled; embeddings make every token an output.
             n_outputs_max=0 if embeddings or shape.is_embedding_only else slots,
+            image_min_tokens=model.entry.image_min_tokens or 0 if model.entry else 0,
+            image_max_tokens=model.entry.image_max_tokens or 0 if model.entry else 0,
         )
         if params.spec_type in (None, "none") or shape.is_embedding_only or not _takes_back(shape, context):
             return context
@@ -320,7 +322,8 @@ class Models:
             model = self.by_name.get(name)
             copy = model.copies.get(node_id) if model else None
             if model is not None and copy is not None and copy.files == files and not copy.companions.missing:
-                copy.shape, copy.invalid, copy.trouble, copy.being_read = shape, invalid, trouble, False
+                why = invalid or (_unsuited(model.entry, shape) if shape is not None else "")
+                copy.shape, copy.invalid, copy.trouble, copy.being_read = None if why else shape, why, trouble, False
                 model.copies_changed()
                 found.append(model)
         return found
@@ -349,6 +352,15 @@ class Models:
 
 def _identity(file: ModelFile | None) -> tuple[str, int, float] | None:
     return (file.path, file.size_bytes, file.modified_at_s) if file else None
+
+
+def _unsuited(entry: ModelEntry | None, shape: ModelShape) -> str:
+    """Why its pictures cannot be as the catalogue wants them, or empty."""
+    least, most = (entry.image_min_tokens or 0, entry.image_max_tokens or 0) if entry else (0, 0)
+    if not least and not most:
+        return ""
+    why = shape.projector.unsuited(least, most) if shape.projector else "there is no projector: name one as mmproj"
+    return f"{why} (or leave out image_min_tokens and image_max_tokens)" if why else ""
 
 
 def _takes_back(shape: ModelShape, context: ContextParams) -> bool:

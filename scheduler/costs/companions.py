@@ -71,6 +71,7 @@ def is_on_device(layout: Layout) -> bool:
 def projector_footprint(projector: Projector, layout: Layout, context: ContextParams) -> Footprint:
     """Bytes of the projector beside a model in `layout`."""
     flash_attn = context.flash_attn == "on"
+    projector = projector.taking(context.image_max_tokens)
     nothing = tuple(DeviceBytes() for _ in layout.devices)
     if not is_on_device(layout):
         return Footprint(nothing, projector.on_host(flash_attn=flash_attn))

@@ -52,6 +52,9 @@ class ContextParams:
     n_outputs_max: int = 0
     """Rows of logits in one micro-batch; 0: `n_batch`. llama.cpp ends the process when more are asked for."""
     spec_type: SpecType = "none"
+    image_min_tokens: int = 0
+    image_max_tokens: int = 0
+    """Of a picture, as its projector makes it; 0: as the projector's own warm-up has it."""
 
     @property
     def n_streams(self) -> int:

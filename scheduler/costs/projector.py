@@ -3,7 +3,8 @@
 All weights go to one device, or to host RAM: to the byte where the file holds one encoder. Compute buffers are reserved
 for a warm-up input when the projector is loaded; they are bounded here from the widths of the first layer, one moment
 after the other: patches, attention, feed-forward block, projection. A larger image than that would make the buffer
-grow; so runners let no image have more tokens (`most_image_tokens`).
+grow; so runners let no image have more tokens (`Encoder.most_tokens`). Where more are wanted (`image_max_tokens`),
+runners warm up with so many, and the bound is that of such an image (`taking`).
 Source in llama.cpp: tools/mtmd/clip.cpp (`warmup`, `load_tensors`), tools/mtmd/models/. Checked with libmtmd's own
 `mtmd_get_memory_usage` (tests/costs/test_projectors.py; 2,000 random shapes once: none below).
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from scheduler.costs.header import Header, Scalar, Tensor, read_header
@@ -29,6 +30,13 @@ _WARM_UP = {
 }
 """Merged patches along a side of the warm-up image (`set_warmup_n_tokens`); others take the file's image size."""
 _PATCHES_A_SIDE = {name: side for side, names in _WARM_UP.items() for name in names.split()}
+_CHOOSABLE = frozenset(
+    """
+    pixtral lightonocr kimivl gemma4v gemma4uv minimax_m3 youtuvl muse-glimmer qwen2vl_merger qwen2.5vl_merger
+    qwen3vl_merger ling3vl glm4v glm5v
+    """.split()
+)
+"""Whose images get as many tokens as libmtmd is told (`set_limit_image_tokens`); for others the file says it."""
 _MERGES_BY_KEY = {
     "spatial_merge_size": """
         pixtral lightonocr dots3note_v qwen2vl_merger qwen2.5vl_merger qwen3vl_merger ling3vl mimovl glm4v glm5v
@@ -103,6 +111,38 @@ class Encoder:
         """False: the kind was not looked at, and its bound is several times what the others need."""
         return self.kind in _BOUNDED
 
+    @property
+    def most_tokens(self) -> int:
+        """Of an image that needs no larger buffer than the warm-up did; 0: all images have the warm-up's size."""
+        return 0 if self.is_audio else _PATCHES_A_SIDE.get(self.kind, 0) ** 2
+
+    @property
+    def is_choosable(self) -> bool:
+        """Whether libmtmd can be told how many tokens an image may have."""
+        return not self.is_audio and self.kind in _CHOOSABLE
+
+    @property
+    def side_pixels(self) -> int:
+        """Of the warm-up image, which is a square."""
+        return isqrt(self.raw // 3)
+
+    def taking(self, image_tokens: int) -> Encoder:
+        """With a warm-up image of so many tokens (a square of them), where those are more than without."""
+        side, wanted = isqrt(self.most_tokens), isqrt(image_tokens)
+        if not self.is_choosable or wanted <= side:
+            return self
+
+        def grown(count: int) -> int:
+            return count * wanted**2 // side**2
+
+        extra = self.positions % side  # a class token
+        return replace(
+            self,
+            positions=grown(self.positions - extra) + extra,
+            raw=grown(self.raw),
+            patching_once=grown(self.patching_once),
+        )
+
     def compute_bytes(self, *, flash_attn: bool) -> tuple[int, int]:
         """(the compute buffer where the weights are, the inputs' share in host RAM when that is a device)."""
         n, raw = self.positions, self.raw
@@ -136,6 +176,21 @@ class Projector:
     """Never mapped."""
     encoders: tuple[Encoder, ...]
 
+    def taking(self, image_tokens: int) -> Projector:
+        """The same, for images of so many tokens; 0: as its own warm-up."""
+        return replace(self, encoders=tuple(encoder.taking(image_tokens) for encoder in self.encoders))
+
+    def unsuited(self, least_tokens: int, most_tokens: int) -> str:
+        """Why its images cannot have at least and at most so many tokens (0: not said), or empty."""
+        eyes = [encoder for encoder in self.encoders if not encoder.is_audio]
+        if not eyes:
+            return "the projector takes no images"
+        if unable := [encoder.kind for encoder in eyes if not encoder.is_choosable]:
+            return f"a projector of kind {unable[0]} has the size of its images in its file"
+        if least_tokens > (most := most_tokens or max(encoder.most_tokens for encoder in eyes)):
+            return f"image_min_tokens is {least_tokens}, but images have {most} tokens at most: raise image_max_tokens"
+        return ""
+
     def on_device(self, kind: DeviceKind, *, flash_attn: bool = False) -> DeviceBytes:
         """Bytes on the device that holds the projector."""
         compute_bytes = sum(e.compute_bytes(flash_attn=flash_attn)[0] for e in self.encoders)
@@ -149,12 +204,6 @@ class Projector:
         """Bytes in host RAM when that holds the projector."""
         compute_bytes = sum(e.compute_bytes(flash_attn=flash_attn)[0] for e in self.encoders)
         return HostBytes(self.weights.plain, 0, compute_bytes)
-
-
-def most_image_tokens(kind: str) -> int:
-    """Of an image that needs no larger buffer than the warm-up did, for this kind of projector; 0: all images have the
-    warm-up's size."""
-    return _PATCHES_A_SIDE.get(kind, 0) ** 2
 
 
 def read_projector(path: str | os.PathLike[str]) -> Projector:

@@ -21,7 +21,7 @@ from scheduler.costs.ggml_types import F16
 from scheduler.costs.header import Tensor
 from scheduler.costs.measurements import load_key
 from scheduler.costs.params import ContextParams, Layout
-from scheduler.costs.projector import Projector
+from scheduler.costs.projector import Encoder, Projector
 from scheduler.costs.weights import Padded
 from scheduler.errors import Rejected
 from scheduler.units import GIB, MIB, DeviceId, NodeId
@@ -260,3 +260,49 @@ def test_a_catalogue_that_was_parsed_can_be_parsed_again() -> None:
     assert parse_catalogue(catalogue.model_dump()) == catalogue
     assert catalogue.models["ant"].companion_paths == ("fun.gguf",)
     assert replace(Companions(), mtp=True) != Companions()
+
+
+def eyes(kind: str = "qwen2vl_merger", path: str = EYES) -> Projector:
+    """With one encoder of images, of which only the kind counts here."""
+    encoder = Encoder(
+        kind, False, heads=4, width=64, q=64, k=64, is_fused=False, feed_forward=256, merge=2, positions=92 * 92,
+        raw=3 * (46 * 28) ** 2, patching=0, patching_once=0, has_window=False, projected=256, projection_steps=2,
+        stacked=1, deep_layers=0, deep_width=0, kept=0, resampled=0,
+    )  # fmt: skip
+    return Projector(path, Padded(MIB, MIB), (encoder,))
+
+
+def test_larger_pictures_are_booked_and_the_runner_is_told() -> None:
+    needs, told = [], []
+    for given in ({}, {"image_max_tokens": 4200, "image_min_tokens": 9}, {"image_max_tokens": 100}):
+        s = Scenario([gpu("8GiB")], {"ant": SMALL}, catalogue=entry(**given), companions={EYES: eyes()})
+        s.ask("ant")
+        context = s.started[-1].placement.context
+        needs.append(s.started[-1].placement.mmproj_bytes)
+        told.append((context.image_min_tokens, context.image_max_tokens))
+    assert told == [(0, 0), (9, 64 * 64), (0, 100)]
+    assert needs[1] > 1.5 * needs[0] and needs[2] == needs[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "companions", "words"),
+    [
+        ({"image_max_tokens": 4096}, {}, "there is no projector: name one as mmproj"),
+        ({"image_max_tokens": 4096}, {EYES: eyes("mlp")}, "kind mlp has the size of its images in its file"),
+        ({"image_min_tokens": 4096}, {EYES: eyes()}, "image_min_tokens is 4096, but images have 2116 tokens at most"),
+        ({"image_max_tokens": 4096}, {EYES: projector()}, "the projector takes no images"),
+    ],
+)
+def test_pictures_that_a_projector_cannot_make_are_told(
+    given: dict[str, int], companions: dict[str, Any], words: str
+) -> None:
+    s = Scenario([gpu("8GiB")], {"ant": SMALL}, catalogue=entry(**given), companions=companions)
+    s.ask("ant")
+    (refusal,) = s.refusals.values()
+    assert words in refusal.error.message and "leave out image_min_tokens" in refusal.error.message
+    assert any(isinstance(c, cmd.Announce) and c.kind == "model_invalid" and words in c.message for c in s.log)
+
+
+def test_fewest_tokens_are_no_more_than_most() -> None:
+    with pytest.raises(Rejected, match="image_min_tokens 50 is more than image_max_tokens 49"):
+        parse_catalogue(entry(image_min_tokens=50, image_max_tokens=60))

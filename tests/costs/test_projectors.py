@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from gguf_file import Gguf
 from gguf_shapes import SMALL, write_model
 
+from scheduler.costs import projector as projector_module
 from scheduler.costs.projector import read_projector
 from scheduler.errors import InvalidGGUF
 
@@ -227,3 +229,26 @@ def test_files_that_are_no_projectors(change: Callable[[Gguf], object], words: s
 def test_a_model_is_no_projector(tmp_path: Path) -> None:
     with pytest.raises(InvalidGGUF, match="no multimodal projector"):
         read_projector(write_model(SMALL["llama"], tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize("make", [qwen25vl, qwen3vl, pixtral])
+def test_larger_images_count_as_a_larger_warm_up(
+    make: Callable[[], Gguf], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make().write(tmp_path / "mmproj.gguf")
+    usual = read_projector(path)
+    (eyes,) = usual.encoders
+    monkeypatch.setitem(projector_module._PATCHES_A_SIDE, eyes.kind, 64)
+    wanted = read_projector(path)
+    monkeypatch.undo()
+    larger = usual.taking(64 * 64)
+    assert asdict(larger.encoders[0]) == asdict(wanted.encoders[0])
+    assert larger.on_host().compute_bytes == wanted.on_host().compute_bytes > usual.on_host().compute_bytes
+    assert usual.taking(100).on_host() == usual.taking(0).on_host() == usual.on_host()
+
+
+def test_images_whose_size_is_in_the_file_stay_as_they_are(tmp_path: Path) -> None:
+    for make in (gemma3, llava, ultravox):
+        projector = read_projector(make().write(tmp_path / "mmproj.gguf"))
+        assert projector.taking(128 * 128).on_host() == projector.on_host()
+        assert projector.unsuited(0, 128 * 128)

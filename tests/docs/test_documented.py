@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from scheduler import commands, config, events
+from scheduler import commands, config, events, server
 from scheduler.choice.layouts import TIERS
 from scheduler.choice.placement import Verdict
 from scheduler.cluster.replica import TRANSITIONS, ReplicaState
@@ -42,7 +42,7 @@ def first_cells(text: str) -> list[str]:
         ("`models` and `defaults`", config.ModelEntry),
         ("`policy`", config.Policy),
         ("`reserves`", config.Reserves),
-        ("`server`", config.Server),
+        ("`server`", server.Server),
     ],
 )
 def test_every_key_of_the_catalogue_is_described(title: str, model: type[BaseModel]) -> None:

@@ -1,4 +1,4 @@
-"""Every dialect's way to send pictures and sounds becomes the same content; nothing is fetched."""
+"""Every dialect's way to send pictures and sounds becomes the same content; by default, nothing is fetched."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_files_come_with_their_message(dialect: str, url: str, backend: FakeBack
 
 
 IN_CHATS: list[tuple[dict[str, Any], str]] = [
-    (url_part("https://a.b/c.png"), "data:"),
+    (url_part("https://a.b/c.png"), "media_hosts"),
     (url_part({"url": "file:///etc"}), "data:"),
     (url_part("data:image/png,abc"), "base64"),
     (url_part(7), "needs a URL"),
@@ -73,7 +73,7 @@ IN_CHATS: list[tuple[dict[str, Any], str]] = [
 ]
 ELSEWHERE: list[tuple[str, dict[str, Any], str, str]] = [
     (RESPONSES, {"input": [user([{"type": "input_image", "file_id": "f"}])]}, "input.0.content", "are stored"),
-    (RESPONSES, {"input": [user([{"type": "input_image", "image_url": "http://a"}])]}, "input.0.content", "data:"),
+    (RESPONSES, {"input": [user([{"type": "input_image", "image_url": "http://a"}])]}, "input", "media_hosts"),
     (
         RESPONSES,
         {"input": [{"role": "system", "content": [{"type": "input_image", "image_url": URL}]}, user("x")]},

@@ -198,6 +198,9 @@ def test_make_sets_up_only_when_something_changed(
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for folder in ("setup", "requirements"):
         shutil.copytree(ROOT / folder, tmp_path / folder, copy_function=shutil.copy)
+    (tmp_path / "actors" / "serving").mkdir(parents=True)
+    for source in (ROOT / "actors" / "serving").glob("*.cpp"):
+        shutil.copy(source, tmp_path / "actors" / "serving")
     if ready is not None:
         (tmp_path / ".venv").mkdir()
         (tmp_path / ".venv" / "ready").write_text(ready + "\n")

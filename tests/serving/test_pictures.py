@@ -16,14 +16,14 @@ import pytest
 from mtmd_baseline import answer_of
 from picture_files import bmp, gif, jpeg_head, png, png_of, wav
 from projector_files import write_as_qwen2vl, write_gemma3, write_llava, write_qwen2vl, write_ultravox
+from sound_files import flac, flac_bomb, mp3
 
 from actors.devices.virtual import create_virtual_gpus, read_virtual_gpu, start_device_process
 from actors.serving import native
 from actors.serving.engine import Engine
 from actors.serving.keeping import Keeper
-from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, LoadFailed, Sampling, content_of, deltas_of
+from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, Sampling, content_of, deltas_of
 from actors.serving.sampling import build_sampler
-from scheduler.costs.projector import most_image_tokens
 from scheduler.errors import Rejected
 from scheduler.units import MIB, NodeId
 
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.llama
 KINDS = ("llava", "gemma3", "qwen2vl", "ultravox", "window")
 EXACT = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
 N_UBATCH = 64
+SOUNDS = (b"RIFF", b"ID3", b"fLaC", b"\xff\xfb")
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +84,7 @@ def message(*parts: str | bytes, role: str = "user") -> dict[str, Any]:
     content = [
         {"type": "text", "text": part}
         if isinstance(part, str)
-        else {"type": "audio" if part[:4] in (b"RIFF", b"ID3\3") else "image", "data": b64encode(part).decode()}
+        else {"type": "audio" if part.startswith(SOUNDS) else "image", "data": b64encode(part).decode()}
         for part in parts
     ]
     return {"role": role, "content": content}
@@ -327,7 +328,12 @@ BROKEN = png(1)[:500]
         ("llava", ["x", BOMB, "y"], "broken|memory|computing"),
         ("llava", ["x", wav(440)], "this model takes no sounds"),
         ("ultravox", ["x", png(1)], "this model takes no images"),
-        ("ultravox", ["x", b"ID3\3" + b"x" * 900, "y"], "must be a WAV"),
+        ("ultravox", ["x", b"ID3\3" + b"x" * 900, "y"], "sound 1 is a broken MP3"),
+        ("ultravox", ["x", b"RIFF" + b"x" * 900, "y"], "must be an MP3, a FLAC, or a WAV"),
+        ("ultravox", ["x", mp3(1), flac(440)[:60], "y"], "sound 2 is a broken FLAC"),
+        ("ultravox", ["x", flac_bomb(300_000), "y"], "longer than 600.0 s"),
+        ("ultravox", ["x", flac_bomb(300_000, 655_350), "y"], "longer than 600.0 s|more than 5 s of computing"),
+        ("ultravox", ["x", flac(440), *[mp3(1)] * 20, "y"], "longer than 0.0 s"),
         ("ultravox", ["x", wav(440)[:44], "y"], "it has no samples"),
         ("ultravox", ["x", wav(440, 601, 8000, 1, 1), "y"], "601.0 s long"),
         ("ultravox", ["x", *[wav(440, 0.1, 8000, 1, 1)] * 21, "y"], "counts as 30 s"),
@@ -369,17 +375,24 @@ def test_a_sound_of_any_length_is_heard(seconds: float, seeing: Any) -> None:
     assert told(seeing("ultravox"), ask(message("x", file, "y"), max_tokens=2))[1].completion_tokens == 2
 
 
+@pytest.mark.parametrize("file", [flac(440, 0.3), flac(440, 31, 8000, 1), mp3(0.01), mp3(31)])
+def test_compressed_sounds_are_heard(file: bytes, seeing: Any) -> None:
+    plain = told(seeing("ultravox"), ask(message("x", "y"), max_tokens=2))[1]
+    heard = told(seeing("ultravox"), ask(message("x", file, "y"), max_tokens=2))[1]
+    assert heard.completion_tokens == 2 and heard.prompt_tokens - plain.prompt_tokens >= 75 - 4
+
+
+def test_ten_minutes_of_music_fit_their_child(seeing: Any) -> None:
+    """They are more tokens than the slot has, so only the preparer hears them."""
+    for file in (mp3(599), flac_bomb(400)):
+        with pytest.raises(Rejected, match=r"prompt is .* tokens; the slot holds 1024"):
+            list(seeing("ultravox").generate(ask(message("x", file, "y"))))
+
+
 def test_a_large_picture_fits_its_childs_memory(seeing: Any) -> None:
     """The costliest kind: 16 bits, four channels."""
     large = png_of(4096, 4096, b"\0" * (4096 * (1 + 8 * 4096)), 16, 6)
     assert told(seeing("llava"), ask(message("x", large, "y"), max_tokens=2))[1].completion_tokens == 2
-
-
-def test_no_picture_needs_more_than_was_booked(seeing: Any) -> None:
-    """Qwen's projector takes pictures of any size, and its buffers would grow with them."""
-    side = 46 * 28 * 2  # twice the warm-up image's
-    _, picture, _ = seeing("qwen2vl")._model.eyes.picture(side, side, bytes(3 * side * side))
-    assert picture.n_tokens <= most_image_tokens("qwen2vl_merger") == 46 * 46
 
 
 def test_a_picture_that_must_be_read_at_once_needs_a_large_micro_batch(files: Any, spec: Any) -> None:
@@ -390,13 +403,6 @@ def test_a_picture_that_must_be_read_at_once_needs_a_large_micro_batch(files: An
         pytest.raises(Rejected, match="16 tokens that this model must read at once, and it is loaded for 8"),
     ):
         list(engine.generate(ask(message("x", png(1), "y"))))
-
-
-def test_a_file_that_is_no_projector_fails_the_load(sample: Any, spec: Any, tmp_path: Path) -> None:
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 100)
-    for path in (tmp_path / "bad.gguf", tmp_path / "missing.gguf", sample("llama")):
-        with pytest.raises(LoadFailed, match="projector"):
-            Engine(replace(spec(sample("llama")), mmproj=str(path)))
 
 
 def test_a_projector_on_a_device_sees_the_same(files: Any, spec: Any, seeing: Any, tmp_path: Path) -> None:
