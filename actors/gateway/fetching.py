@@ -71,12 +71,13 @@ class Fetcher:
 
         fetching = [asyncio.ensure_future(one(*each)) for each in zip(ask.fetches, urls, strict=True)]
         try:
-            files = await asyncio.wait_for(asyncio.gather(*fetching), MAX_FETCH_WAIT_S)
-        except asyncio.TimeoutError:
-            raise Unavailable(
-                f"the files of this request were not fetched within {MAX_FETCH_WAIT_S:.0f} s; {SEND_IT}",
-                retry_after_s=_RETRY_S,
-            ) from None
+            ended, late = await asyncio.wait(fetching, timeout=MAX_FETCH_WAIT_S, return_when=asyncio.FIRST_EXCEPTION)
+            files = [task.result() for task in fetching if task in ended]
+            if late:
+                raise Unavailable(
+                    f"the files of this request were not fetched within {MAX_FETCH_WAIT_S:.0f} s; {SEND_IT}",
+                    retry_after_s=_RETRY_S,
+                )
         finally:
             for task in fetching:
                 task.cancel()
