@@ -18,7 +18,8 @@ from progress import SetupFailed, run
 
 LIBRARY = "libarriero_common.so"
 PROJECT = Path(__file__).resolve().parent / "llama_common"
-SOURCES = (PROJECT / "CMakeLists.txt", PROJECT.parents[1] / "actors" / "serving" / "llama_common.cpp")
+_SERVING = PROJECT.parents[1] / "actors" / "serving"
+SOURCES = (PROJECT / "CMakeLists.txt", _SERVING / "llama_common.cpp", _SERVING / "llama_drafts.cpp")
 _WHERE = "import pathlib, llama_cpp; print(pathlib.Path(llama_cpp.__file__).parent / 'lib')"
 
 

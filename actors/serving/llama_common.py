@@ -21,7 +21,8 @@ LIBRARY = "libarriero_common.so"
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The shim, loaded. Raises EngineFailed where set-up did not build it."""
     path = Path(llama_cpp.__file__).parent / "lib" / LIBRARY
     if not path.exists():
         raise EngineFailed(f"{path} is missing: chats need it; run `make setup` (on a node: setup/node)")
@@ -55,7 +56,7 @@ class ChatTemplate:
         # A model without a template has no token for the end of a ChatML message: it writes it as text.
         own = bool(source) or llama_cpp.llama_model_chat_template(model, None) is not None
         self.stops: tuple[str, ...] = () if own else ("<|im_end|>",)
-        self._made = _library().arriero_templates(model, source.encode(), ctypes.byref(error))
+        self._made = library().arriero_templates(model, source.encode(), ctypes.byref(error))
         told = _told(error.value)
         if not self._made:
             raise Rejected(f"this model's chat template is broken ({told.get('error')}); send a plain prompt instead")
@@ -66,14 +67,14 @@ class ChatTemplate:
 
         Returns the fields of llama.cpp's `common_chat_params`. Raises Rejected when the template refuses the messages.
         """
-        told = _told(_library().arriero_render(self._made, json.dumps(request).encode()))
+        told = _told(library().arriero_render(self._made, json.dumps(request).encode()))
         if "error" in told:
             raise Rejected(f"this model's chat template refused the messages: {told['error']}")
         return told
 
     def close(self) -> None:
         if self._made:
-            _library().arriero_templates_free(self._made)
+            library().arriero_templates_free(self._made)
             self._made = None
 
 
@@ -83,7 +84,7 @@ class AnswerParser:
 
     def __init__(self, syntax: Mapping[str, Any]) -> None:
         error = ctypes.c_void_p()
-        self._made = _library().arriero_parser(json.dumps(syntax).encode(), ctypes.byref(error))
+        self._made = library().arriero_parser(json.dumps(syntax).encode(), ctypes.byref(error))
         told = _told(error.value)
         if not self._made:
             raise EngineFailed(f"the answer's parser cannot be made: {told.get('error')}")
@@ -92,18 +93,18 @@ class AnswerParser:
         """What the next piece of text adds to the message: reasoning_content, content, or index, name, id and
         arguments of a tool call. None when the text does not have the expected form. `is_partial`: more may come."""
         raw = text.encode()
-        told = _told(_library().arriero_parse(self._made, raw, len(raw), is_partial))
+        told = _told(library().arriero_parse(self._made, raw, len(raw), is_partial))
         return told.get("deltas")
 
     def close(self) -> None:
         if self._made:
-            _library().arriero_parser_free(self._made)
+            library().arriero_parser_free(self._made)
             self._made = None
 
 
 def grammar_of(schema: object) -> str:
     """The grammar (GBNF) of a JSON schema. Raises Rejected where there is none."""
-    told = _told(_library().arriero_grammar(json.dumps(schema).encode()))
+    told = _told(library().arriero_grammar(json.dumps(schema).encode()))
     if "error" in told:
         raise Rejected(f"the JSON schema cannot be made into a grammar: {told['error']}")
     return str(told["grammar"])
@@ -117,4 +118,4 @@ def _told(pointer: int | None) -> dict[str, Any]:
         told: dict[str, Any] = json.loads(ctypes.string_at(pointer))
         return told
     finally:
-        _library().arriero_free(pointer)
+        library().arriero_free(pointer)

@@ -20,7 +20,7 @@ from scheduler.cluster.companion_files import ALONE, PART, CompanionFiles, compa
 from scheduler.cluster.facts import ModelFile
 from scheduler.cluster.history import LoadHistory, Popularity, ServiceTime
 from scheduler.config import Catalogue, ModelEntry, ModelParams
-from scheduler.costs.params import MOST_DRAFTED, ContextParams
+from scheduler.costs.params import ContextParams, SpecType, most_drafted
 from scheduler.costs.shape import ModelShape
 from scheduler.errors import Rejected, UnknownModel
 from scheduler.units import NodeId
@@ -36,6 +36,7 @@ class Files(NamedTuple):
     path: str
     adapters: tuple[str, ...] = ()
     mmproj: str = ""
+    draft: str = ""
 
 
 @dataclass(slots=True)
@@ -59,12 +60,13 @@ class Copy:
 
     @property
     def files(self) -> Files:
-        return Files(self.file.path, self.companions.adapter_paths, self.companions.mmproj_path)
+        came = self.companions
+        return Files(self.file.path, came.adapter_paths, came.mmproj_path, came.draft_path)
 
     def is_of(self, file: ModelFile, companions: CompanionFiles) -> bool:
         """Whether it is the copy in these files, as they are now."""
-        known = (self.file, *self.companions.adapters, self.companions.mmproj)
-        there = (file, *companions.adapters, companions.mmproj)
+        known = (self.file, *self.companions.adapters, self.companions.mmproj, self.companions.draft)
+        there = (file, *companions.adapters, companions.mmproj, companions.draft)
         same = list(map(_identity, known)) == list(map(_identity, there))
         return same and self.companions.missing == companions.missing
 
@@ -234,10 +236,15 @@ class Models:
             # One row per slot is all that is ever sampled; embeddings make every token an output.
             n_outputs_max=0 if embeddings or shape.is_embedding_only else slots,
         )
-        if params.spec_type in (None, "none") or shape.is_embedding_only or not _takes_back(shape, context):
+        spec_type = _spec_type(model, shape, params)
+        if spec_type == "none" or shape.is_embedding_only:
             return context
-        n_outputs_max = context.n_outputs_max and min(n_batch, slots + MOST_DRAFTED)
-        return replace(context, spec_type=params.spec_type, n_outputs_max=n_outputs_max)
+        if not _takes_back(shape, context):
+            if spec_type == "ngram-simple":
+                return context
+            raise Rejected(_no_drafts(model, shape), model=model.name)
+        n_outputs_max = context.n_outputs_max and min(n_batch, slots + most_drafted(spec_type, params.spec_draft_n_max))
+        return replace(context, spec_type=spec_type, n_outputs_max=n_outputs_max)
 
     def alternatives(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> tuple[ContextParams, ...]:
         """Other contexts that the catalogue allows for the same request, best first. Raises as `context`."""
@@ -349,6 +356,25 @@ class Models:
 
 def _identity(file: ModelFile | None) -> tuple[str, int, float] | None:
     return (file.path, file.size_bytes, file.modified_at_s) if file else None
+
+
+def _spec_type(model: Model, shape: ModelShape, params: ModelParams) -> SpecType:
+    """Where guesses for the model come from. What its own entry says goes before the catalogue's defaults."""
+    own = model.entry.spec_type if model.entry else None
+    if model.entry and model.entry.model_draft and own is None:
+        own = "draft-simple"
+    return own or params.spec_type or "none"
+
+
+def _no_drafts(model: Model, shape: ModelShape) -> str:
+    """Why a draft cannot be used, and the way out."""
+    if shape.is_recurrent:
+        return (
+            f"{model.name} has a recurrent state, which forgets no wrong guesses: leave out model_draft and spec_type"
+        )
+    return (
+        f"{model.name} has a sliding window, which forgets no wrong guesses: set swa_full: true, or leave out its draft"
+    )
 
 
 def _takes_back(shape: ModelShape, context: ContextParams) -> bool:
