@@ -40,6 +40,7 @@ class PredictionLayers:
         self._speculator: Speculator | None = None
         self._n_max = self.least_steps = spec.draft.n_max
         self._p_min = spec.draft.p_min
+        self._n_embd = llama_cpp.llama_model_n_embd(model)
         self._next = [-1] * spec.context.n_seq_max  # the position that is read next; -1: any
         self.rests = False
         self.followed_s = 0.0
@@ -58,9 +59,9 @@ class PredictionLayers:
         stop_at(self.context, abort_flag)
         self._speculator = Speculator(target, self.context, "draft-mtp", self._n_max, self._p_min, len(self._next))
         # From now on the model keeps activations of every token. Its graph is reserved anew with the next decode, or
-        # its buffers would grow later, when somebody has a long prompt. llama.cpp does so when the attention changes.
-        llama_cpp.llama_set_causal_attn(target, False)
-        llama_cpp.llama_set_causal_attn(target, True)
+        # its buffers would grow later, when somebody has a long prompt. llama.cpp does so after any control vector was
+        # set, and this is none.
+        llama_cpp.llama_set_adapter_cvec(target, None, 0, self._n_embd, 0, 0)
 
     def warm_up(self) -> None:
         """They followed the model's own warm-up."""
