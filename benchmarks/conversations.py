@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import write_model
-from benchmarks.serving import SHAPES, arriero
+from benchmarks.serving import CASES, arriero
 from benchmarks.table import print_table
 
 N_TOKENS = 4000
@@ -30,7 +30,7 @@ N_TOKENS = 4000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["small", "half"])
+    parser.add_argument("--models", nargs="+", choices=CASES, default=["small", "half"])
     given = parser.parse_args()
     rows = []
     for model in given.models:
@@ -38,7 +38,7 @@ def main() -> None:
             folder = Path(name)
             os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
             (folder / "models").mkdir()
-            first = write_model(folder / "models" / "a.gguf", SHAPES[model])
+            first = write_model(folder / "models" / "a.gguf", CASES[model].shape)
             (folder / "models" / "b.gguf").write_bytes(first.read_bytes() + b"\0")
             for kept in (0, 8 * 2**30):
                 with arriero(folder / "models", max_active_models=1, saved_state_bytes=kept) as url:

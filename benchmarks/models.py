@@ -35,6 +35,10 @@ SMALL = Shape(32_000, 512, 1536, 8, 8, 4, Type.Q8_0)
 QWEN_HALF_B = Shape(151_936, 896, 4864, 24, 14, 2, Type.Q5_0)
 """The shape and size of Qwen2.5-0.5B in Q4_K_M: its rows do not divide into k-quants and are Q5_0 for the most part."""
 
+QWEN_VOCABULARY = Shape(151_936, 64, 192, 1, 1, 1, Type.F16)
+GEMMA_VOCABULARY = Shape(262_144, 64, 192, 1, 1, 1, Type.F16)
+"""Models that are nearly all vocabulary, of the size that Qwen's or Gemma's has: what sampling costs shows in them."""
+
 
 def write_model(path: Path, shape: Shape, n_ctx: int = 32768) -> Path:
     """Writes it, and returns its path."""
@@ -80,6 +84,58 @@ def write_model(path: Path, shape: Shape, n_ctx: int = 32768) -> Path:
         matrix(f"blk.{il}.ffn_gate", shape.n_ff, shape.n_embd, shape.weights)
         matrix(f"blk.{il}.ffn_up", shape.n_ff, shape.n_embd, shape.weights)
         matrix(f"blk.{il}.ffn_down", shape.n_embd, shape.n_ff, shape.weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_encoder(path: Path) -> Path:
+    """Writes an encoder of the shape of all-MiniLM-L6-v2 in F16, and returns its path."""
+    n_embd, n_ff, n_layer, n_ctx = 384, 1536, 6, 512
+    numbers = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "bert")
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(n_layer)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(12)
+    writer.add_layer_norm_eps(1e-12)
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("jina-v2-en")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokens = [*special, *(f"\u2581{word}" for word in words())]
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * len(special) + [gguf.TokenType.NORMAL] * len(words()))
+    writer.add_token_type_count(2)
+    writer.add_pad_token_id(0)
+    writer.add_unk_token_id(1)
+    writer.add_bos_token_id(2)  # what a text begins with is its [CLS]
+    writer.add_sep_token_id(3)
+    writer.add_eos_token_id(3)
+
+    def linear(name: str, n_rows: int, n_columns: int) -> None:
+        writer.add_tensor(f"{name}.weight", (numbers.standard_normal((n_rows, n_columns)) * 0.02).astype(np.float16))
+        writer.add_tensor(f"{name}.bias", np.zeros(n_rows, np.float32))
+
+    def norm(name: str) -> None:
+        writer.add_tensor(f"{name}.weight", np.ones(n_embd, np.float32))
+        writer.add_tensor(f"{name}.bias", np.zeros(n_embd, np.float32))
+
+    for name, n_rows in (("token_embd", len(tokens)), ("position_embd", n_ctx)):
+        writer.add_tensor(f"{name}.weight", (numbers.standard_normal((n_rows, n_embd)) * 0.02).astype(np.float16))
+    writer.add_tensor("token_types.weight", np.zeros((2, n_embd), np.float32))
+    norm("token_embd_norm")
+    for il in range(n_layer):
+        for stem in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            linear(f"blk.{il}.{stem}", n_embd, n_embd)
+        norm(f"blk.{il}.attn_output_norm")
+        linear(f"blk.{il}.ffn_up", n_ff, n_embd)
+        linear(f"blk.{il}.ffn_down", n_embd, n_ff)
+        norm(f"blk.{il}.layer_output_norm")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,12 +1,14 @@
 """How fast answers come through Arriero, beside llama.cpp's own server on the same files and cores.
 
-    python -m benchmarks.serving [--llama-server PATH] [--rounds 3] [--models tiny small half] [--no-swaps]
+    python -m benchmarks.serving [--llama-server PATH] [--rounds 3] [--models tiny small half ...] [--no-swaps]
 
 Each round starts one side after the other, alone, and asks both the same: streamed completions of new prompts of 64
 words at 1, 4 and 8 clients, requests for one token, and swaps of two models of which one at a time may be loaded
 (llama-server's router; Arriero's single active model). Both have four slots, as many threads as there are cores, and
-the CPU alone. Before each measurement the machine is waited for to be quiet. Medians of the rounds are printed, and the
-ratio of the two sides. Without --llama-server only Arriero is measured.
+the CPU alone. With `--models sampled-152k sampled-262k encoder` it asks for answers that are sampled from large
+vocabularies, and for embeddings of texts of 64 words from an encoder, 32 to a request. Before each measurement the
+machine is waited for to be quiet. Medians of the rounds are printed, and the ratio of the two sides. Without
+--llama-server only Arriero is measured.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import multiprocessing
 import random
 import socket
@@ -26,20 +29,51 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
 
 from benchmarks.http_load import Answer, ask_all, quantile, streamed
-from benchmarks.models import QWEN_HALF_B, SMALL, TINY, Shape, words, write_model
+from benchmarks.models import (
+    GEMMA_VOCABULARY,
+    QWEN_HALF_B,
+    QWEN_VOCABULARY,
+    SMALL,
+    TINY,
+    Shape,
+    words,
+    write_encoder,
+    write_model,
+)
 from benchmarks.table import print_table
 
 N_SLOTS, N_CTX = 4, 2048  # tokens of a slot
 WORDS = 64
-SHAPES: Mapping[str, Shape] = {"tiny": TINY, "small": SMALL, "half": QWEN_HALF_B}
-TOKENS: Mapping[str, int] = {"tiny": 400, "small": 128, "half": 48}  # of an answer: seconds for each measurement
-CLIENTS: Mapping[str, Sequence[int]] = {"tiny": (1, 4, 8), "small": (1, 4, 8), "half": (1, 4)}
+SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+"""llama.cpp's defaults, said: each side would else fill in its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`tokens`: of an answer, so many that a measurement takes seconds. `more`: of a request's body."""
+
+    shape: Shape
+    tokens: int
+    clients: Sequence[int]
+    more: Mapping[str, float] = field(default_factory=dict)
+
+
+CASES: Mapping[str, Case] = {
+    "tiny": Case(TINY, 400, (1, 4, 8)),
+    "small": Case(SMALL, 128, (1, 4, 8)),
+    "half": Case(QWEN_HALF_B, 48, (1, 4)),
+    "sampled-152k": Case(QWEN_VOCABULARY, 200, (1, 4), SAMPLED),
+    "sampled-262k": Case(GEMMA_VOCABULARY, 200, (1, 4), SAMPLED),
+}
+ENCODER, TEXTS, REQUESTS = "encoder", 32, 12  # texts of a request for embeddings
 ONE_TOKEN_ROUNDS, SWAP_ROUNDS = 60, 9
 QUIET_PERCENT, QUIET_S, PATIENCE_S = 15.0, 1.0, 120.0
 
@@ -51,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-server", type=Path, help="an executable, built from the same sources")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=[*CASES, ENCODER], default=["tiny", "small", "half"])
     parser.add_argument("--no-swaps", action="store_true")
     parser.add_argument("--busy", action="store_true", help="do not wait until the machine is quiet")
     given = parser.parse_args()
@@ -59,7 +93,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model in given.models:
-            write_model(folder / f"{model}.gguf", SHAPES[model])
+            if model == ENCODER:
+                write_encoder(folder / f"{model}.gguf")
+            else:
+                write_model(folder / f"{model}.gguf", CASES[model].shape)
         if not given.no_swaps:
             first = write_model(folder / "swap-a.gguf", QWEN_HALF_B)
             (folder / "swap-b.gguf").write_bytes(first.read_bytes())
@@ -85,7 +122,8 @@ def _measure_arriero(folder: Path, given: argparse.Namespace, results: Results) 
 
 def _measure_llama_server(folder: Path, given: argparse.Namespace, results: Results) -> None:
     for model in given.models:
-        with llama_server(given.llama_server, "--model", str(folder / f"{model}.gguf")) as url:
+        embeds = ("--embeddings", "--pooling", "mean") if model == ENCODER else ()
+        with llama_server(given.llama_server, "--model", str(folder / f"{model}.gguf"), *embeds) as url:
             _measure(url, model, "llama-server", results)
     if not given.no_swaps:
         with llama_server(given.llama_server, "--models-dir", str(folder), "--models-max", "1") as url:
@@ -99,10 +137,12 @@ def arriero(folder: Path, **policy: int) -> Iterator[str]:
     ours, theirs = context.Pipe()
     child = context.Process(target=_run_arriero, args=[str(folder), policy, theirs])
     child.start()
+    theirs.close()  # so that a child that fails is an end of file, not a wait for ever
     try:
         yield ours.recv()
     finally:
-        ours.send("end")
+        with contextlib.suppress(BrokenPipeError):
+            ours.send("end")
         child.join()
 
 
@@ -164,11 +204,14 @@ def _healthy(url: str) -> bool:
 
 
 def _measure(url: str, model: str, side: str, results: Results) -> None:
-    prompts = _prompts()
+    if model == ENCODER:
+        _measure_encoder(url, side, results)
+        return
+    prompts, case = _prompts(), CASES[model]
     ask_all(url, [streamed(model, next(prompts), 8)], 1)  # loads it
-    for clients in CLIENTS[model]:
+    for clients in case.clients:
         n_requests = max(4, 2 * clients)
-        bodies = [streamed(model, next(prompts), TOKENS[model]) for _ in range(n_requests)]
+        bodies = [streamed(model, next(prompts), case.tokens, **case.more) for _ in range(n_requests)]
         _wait_until_quiet()
         answers, seconds = ask_all(url, bodies, clients)
         results[f"{model}, tokens/s at {clients}", side].append(sum(answer.tokens for answer in answers) / seconds)
@@ -177,6 +220,24 @@ def _measure(url: str, model: str, side: str, results: Results) -> None:
     _wait_until_quiet()
     firsts_s = [_one(url, model, " ".join(next(prompts).split()[:8])).first_s for _ in range(ONE_TOKEN_ROUNDS)]
     results[f"{model}, first token, ms", side].append(1e3 * statistics.median(firsts_s))
+
+
+def _measure_encoder(url: str, side: str, results: Results) -> None:
+    prompts = _prompts()
+
+    def embed(n_texts: int) -> None:
+        body = json.dumps({"model": ENCODER, "input": [next(prompts) for _ in range(n_texts)]}).encode()
+        request = urllib.request.Request(f"{url}/v1/embeddings", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            assert len(json.load(answer)["data"]) == n_texts
+
+    embed(1)  # loads it
+    for clients in (1, 4):
+        _wait_until_quiet()
+        began_s = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(embed, [TEXTS] * REQUESTS))
+        results[f"{ENCODER}, texts/s at {clients}", side].append(TEXTS * REQUESTS / (time.perf_counter() - began_s))
 
 
 def _swap(url: str, side: str, results: Results) -> None:

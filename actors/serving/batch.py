@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from actors.serving.fairness import Rotation, shares
 from actors.serving.generation import Generation
 from actors.serving.jobs import Embedding
 from actors.serving.model import Model, Row
+from actors.serving.pieces import Piece, Placed
 from actors.serving.slots import Slot, Slots
 from scheduler.costs.host import embedding_rows
 
@@ -29,31 +31,52 @@ class Part(NamedTuple):
     guessed: list[int]
 
 
+class MediumPart(NamedTuple):
+    """A piece of a picture or a sound, and whose prompt it belongs to."""
+
+    slot: Slot
+    job: Generation
+    piece: Piece
+
+
+class Batch(NamedTuple):
+    """Of a turn: rows of text, and pieces of what is no text. llama.cpp takes them one after the other."""
+
+    rows: list[Row]
+    parts: list[Part]
+    pieces: list[MediumPart]
+
+
 def next_batch(
     running: Sequence[tuple[Slot, Generation]],
     slots: Slots,
     model: Model,
     guesses: Mapping[Generation, list[int]] | None = None,
-) -> tuple[list[Row], list[Part]]:
-    """One micro-batch at the most, for `running`: those that answer come first, then the shortest prompts. No more rows
-    want logits than the context keeps. `guesses`: what may follow the next tokens of answers, where there is room."""
-    rows: list[Row] = []
-    parts: list[Part] = []
-    room = max(model.n_ubatch, model.n_seq_max)
+) -> Batch:
+    """One micro-batch at the most, for `running`: those that answer come first, then the shortest prompts. Those share
+    the room that is left, by source. No more rows want logits than the context keeps. `guesses`: what may follow the
+    next tokens of answers, where there is room. What must be read at once is not in it (`next_whole`)."""
+    batch = Batch([], [], [])
+    guesses = guesses or {}
+    answering = [job for _, job in running if job.pending is not None]
+    room = max(model.n_ubatch, model.n_seq_max) - sum(1 + len(guesses.get(job, ())) for job in answering)
+    reading = [(job, _unread(slot, job, slots)) for slot, job in running if job.pending is None]
+    counts = shares([(job.source, count) for job, count in reading], room)
+    share = {job: count for (job, _), count in zip(reading, counts, strict=True)}
     judgements = min(model.n_outputs - len(running), JUDGED_AT_ONCE)
-    for index, (slot, job) in enumerate(running):
+    rows = batch.rows
+    for slot, job in running:
         start = len(slot.tokens)
         guessed: list[int] = []
         if job.pending is not None:
-            guessed = guesses.get(job, guessed) if guesses else guessed
+            guessed = guesses.get(job, guessed)
             tokens = [job.pending, *guessed]
-        else:  # the room that is left is shared evenly; what a short prompt does not need goes to the longer ones
-            end = start + (room - len(rows)) // (len(running) - index)
-            tokens = job.prompt[start : job.media.text_end(start, end) if job.media else end]
-        checkpoint = 0 if job.pending is not None else slots.checkpoint_of(slot, job)
-        if start < checkpoint < start + len(tokens):
-            tokens = tokens[: checkpoint - start]
+        else:
+            tokens = job.prompt[start : start + share[job]]
         if not tokens:
+            continue
+        if job.pending is None and (placed := job.media.at(start)) is not None:
+            batch.pieces.append(MediumPart(slot, job, _piece(slot, job, placed, len(tokens))))
             continue
         samples = job.pending is not None or start + len(tokens) == len(job.prompt)
         to_judge = job.to_judge(start, len(tokens))
@@ -69,8 +92,46 @@ def next_batch(
             for at, token in enumerate(tokens)
         )
         row = first_row + start + says if samples else None
-        parts.append(Part(slot, job, tokens, row, [first_row + at for at in to_judge], guessed))
-    return rows, parts
+        batch.parts.append(Part(slot, job, tokens, row, [first_row + at for at in to_judge], guessed))
+    return batch
+
+
+def next_whole(running: Sequence[tuple[Slot, Generation]], sources: Rotation[str]) -> list[MediumPart]:
+    """What is encoded and must be read at once: one of it, or nothing. `sources` take turns."""
+    ready = [
+        MediumPart(slot, job, _piece(slot, job, placed, placed.medium.n_tokens))
+        for slot, job in running
+        if (placed := _next_medium(slot, job)) is not None and placed.medium.at_once
+    ]
+    sources.keep(part.job.source for part in ready)
+    if not ready:
+        return []
+    chosen = min(ready, key=lambda part: sources.place(part.job.source))
+    sources.serve([chosen.job.source])
+    return [chosen]
+
+
+def _next_medium(slot: Slot, job: Generation) -> Placed | None:
+    """What `job` reads next, if that is no text, and encoded."""
+    placed = job.media.at(len(slot.tokens)) if job.media and job.pending is None else None
+    return placed if placed is not None and placed.medium.embedding is not None else None
+
+
+def _piece(slot: Slot, job: Generation, placed: Placed, count: int) -> Piece:
+    start = len(slot.tokens) - placed.start
+    return Piece(placed.medium, start, start + count, job.media.position(placed.start), slot.sequence)
+
+
+def _unread(slot: Slot, job: Generation, slots: Slots) -> int:
+    """Tokens of its prompt that may be read in one turn: text, or pieces of the same picture, and no further than to
+    its next checkpoint."""
+    start, end = len(slot.tokens), len(job.prompt)
+    if job.media and job.media.at(start) is not None:
+        placed = _next_medium(slot, job)
+        return 0 if placed is None or placed.medium.at_once else placed.end - start
+    checkpoint = slots.checkpoint_of(slot, job)
+    end = checkpoint if start < checkpoint < end else end
+    return job.media.text_end(start, end) - start
 
 
 class TextPart(NamedTuple):
@@ -110,6 +171,20 @@ def next_texts(own: Sequence[tuple[Slot, Embedding]], slots: Slots, model: Model
         parts.append(TextPart(slot, job, tokens))
         taken[job] += 1
     return rows, parts
+
+
+def take_vectors(parts: Sequence[TextPart], vectors: Any, slots: Slots, *, pooled: bool) -> None:
+    """What was computed of texts: one vector of each, if `pooled`, or one of each token."""
+    at = 0
+    for slot, job, tokens in parts:
+        count = 1 if pooled else len(tokens)
+        job.add(vectors[at : at + count])
+        at += count
+        slot.tokens += tokens
+        if len(slot.tokens) == len(job.texts[job.done]):
+            slots.forget(slot)
+            slots.use(slot)  # the others' turn
+            job.finish_text()
 
 
 def embed_step(model: Model) -> int:

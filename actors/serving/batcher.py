@@ -3,15 +3,16 @@
 The very first decode runs in that thread too. OpenMP keeps a team of threads for every thread that has computed. With a
 second team there are more threads than cores, and they sleep at every barrier instead of spinning.
 Each turn decodes one batch: the next token of every answer under way, plus prompt tokens of slots still reading, up to
-one micro-batch (`n_ubatch`) in all. Prompts share that room evenly. So a long prompt delays the others, their first
-tokens too, by one micro-batch at a time, and a cancelled job is gone after one. Jobs that find no free slot wait in
-order. Embeddings take their own turns, because they make every token an output.
+one micro-batch (`n_ubatch`) in all. Prompts share that room by source (`fairness`). So a long prompt delays the others,
+their first tokens too, by one micro-batch at a time, and a cancelled job is gone after one. Jobs that find no free slot
+wait in order. Embeddings take their own turns, because they make every token an output.
 Tokens that are guessed to follow an answer's next one share its turn, where that is faster (`drafting`).
 Jobs with the same LoRA adapters share batches; those with other ones take turns with them (`turns`).
 An answer that its reader does not take waits: no token is computed that nobody reads.
 Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in another thread, because a grammar may take
-seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there. It is the same while a
-picture of its prompt is encoded. To read that is a turn of its own: what it is made of is no tokens.
+seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there. So it does while a
+picture of its prompt is encoded. The pieces of that share the room of prompts, in a batch of their own: they are no
+tokens.
 When a shared cache is full, the youngest answer waits until there is room.
 A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
 batcher for good: everything fails from then on, with the reason.
@@ -22,24 +23,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 from actors.devices.cores import Cores
-from actors.serving.batch import Part, next_batch, next_texts
-from actors.serving.beat import Beat
+from actors.serving.batch import MediumPart, Part, next_batch, next_texts, next_whole, take_vectors
+from actors.serving.beat import Beats
 from actors.serving.choosing import Chooser
 from actors.serving.drafting import Drafting, accept, answer
 from actors.serving.encoding import Encoder
+from actors.serving.fairness import Rotation
 from actors.serving.generation import TELLING_TOKENS, Choice, Generation
 from actors.serving.jobs import Embedding, Job
 from actors.serving.model import Adapters, Model, Row
-from actors.serving.pieces import Medium
 from actors.serving.slots import Slot, Slots
 from actors.serving.turns import Turns
-from actors.serving.waiting import next_answers, next_media, stalls, uses_sampler, waits
+from actors.serving.waiting import is_in_line, next_answers, next_encodings, uses_sampler, waits
 from scheduler.errors import ArrieroError, EngineFailed
 
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode, llama.h
@@ -56,11 +57,11 @@ class Batcher:
         model: Model,
         *,
         last_words: Callable[[], str] = lambda: "",
-        beat: Beat | None = None,
+        beats: Beats | None = None,
         cores: Cores | None = None,
     ) -> None:
         self._model = model
-        self._beat = beat or Beat()
+        self._beats = beats or Beats()
         self._cores = cores or Cores.alone(1)
         self._last_words = last_words
         self._slots = Slots(model)
@@ -69,7 +70,8 @@ class Batcher:
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
         self._chooser = Chooser(model)
-        self._encoder = Encoder(model)
+        self._encoder = Encoder(model, self._beats.encodings)
+        self._viewers = Rotation[str]()  # sources whose pictures must be read at once
         self._n_threads = 0
         self._failed_turns = 0
         self._read_tokens, self._read_s = 0, 0.0  # of prompts that were read alone
@@ -140,9 +142,8 @@ class Batcher:
         try:
             while self._prepare():
                 self._model.use_adapters(self._turns.adapters)
+                self._encode()
                 self._generate()
-                if self._model.eyes is not None:
-                    self._read_media()
                 self._embed()
         except BaseException as error:  # a bug must not leave callers waiting for ever
             self.broken = f"the engine thread failed: {type(error).__name__}: {error}"
@@ -167,8 +168,8 @@ class Batcher:
                 self._slots.assign()
                 if self._closing or self.broken:
                     return False
-                wanted = (slot.job.adapters for slot in self._slots if slot.job is not None and not stalls(slot.job))
-                left_s = self._turns.take(wanted, time.perf_counter())
+                in_line = [slot.job for slot in self._slots if slot.job is not None and is_in_line(slot.job)]
+                left_s = self._turns.take(((job.source, job.adapters) for job in in_line), time.perf_counter())
                 if any(slot.job is not None and self._may_go_on(slot.job) for slot in self._slots):
                     return True
                 self._cores.leave()
@@ -185,20 +186,32 @@ class Batcher:
             self._slots.waiting.remove(job)
             job.end()
 
+    def _encode(self) -> None:
+        """What is next in a prompt and no text is encoded beside this thread, before it is read."""
+        if self._model.eyes is None:
+            return
+        for job, medium in next_encodings(next_answers(self._slots, self._turns.adapters)):
+            with self._changed:
+                job.choosing = job.encoding = True
+            self._encoder.begin(job, medium, self._was_chosen)
+
     def _generate(self) -> None:
         """One turn of all generations."""
         running = next_answers(self._slots, self._turns.adapters)
         guesses = self._drafting.guesses(running)
-        rows, parts = next_batch(running, self._slots, self._model, guesses)
-        if not rows:
+        batch = next_batch(running, self._slots, self._model, guesses)
+        if batch.rows and not self._decode_text(batch.rows, batch.parts, guesses):
             return
+        if batch.pieces and not self._decode_media(batch.pieces):
+            return
+        if whole := next_whole(next_answers(self._slots, self._turns.adapters), self._viewers):
+            self._decode_media(whole)
+
+    def _decode_text(self, rows: list[Row], parts: list[Part], guesses: Mapping[Generation, list[int]] | None) -> bool:
         began = time.perf_counter()
-        code = self._decode(rows, [part.job for part in parts])
-        if code != 0:
-            self._decode_failed(code, [(part.slot, part.job) for part in parts])
-            return
+        if not self._decode(parts, len(rows), lambda: self._model.decode(rows)):
+            return False
         took_s = time.perf_counter() - began
-        self._failed_turns = 0
         if guesses is not None:
             self._drafting.took(len(rows), took_s)
         if len(parts) == 1 and not guesses:  # how fast an answer comes with guesses says little of the next one
@@ -212,6 +225,19 @@ class Batcher:
             self._go_on(part)
         for part in parts:
             part.job.hearer.flush()
+        return True
+
+    def _decode_media(self, parts: list[MediumPart]) -> bool:
+        pieces = [part.piece for part in parts]
+        n_rows = sum(piece.end - piece.start for piece in pieces)
+        if not self._decode(parts, n_rows, lambda: self._model.decode_media(pieces)):
+            return False
+        for slot, job, piece in parts:
+            known = len(slot.tokens)
+            slot.tokens += job.prompt[known : known + piece.end - piece.start]
+            if piece.end == piece.medium.n_tokens:
+                piece.medium.embedding = None  # they are large
+        return True
 
     def _go_on(self, part: Part) -> None:
         """After its rows were decoded."""
@@ -274,29 +300,6 @@ class Batcher:
         job.hearer.flush()
         return ended
 
-    def _read_media(self) -> None:
-        """What is next in a prompt and no text: it is encoded beside this thread, or one is decoded, if it was."""
-        for slot, job, medium in next_media(self._slots, self._turns.adapters):
-            if medium.embedding is not None:
-                self._read_medium(slot, job, medium)
-                return
-            with self._changed:
-                job.choosing = job.encoding = True
-            self._encoder.begin(job, medium, self._was_chosen)
-
-    def _read_medium(self, slot: Slot, job: Generation, medium: Medium) -> None:
-        position = job.media.position(len(slot.tokens))
-        with self._computing(medium.n_tokens, [job]):
-            code = self._model.decode_medium(medium, position, slot.sequence)
-        if code == 0:
-            self._failed_turns = 0
-            medium.embedding = None
-            slot.tokens += medium.tokens
-            return
-        self._slots.forget(slot)  # a part of it may be there: all is read again, or nothing
-        if code != _NO_ROOM or not self._slots.forget_idle():
-            self._decode_failed(code, [(slot, job)])
-
     def _embed(self) -> None:
         """One batch of texts to embed."""
         there = [(slot, slot.job) for slot in self._slots if isinstance(slot.job, Embedding)]
@@ -305,7 +308,7 @@ class Batcher:
             return
         rows, parts = next_texts(own, self._slots, self._model)
         jobs = list(dict.fromkeys(job for _, job, _ in parts))
-        with self._computing(len(rows), jobs, embeds=True):
+        with self._computing(len(rows), jobs, "embeddings"):
             vectors = self._model.embed(rows)
         if isinstance(vectors, int) and vectors == _NO_ROOM and (self._slots.forget_idle() or self._postpone_one()):
             return  # the same again in the next turn
@@ -313,16 +316,7 @@ class Batcher:
             self._decode_failed(vectors, [(slot, job) for slot, job in own if job in jobs])
             return
         self._failed_turns = 0
-        at = 0
-        for slot, job, tokens in parts:
-            count = 1 if self._model.is_pooled else len(tokens)
-            job.add(vectors[at : at + count])
-            at += count
-            slot.tokens += tokens
-            if len(slot.tokens) == len(job.texts[job.done]):
-                self._slots.forget(slot)
-                self._slots.use(slot)  # the others' turn
-                job.finish_text()
+        take_vectors(parts, vectors, self._slots, pooled=self._model.is_pooled)
         for slot, job in own:
             if job.done == len(job.texts):
                 self._release_locked(slot)
@@ -337,21 +331,26 @@ class Batcher:
         with self._changed:
             self._slots.release(slot)
 
-    def _decode(self, rows: list[Row], jobs: list[Generation]) -> int:
-        with self._computing(len(rows), jobs):
-            code = self._model.decode(rows)
+    def _decode(self, parts: Sequence[Part | MediumPart], n_rows: int, compute: Callable[[], int]) -> bool:
+        """Whether it went well."""
+        with self._computing(n_rows, [part.job for part in parts]):
+            code = compute()
         if code == _NO_ROOM and self._slots.forget_idle():
-            return self._decode(rows, jobs)
-        return code
+            return self._decode(parts, n_rows, compute)
+        if code != 0:
+            self._decode_failed(code, [(part.slot, part.job) for part in parts])
+            return False
+        self._failed_turns = 0
+        return True
 
     @contextmanager
-    def _computing(self, n_rows: int, jobs: Sequence[Job[Any]], *, embeds: bool = False) -> Iterator[None]:
+    def _computing(self, n_rows: int, jobs: Sequence[Job[Any]], what: str = "tokens") -> Iterator[None]:
         """A batch of these jobs is computed: cancelling them all aborts it, and the node hears of it."""
         with self._changed:
             self._in_batch = tuple(jobs)
             self._model.abort(self._closing or all(job.cancelled for job in jobs))
         self._take_cores()
-        with self._beat.decode(n_rows, embeds=embeds):
+        with self._beats.decodes.computing(n_rows, what):
             yield
         with self._changed:
             self._in_batch = ()

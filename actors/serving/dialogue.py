@@ -4,6 +4,7 @@ READ path, 0, template   -> READY, or REJECTED (on the control socket, before al
 PREPARE slot, content    -> STEP* (BEFORE (PICTURE | SOUND))* PROMPT*
                             READY {"stops", "constrained", "syntax", "preserved", "biases", "thinking"},
                             or EXAMINED the answer itself, or REJECTED
+CONSTRAIN slot, content  -> STEP* READY: the grammar of another answer to the same request; nothing else is made of it
 TRY token                -> TAKEN, or ALLOWED bits: only these tokens may come next
 SYNTAX how to read an answer -> (nothing; only said to a child that is asked nothing else until the answer has ended)
 SAID text, or ENDS text  -> DELTAS what it adds to the message (ENDS: nothing follows, CUT: more would have)
@@ -45,6 +46,7 @@ class Kind(IntEnum):
     BEFORE = 16  # tokens of a prompt that come before a picture or a sound, 4 bytes each
     PICTURE = 17
     SOUND = 18  # samples, floats of 4 bytes
+    CONSTRAIN = 19
 
 
 class Senses(NamedTuple):

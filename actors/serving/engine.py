@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from actors.devices.cores import Cores
 from actors.serving.adapter_choice import chosen_adapters
 from actors.serving.batcher import Batcher
-from actors.serving.beat import Beat
+from actors.serving.beat import Beats
 from actors.serving.dialogue import prompt_too_long
 from actors.serving.draft import Draft, Text
 from actors.serving.generation import Generation, Wish
@@ -62,7 +62,7 @@ class Engine:
         spec: LoadSpec,
         rpc_endpoints: Sequence[str] = (),
         on_progress: Callable[[float], object] = lambda progress: None,
-        beat: Beat | None = None,
+        beats: Beats | None = None,
         cores: Cores | None = None,
         preparer: Preparer | None = None,
     ) -> None:
@@ -78,7 +78,7 @@ class Engine:
             self._model = NativeModel(spec, rpc_endpoints, on_progress)
             unless_loaded.callback(self._model.close)
             self._batcher = Batcher(
-                self._model, last_words=llama_log().last_errors, beat=beat, cores=cores or Cores.alone(spec.n_threads)
+                self._model, last_words=llama_log().last_errors, beats=beats, cores=cores or Cores.alone(spec.n_threads)
             )
             unless_loaded.pop_all()
         self._states: dict[Adapters, SavedStates] = {}
@@ -138,7 +138,7 @@ class Engine:
     def _choices(
         self, request: GenerateRequest, prepared: Prepared, hearer: Hearer[Chunk], errand: Errand | None
     ) -> Choices:
-        """`request.n` answers to each prompt. Each needs a grammar and a parser of its own."""
+        """`request.n` answers to each prompt. Each needs a grammar and a parser of its own; its pictures are shared."""
         count = len(prepared.prompts) * request.n
         costly = prepared.constraint is not None or prepared.syntax is not None or request.sampling.dry_multiplier > 0
         if count > MOST_PREPARED and costly:
@@ -153,8 +153,9 @@ class Engine:
             for index in range(count):
                 prompt, first = prepared.prompts[index // request.n], index - index % request.n
                 if index and prepared.constraint is not None:
-                    prepared = self._prepared(request, errand)
-                    unless_made.callback(prepared.close)
+                    own = self._preparer.constraint(request.content, self.n_ctx_per_slot, errand, self._model.eyes)
+                    unless_made.callback(own.close)
+                    prepared = replace(prepared, constraint=own)
                 job = self._generation(
                     request, prepared, prompt, together.of(index), media, choices[first : first + 1], index
                 )

@@ -1,8 +1,8 @@
 """A model's projector (mmproj) in libmtmd: pictures and sounds into what the model reads.
 
-A medium is *encoded* by the projector, in any one thread at a time, and then *decoded* by the model, in the thread that
-owns its context. A file may be several media with text between them: tiles of a picture, half minutes of a sound. No
-text of strangers comes here, and no file: only pixels and samples (see `media_files`).
+A medium is *encoded* by the projector, in any one thread at a time, and then *decoded* by the model, piece by piece, in
+the thread that owns its context. A file may be several media with text between them: tiles of a picture, half minutes
+of a sound. No text of strangers comes here, and no file: only pixels and samples (see `media_files`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 from llama_cpp import mtmd_cpp
 
 from actors.serving.dialogue import SIZE, Senses
 from actors.serving.journal import llama_log
 from actors.serving.load_errors import load_failed
-from actors.serving.pieces import Medium
+from actors.serving.pieces import Medium, Piece
 from actors.serving.protocol import LoadFailed, LoadSpec
 from scheduler.costs.header import read_header
 from scheduler.costs.projector import most_image_tokens
@@ -33,9 +34,9 @@ _DEPEND_ON_OTHERS = {"deepseek4v", "hunyuanvl"}
 class Projector:
     """A loaded one; `close()` frees it. Raises LoadFailed. Media may be made by any thread."""
 
-    def __init__(self, spec: LoadSpec, model: Any, device: int | None, n_ubatch: int, n_batch: int) -> None:
+    def __init__(self, spec: LoadSpec, model: Any, device: int | None, n_ubatch: int) -> None:
         """`model`: the `llama_model *`; `device`: where it lies; None: in host RAM."""
-        self._n_ubatch, self._n_batch = n_ubatch, n_batch
+        self._n_ubatch = n_ubatch
         self._n_embd: int = llama_cpp.llama_model_n_embd_inp(model)
         params = mtmd_cpp.mtmd_context_params_default()
         params.use_gpu = device is not None
@@ -67,6 +68,7 @@ class Projector:
             if not self._context:
                 raise load_failed(f"llama.cpp could not load the projector {spec.mmproj}", lines)
         rate = mtmd_cpp.mtmd_get_audio_sample_rate(self._context)
+        self._has_mrope = bool(mtmd_cpp.mtmd_decode_use_mrope(self._context))
         self.senses = Senses(bool(mtmd_cpp.mtmd_support_vision(self._context)), max(0, rate))
         self._marker: bytes = mtmd_cpp.mtmd_default_marker()
 
@@ -112,12 +114,14 @@ class Projector:
         for index in range(mtmd_cpp.mtmd_input_chunks_size(chunks)):
             chunk: Any = mtmd_cpp.mtmd_input_chunks_get(chunks, index)
             n_tokens = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk)
-            if mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            kind = mtmd_cpp.mtmd_input_chunk_get_type(chunk)
+            if kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_TEXT:
                 count: Any = ctypes.byref(ctypes.c_size_t())
                 tokens: Any = mtmd_cpp.mtmd_input_chunk_get_tokens_text(chunk, count)
                 yield list(tokens[:n_tokens])
                 continue
-            if mtmd_cpp.mtmd_decode_use_non_causal(self._context, chunk) and n_tokens > self._n_ubatch:
+            at_once = bool(mtmd_cpp.mtmd_decode_use_non_causal(self._context, chunk))
+            if at_once and n_tokens > self._n_ubatch:
                 raise Rejected(  # llama.cpp would end the process
                     f"a picture is {n_tokens} tokens that this model must read at once, and it is loaded for "
                     f"{self._n_ubatch}; set n_ubatch: {n_tokens} or more for it in the catalogue"
@@ -125,7 +129,10 @@ class Projector:
             if not n_tokens:
                 raise Rejected("a picture or sound is too small for this model's projector")
             positions = mtmd_cpp.mtmd_input_chunk_get_n_pos(chunk)
-            yield Medium(identity + b"%d" % index, n_tokens, positions, _Chunk(chunk))
+            is_sound = kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_AUDIO
+            yield Medium(
+                identity + b"%d" % index, n_tokens, positions, _Chunk(chunk), at_once=at_once, is_sound=is_sound
+            )
 
     # ------------------------------------------------------------------ one thread at a time
 
@@ -141,17 +148,43 @@ class Projector:
 
     # ------------------------------------------------------------------ the thread that owns the context
 
-    def decode(self, context: Any, medium: Medium, position: int, sequence: int) -> int:
-        """The model reads what was encoded. The code is llama_decode's; after a failure a part of it may be read."""
-        data = medium.embedding.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        after = llama_cpp.llama_pos()
-        nothing = mtmd_cpp.mtmd_helper_post_decode_callback()
-        return int(
-            mtmd_cpp.mtmd_helper_decode_image_chunk(
-                self._context, context, medium.chunk.pointer, data, position, sequence,
-                min(self._n_batch, self._n_ubatch), ctypes.byref(after), nothing, None,
-            )
-        )  # fmt: skip
+    def decode(self, context: Any, pieces: Sequence[Piece]) -> int:
+        """The model reads what was encoded: pieces of several media, or one that must be read at once. The code is
+        llama_decode's."""
+        count = sum(piece.end - piece.start for piece in pieces)
+        vectors = np.concatenate([piece.medium.embedding[piece.start : piece.end] for piece in pieces])
+        positions = np.ascontiguousarray(np.concatenate([self._positions(piece) for piece in pieces], axis=1))
+        sequences = np.array([piece.sequence for piece in pieces for _ in range(piece.start, piece.end)], np.int32)
+        addresses = sequences.ctypes.data + sequences.itemsize * np.arange(count, dtype=np.uint64)
+        ones, zeros = np.ones(count, np.int32), np.zeros(count, np.int8)  # sequences of each row; no row is sampled
+        batch = llama_cpp.llama_batch(
+            n_tokens=count,
+            embd=vectors.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+            pos=positions.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos)),
+            n_seq_id=ones.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=addresses.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(llama_cpp.llama_seq_id))),
+            logits=zeros.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        if not pieces[0].medium.at_once:
+            return int(llama_cpp.llama_decode(context, batch))
+        llama_cpp.llama_set_causal_attn(context, False)
+        try:
+            return int(llama_cpp.llama_decode(context, batch))
+        finally:
+            llama_cpp.llama_set_causal_attn(context, True)
+
+    def _positions(self, piece: Piece) -> npt.NDArray[np.int32]:
+        """Of each of its tokens, in a column: one number, or, with M-RoPE, that of time, row, column, and one more."""
+        told = np.zeros((4, piece.end - piece.start), np.int32)
+        if self._has_mrope and not piece.medium.is_sound:
+            places = (mtmd_cpp.mtmd_decoder_pos * piece.medium.n_tokens)()
+            picture: Any = mtmd_cpp.mtmd_input_chunk_get_tokens_image(piece.medium.chunk.pointer)
+            mtmd_cpp.mtmd_helper_image_get_decoder_pos(picture, piece.position, places)
+            fields = np.frombuffer(places, np.uint32).reshape(-1, 4)  # t, x, y, z
+            told[:] = fields[piece.start : piece.end, [0, 2, 1, 3]].T
+        else:
+            told[: 4 if self._has_mrope else 1] = piece.position + np.arange(piece.start, piece.end)
+        return told
 
 
 class _Chunk:

@@ -26,7 +26,7 @@ from actors.serving.ggml import BufferOverride, find_devices, ggml_function
 from actors.serving.journal import LogLine, llama_log
 from actors.serving.load_errors import load_failed
 from actors.serving.model import Adapters, Row
-from actors.serving.pieces import Medium
+from actors.serving.pieces import Medium, Piece
 from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec, Sampling
 from actors.serving.sampling import Chain, build_sampler
 from actors.serving.sequences import Sequences
@@ -191,7 +191,7 @@ class NativeModel(Sequences):
         from actors.serving.media import Projector  # most models have none
 
         device = self._devices[0] if spec.mmproj_on_device and self._devices else None
-        return Projector(spec, self._model, device, self.n_ubatch, self.n_batch)
+        return Projector(spec, self._model, device, self.n_ubatch)
 
     @property
     def buffers(self) -> BufferSizes:
@@ -307,15 +307,15 @@ class NativeModel(Sequences):
         return code
 
     def encode(self, medium: Medium) -> None:
-        """The projector computes what `decode_medium` needs. In any thread, one at a time. Raises EngineFailed."""
+        """The projector computes what `decode_media` needs. In any thread, one at a time. Raises EngineFailed."""
         assert self.eyes is not None
         self.eyes.encode(medium)
 
-    def decode_medium(self, medium: Medium, position: int, sequence: int) -> int:
-        """Runs an encoded picture or sound through the model. The code is that of `decode`, but after a failure a part
-        of it may be in the memory."""
+    def decode_media(self, pieces: Sequence[Piece]) -> int:
+        """Runs pieces of encoded pictures and sounds through the model, or one that must be read at once, and nothing
+        with it. The code is that of `decode`."""
         assert self.eyes is not None
-        code = self.eyes.decode(self._context, medium, position, sequence)
+        code = self.eyes.decode(self._context, pieces)
         if code == 0:
             llama_cpp.llama_synchronize(self._context)
         return code

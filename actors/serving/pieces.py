@@ -18,18 +18,30 @@ from scheduler.errors import Rejected
 
 
 class Medium:
-    """A picture, a tile of one, or a stretch of sound, as the model reads it: at once.
+    """A picture, a tile of one, or a stretch of sound.
 
     `n_positions`: by how much the position of what follows grows; less than its tokens where positions have two
     dimensions (M-RoPE). `embedding`: what its projector made of it, until the model has read it. `chunk`: libmtmd's.
+    `at_once`: its parts see each other, so the model must read it in one piece. `is_sound`: not a picture.
     """
 
-    def __init__(self, identity: bytes, n_tokens: int, n_positions: int, chunk: Any) -> None:
+    def __init__(
+        self,
+        identity: bytes,
+        n_tokens: int,
+        n_positions: int,
+        chunk: Any,
+        *,
+        at_once: bool = False,
+        is_sound: bool = False,
+    ) -> None:
         digest = blake2b(identity + b"%d" % n_tokens, digest_size=16).digest()
         self._first = -1 - int.from_bytes(digest, "big")
         self.n_tokens = n_tokens
         self.n_positions = n_positions
         self.chunk = chunk
+        self.at_once = at_once
+        self.is_sound = is_sound
         self.embedding: Any = None
 
     @property
@@ -43,6 +55,16 @@ class Placed(NamedTuple):
     start: int
     end: int
     medium: Medium
+
+
+class Piece(NamedTuple):
+    """A part of a medium in a batch: its tokens from `start` to `end`, for `sequence`. `position`: of its beginning."""
+
+    medium: Medium
+    start: int
+    end: int
+    position: int
+    sequence: int
 
 
 class Eyes(Protocol):
@@ -109,13 +131,13 @@ class Media:
     def __bool__(self) -> bool:
         return bool(self._placed)
 
-    def at(self, count: int) -> Medium | None:
-        """What begins after the first `count` tokens; None: text."""
-        return next((each.medium for each in self._placed if each.start == count), None)
+    def at(self, count: int) -> Placed | None:
+        """What comes, or goes on, after the first `count` tokens; None: text."""
+        return next((each for each in self._placed if each.start <= count < each.end), None)
 
     def text_end(self, start: int, end: int) -> int:
         """Up to where between `start` and `end` there is text only."""
-        return min((each.start for each in self._placed if start <= each.start < end), default=end)
+        return min([end, *(max(start, each.start) for each in self._placed if each.end > start)])
 
     def position(self, count: int) -> int:
         """Of what comes after the first `count` tokens, which end in no picture."""

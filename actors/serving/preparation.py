@@ -120,12 +120,23 @@ class Preparer:
 
         Raises Rejected for a request that cannot be made into one, EngineFailed when there is no preparer to ask.
         """
+        return self._asked(Kind.PREPARE, content, n_ctx, errand, eyes)
+
+    def constraint(self, content: bytes, n_ctx: int, errand: Errand | None, eyes: Eyes | None) -> Constraint:
+        """What another answer to the same request must follow; the caller closes it. Its pictures are not opened again.
+        Raises as `prepare` does."""
+        constraint = self._asked(Kind.CONSTRAIN, content, n_ctx, errand, eyes).constraint
+        if constraint is None:
+            raise EngineFailed("its preparer made a grammar for one answer, and none for the next")
+        return constraint
+
+    def _asked(self, kind: Kind, content: bytes, n_ctx: int, errand: Errand | None, eyes: Eyes | None) -> Prepared:
         connection = self._connection()
         errand = errand or Errand()
         try:
             errand.begin(connection)
             senses = eyes.senses if eyes is not None else Senses()
-            send(connection, Kind.PREPARE, SLOT.pack(n_ctx, *senses) + content)
+            send(connection, kind, SLOT.pack(n_ctx, *senses) + content)
             prepared = self._answer(connection, Reading(eyes, n_ctx))
         except Rejected:
             errand.finish()  # before another request gets the connection

@@ -166,7 +166,7 @@ class Child:
         """Returns at the end of the stream, or when its memory or its time is used up."""
         while (question := receive(self._connection)) is not None:
             kind, payload = question
-            if kind in (Kind.PREPARE, Kind.SYNTAX):
+            if kind in (Kind.PREPARE, Kind.CONSTRAIN, Kind.SYNTAX):
                 self._left_s = ANSWER_CPU_S
             elif self._left_s <= 0:  # many short questions escape the timer
                 _say(self._connection, _why(-signal.SIGPROF))
@@ -187,8 +187,8 @@ class Child:
 
     def _answer(self, kind: int, payload: bytes) -> None:
         match kind:
-            case Kind.PREPARE:
-                self._prepare(payload)
+            case Kind.PREPARE | Kind.CONSTRAIN:
+                self._prepare(payload, only_grammar=kind == Kind.CONSTRAIN)
             case Kind.TRY:
                 self._try(payload)
             case Kind.SYNTAX:
@@ -203,7 +203,7 @@ class Child:
     def _step(self, name: str) -> None:
         send(self._connection, Kind.STEP, name.encode())
 
-    def _prepare(self, payload: bytes) -> None:
+    def _prepare(self, payload: bytes, *, only_grammar: bool) -> None:
         n_ctx, *senses = SLOT.unpack_from(payload)
         usual_bytes = MEMORY_PER_TOKEN_BYTES * n_ctx + len(payload)
         self._limit_memory(usual_bytes)
@@ -219,21 +219,9 @@ class Child:
             return
         if sum(name in content for name in _WHAT_IS_READ) != 1:
             raise Rejected("a request needs either messages or a prompt, and not both")
-        if several := content.get("inputs") or content.get("prompts"):
-            prompts = [self._tokens(each, n_ctx) for each in several]
-        elif "messages" in content:
+        if "messages" in content:
             chat = self._chat(content, attached)
-            if attached.files:
-                prompts = [self._shown(chat.prompt, attached, n_ctx, usual_bytes)]
-            else:
-                prompts = [self._tokenized(chat.prompt, n_ctx)]
-        elif "infill" in content:
-            self._step("the text around the gap")
-            prompts = [infill_prompt(self._vocabulary, content["infill"], n_ctx)]
-        elif "rerank" in content:
-            prompts = self._pairs(content["rerank"], n_ctx)
-        else:
-            prompts = [self._tokens(content["prompt"], n_ctx)]
+        prompts = [] if only_grammar else self._prompts(content, chat, attached, n_ctx, usual_bytes)
         if chat is not None:
             self._grammar = chat.grammar
         elif "grammar" in content:
@@ -253,6 +241,22 @@ class Child:
             "thinking": chat.thinking if chat else None,
         }
         send(self._connection, Kind.READY, json.dumps(ready).encode())
+
+    def _prompts(
+        self, content: Mapping[str, Any], chat: Chat | None, attached: Attachments, n_ctx: int, usual_bytes: int
+    ) -> list[list[int]]:
+        if several := content.get("inputs") or content.get("prompts"):
+            return [self._tokens(each, n_ctx) for each in several]
+        if chat is not None and attached.files:
+            return [self._shown(chat.prompt, attached, n_ctx, usual_bytes)]
+        if chat is not None:
+            return [self._tokenized(chat.prompt, n_ctx)]
+        if "infill" in content:
+            self._step("the text around the gap")
+            return [infill_prompt(self._vocabulary, content["infill"], n_ctx)]
+        if "rerank" in content:
+            return self._pairs(content["rerank"], n_ctx)
+        return [self._tokens(content["prompt"], n_ctx)]
 
     def _pairs(self, wanted: Mapping[str, Any], n_ctx: int) -> list[list[int]]:
         """A reranker's prompts: each document with the query."""

@@ -28,7 +28,7 @@ from actors.devices.processes import Process, this_process
 from actors.devices.pulse import sign_in
 from actors.devices.reporting import every
 from actors.devices.virtual import DeviceProcess, read_virtual_gpu, start_device_process
-from actors.serving.beat import Beat
+from actors.serving.beat import Beat, Beats
 from actors.serving.engine import Engine
 from actors.serving.jobs import Hearer, Work
 from actors.serving.listener import Listener
@@ -73,14 +73,14 @@ def load_on_its_devices(
     endpoints: Sequence[str],
     on_progress: Callable[[float], object],
     *,
-    beat: Beat,
+    beats: Beats,
     node_id: str,
     preparer: Preparer,
 ) -> Engine:
     """An engine that sees the spec's cards and no others, and shares the node's cores where it computes on them."""
     show_only(spec.devices)
     cores = Cores.on_node(node_id, spec.n_threads) if spec.n_threads > 1 else Cores.alone(1)
-    return Engine(spec, endpoints, on_progress, beat, cores, preparer)
+    return Engine(spec, endpoints, on_progress, beats, cores, preparer)
 
 
 class Runner:
@@ -293,8 +293,9 @@ class RunnerActor:
         self._turns = sign_in(node_id, "RunnerActor", "a turn of its threads")
         every(TURN_EVERY_S, partial(self._turns.promise, TURN_WITHIN_S), "tell the node of it")
         decodes = sign_in(node_id, "RunnerActor", "a decode")
-        beat = Beat(decodes.promise, decodes.rest)
-        self._runner = Runner(partial(load_on_its_devices, beat=beat, node_id=node_id, preparer=Preparer()))
+        encodings = sign_in(node_id, "RunnerActor", "the encoding of a picture or sound")
+        beats = Beats(Beat(decodes.promise, decodes.rest), Beat(encodings.promise, encodings.rest))
+        self._runner = Runner(partial(load_on_its_devices, beats=beats, node_id=node_id, preparer=Preparer()))
         self._listener = Listener(self._runner, NodeId(node_id), ray.util.get_node_ip_address())
         importlib.import_module(IMPORTED_EARLY)
 

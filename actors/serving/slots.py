@@ -161,7 +161,7 @@ class Slots:
         if self._model.shares_cells:
             others = [(other.shares(job.prompt, job.adapters), other) for other in self._all if other is not slot]
             most, donor = max(others, key=lambda pair: pair[0], default=(0, slot))
-            most = min(most, len(job.prompt) - 1)
+            most = job.media.whole(min(most, len(job.prompt) - 1))  # the other may be reading the same picture
             if most >= shared + LEAST_SHARED:
                 self.forget(slot)
                 self._model.copy_prefix(donor.sequence, slot.sequence, job.media.position(most))
@@ -307,9 +307,11 @@ class Slots:
         return held + len(job.prompt) < self._model.n_cells
 
     def release(self, slot: Slot) -> Job[Any]:
-        """Take its job from it. Its tokens stay in the cache."""
+        """Take its job from it. Its tokens stay in the cache, but for a picture that is read in part."""
         job, slot.job = slot.job, None
         assert job is not None
+        if isinstance(job, Generation) and (whole := job.media.whole(len(slot.tokens))) < len(slot.tokens):
+            self._cut(slot, whole, job.media)
         self._releases += 1
         self.use(slot)
         return job

@@ -1,7 +1,8 @@
 """Whose turn it is: a context applies one set of LoRA adapters at a time, so those who use the same set share batches.
 
-Sets take turns, in the order in which they came. A turn ends when nobody uses its set any more, or after `TURN_S` while
-others wait. So no set waits longer than the turns of the others take.
+The turn is for whoever was served longest ago: first a source (an API key, or an address), then one of its sets. All
+who use that set are served with it. A turn ends when nobody uses its set any more, or after `TURN_S` while others wait.
+So a source waits for as many turns as there are other sources at most, however many sets they use.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import inf
 
+from actors.serving.fairness import Rotation
 from actors.serving.model import Adapters
 
 TURN_S = 0.25
@@ -22,22 +24,25 @@ class Turns:
     def __init__(self) -> None:
         self.adapters: Adapters = ()
         """The set whose turn it is."""
-        self._queue: list[Adapters] = [()]  # of those in use: the first one has its turn
+        self._sources = Rotation[str]()
+        self._sets = Rotation[Adapters]()
         self._began_s = -inf
 
-    def take(self, wanted: Iterable[Adapters], now_s: float) -> float | None:
-        """Decides whose turn it is among the sets in use. Returns the seconds that are left of it; None: others do not
-        wait, so it does not end."""
-        present = dict.fromkeys(wanted)
-        if len(present) == 1 and self.adapters in present and len(self._queue) == 1:
-            return None
-        queue = [each for each in self._queue if each in present]
-        queue += [each for each in present if each not in queue]
-        if not queue:
-            return None
-        if queue[0] == self.adapters and len(queue) > 1 and now_s - self._began_s >= TURN_S:
-            queue.append(queue.pop(0))
-        if queue[0] != self.adapters:
-            self.adapters, self._began_s = queue[0], now_s
-        self._queue = queue
-        return max(0.0, self._began_s + TURN_S - now_s) if len(queue) > 1 else None
+    def take(self, wanted: Iterable[tuple[str, Adapters]], now_s: float) -> float | None:
+        """Decides whose turn it is among the sets in use, and by which sources. Returns the seconds that are left of
+        it; None: others do not wait, so it does not end."""
+        pairs = dict.fromkeys(wanted)
+        sets = dict.fromkeys(adapters for _, adapters in pairs)
+        self._sources.keep(source for source, _ in pairs)
+        self._sets.keep(sets)
+        self._serve(pairs)
+        if pairs and (self.adapters not in sets or (len(sets) > 1 and now_s - self._began_s >= TURN_S)):
+            _, self.adapters = min(pairs, key=lambda pair: (self._sources.place(pair[0]), self._sets.place(pair[1])))
+            self._began_s = now_s
+            self._serve(pairs)  # at once: by its end they may use another set
+        return max(0.0, self._began_s + TURN_S - now_s) if len(sets) > 1 else None
+
+    def _serve(self, pairs: Iterable[tuple[str, Adapters]]) -> None:
+        served = [pair for pair in pairs if pair[1] == self.adapters]
+        self._sources.serve(source for source, _ in served)
+        self._sets.serve(adapters for _, adapters in served)

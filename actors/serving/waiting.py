@@ -27,6 +27,12 @@ def waits(job: Job[Any]) -> bool:
     return is_being_chosen(job) or stalls(job)
 
 
+def is_in_line(job: Job[Any]) -> bool:
+    """Whether `job` wants turns of the engine's thread, now or within a token. Not while its picture is encoded: its
+    adapters would keep others waiting for nothing."""
+    return not stalls(job) and not (isinstance(job, Generation) and job.encoding)
+
+
 def stalls(job: Job[Any]) -> bool:
     """Whether its reader does not take what it was told."""
     return job.hearer.stalled and not job.cancelled
@@ -40,13 +46,9 @@ def next_answers(slots: Iterable[Slot], adapters: Adapters) -> list[tuple[Slot, 
     return sorted(running, key=lambda pair: (pair[1].pending is None, len(pair[1].prompt) - len(pair[0].tokens)))
 
 
-def next_media(slots: Iterable[Slot], adapters: Adapters) -> Iterator[tuple[Slot, Generation, Medium]]:
-    """What is a picture or a sound, of all that is to be computed next with these adapters."""
-    for slot in slots:
-        job = slot.job
-        if not isinstance(job, Generation) or not job.media or waits(job) or job.cancelled:
-            continue
-        if job.adapters == adapters:
-            medium = job.media.at(len(slot.tokens))
-            if medium is not None:
-                yield slot, job, medium
+def next_encodings(running: Iterable[tuple[Slot, Generation]]) -> Iterator[tuple[Generation, Medium]]:
+    """Pictures and sounds that are to be encoded before `running` can go on."""
+    for slot, job in running:
+        placed = job.media.at(len(slot.tokens)) if job.media and not job.cancelled else None
+        if placed is not None and placed.medium.embedding is None:
+            yield job, placed.medium

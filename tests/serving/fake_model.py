@@ -17,7 +17,7 @@ from actors.serving.draft import Draft, Guesser
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Results
 from actors.serving.model import Adapters, Row
-from actors.serving.pieces import NO_MEDIA, Media, Medium
+from actors.serving.pieces import NO_MEDIA, Media, Medium, Piece
 from actors.serving.protocol import Chunk
 from actors.serving.text import TextStream
 
@@ -56,6 +56,7 @@ class FakeModel:
         self.memory: list[list[int]] = [[] for _ in range(n_seq_max)]
         self.codes: list[int] = []  # what the next decodes return
         self.batches: list[list[Row]] = []
+        self.seen: list[list[tuple[int, int]]] = []  # of each batch of pictures the sequences, and how many tokens
         self.aborts = threading.Event()
         self.pause: threading.Event | None = None  # decodes wait for it, or for an abort
         self.entered = threading.Event()
@@ -108,15 +109,21 @@ class FakeModel:
             raise self.blindness
         medium.embedding = "seen"
 
-    def decode_medium(self, medium: Medium, position: int, sequence: int) -> int:
-        assert threading.current_thread() is self.warmed_in and medium.embedding == "seen"
-        assert position == len(self.memory[sequence])
+    def decode_media(self, pieces: Sequence[Piece]) -> int:
+        assert threading.current_thread() is self.warmed_in
+        n_rows = sum(piece.end - piece.start for piece in pieces)
+        assert 0 < n_rows <= max(self.n_ubatch, self.n_seq_max) or [each.medium.at_once for each in pieces] == [True]
+        assert len({piece.sequence for piece in pieces}) == len(pieces)
+        self.seen.append([(piece.sequence, piece.end - piece.start) for piece in pieces])
         if self.codes and (code := self.codes.pop(0)):
-            self.memory[sequence] += medium.tokens[:1]
             return code
-        if sum(map(len, self.memory)) + medium.n_tokens > self.room:
+        if sum(map(len, self.memory)) + n_rows > self.room:
             return 1
-        self.memory[sequence] += medium.tokens
+        for medium, start, end, position, sequence in pieces:
+            assert medium.embedding == "seen"
+            assert position + start == len(self.memory[sequence])
+            assert (start, end) == (0, medium.n_tokens) or not medium.at_once
+            self.memory[sequence] += medium.tokens[start:end]
         return 0
 
     def sample(self, sampler: Any, row: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import pytest
@@ -58,6 +58,10 @@ def job(prompt: Sequence[int], max_tokens: int = 20, adapters: Adapters = ()) ->
     return Generation("r", list(prompt), Results(), FakeSampler(), TextStream(), Wish(max_tokens), adapters=adapters)
 
 
+def of(source: str, *sets: Adapters) -> list[tuple[str, Adapters]]:
+    return [(source, each) for each in sets]
+
+
 PROMPT = st.lists(st.integers(1, 3), min_size=1, max_size=20)
 
 
@@ -89,35 +93,80 @@ def test_no_set_waits_longer_than_the_turns_of_the_others() -> None:
     turns, now, last = Turns(), 0.0, {A: 0.0, B: 0.0, C: 0.0}
     for _ in range(1000):
         now += 0.01
-        turns.take(last, now)
+        turns.take([("", each) for each in last], now)
         last[turns.adapters] = now
         assert min(last.values()) > now - 3 * (TURN_S + 0.02)
     changes = []
     for _ in range(1000):
         now += 0.01
-        turns.take(last, now)
+        turns.take([("", each) for each in last], now)
         changes.append(turns.adapters)
     assert 10 / TURN_S - 2 <= len(list(groupby(changes))) <= 10 / TURN_S + 1
 
 
+MANY = [((0, number / 100),) for number in range(1, 16)]
+
+
+def served(turns: Turns, wanted: list[tuple[str, Adapters]], n_turns: int) -> list[Adapters]:
+    """Whose turns these were, one after the other."""
+    seen = []
+    for number in range(n_turns):
+        turns.take(wanted, 1.0 + number * TURN_S)
+        seen.append(turns.adapters)
+    return seen
+
+
+@pytest.mark.parametrize("shared", [(), (B,)])
+def test_many_sets_of_one_source_let_another_wait_for_one_turn(shared: tuple[Adapters, ...]) -> None:
+    seen = served(Turns(), [*of("ann", *MANY, *shared), *of("bob", B)], 64)
+    assert all(B in pair for pair in pairwise(seen))
+    assert set(seen) == {*MANY, B}, "its sets take turns among themselves"
+
+
+def test_one_who_uses_another_set_than_many_gets_half_of_the_time() -> None:
+    """They are all served by one turn."""
+    seen = served(Turns(), [*((f"user-{number}", ()) for number in range(30)), ("ann", A)], 40)
+    assert seen.count(A) == seen.count(()) == 20
+
+
+def test_a_source_that_is_always_served_with_others_gets_turns_for_its_own_sets() -> None:
+    seen = served(Turns(), [*of("ann", (), A), ("bob", ()), *of("cat", (), B), ("dan", C)], 60)
+    assert min(map(seen.count, ((), A, B, C))) >= 8
+
+
+@given(
+    wanted=st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from([(), A, B, C])), min_size=1, unique=True),
+    others=st.lists(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from(MANY))), min_size=40, max_size=40),
+)
+def test_every_source_is_served_whoever_comes_and_goes(
+    wanted: list[tuple[str, Adapters]], others: list[list[tuple[str, Adapters]]]
+) -> None:
+    turns, waits = Turns(), dict.fromkeys((source for source, _ in wanted), 0)
+    for number, more in enumerate(others):
+        turns.take([*wanted, *more], 1.0 + number * TURN_S)
+        for source in waits:
+            waits[source] = 0 if (source, turns.adapters) in wanted else waits[source] + 1
+        assert max(waits.values()) < 7, "there are seven sources"
+
+
 def test_new_sets_do_not_pass_those_that_wait() -> None:
     turns = Turns()
-    turns.take([A, B], 1.0)
+    turns.take(of("ann", A, B), 1.0)
     others = [((5, number / 100),) for number in range(1, 50)]
     seen = []
     for number, other in enumerate(others):  # each comes for one turn only
-        turns.take([A, B, other], 1.0 + number * TURN_S)
+        turns.take(of("ann", A, B, other), 1.0 + number * TURN_S)
         seen.append(turns.adapters)
     assert seen.count(A) > 10 and seen.count(B) > 10
 
 
 def test_a_turn_ends_at_once_when_nobody_uses_its_set_any_more() -> None:
     turns = Turns()
-    assert turns.take([A], 1.0) is None and turns.adapters == A
-    assert turns.take([A, B], 1.1) == pytest.approx(TURN_S - 0.1) and turns.adapters == A
-    assert turns.take([B], 1.11) is None and turns.adapters == B
+    assert turns.take(of("ann", A), 1.0) is None and turns.adapters == A
+    assert turns.take(of("ann", A, B), 1.1) == pytest.approx(TURN_S - 0.1) and turns.adapters == A
+    assert turns.take(of("ann", B), 1.11) is None and turns.adapters == B
     assert turns.take([], 1.12) is None and turns.adapters == B
-    assert turns.take([()], 1.13) is None and turns.adapters == ()
+    assert turns.take(of("ann", ()), 1.13) is None and turns.adapters == ()
 
 
 def test_long_answers_with_other_adapters_go_on_by_turns() -> None:

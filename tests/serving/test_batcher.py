@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from actors.devices.cores import Cores
 from actors.serving.batcher import Batcher
-from actors.serving.beat import Beat
+from actors.serving.beat import Beat, Beats
 from actors.serving.jobs import Embedding, Results
 from actors.serving.model import Row
 from actors.serving.protocol import LoadFailed
@@ -541,7 +541,7 @@ def test_the_node_hears_of_every_decode_before_it_begins_and_when_it_is_over() -
     said: list[str] = []
     model = FakeModel()
     model.pause = threading.Event()
-    batcher = Batcher(model, beat=Beat(lambda *_: said.append("busy"), lambda: said.append("idle")))
+    batcher = Batcher(model, beats=Beats(Beat(lambda *_: said.append("busy"), lambda: said.append("idle"))))
     try:
         asked = job([3, 4, 5], max_tokens=4)
         batcher.submit(asked)

@@ -15,9 +15,9 @@ class Engine:
         self.said: list[tuple[float, float] | None] = []
         self.beat = Beat(lambda *said: self.said.append(said), lambda: self.said.append(None), clock=lambda: self.now)
 
-    def decode(self, n_rows: int, took_s: float, *, embeds: bool = False) -> tuple[float, float]:
+    def decode(self, n_rows: int, took_s: float, what: str = "tokens") -> tuple[float, float]:
         """(allowed_s, slowest_s) of that decode."""
-        with self.beat.decode(n_rows, embeds=embeds):
+        with self.beat.computing(n_rows, what):
             self.now += took_s
         promised, rested = self.said[-2:]
         assert promised is not None and rested is None
@@ -30,7 +30,7 @@ def test_the_first_of_a_kind_may_compile_kernels() -> None:
         assert engine.decode(1, 0.01)[0] == FIRST_S
     assert engine.decode(1, 0.01) == (FLOOR_S, 0.01)
     assert engine.decode(512, 0.01)[0] == FIRST_S, "another number of rows is another kind"
-    assert engine.decode(1, 0.01, embeds=True)[0] == FIRST_S, "and so are other outputs"
+    assert engine.decode(1, 0.01, "embeddings")[0] == FIRST_S, "and so are other outputs"
 
 
 def test_decodes_of_about_as_many_rows_are_of_a_kind() -> None:
@@ -55,6 +55,6 @@ def test_a_very_slow_machine_gets_longer_for_a_prompt_from_the_start() -> None:
 
 def test_a_decode_that_fails_is_over_too() -> None:
     engine = Engine()
-    with pytest.raises(RuntimeError), engine.beat.decode(1):
+    with pytest.raises(RuntimeError), engine.beat.computing(1):
         raise RuntimeError
     assert engine.said[-1] is None

@@ -9,6 +9,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -179,6 +180,79 @@ def test_several_answers_see_one_picture(seeing: Any) -> None:
     assert ["".join(c.text for c in chunks if c.index == i) for i in range(3)] == [wanted] * 3
 
 
+def large(kind: str) -> tuple[bytes, ...]:
+    """More tokens than a micro-batch has, and both dimensions of a position matter."""
+    match kind:
+        case "qwen2vl":
+            return png(1, 28 * 11, 28 * 7), png(2, 28 * 5, 28 * 16)
+        case "ultravox":
+            return wav(440, 40), wav(3000, 2)
+        case _:
+            return png(1), png(2)
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2vl", "ultravox"])
+def test_pictures_that_are_read_in_pieces_beside_others_are_seen_as_by_libmtmds_helper(
+    kind: str, files: Any, spec: Any
+) -> None:
+    model, mmproj = files(kind)
+    n_ubatch = 16 if kind == "gemma3" else 13
+    loaded = spec(model, n_ctx=1024, n_ubatch=n_ubatch, n_seq_max=3, kv_unified=True, **EXACT)
+    chats = [message("What is on the left, ", *large(kind), " Tell me!"), message("And ", large(kind)[0], " here?")]
+    with contextlib.closing(Engine(replace(loaded, mmproj=str(mmproj)))) as engine:
+        shown = [large(kind), large(kind)[:1]]
+        prompts = [rendered(engine, chat) for chat in chats]
+        wanted = [answer_of(model, mmproj, prompts[at], shown[at], 24, n_ubatch=64) for at in (0, 1)]
+        answers = ["", "", ""]
+
+        def say(number: int) -> None:
+            request = ask(chats[number]) if number < 2 else ask(message("Tell me a story"), max_tokens=300)
+            answers[number] = told(engine, request)[0]
+
+        threads = [Thread(target=say, args=(number,)) for number in (2, 0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers[:2] == wanted and answers[2]
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2vl"])
+def test_who_leaves_in_the_midst_of_a_picture_leaves_a_slot_that_can_be_used(
+    kind: str, files: Any, spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, mmproj = files(kind)
+    loaded = replace(spec(model, n_ctx=1024, n_ubatch=7, n_seq_max=1, **EXACT), mmproj=str(mmproj))
+    with contextlib.closing(Engine(loaded)) as engine:
+        chat = message("What is on the left, ", *large(kind), " Tell me!")
+        decode, begun = engine._model.decode_media, list[int]()
+
+        def leave_after_the_second(pieces: Any) -> int:
+            code = decode(pieces)
+            begun.append(pieces[0].position)
+            if len(begun) == 2:
+                engine.cancel("leaver")
+            return int(code)
+
+        monkeypatch.setattr(engine._model, "decode_media", leave_after_the_second)
+        assert list(engine.generate(replace(ask(chat), lease_id="leaver"))) == [] and len(begun) == 2
+        text, last = told(engine, ask(chat))
+        assert last.cached_tokens == begun[0] == begun[1], "the text before it"
+        assert text == answer_of(model, mmproj, rendered(engine, chat), large(kind), 24, n_ubatch=64)
+
+
+def test_several_answers_with_a_grammar_open_their_picture_once(seeing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, opened = seeing("llava"), []
+    look = engine._model.eyes.picture
+    monkeypatch.setattr(engine._model.eyes, "picture", lambda *given: opened.append(given) or look(*given))
+    request = ask(message("What ", png(3), " is it?"), json_schema={"type": "object"}, max_tokens=200, n=2)
+    texts = ["", ""]
+    for chunk in engine.generate(request):
+        texts[chunk.index] += "".join(delta.content for delta in deltas_of(chunk))
+    assert len(opened) == 1
+    assert [text.lstrip()[:1] for text in texts] == ["{", "{"], texts
+
+
 def test_an_answer_about_a_picture_may_follow_a_schema(seeing: Any) -> None:
     request = ask(message("What ", png(3), " is it?"), json_schema={"type": "object"}, max_tokens=200)
     chunks = list(seeing("llava").generate(request))
@@ -279,29 +353,6 @@ def test_no_picture_needs_more_than_was_booked(seeing: Any) -> None:
     side = 46 * 28 * 2  # twice the warm-up image's
     _, picture, _ = seeing("qwen2vl")._model.eyes.picture(side, side, bytes(3 * side * side))
     assert picture.n_tokens <= most_image_tokens("qwen2vl_merger") == 46 * 46
-
-
-@pytest.mark.parametrize(("width", "channels", "rate"), [(1, 1, 8000), (2, 2, 44100), (3, 1, 16000), (4, 2, 48000)])
-def test_a_tone_is_heard_alike_however_it_is_written(width: int, channels: int, rate: int) -> None:
-    import numpy as np
-
-    from actors.serving.media_files import sound
-
-    heard = sound(0, wav(1000, 1.0, rate, width, channels), 16000, 600)
-    assert abs(len(heard) - 16000) <= 1
-    tone = np.sin(np.arange(len(heard)) * 1000 * 2 * np.pi / 16000)
-    level = 100 / 128 if width == 1 else 0.5
-    assert np.abs(heard - level * tone)[200:-200].max() < 0.25 * level  # half a step of the coarse ones
-    assert np.corrcoef(heard, tone)[0, 1] > 0.99
-
-
-def test_tones_that_a_rate_cannot_hold_are_not_heard_as_others() -> None:
-    import numpy as np
-
-    from actors.serving.media_files import sound
-
-    heard = sound(0, wav(15000, 1.0, 44100), 16000, 600)
-    assert np.abs(heard[500:-500]).max() < 0.02
 
 
 def test_a_picture_that_must_be_read_at_once_needs_a_large_micro_batch(files: Any, spec: Any) -> None:

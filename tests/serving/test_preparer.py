@@ -128,6 +128,18 @@ def test_a_schema_costs_only_the_request_that_brings_it(of: dict[str, Any], prep
     assert preparer.prepare(CHAT, N_CTX).prompts
 
 
+def test_another_answer_gets_a_grammar_of_its_own(preparer: Preparer) -> None:
+    asked = schema({"enum": ["a", "b"]})
+    first = preparer.prepare(asked, N_CTX).constraint
+    assert first is not None
+    with closing(first), closing(preparer.constraint(asked, N_CTX, None, None)) as other:
+        for constraint in (first, other):
+            constraint.choose(lambda allowed: 5 if allowed is None else int(np.flatnonzero(allowed)[0]))
+    with pytest.raises(EngineFailed, match="none for the next"):
+        preparer.constraint(CHAT, N_CTX, None, None)
+    assert preparer.prepare(CHAT, N_CTX).prompts
+
+
 def test_a_schema_that_explodes_later_ends_its_own_answer_only(preparer: Preparer, words: Vocabulary) -> None:
     constraint = preparer.prepare(schema(EXPONENTIAL), N_CTX).constraint
     assert constraint is not None
