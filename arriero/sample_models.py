@@ -167,7 +167,7 @@ class _Filling:
         if kind == "constant":
             return np.full(dims, size, np.float32)
         if kind == "diagonal":
-            return np.asarray(size * np.eye(*dims), self._number)
+            return np.asarray(size * np.eye(dims[0], dims[1]), self._number)
         single = len(dims) == 1 or name.endswith(_SINGLE_PRECISION)
         pool = np.roll(self._pool, -int(self._rng.integers(_POOL)))[: math.prod(dims)]
         if kind == "decay":

@@ -8,6 +8,7 @@ import pytest
 from scenario import MEDIUM, SMALL, Scenario, gpu, shape
 
 from actors.views import plan as as_record
+from arriero.cli.plan import print_plan
 from scheduler import commands as cmd
 from scheduler.cluster.companion_files import companions_of
 from scheduler.cluster.facts import ModelFile
@@ -116,11 +117,13 @@ def test_what_was_measured_without_a_draft_says_nothing_of_a_load_with_one() -> 
     assert len({load_key(each, Layout(), ContextParams(), "build") for each in shapes}) == len(shapes)
 
 
-def test_a_plan_tells_of_the_draft() -> None:
+def test_a_plan_tells_of_the_draft(capsys: pytest.CaptureFixture[str]) -> None:
     s = scenario(model_draft="bee.gguf")
     told = as_record(s.core, "ant", s.core.plan("ant", None, s.now), s.now)
     assert told.draft is not None and told.draft.path == "/models/bee.gguf"
     assert told.draft.bytes["gpu0"] > 200 << 20
+    print_plan(told)
+    assert "of that, the draft /models/bee.gguf takes" in capsys.readouterr().out
     plain = scenario()
     assert as_record(plain.core, "ant", plain.core.plan("ant", None, plain.now), plain.now).draft is None
 

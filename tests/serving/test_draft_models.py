@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from actors.devices.node import NodeMonitor, NodeSettings
 from actors.serving.drafting import Drafting
 from actors.serving.engine import Engine
 from actors.serving.preflight import ask_llama_cpp
@@ -22,7 +23,8 @@ from scheduler.costs.companions import Companions, accompanied
 from scheduler.costs.graph.templates import CHECKED_BUILD
 from scheduler.costs.params import DeviceSpec, Layout
 from scheduler.costs.shape import ModelShape, read_shape
-from scheduler.units import MIB
+from scheduler.errors import InvalidGGUF
+from scheduler.units import MIB, NodeId
 
 pytestmark = pytest.mark.llama
 
@@ -178,6 +180,19 @@ def test_a_draft_with_another_vocabulary_is_refused(drafted: Any, tmp_path: Path
 def shape_of(kind: str, main: Any, sample: Any) -> ModelShape:
     draft = read_shape(sample("llama", "f32", n_layer=1)) if kind == SIMPLE else None
     return accompanied(read_shape(main(kind)), Companions(draft=draft, mtp=kind == MTP))
+
+
+def test_a_node_reads_the_headers_of_both(main: Any, sample: Any, tmp_path: Path) -> None:
+    node = NodeMonitor(
+        NodeId("box"), NodeSettings((), virtual_gpus=(MIB,), state_directory=str(tmp_path)), bool, address=""
+    )
+    model, predicting, draft = str(main(SIMPLE)), str(main(MTP)), str(sample("llama", "f32", n_layer=1))
+    with_draft, with_layers = node.read_shape(model, draft=draft), node.read_shape(predicting, draft=predicting)
+    assert isinstance(with_draft, ModelShape) and with_draft.draft is not None and not with_draft.runs_predictor
+    assert isinstance(with_layers, ModelShape) and with_layers.runs_predictor and with_layers.draft is None
+    for wrong, words in ((model, "no prediction layers"), (str(sample("mamba")), "a recurrent state")):
+        fault = node.read_shape(model, draft=wrong)
+        assert isinstance(fault, InvalidGGUF) and words in fault.message
 
 
 @pytest.mark.parametrize("on_device", [False, True], ids=["in host RAM", "on a device"])
