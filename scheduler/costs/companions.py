@@ -104,8 +104,8 @@ def draft_footprint(shape: ModelShape, layout: Layout, context: ContextParams, b
 
 def _with_activations(shape: ModelShape, cost: Footprint, layout: Layout, context: ContextParams) -> Footprint:
     """With what the model's own graph takes more, on the device of the output: its last layer computes every token for
-    the prediction layers, and not only those that have logits. Small models (glm4moe) took up to 2.3 times as much; that
-    none takes more than the bound on top is an assumption."""
+    the prediction layers, and not only those that have logits. Small models (glm4moe) took up to 2.3 times as much.
+    That none takes more than the bound on top is an assumption."""
     bound = bounded_footprint(shape, layout, context)
     devices = [DeviceBytes() for _ in layout.devices]
     if devices:
