@@ -26,7 +26,7 @@ ifneq ($(variant),$(installed))
 .venv/ready: FORCE
 endif
 BUILT := setup/environment.py setup/llama_build.py setup/common_build.py setup/progress.py setup/llama_common/CMakeLists.txt \
-	actors/serving/llama_common.cpp actors/serving/sound_files.cpp
+	actors/serving/llama_common.cpp actors/serving/llama_drafts.cpp actors/serving/sound_files.cpp
 .venv/ready: requirements/lock.txt requirements/llama.txt pyproject.toml $(BUILT)
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) setup/environment.py $(if $(variant),--variant $(variant))

@@ -24,6 +24,7 @@ from actors.serving.protocol import (
     Introduction,
     LoadAdapter,
     LoadDevice,
+    LoadDraft,
     LoadFailure,
     LoadReport,
     LoadSpec,
@@ -34,6 +35,7 @@ from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.inventory import Inventory
 from scheduler.config import Policy
+from scheduler.costs.companions import is_on_device
 from scheduler.costs.params import Footprint
 from scheduler.costs.shape import ModelShape
 from scheduler.costs.weights import experts_pattern
@@ -241,6 +243,7 @@ class Effects:
             adapters=tuple(LoadAdapter(*adapter) for adapter in command.adapters),
             mmproj=command.mmproj,
             mmproj_on_device=placement.mmproj_on_device,
+            draft=LoadDraft(*command.draft, on_device=is_on_device(placement.layout)),
         )
 
     async def _report_progress(self, replica_id: ReplicaId, actor: Any) -> None:
@@ -345,11 +348,12 @@ class Effects:
 
     async def _read_shape(self, command: cmd.ReadShape) -> None:
         shape, invalid, trouble = None, "", "its node left the cluster"
+        beside = command.adapters, command.mmproj, command.draft
         while command.node_id in self._inventory.nodes:
             try:
                 node = node_name(command.node_id)
                 answer: ModelShape | ArrieroError = await self._questions.ask(
-                    node, "read_shape", command.path, command.adapters, command.mmproj, timeout_s=None
+                    node, "read_shape", command.path, *beside, timeout_s=None
                 )
             except Exception as error:  # the file is not to blame for it
                 log.warning("%s was not read, trying again: %s", command.path, brief(error))
@@ -363,9 +367,7 @@ class Effects:
             else:
                 shape = answer
             break
-        self._post(
-            ev.ShapeRead(command.node_id, command.path, shape, invalid, trouble, command.adapters, command.mmproj)
-        )
+        self._post(ev.ShapeRead(command.node_id, command.path, shape, invalid, trouble, *beside))
 
     async def _read_ahead(self, command: cmd.ReadAhead) -> None:
         try:

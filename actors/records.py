@@ -145,7 +145,8 @@ class AdapterInfo(Record):
 class ModelInfo(Record):
     """A model of the catalogue. `n_ctx` is the context a slot gets by default; `reason` explains "invalid".
 
-    `adapters` in the order in which requests number them; `mmproj`: path of the projector that is loaded with it.
+    `adapters` in the order in which requests number them; `mmproj`: path of the projector that is loaded with it;
+    `draft`: of the model that guesses its next tokens, or its own path where its prediction layers do.
     `takes`: what it takes besides text; `embeds_only`: its answers are vectors.
     """
 
@@ -164,6 +165,7 @@ class ModelInfo(Record):
     reason: str = ""
     adapters: list[AdapterInfo] = Field(default_factory=list)
     mmproj: str = ""
+    draft: str = ""
     takes: list[Literal["images", "sounds"]] = Field(default_factory=list)
     embeds_only: bool = False
 
@@ -179,6 +181,14 @@ class PlanShare(Record):
     bytes: int
     free_before_bytes: int
     free_after_bytes: int
+
+
+class PlanDraft(Record):
+    """What guesses next tokens for the model: a draft model's path, or the model's own where its prediction layers do.
+    `bytes`: the part of the shares that it takes, by device; the weights of prediction layers are the model's."""
+
+    path: str
+    bytes: dict[str, int]
 
 
 class PlanVictim(Record):
@@ -253,6 +263,7 @@ class Plan(Record):
     tier: str | None = None
     node: str | None = None
     shares: list[PlanShare] = Field(default_factory=list)
+    draft: PlanDraft | None = None
     victims: list[PlanVictim] = Field(default_factory=list)
     n_ctx: int | None = None
     n_threads: int | None = None

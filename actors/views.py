@@ -13,6 +13,7 @@ from scheduler.cluster.ledger import device_account, host_account
 from scheduler.cluster.models import Copy, Model
 from scheduler.cluster.replica import Placement, Replica, ReplicaState
 from scheduler.core import SchedulerCore
+from scheduler.costs.companions import draft_footprint
 from scheduler.costs.paces import Estimate
 from scheduler.costs.shape import ModelShape
 from scheduler.dispatch import Preview
@@ -188,6 +189,7 @@ def _choice_plan(core: SchedulerCore, model: str, found: Preview, choice: Choice
         tier=placement.tier if placement else None,
         node=_hostname(core, placement) if placement else None,
         shares=shares,
+        draft=_draft(core, model, placement) if placement else None,
         victims=[
             records.PlanVictim(
                 replica_id=victim.replica_id,
@@ -206,6 +208,20 @@ def _choice_plan(core: SchedulerCore, model: str, found: Preview, choice: Choice
         options=_options(core, model, found.options, now),
         rejected=[records.RejectedCandidate(tier=r.tier, reason=f"{r.where}: {r.reason}") for r in choice.rejections],
     )
+
+
+def _draft(core: SchedulerCore, name: str, placement: Placement) -> records.PlanDraft | None:
+    """What guesses for a replica there."""
+    copy = core.models.by_name[name].copies.get(placement.node_id)
+    if copy is None or copy.shape is None:
+        return None
+    build = core.inventory.nodes[placement.node_id].facts.llama_build
+    taken = draft_footprint(copy.shape, placement.layout, placement.context, build)
+    if taken is None:
+        return None
+    labels = [_label(core, device_id) for device_id in placement.device_ids]
+    found = dict(zip(labels, (device.total_bytes for device in taken.devices), strict=True))
+    return records.PlanDraft(path=copy.companions.draft_path, bytes=found | {HOST: taken.host.total_bytes})
 
 
 def _threads(core: SchedulerCore, placement: Placement) -> int:
@@ -311,6 +327,7 @@ def _model(core: SchedulerCore, model: Model) -> records.ModelInfo:
         reason=reason or ("" if first else "no node has the file"),
         adapters=_adapters(model, first),
         mmproj=first.companions.mmproj_path if first else "",
+        draft=first.companions.draft_path if first else "",
         takes=_takes(shape),
         embeds_only=shape is not None and shape.is_embedding_only,
     )

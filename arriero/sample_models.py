@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-Kind = Literal["llama", "qwen3moe", "gemma3", "deepseek2", "granitehybrid", "mamba"]
-Fill = tuple[Literal["normal", "constant", "decay"], float]
-"""What a tensor holds: normal numbers of that spread, that constant, or (for the A of a state-space layer) negative
-numbers of that size."""
+Kind = Literal["llama", "qwen3moe", "gemma3", "deepseek2", "glm4moe", "granitehybrid", "mamba"]
+Fill = tuple[Literal["normal", "constant", "decay", "diagonal"], float]
+"""What a tensor holds: normal numbers of that spread, that constant, that number on its diagonal, or (for the A of a
+state-space layer) negative numbers of that size."""
 Tensor = tuple[str, tuple[int, ...], Fill]  # name, shape in numpy's order (the reverse of ggml's), contents
 
 _POOL = 1_000_003  # random numbers drawn per model, then tiled: prime, so that no two rows of a matrix are alike
@@ -46,6 +46,7 @@ class Shape:
     n_expert_used: int = 2
     n_ff_expert: int = 256
     n_latent: int = 128  # MLA: width of the compressed queries, keys and values
+    n_nextn: int = 0  # glm4moe: prediction layers (MTP) on top of the others, at most one
     n_state: int = 16  # state-space layers: state per channel
     n_time: int = 8  # state-space layers: rank of the time step (mamba) or number of heads (mamba-2)
     sliding_window: int = 256
@@ -165,6 +166,8 @@ class _Filling:
         kind, size = fill
         if kind == "constant":
             return np.full(dims, size, np.float32)
+        if kind == "diagonal":
+            return np.asarray(size * np.eye(dims[0], dims[1]), self._number)
         single = len(dims) == 1 or name.endswith(_SINGLE_PRECISION)
         pool = np.roll(self._pool, -int(self._rng.integers(_POOL)))[: math.prod(dims)]
         if kind == "decay":
@@ -178,7 +181,7 @@ class _Filling:
 def _add_parameters(writer: gguf.GGUFWriter, kind: Kind, shape: Shape) -> None:
     import gguf
 
-    writer.add_block_count(shape.n_layer)
+    writer.add_block_count(shape.n_layer + shape.n_nextn)
     writer.add_context_length(shape.n_ctx_train)
     writer.add_embedding_length(shape.n_embd)
     writer.add_feed_forward_length(0 if kind == "mamba" else shape.n_ff)
@@ -213,7 +216,11 @@ def _add_parameters(writer: gguf.GGUFWriter, kind: Kind, shape: Shape) -> None:
     writer.add_rope_freq_base(10000.0)
     if kind == "gemma3":
         writer.add_sliding_window(shape.sliding_window)
-    if kind in ("qwen3moe", "deepseek2"):
+    if kind == "glm4moe":
+        writer.add_leading_dense_block_count(1)
+        writer.add_expert_shared_count(1)
+        writer.add_nextn_predict_layers(shape.n_nextn)
+    if kind in ("qwen3moe", "deepseek2", "glm4moe"):
         writer.add_expert_count(shape.n_expert)
         writer.add_expert_used_count(shape.n_expert_used)
         writer.add_expert_feed_forward_length(shape.n_ff_expert)
@@ -233,9 +240,12 @@ def _attends(layer: int) -> bool:
 
 
 def _tensors(kind: Kind, shape: Shape) -> Iterator[Tensor]:
-    for layer in range(shape.n_layer):
+    for layer in range(shape.n_layer + shape.n_nextn):
         for name, dims, fill in _layer(kind, shape, layer):
             yield f"blk.{layer}.{name}", dims, fill
+        if layer >= shape.n_layer:
+            for name, dims, fill in _prediction(shape):
+                yield f"blk.{layer}.nextn.{name}", dims, fill
 
 
 def _layer(kind: Kind, shape: Shape, layer: int) -> Iterator[Tensor]:
@@ -250,11 +260,11 @@ def _layer(kind: Kind, shape: Shape, layer: int) -> Iterator[Tensor]:
         yield from _latent_attention(shape, quiet)
     else:
         yield from _attention(kind, shape, quiet)
-    yield "ffn_norm.weight", (shape.n_embd,), _ONE
+    yield "post_attention_norm.weight" if kind == "glm4moe" else "ffn_norm.weight", (shape.n_embd,), _ONE
     if kind == "gemma3":
         yield "post_attention_norm.weight", (shape.n_embd,), ("constant", quiet)
         yield "post_ffw_norm.weight", (shape.n_embd,), ("constant", quiet)
-    if kind == "qwen3moe" or (kind == "deepseek2" and layer > 0):
+    if kind == "qwen3moe" or (kind in ("deepseek2", "glm4moe") and layer > 0):
         yield from _experts(kind, shape, quiet)
     else:
         yield from _feed_forward("", shape.n_embd, shape.n_ff, quiet)
@@ -294,8 +304,18 @@ def _experts(kind: Kind, shape: Shape, quiet: float) -> Iterator[Tensor]:
     yield "ffn_gate_inp.weight", (shape.n_expert, shape.n_embd), _normal(shape.n_embd)
     for name, (rows, columns), fill in _feed_forward("_exps", shape.n_embd, shape.n_ff_expert, quiet):
         yield name, (shape.n_expert, rows, columns), fill
-    if kind == "deepseek2":
+    if kind == "glm4moe":
+        yield "exp_probs_b.bias", (shape.n_expert,), ("constant", 0.0)
+    if kind in ("deepseek2", "glm4moe"):
         yield from _feed_forward("_shexp", shape.n_embd, shape.n_ff_expert, quiet)
+
+
+def _prediction(shape: Shape) -> Iterator[Tensor]:
+    """A layer that looks at the last token and, through its attention, at others, but not at the activations: so it
+    guesses phrases inside of a sentence, and not which sentence comes next."""
+    yield "eh_proj.weight", (shape.n_embd, 2 * shape.n_embd), ("diagonal", 1.0)
+    for name in ("enorm", "hnorm", "shared_head_norm"):
+        yield f"{name}.weight", (shape.n_embd,), _ONE
 
 
 def _mamba(shape: Shape, quiet: float) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, Union
 
 from scheduler.cluster.replica import Placement
 from scheduler.costs.measurements import Record
+from scheduler.costs.params import MOST_DRAFTED
 from scheduler.errors import ArrieroError
 from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
 
@@ -30,6 +31,7 @@ class StartReplica:
     chat_template: str = ""  # in place of the file's
     adapters: tuple[tuple[str, str, float], ...] = ()  # name, path and scale of each
     mmproj: str = ""
+    draft: tuple[str, int, float] = ("", MOST_DRAFTED, 0.0)  # path, tokens at once, and how likely they must be
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +61,14 @@ class CancelAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ReadShape:
-    """Read the header of a model, and of the files that come with it: `adapters` in the catalogue's order, `mmproj`."""
+    """Read the header of a model, and of the files that come with it: `adapters` in the catalogue's order, `mmproj`,
+    `draft` (the model's own path: its prediction layers)."""
 
     node_id: NodeId
     path: str
     adapters: tuple[str, ...] = ()
     mmproj: str = ""
+    draft: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,17 @@ class ModelParams(_Strict):
         None, description="repack host weights for faster prefill on the CPU, at up to twice their memory (false)"
     )
     embeddings: bool | None = Field(None, description="serve /v1/embeddings from this model (embedding models: true)")
-    spec_type: Literal["none", "ngram-simple"] | None = Field(
-        None, description="guess next tokens from what was said before, where that is faster (none)"
+    spec_type: Literal["none", "ngram-simple", "draft-simple", "draft-mtp"] | None = Field(
+        None,
+        description="guess next tokens, where that is faster: from what was said before (ngram-simple), with a smaller "
+        "model (draft-simple), or with the model's own prediction layers (draft-mtp) (none; draft-simple with a "
+        "model_draft)",
+    )
+    spec_draft_n_max: int | None = Field(
+        None, ge=1, le=15, description="maximum number of tokens of an answer that are guessed at once (15)"
+    )
+    spec_draft_p_min: float | None = Field(
+        None, ge=0, le=1, description="a draft model stops guessing where its likeliest token is less likely (0)"
     )
     chat_template: str | None = Field(None, min_length=1, description="Jinja template of chats, in place of the file's")
     alternatives: tuple[Alternative, ...] | None = Field(
@@ -155,6 +164,9 @@ class ModelEntry(ModelParams):
         description="most tokens of a picture, rounded down to a square number: larger ones are made smaller; none: "
         "those of the projector's warm-up image",
     )
+    model_draft: str | None = Field(
+        None, min_length=1, description="smaller model that guesses next tokens: GGUF file or glob on the nodes"
+    )
 
     @field_validator("adapters")
     @classmethod
@@ -178,11 +190,20 @@ class ModelEntry(ModelParams):
             )
         return self
 
+    @model_validator(mode="after")
+    def _draft_has_a_use(self) -> ModelEntry:
+        if self.spec_type == "draft-simple" and self.model_draft is None:
+            raise ValueError("spec_type draft-simple needs a smaller model with the same vocabulary: set model_draft")
+        if self.model_draft is not None and self.spec_type in ("ngram-simple", "draft-mtp"):
+            raise ValueError(f"spec_type {self.spec_type} uses no model_draft; leave one of them out")
+        return self
+
     @property
     def companion_paths(self) -> tuple[str, ...]:
         """Of the files that are named to come with it."""
         named = () if self.mmproj in (None, NO_MMPROJ) else (self.mmproj,)
-        return (*(adapter.path for adapter in self.adapters.values()), *named)
+        draft = (self.model_draft,) if self.model_draft is not None and self.spec_type != "none" else ()
+        return (*(adapter.path for adapter in self.adapters.values()), *named, *draft)
 
 
 class Policy(_Strict):
@@ -307,6 +328,13 @@ class Catalogue(_Strict):
             if not NAME.fullmatch(name):
                 raise ValueError(f"model name {name!r} may hold letters, digits and ._:@/+- only")
         return self
+
+    @field_validator("defaults")
+    @classmethod
+    def _drafts_are_of_models(cls, defaults: ModelParams) -> ModelParams:
+        if defaults.spec_type in ("draft-simple", "draft-mtp"):
+            raise ValueError(f"spec_type {defaults.spec_type} is for single models; set it at those that have a draft")
+        return defaults
 
     @model_validator(mode="after")
     def _as_many_replicas_as_allowed(self) -> Catalogue:

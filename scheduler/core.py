@@ -205,7 +205,7 @@ class SchedulerCore:
 
     def _shape_read(self, event: ev.ShapeRead) -> None:
         self._dispatch.look_again()
-        files = Files(event.path, event.adapters, event.mmproj)
+        files = Files(event.path, event.adapters, event.mmproj, event.draft)
         for model in self.models.shaped(event.node_id, files, event.shape, event.invalid, event.trouble):
             if why := model.copies[event.node_id].invalid:
                 self._out.announce("model_invalid", f"{model.name}: {why}", model.name)

@@ -41,7 +41,7 @@ class DeviceSampled:
 class ShapeRead:
     """A header was read: `shape`, or why the file is `invalid`, or the `trouble` that kept it from being read.
 
-    `adapters` and `mmproj` came with it: the shape is that of all together.
+    `adapters`, `mmproj` and `draft` came with it: the shape is that of all together.
     """
 
     node_id: NodeId
@@ -51,6 +51,7 @@ class ShapeRead:
     trouble: str = ""  # it is tried again
     adapters: tuple[str, ...] = ()
     mmproj: str = ""
+    draft: str = ""
 
 
 @dataclass(frozen=True, slots=True)

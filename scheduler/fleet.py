@@ -27,6 +27,7 @@ from scheduler.cluster.suspects import Suspects
 from scheduler.config import Catalogue
 from scheduler.costs.footprint import is_verified
 from scheduler.costs.measurements import Measurements
+from scheduler.costs.params import most_drafted
 from scheduler.errors import InvariantBroken
 from scheduler.outbox import Outbox
 from scheduler.units import ReplicaId
@@ -156,6 +157,11 @@ class Fleet:
                     for (name, adapter), path in zip(named.items(), files.adapters, strict=False)
                 ),
                 mmproj=files.mmproj if replica.placement.mmproj_bytes else "",
+                draft=(
+                    files.draft if replica.placement.context.spec_type == "draft-simple" else "",
+                    most_drafted(replica.placement.context.spec_type, params.spec_draft_n_max),
+                    params.spec_draft_p_min or 0.0,
+                ),
             )
         )
 
@@ -171,7 +177,8 @@ class Fleet:
         build = self._inventory.nodes[placement.node_id].facts.llama_build
         if self._measurements.load(model.shape, placement.layout, placement.context, build) is not None:
             return False
-        return self.policy.preflight == "always" or not is_verified(model.shape, build)
+        shapes = (model.shape, *((model.shape.draft,) if model.shape.draft else ()))
+        return self.policy.preflight == "always" or not all(is_verified(shape, build) for shape in shapes)
 
     def ready(self, replica: Replica, event: ev.ReplicaReady, now: float) -> None:
         """Loaded. Books what the load really took instead of what was predicted."""

@@ -20,7 +20,10 @@ from progress import SetupFailed, run
 LIBRARY = "libarriero_common.so"
 PROJECT = Path(__file__).resolve().parent / "llama_common"
 _SERVING = PROJECT.parents[1] / "actors" / "serving"
-SOURCES = (PROJECT / "CMakeLists.txt", _SERVING / "llama_common.cpp", _SERVING / "sound_files.cpp")
+SOURCES = (
+    PROJECT / "CMakeLists.txt",
+    *(_SERVING / name for name in ("llama_common.cpp", "llama_drafts.cpp", "sound_files.cpp")),
+)
 _WHERE = "import pathlib, llama_cpp; print(pathlib.Path(llama_cpp.__file__).parent / 'lib')"
 
 

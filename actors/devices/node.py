@@ -93,20 +93,22 @@ class NodeMonitor:
         self._report(reading)
         return reading
 
-    def read_shape(self, path: str, adapters: Sequence[str] = (), mmproj: str = "") -> ModelShape | ArrieroError:
-        """The shape of the model with the adapters and the projector that come with it, or why it has none
+    def read_shape(
+        self, path: str, adapters: Sequence[str] = (), mmproj: str = "", draft: str = ""
+    ) -> ModelShape | ArrieroError:
+        """The shape of the model with the adapters, the projector and the draft that come with it, or why it has none
         (InvalidGGUF: never usable; Rejected: not readable here).
 
         Remembered until the size or the modification time of a file changes.
         """
-        files = (path, *adapters, mmproj) if mmproj else (path, *adapters)
+        files = (path, *adapters, *filter(None, (mmproj, draft)))
         try:
             parts = [part.stat() for file in files for part in parts_of(Path(file))]
             stamp = [(part.st_size, part.st_mtime_ns) for part in parts]
-            key = path, tuple(adapters), mmproj
+            key = path, tuple(adapters), mmproj, draft
             known = self._shapes.get(key)
             if known is None or known[0] != stamp:
-                known = self._shapes[key] = (stamp, _shape_or_fault(path, adapters, mmproj))
+                known = self._shapes[key] = (stamp, _shape_or_fault(path, adapters, mmproj, draft))
             return known[1]
         except OSError as error:
             where = error.filename or path
@@ -154,14 +156,19 @@ class NodeMonitor:
         return list_gpus(node_id)
 
 
-def _shape_or_fault(path: str, adapters: Sequence[str], mmproj: str) -> ModelShape | ArrieroError:
+def _shape_or_fault(path: str, adapters: Sequence[str], mmproj: str, draft: str) -> ModelShape | ArrieroError:
     try:
         shape = read_shape(path)
-        companions = Companions(tuple(map(read_adapter, adapters)), _projector(mmproj) if mmproj else None)
+        companions = Companions(
+            tuple(map(read_adapter, adapters)),
+            _projector(mmproj) if mmproj else None,
+            read_shape(draft) if draft and draft != path else None,
+            mtp=draft == path,
+        )
         return accompanied(shape, companions)
     except InvalidGGUF as fault:
         return fault
-    except Rejected as misfit:  # an adapter of another model
+    except Rejected as misfit:  # an adapter or a draft of another model
         return InvalidGGUF(misfit.message, path=path)
     except OSError:
         raise
@@ -204,9 +211,11 @@ class NodeActor:
         return unavailable_reason()
 
     @ray.method(concurrency_group="headers")
-    def read_shape(self, path: str, adapters: Sequence[str] = (), mmproj: str = "") -> ModelShape | ArrieroError:
+    def read_shape(
+        self, path: str, adapters: Sequence[str] = (), mmproj: str = "", draft: str = ""
+    ) -> ModelShape | ArrieroError:
         """See `NodeMonitor.read_shape`; faults are values."""
-        return self._monitor.read_shape(path, adapters, mmproj)
+        return self._monitor.read_shape(path, adapters, mmproj, draft)
 
     @ray.method(concurrency_group="reading_ahead")
     def read_ahead(self, path: str) -> None:

@@ -69,7 +69,7 @@ class Batcher:
         self._last_words = last_words
         self._slots = Slots(model, keeper)
         self._keeper = keeper
-        self._drafting = Drafting(self._slots, model)
+        self._drafting = Drafting(self._slots, model, self._computing)
         self._turns = Turns()
         self._in_batch: tuple[Job[Any], ...] = ()
         self._changed = threading.Condition()
@@ -249,6 +249,7 @@ class Batcher:
             self._release_locked(slot)
         elif row is not None:
             n_right, has_ended = answer(self._model, part)
+            self._drafting.judged(part, n_right)
             if n_right < len(part.guessed):
                 self._slots.take_back(slot, job, len(part.guessed) - n_right)
             if has_ended:

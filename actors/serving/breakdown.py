@@ -10,10 +10,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import llama_cpp
 
+from actors.serving.protocol import BufferSizes
+from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import DeviceBytes, Footprint, HostBytes
 
 _SYMBOL = "_Z26llama_get_memory_breakdownPK13llama_context"
@@ -67,3 +70,21 @@ def memory_breakdown(context: Any, devices: Sequence[int], output_bytes: int) ->
     shares = [DeviceBytes(weights, cache, compute) for weights, cache, compute in sums]
     host = shares.pop()
     return Footprint(tuple(shares), HostBytes(host.weights_bytes, host.kv_bytes, host.compute_bytes, output_bytes))
+
+
+def checked_breakdown(context: Any, devices: Sequence[int], logged: BufferSizes) -> Footprint | None:
+    """The same, to the byte; None also where it is not what the context's log says."""
+    sums = memory_breakdown(context, devices, logged.host.output_bytes)
+    if sums is None:
+        return None
+    told = [device.compute_bytes for device in logged.devices] + [logged.host.compute_bytes]
+    summed = [device.compute_bytes for device in sums.devices] + [sums.host.compute_bytes]
+    agree = all(abs(a - b) <= ROUNDING_BYTES for a, b in zip(told, summed, strict=True))
+    return sums if agree else None
+
+
+def without_weights(sums: Footprint) -> Footprint:
+    """Of a second context of a model, whose weights are the first one's."""
+    return Footprint(
+        tuple(replace(device, weights_bytes=0) for device in sums.devices), replace(sums.host, weights_bytes=0)
+    )

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from actors.serving.protocol import BufferSizes
-from scheduler.costs.params import DeviceBytes, HostBytes
+from scheduler.costs.params import DeviceBytes, Footprint, HostBytes
 from scheduler.units import MIB
 
 _LINE = re.compile(r":\s+(\S+)\s+(?:DSV4 \S+ )?(model|LoRA|KV|RS|state|compute|output) buffer size = +([0-9.]+) MiB")
@@ -51,6 +51,10 @@ def parse_buffers(lines: Iterable[str], device_buffers: Sequence[str], n_ctx_per
         host=HostBytes(*buffers(host), output_bytes),
         n_ctx_per_slot=n_ctx_per_slot,
     )
+
+
+def footprint_of(sizes: BufferSizes) -> Footprint:
+    return Footprint(sizes.devices, sizes.host)
 
 
 def reserved_anew(known: BufferSizes, lines: Iterable[str], device_buffers: Sequence[str]) -> BufferSizes:

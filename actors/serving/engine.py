@@ -21,7 +21,7 @@ from actors.serving.adapter_choice import chosen_adapters
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beats
 from actors.serving.dialogue import prompt_too_long
-from actors.serving.draft import Draft
+from actors.serving.draft import Draft, Text
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Answered, Choices, Embedded, Embedding, Hearer, Results, Together, Work
 from actors.serving.keeping import Keeper
@@ -229,7 +229,9 @@ class Engine:
         one_by_one = prepared.constraint is not None or wish.n_probs is not None
         if self._spec.context.spec_type == "none" or one_by_one or wish.is_extra or self._model.keeps_states:
             return None
-        return Draft(Ngrams(prompt))
+        if self._model.guesser is None:
+            return Draft(Ngrams(prompt))
+        return Draft(Text(prompt)) if min(prompt, default=0) >= 0 else None  # nobody but the model sees pictures
 
     def _saved(self, prompt: list[int], wish: Wish, adapters: Adapters) -> SavedState | None:
         """A state on disk that spares a good part of the prompt."""

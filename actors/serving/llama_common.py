@@ -23,7 +23,7 @@ LIBRARY = "libarriero_common.so"
 
 @cache
 def library() -> ctypes.CDLL:
-    """The library. Raises EngineFailed where it was not built."""
+    """The shim, loaded. Raises EngineFailed where set-up did not build it."""
     path = Path(llama_cpp.__file__).parent / "lib" / LIBRARY
     if not path.exists():
         raise EngineFailed(f"{path} is missing: chats need it; run `make setup` (on a node: setup/node)")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from actors.serving.pieces import Eyes, Medium, Piece
+
+if TYPE_CHECKING:
+    from actors.serving.draft import Guesser
 
 Adapters = tuple[tuple[int, float], ...]
 """LoRA adapters by their number, with scales other than 0, in order. A batch is computed with one such set."""
@@ -33,6 +36,11 @@ class Model(Protocol):
     is_pooled: bool
     keeps_states: bool  # a sequence cannot be cut everywhere (`cut`), but it can be set back (`load_state`)
     shares_cells: bool  # a sequence may begin with cells of another (`copy_prefix`)
+    most_drafted: int  # tokens of an answer that are guessed at once
+
+    @property
+    def guesser(self) -> Guesser | None:
+        """What computes guesses for it."""
 
     @property
     def eyes(self) -> Eyes | None:

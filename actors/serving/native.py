@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp._internals import LlamaBatch
 
-from actors.serving.breakdown import memory_breakdown
-from actors.serving.buffers import parse_buffers, reserved_anew
-from actors.serving.ggml import BufferOverride, cache_type, find_devices, ggml_function
+from actors.serving.breakdown import checked_breakdown, without_weights
+from actors.serving.buffers import footprint_of, parse_buffers, reserved_anew
+from actors.serving.contexts import context_params, stop_at
+from actors.serving.ggml import BufferOverride, find_devices, ggml_function
 from actors.serving.journal import LogLine, llama_log
 from actors.serving.load_errors import load_failed
 from actors.serving.model import Adapters, Row
@@ -29,11 +31,12 @@ from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec, Sampling
 from actors.serving.sampling import Chain, build_sampler
 from actors.serving.sequences import Sequences
 from actors.serving.vocabulary import piece_of
-from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import ContextParams, Footprint
 
 if TYPE_CHECKING:
+    from actors.serving.draft_model import DraftModel
     from actors.serving.media import Projector
+    from actors.serving.prediction import PredictionLayers
 
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data (llama.h)
 
@@ -59,6 +62,9 @@ class NativeModel(Sequences):
         self._kept: tuple[object, ...] = ()
         self._unified = spec.context.kv_unified
         self.eyes: Projector | None = None
+        self.guesser: DraftModel | PredictionLayers | None = None
+        self.most_drafted = spec.draft.n_max
+        self._spec_type = spec.context.spec_type
         self._abort_flag = ctypes.create_string_buffer(b"", 2)
         log = llama_log()
         with log.recording() as lines:
@@ -70,10 +76,10 @@ class NativeModel(Sequences):
                 self.n_ctx_per_slot: int = llama_cpp.llama_n_ctx_seq(self._context)
                 self.n_cells: int = llama_cpp.llama_n_ctx(self._context)
                 self._device_buffers = device_buffers
-                self.buffers: BufferSizes = parse_buffers(
-                    (line.text for line in lines), device_buffers, self.n_ctx_per_slot
-                )
+                self._buffers = parse_buffers((line.text for line in lines), device_buffers, self.n_ctx_per_slot)
                 self._read_facts(spec.context)
+                if spec.context.spec_type in ("draft-simple", "draft-mtp"):
+                    self._make_guesser(spec, device_buffers, lines)
                 if spec.mmproj and not no_alloc:
                     self.eyes = self._projector(spec)
             except BaseException:
@@ -103,6 +109,7 @@ class NativeModel(Sequences):
         params.tensor_split = split
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP if spec.use_mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         params.use_extra_bufts = spec.use_extra_bufts
+        params.load_mtp = spec.context.spec_type == "draft-mtp"
         if self._no_alloc:
             params.no_alloc, params.load_mode = True, llama_cpp.LLAMA_LOAD_MODE_NONE
         overrides = (BufferOverride * 2)()
@@ -139,29 +146,22 @@ class NativeModel(Sequences):
     def _make_context(self, context: ContextParams, n_threads: int, lines: list[LogLine]) -> None:
         if context.n_seq_max > context.n_batch:  # llama.cpp would end the process over it
             raise LoadFailed("failed", f"n_batch is {context.n_batch}; {context.n_seq_max} sequences need as many rows")
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = context.n_ctx
-        params.n_seq_max = context.n_seq_max
-        params.n_batch = context.n_batch
-        params.n_ubatch = context.n_ubatch
-        params.n_threads = params.n_threads_batch = n_threads
-        params.type_k, params.type_v = cache_type(context.type_k), cache_type(context.type_v)
-        params.flash_attn_type = (
-            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-            if context.flash_attn == "on"
-            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
-        params.kv_unified = context.kv_unified
-        params.swa_full = context.swa_full
-        params.embeddings = context.embeddings
-        params.n_outputs_max = context.n_outputs_max
-        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        self._context = llama_cpp.llama_init_from_model(self._model, context_params(context, n_threads))
         if not self._context:
             raise load_failed("llama.cpp could not make a context", lines)
-        # llama.cpp asks this between graph nodes, thousands of times a second: a Python function would fight for the
-        # interpreter lock each time. strlen of the flag is 0 or 1, which is the bool that llama.cpp wants.
-        strlen = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
-        llama_cpp.llama_set_abort_callback(self._context, strlen, ctypes.addressof(self._abort_flag))
+        stop_at(self._context, self._abort_flag)
+
+    def _make_guesser(self, spec: LoadSpec, device_buffers: Sequence[str], lines: list[LogLine]) -> None:
+        from actors.serving.draft_model import DraftModel  # most models have none
+        from actors.serving.prediction import PredictionLayers
+
+        if spec.context.spec_type == "draft-mtp":
+            self.guesser = PredictionLayers(spec, self._model, self._context, device_buffers, lines)
+        else:
+            device = self._devices[0] if spec.draft.on_device and self._devices else None
+            self.guesser = DraftModel(spec, device, device_buffers, lines, no_alloc=self._no_alloc)
+        if not self._no_alloc:
+            self.guesser.guess_for(self._context, self._abort_flag)
 
     def _read_facts(self, context: ContextParams) -> None:
         self.vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
@@ -193,20 +193,30 @@ class NativeModel(Sequences):
         device = self._devices[0] if spec.mmproj_on_device and self._devices else None
         return Projector(spec, self._model, device, self.n_ubatch)
 
+    @property
+    def buffers(self) -> BufferSizes:
+        """What llama.cpp allocated, in its own words: for the model and its draft."""
+        if self.guesser is None:
+            return self._buffers
+        both = footprint_of(self._buffers) + footprint_of(self.guesser.buffers)
+        return replace(self._buffers, devices=both.devices, host=both.host)
+
     def breakdown(self) -> Footprint | None:
         """llama.cpp's own sums, to the byte; None where it cannot be asked, or its log says otherwise."""
-        sums = memory_breakdown(self._context, self._devices, self.buffers.host.output_bytes)
-        if sums is None:
+        sums = checked_breakdown(self._context, self._devices, self._buffers)
+        if self.guesser is None:
+            return sums
+        theirs = checked_breakdown(self.guesser.context, self._devices, self.guesser.buffers)
+        if sums is None or theirs is None:
             return None
-        told = [device.compute_bytes for device in self.buffers.devices] + [self.buffers.host.compute_bytes]
-        summed = [device.compute_bytes for device in sums.devices] + [sums.host.compute_bytes]
-        agree = all(abs(a - b) <= ROUNDING_BYTES for a, b in zip(told, summed, strict=True))
-        return sums if agree else None
+        return sums + (without_weights(theirs) if self.guesser.shares_weights else theirs)
 
     def close(self) -> None:
         """Frees the context, the model and its projector; safe to call twice."""
         if self.eyes is not None:
             self.eyes.close()
+        if self.guesser is not None:
+            self.guesser.close()
         if self._batch is not None:
             self._batch.close()
         if self._context:
@@ -263,8 +273,10 @@ class NativeModel(Sequences):
             llama_cpp.llama_synchronize(self._context)
             if self._memory:
                 llama_cpp.llama_memory_clear(self._memory, True)
-        if self._loras:
-            self.buffers = reserved_anew(self.buffers, (line.text for line in lines), self._device_buffers)
+        if self._loras or self._spec_type == "draft-mtp":  # the graph was reserved anew
+            self._buffers = reserved_anew(self._buffers, (line.text for line in lines), self._device_buffers)
+        if self.guesser is not None:
+            self.guesser.warm_up()
 
     def use_adapters(self, adapters: Adapters) -> None:
         """What is computed from now on is computed with these, by their places in the spec. After a change llama.cpp
@@ -290,6 +302,8 @@ class NativeModel(Sequences):
         code = int(llama_cpp.llama_decode(self._context, batch))
         if code == 0:  # how long it took is measured, and prices go by that
             llama_cpp.llama_synchronize(self._context)
+            if self.guesser is not None:
+                self.guesser.follow(rows)
         return code
 
     def encode(self, medium: Medium) -> None:
@@ -352,6 +366,8 @@ class NativeModel(Sequences):
 
     def set_threads(self, n_threads: int) -> None:
         llama_cpp.llama_set_n_threads(self._context, n_threads, n_threads)
+        if self.guesser is not None:
+            self.guesser.set_threads(n_threads)
 
     def abort(self, wanted: bool) -> None:
         """Makes a decode under way on the CPU stop at its next graph node (any thread); False takes that back."""

@@ -11,7 +11,7 @@ from actors.devices.processes import Process
 from actors.endpoint import Endpoint
 from scheduler.cluster.replica import Placement
 from scheduler.costs.paces import Pace
-from scheduler.costs.params import ContextParams, DeviceBytes, DeviceKind, HostBytes
+from scheduler.costs.params import MOST_DRAFTED, ContextParams, DeviceBytes, DeviceKind, HostBytes
 from scheduler.events import FailureKind
 
 FinishReason = Literal["stop", "length"]
@@ -37,6 +37,20 @@ class LoadAdapter(NamedTuple):
     scale: float
 
 
+class LoadDraft(NamedTuple):
+    """What guesses next tokens, where the context's `spec_type` says so. `path`: of a draft model; empty: none.
+    `n_max`: tokens of an answer at once; `p_min`: how likely the likeliest token must be to be guessed. `on_device`:
+    a draft model lies on the first of the devices; else in host RAM."""
+
+    path: str = ""
+    n_max: int = MOST_DRAFTED
+    p_min: float = 0.0
+    on_device: bool = False
+
+
+NO_DRAFT = LoadDraft()
+
+
 @dataclass(frozen=True, slots=True)
 class LoadSpec:
     """All that a runner needs to load one replica; nothing is left for llama.cpp to fit by itself."""
@@ -59,6 +73,7 @@ class LoadSpec:
     adapters: tuple[LoadAdapter, ...] = ()  # in the catalogue's order, which requests name them by
     mmproj: str = ""  # the projector's path; empty: none
     mmproj_on_device: bool = False  # whether it lies on the first of the devices; else in host RAM
+    draft: LoadDraft = NO_DRAFT
 
 
 @dataclass(frozen=True, slots=True)

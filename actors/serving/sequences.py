@@ -12,6 +12,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from actors.serving.draft import Guesser
 from scheduler.costs.host import MOST_CHECKPOINT_BYTES
 
 _PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY, llama.h
@@ -24,16 +25,23 @@ class Sequences:
     _memory: Any
     _window: int  # tokens of the sliding window; 0: none, or all is kept
     _unified: bool  # all sequences share the cells
+    guesser: Guesser | None  # hears what is forgotten
 
     def cut(self, sequence: int, kept: int, stored: int) -> bool:
         """Forgets the `stored` tokens of `sequence` from position `kept` on. False, and nothing changed, where the
         memory cannot be cut there: a recurrent state has no past, and a sliding window has dropped what the cut would
         need."""
         usable = bool(self._memory) and (kept == stored or self._covers(sequence, kept))
+        self._forgets(sequence, kept)
         return usable and bool(llama_cpp.llama_memory_seq_rm(self._memory, sequence, kept, -1))
+
+    def _forgets(self, sequence: int, kept: int) -> None:
+        if self.guesser is not None:
+            self.guesser.forget(sequence, kept)
 
     def clear(self, sequence: int) -> None:
         """Forgets all of `sequence`."""
+        self._forgets(sequence, 0)
         if self._memory:
             llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
@@ -75,6 +83,8 @@ class Sequences:
     def copy_prefix(self, source: int, sequence: int, count: int) -> None:
         """`sequence`, which holds nothing, begins with the first `count` cells of `source`. Takes no memory."""
         llama_cpp.llama_memory_seq_cp(self._memory, source, sequence, 0, count)
+        if self.guesser is not None:
+            self.guesser.copy(source, sequence, count)
 
     def _covers(self, sequence: int, kept: int) -> bool:
         """Whether the window of position `kept` is still cached (in a shared cache nobody can tell)."""

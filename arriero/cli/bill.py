@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from arriero.cli.grid import Case
-from scheduler.costs.companions import Companions, companion_footprints, draft_layout
+from scheduler.costs.companions import Companions, companion_footprints, draft_context, draft_layout
 from scheduler.costs.footprint import footprint
 from scheduler.costs.host import PROCESS_BYTES, HostMemory, host_memory
 from scheduler.costs.params import ContextParams, Footprint, Layout
@@ -70,5 +70,6 @@ def make_bill(shape: ModelShape, companions: Companions, case: Case, build: str)
     others = {}
     if companions.draft is not None:
         place = draft_layout(case.layout)
-        others["draft"] = made(companions.draft, place, case.context, beside["draft"], process_bytes=0)
+        context = draft_context(case.context)
+        others["draft"] = made(companions.draft, place, context, beside["draft"], process_bytes=0)
     return Bill(case.layout, case.context, cost, beside, host, others)

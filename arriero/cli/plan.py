@@ -84,10 +84,12 @@ def _params(texts: list[str], given: dict[str, Any]) -> dict[str, Any]:
             raise Rejected(f"--set must be key=value, such as n_batch=512, not {text!r}")
         if key == "path":
             raise Rejected("--set path: the file is named by MODEL")
-        if key in ("adapters", "mmproj"):
-            raise Rejected(f"--set {key}: give the files with --lora and --mmproj")
+        if key in ("adapters", "mmproj", "model_draft"):
+            raise Rejected(f"--set {key}: give the files with --lora, --mmproj and --draft")
         if key in found:
             raise Rejected(f"{key} is given twice")
+        if key == "spec_type" and value.startswith("draft"):
+            raise Rejected(f"--set spec_type={value}: give the draft with --draft, or --mtp")
         try:
             found[key] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -113,6 +115,9 @@ def print_plan(found: Plan) -> None:
             free = (format_bytes(share.free_before_bytes), format_bytes(share.free_after_bytes))
             table.add_row(share.device, str(share.layers), format_bytes(share.bytes), *free)
         console.print(table)
+    if found.draft:
+        parts = [f"{format_bytes(count)} on {device}" for device, count in found.draft.bytes.items() if count]
+        console.print(styled("of that, the draft {} takes {}", found.draft.path, ", ".join(parts)), soft_wrap=True)
     if found.speed:
         print_speed(found.speed)
     for victim in found.victims:

@@ -225,10 +225,14 @@ def _models(path: Path | None) -> tuple[Catalogue, dict[str, ModelOnDisk]]:
         )
         named = entry.mmproj not in (None, NO_MMPROJ)
         mmproj = path.parent / Path(entry.mmproj or "").expanduser() if named else None
-        shape = accompanied(read_model(file), read_companions(adapters, mmproj, None, False))
+        drafts = entry.spec_type != "none" and entry.model_draft is not None
+        draft = path.parent / Path(entry.model_draft or "").expanduser() if drafts else None
+        companions = read_companions(adapters, mmproj, draft, entry.spec_type == "draft-mtp")
+        shape = accompanied(read_model(file), companions)
         found[name] = ModelOnDisk(f"/models/{i}.gguf", shape)
         # So that no path is part of another; what comes with the model is in its shape.
-        alone: dict[str, object] = {"path": found[name].path, "adapters": {}, "mmproj": None}
+        alone: dict[str, object] = {"path": found[name].path, "adapters": {}, "mmproj": None, "model_draft": None}
+        alone |= {"spec_type": "draft-simple"} if drafts else {}
         entries[name] = entry.model_copy(update=alone)
     return settings.model_copy(update={"models": entries}), found
 

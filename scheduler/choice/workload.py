@@ -17,7 +17,7 @@ from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.inventory import Node
 from scheduler.cluster.replica import Placement
 from scheduler.config import Reserves
-from scheduler.costs.companions import is_on_device, projector_footprint
+from scheduler.costs.companions import draft_footprint, draft_host, is_on_device, projector_footprint
 from scheduler.costs.footprint import bounded_footprint, computes_exactly, filled_footprint, grows, layer_bytes
 from scheduler.costs.host import host_memory
 from scheduler.costs.measurements import Measurements
@@ -33,6 +33,7 @@ REMEMBERED = 4096  # footprints, a kilobyte each; of every need, shares and plac
 _T = TypeVar("_T")
 _footprint = lru_cache(maxsize=REMEMBERED)(filled_footprint)
 _bounded_footprint = lru_cache(maxsize=4 * REMEMBERED)(bounded_footprint)
+_draft_footprint = lru_cache(maxsize=REMEMBERED)(draft_footprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +120,17 @@ class Workload:
         )
 
     def footprint(self, layout: Layout, build: str) -> Footprint:
-        """On a machine with this build of llama-cpp-python."""
+        """With what guesses for the model, on a machine with this build of llama-cpp-python."""
         if not computes_exactly(self.shape, build):
             return self.bounded_footprint(layout)
-        return _footprint(self.shape, layout, self.context, build)
+        return self._with_draft(_footprint(self.shape, layout, self.context, build), layout, build)
 
     def bounded_footprint(self, layout: Layout) -> Footprint:
-        return _bounded_footprint(self.shape, layout, self.context)
+        return self._with_draft(_bounded_footprint(self.shape, layout, self.context), layout, "")
+
+    def _with_draft(self, cost: Footprint, layout: Layout, build: str) -> Footprint:
+        draft = _draft_footprint(self.shape, layout, self.context, build)
+        return cost if draft is None else cost + draft
 
     def shares(
         self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, exact: bool
@@ -198,6 +203,7 @@ class Workload:
         )
         beside = self._beside(layout)
         beside_bytes = beside.host.total_bytes if beside else 0
+        draft = draft_host(self.shape, layout, self.context, n_threads=node.facts.physical_cores)
         on_device = beside is not None and is_on_device(layout)
         return Placement(
             tier=tier,
@@ -207,10 +213,10 @@ class Workload:
             context=self.context,
             device_bytes=device_bytes,
             overhead_bytes=overheads,
-            host_bytes=host.peak_bytes + host.mapped_bytes + beside_bytes,
+            host_bytes=host.peak_bytes + host.mapped_bytes + beside_bytes + draft.peak_bytes,
             host_mapped_bytes=host.mapped_bytes,
-            host_outside_bytes=host.outside_bytes + beside_bytes,
-            host_resting_bytes=host.resting_bytes + beside_bytes,
+            host_outside_bytes=host.outside_bytes + beside_bytes + draft.outside_bytes,
+            host_resting_bytes=host.resting_bytes + beside_bytes + draft.resting_bytes,
             mmproj_bytes=beside.devices[0].total_bytes if beside and on_device else beside_bytes,
             mmproj_on_device=on_device,
             computes_on_cpu=layout.n_gpu_layers < self.n_layers or layout.spills_experts,

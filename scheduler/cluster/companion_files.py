@@ -1,4 +1,4 @@
-"""Which files of a node come with a model there: LoRA adapters that the catalogue names, and a projector.
+"""Which files of a node come with a model there: LoRA adapters and a draft that the catalogue names, and a projector.
 
 A file whose name holds `mmproj` is a projector, and no model. One that nobody named belongs to a model in its folder if
 it is the only projector there, and if their names agree: without words such as f16 or model, those of the projector are
@@ -24,10 +24,12 @@ _NO_NAME = re.compile(r"mmproj|model|ud|b?fp?16|fp?32|i?q\d+|mxfp4|\d|k|x{0,2}[s
 
 @dataclass(frozen=True, slots=True)
 class CompanionFiles:
-    """What is loaded with a model. `missing`: why that cannot be, or empty."""
+    """What is loaded with a model. `draft`: what guesses its next tokens; the model's own file where its prediction
+    layers do. `missing`: why that cannot be, or empty."""
 
     adapters: tuple[ModelFile, ...] = ()
     mmproj: ModelFile | None = None
+    draft: ModelFile | None = None
     missing: str = ""
 
     @property
@@ -37,6 +39,10 @@ class CompanionFiles:
     @property
     def mmproj_path(self) -> str:
         return self.mmproj.path if self.mmproj else ""
+
+    @property
+    def draft_path(self) -> str:
+        return self.draft.path if self.draft else ""
 
 
 ALONE = CompanionFiles()
@@ -59,12 +65,22 @@ def companions_of(entry: ModelEntry | None, file: ModelFile, files: Sequence[Mod
             _named(f"adapter {name}", adapter.path, file, files)
             for name, adapter in (entry.adapters if entry else {}).items()
         )
-        wanted = entry.mmproj if entry else None
+        wanted, draft = (entry.mmproj, _draft(entry, file, files)) if entry else (None, None)
         if wanted is None:
-            return CompanionFiles(adapters, _beside(file, files))
-        return CompanionFiles(adapters, None if wanted == NO_MMPROJ else _named("mmproj", wanted, file, files))
+            return CompanionFiles(adapters, _beside(file, files), draft)
+        mmproj = None if wanted == NO_MMPROJ else _named("mmproj", wanted, file, files)
+        return CompanionFiles(adapters, mmproj, draft)
     except LookupError as error:
         return CompanionFiles(missing=str(error.args[0]))
+
+
+def _draft(entry: ModelEntry, file: ModelFile, files: Sequence[ModelFile]) -> ModelFile | None:
+    """What guesses for the model in `file`. Raises LookupError."""
+    if entry.spec_type == "draft-mtp":
+        return file
+    if entry.model_draft is None or entry.spec_type == "none":
+        return None
+    return _named("model_draft", entry.model_draft, file, files)
 
 
 def _named(what: str, pattern: str, file: ModelFile, files: Iterable[ModelFile]) -> ModelFile:

@@ -17,10 +17,11 @@ from math import inf
 from typing import NamedTuple
 
 from scheduler.cluster.companion_files import ALONE, PART, CompanionFiles, companions_of, is_projector, matches
+from scheduler.cluster.drafts import with_drafts
 from scheduler.cluster.facts import ModelFile
 from scheduler.cluster.history import LoadHistory, Popularity, ServiceTime
 from scheduler.config import Catalogue, ModelEntry, ModelParams
-from scheduler.costs.params import MOST_DRAFTED, ContextParams
+from scheduler.costs.params import ContextParams
 from scheduler.costs.shape import ModelShape
 from scheduler.errors import Rejected, UnknownModel
 from scheduler.units import NodeId
@@ -36,6 +37,7 @@ class Files(NamedTuple):
     path: str
     adapters: tuple[str, ...] = ()
     mmproj: str = ""
+    draft: str = ""
 
 
 @dataclass(slots=True)
@@ -59,12 +61,13 @@ class Copy:
 
     @property
     def files(self) -> Files:
-        return Files(self.file.path, self.companions.adapter_paths, self.companions.mmproj_path)
+        came = self.companions
+        return Files(self.file.path, came.adapter_paths, came.mmproj_path, came.draft_path)
 
     def is_of(self, file: ModelFile, companions: CompanionFiles) -> bool:
         """Whether it is the copy in these files, as they are now."""
-        known = (self.file, *self.companions.adapters, self.companions.mmproj)
-        there = (file, *companions.adapters, companions.mmproj)
+        known = (self.file, *self.companions.adapters, self.companions.mmproj, self.companions.draft)
+        there = (file, *companions.adapters, companions.mmproj, companions.draft)
         same = list(map(_identity, known)) == list(map(_identity, there))
         return same and self.companions.missing == companions.missing
 
@@ -236,10 +239,7 @@ class Models:
             image_min_tokens=model.entry.image_min_tokens or 0 if model.entry else 0,
             image_max_tokens=model.entry.image_max_tokens or 0 if model.entry else 0,
         )
-        if params.spec_type in (None, "none") or shape.is_embedding_only or not _takes_back(shape, context):
-            return context
-        n_outputs_max = context.n_outputs_max and min(n_batch, slots + MOST_DRAFTED)
-        return replace(context, spec_type=params.spec_type, n_outputs_max=n_outputs_max)
+        return with_drafts(context, shape, model.name, model.entry, params)
 
     def alternatives(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> tuple[ContextParams, ...]:
         """Other contexts that the catalogue allows for the same request, best first. Raises as `context`."""
@@ -361,12 +361,6 @@ def _unsuited(entry: ModelEntry | None, shape: ModelShape) -> str:
         return ""
     why = shape.projector.unsuited(least, most) if shape.projector else "there is no projector: name one as mmproj"
     return f"{why} (or leave out image_min_tokens and image_max_tokens)" if why else ""
-
-
-def _takes_back(shape: ModelShape, context: ContextParams) -> bool:
-    """Whether tokens can be taken out of its cache again: not of a recurrent state, nor of a sliding window."""
-    has_windows = shape.arch.n_swa > 0 and not context.swa_full
-    return not has_windows and not any(layer.is_recurrent for layer in shape.arch.layers)
 
 
 def _takes_no_more(shape: ModelShape, shared: ContextParams, alone: ContextParams) -> bool:

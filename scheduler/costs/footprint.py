@@ -68,7 +68,9 @@ def mtp_footprint(shape: ModelShape, layout: Layout, context: ContextParams) -> 
 
 def _predictor(shape: ModelShape) -> Predictor:
     if shape.predictor is None:
-        raise Rejected(f"this {shape.architecture} model has no prediction layers that llama.cpp can run")
+        raise Rejected(
+            f"this {shape.architecture} model has no prediction layers that llama.cpp can run: leave out draft-mtp"
+        )
     return shape.predictor
 
 

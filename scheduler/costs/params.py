@@ -13,12 +13,23 @@ DeviceKind = Literal["cuda", "rpc"]
 
 FlashAttn = Literal["on", "off"]
 
-SpecType = Literal["none", "ngram-simple"]
-"""Where guesses of next tokens come from (llama.cpp's `--spec-type`)."""
+SpecType = Literal["none", "ngram-simple", "draft-simple", "draft-mtp"]
+"""Where guesses of next tokens come from (llama.cpp's `--spec-type`): what was said before, a smaller model, or the
+model's own prediction layers."""
 
 MOST_DRAFTED = 15
 """Tokens that are guessed ahead in a turn: each is a row of logits. With the token before them they are 16 rows. On a
 CPU 16 rows took twice as long as 8, so more would bring nothing there."""
+
+
+MOST_PREDICTED = 3
+"""By prediction layers, where the catalogue says nothing: they always compute so many, and mostly there is one of them,
+which sees less and less of the text (llama.cpp's default)."""
+
+
+def most_drafted(spec_type: SpecType, n_max: int | None) -> int:
+    """Tokens of an answer that are guessed at once; `n_max`: what the catalogue says."""
+    return n_max or (MOST_PREDICTED if spec_type == "draft-mtp" else MOST_DRAFTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +129,13 @@ class DeviceBytes:
     def total_bytes(self) -> int:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes
 
+    def __add__(self, other: DeviceBytes) -> DeviceBytes:
+        return DeviceBytes(
+            self.weights_bytes + other.weights_bytes,
+            self.kv_bytes + other.kv_bytes,
+            self.compute_bytes + other.compute_bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class HostBytes:
@@ -132,6 +150,14 @@ class HostBytes:
     def total_bytes(self) -> int:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.output_bytes
 
+    def __add__(self, other: HostBytes) -> HostBytes:
+        return HostBytes(
+            self.weights_bytes + other.weights_bytes,
+            self.kv_bytes + other.kv_bytes,
+            self.compute_bytes + other.compute_bytes,
+            self.output_bytes + other.output_bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -139,3 +165,8 @@ class Footprint:
 
     devices: tuple[DeviceBytes, ...]
     host: HostBytes
+
+    def __add__(self, other: Footprint) -> Footprint:
+        """Both, on the same devices."""
+        devices = (ours + theirs for ours, theirs in zip(self.devices, other.devices, strict=True))
+        return Footprint(tuple(devices), self.host + other.host)

@@ -67,6 +67,10 @@ class ModelShape:
     n_adapter_pairs: int = 0
     projector: Projector | None = None
     """That is loaded beside it; nothing of it is in the other figures but the fingerprint."""
+    draft: ModelShape | None = None
+    """A smaller model that guesses for it; likewise."""
+    runs_predictor: bool = False
+    """Its prediction layers guess for it: their weights are among its own, their context lies beside it."""
 
     @property
     def architecture(self) -> str:

@@ -81,8 +81,10 @@ class DescribedCluster:
         for node in description.nodes:
             self.core.handle(ev.NodeJoined(_facts(node)), 0.0)
             self.report(node, [], 0.0)
-            for model in models.values():
-                self.core.handle(ev.ShapeRead(NodeId(node.name), model.path, model.shape), 0.0)
+            for name, model in models.items():
+                entry = catalogue.models.get(name)
+                draft = model.path if entry is not None and entry.spec_type == "draft-mtp" else ""
+                self.core.handle(ev.ShapeRead(NodeId(node.name), model.path, model.shape, draft=draft), 0.0)
         for name in sorted({said.model for node in description.nodes for said in node.replicas if said.pinned}):
             self.core.handle(ev.PinAsked(name, True), 0.0)
         loaded = {

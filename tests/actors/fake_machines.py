@@ -178,7 +178,9 @@ class FakeNode:
     def sample_now(self) -> NodeReading:
         return self._machine.read()
 
-    async def read_shape(self, path: str, adapters: Sequence[str] = (), mmproj: str = "") -> ModelShape | ArrieroError:
+    async def read_shape(
+        self, path: str, adapters: Sequence[str] = (), mmproj: str = "", draft: str = ""
+    ) -> ModelShape | ArrieroError:
         await asyncio.sleep(0.1)
         return self._machine.headers[path]
 

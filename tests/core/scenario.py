@@ -277,13 +277,15 @@ class Scenario:
         name = Path(command.path).stem
         invalid = self.invalid.get(name, "")
         found = None if invalid else accompanied(shape(*self.models[name]), self._companions(command))
-        self.send(ev.ShapeRead(command.node_id, command.path, found, invalid, "", command.adapters, command.mmproj))
+        beside = command.adapters, command.mmproj, command.draft
+        self.send(ev.ShapeRead(command.node_id, command.path, found, invalid, "", *beside))
 
     def _companions(self, command: cmd.ReadShape) -> Companions:
         adapters = [self.companions[path] for path in command.adapters]
         projector = self.companions[command.mmproj] if command.mmproj else None
         assert projector is None or isinstance(projector, Projector)
-        return Companions(tuple(each for each in adapters if isinstance(each, Adapter)), projector)
+        draft = shape(*self.models[Path(command.draft).stem]) if command.draft else None
+        return Companions(tuple(each for each in adapters if isinstance(each, Adapter)), projector, draft)
 
     def check(self) -> None:
         """What must hold at any time."""

@@ -205,8 +205,9 @@ def test_what_comes_with_a_model_is_costed_with_it(tmp_path: Path) -> None:
 
 
 def test_a_draft_is_mapped_and_has_a_vocabulary_of_its_own(model: Path) -> None:
-    [alone] = costs(model, [{"n_gpu_layers": 0}])
-    [both] = costs(model, [{"n_gpu_layers": 0}], "--draft", model)
+    case = {"n_gpu_layers": 0, "n_outputs_max": 1}  # a draft has one row of logits for each slot
+    [alone] = costs(model, [case])
+    [both] = costs(model, [case], "--draft", model)
     ram = {key: both["host_ram"][key] - alone["host_ram"][key] for key in ("steady_bytes", "mapped_bytes")}
     parts = alone["host_ram"]["parts"]
     assert ram["mapped_bytes"] == alone["host"]["weights_bytes"]

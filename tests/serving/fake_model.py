@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from actors.serving.batcher import Batcher
-from actors.serving.draft import Draft
+from actors.serving.draft import Draft, Guesser
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Results
 from actors.serving.model import Adapters, Row
@@ -46,7 +46,7 @@ class FakeSampler:
 
 
 class FakeModel:
-    n_vocab, n_embd, bos, is_pooled = 1000, 4, -1, False
+    n_vocab, n_embd, bos, is_pooled, most_drafted = 1000, 4, -1, False, 15
 
     def __init__(self, n_seq_max: int = 2, n_ubatch: int = 8, can_cut: bool = True, room: int = 10_000) -> None:
         self.n_seq_max, self.n_ubatch, self.can_cut, self.room = n_seq_max, n_ubatch, can_cut, room
@@ -66,6 +66,7 @@ class FakeModel:
         self.warmed_in: threading.Thread | None = None
         self.fault: Exception | None = None  # of warming up
         self.eyes: Any = "open"
+        self.guesser: Guesser | None = None
         self.encoded: list[Medium] = []
         self.encode_pause = threading.Event()  # encoding waits for it
         self.encode_pause.set()

@@ -22,7 +22,7 @@ from scheduler.units import MIB
 
 pytestmark = pytest.mark.llama
 
-KINDS = ("llama", "qwen3moe", "gemma3", "deepseek2", "granitehybrid", "mamba")
+KINDS = ("llama", "qwen3moe", "gemma3", "deepseek2", "glm4moe", "granitehybrid", "mamba")
 EXPERTS = ("qwen3moe", "deepseek2")
 EXACT = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}  # rounding of a millionth: no tie is that close
 

@@ -98,13 +98,13 @@ def test_what_goes_wrong_besides_the_model_is_not_blamed_on_it(
 def test_sums_that_llama_cpp_does_not_log_are_no_answer(
     sample: Callable[..., Path], spec: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actors.serving import native
+    from actors.serving import breakdown, native
 
     with closing(native.NativeModel(spec(sample("llama")), [], lambda progress: None, no_alloc=True)) as model:
         sums = model.breakdown()
         assert sums is not None
         garbage = replace(sums, host=replace(sums.host, compute_bytes=sums.host.compute_bytes + 2 * ROUNDING_BYTES))
-        monkeypatch.setattr(native, "memory_breakdown", lambda *_: garbage)
+        monkeypatch.setattr(breakdown, "memory_breakdown", lambda *_: garbage)
         assert model.breakdown() is None
 
 
