@@ -1,7 +1,8 @@
 """Opens picture and sound files that came with a request: into pixels and samples. Belongs to a preparer's child.
 
-Pictures are decoded by libmtmd (stb_image): PNG, JPEG, GIF (the first frame) and BMP. Their size is read from the
-header first, so that none takes more memory than it may. libmtmd would hand anything else to ffmpeg: it never gets it.
+Pictures are decoded by libmtmd (stb_image): PNG, JPEG, GIF (the first frame) and BMP; and by Pillow: WebP (the first
+frame). Their size is read from the header first, so that none takes more memory than it may. libmtmd would hand
+anything else to ffmpeg: it never gets it.
 Sounds are WAV, MP3 or FLAC. The last two are opened by llama.cpp's own library for them (`sound_files.cpp`), which
 stops where a sound is longer than it may be, whatever its header says.
 """
@@ -102,7 +103,7 @@ def opened(attached: Attachments) -> Iterator[tuple[Kind, bytes]]:
 
 
 def size_of(index: int, file: bytes) -> Size:
-    """Width and height by the file's header. Raises Rejected for other files than PNG, JPEG, GIF and BMP."""
+    """Width and height by the file's header. Raises Rejected for other files than PNG, JPEG, WebP, GIF and BMP."""
     head = file[:32].ljust(32, b"\0")
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return Size(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
@@ -115,8 +116,10 @@ def size_of(index: int, file: bytes) -> Size:
         return Size(width, abs(height))  # a negative one: from top to bottom
     if head.startswith(b"\xff\xd8") and (size := _size_of_jpeg(file)) is not None:
         return size
-    named = "WebP" if head[8:12] == b"WEBP" else "a broken JPEG" if head.startswith(b"\xff\xd8") else "none of them"
-    raise Rejected(f"file {index + 1} of the messages must be a PNG, JPEG, GIF or BMP; it is {named}")
+    if _is_webp(file) and (size := _size_of_webp(head)) is not None:
+        return size
+    named = "a broken WebP" if _is_webp(file) else "a broken JPEG" if head.startswith(b"\xff\xd8") else "none of them"
+    raise Rejected(f"file {index + 1} of the messages must be a PNG, JPEG, WebP, GIF or BMP; it is {named}")
 
 
 def _size_of_jpeg(file: bytes) -> Size | None:
@@ -133,8 +136,40 @@ def _size_of_jpeg(file: bytes) -> Size | None:
     return None
 
 
+def _is_webp(file: bytes) -> bool:
+    return file.startswith(b"RIFF") and file[8:12] == b"WEBP"
+
+
+def _size_of_webp(head: bytes) -> Size | None:
+    """Of the canvas, or of the only frame (RFC 9649)."""
+    match head[12:16]:
+        case b"VP8X":
+            return Size(*(1 + int.from_bytes(head[at : at + 3], "little") for at in (24, 27)))
+        case b"VP8L" if head[20] == 0x2F:
+            bits = int.from_bytes(head[21:25], "little")
+            return Size(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
+        case b"VP8 " if head[23:26] == b"\x9d\x01\x2a":
+            return Size(*(int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (26, 28)))
+    return None
+
+
 def picture(index: int, file: bytes) -> tuple[Size, bytes]:
     """Size and pixels of a file whose size was checked. Raises Rejected for a broken one."""
+    return _with_pillow(index, file) if _is_webp(file) else _with_libmtmd(index, file)
+
+
+def _with_pillow(index: int, file: bytes) -> tuple[Size, bytes]:
+    from PIL import Image  # few requests need it, and it takes 30 ms
+
+    Image.MAX_IMAGE_PIXELS = None  # the size was checked
+    try:
+        with Image.open(io.BytesIO(file), formats=["WEBP"]) as opened, opened.convert("RGB") as pixels:
+            return Size(*pixels.size), pixels.tobytes()
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise Rejected(f"picture {index + 1} is a broken WebP ({error}); send a PNG or JPEG") from error
+
+
+def _with_libmtmd(index: int, file: bytes) -> tuple[Size, bytes]:
     buffer: Any = ctypes.cast(ctypes.c_char_p(file), ctypes.POINTER(ctypes.c_uint8))
     no_context: Any = None  # only sounds need one
     bitmap: Any = mtmd_cpp.mtmd_helper_bitmap_init_from_buf(no_context, buffer, len(file), False)

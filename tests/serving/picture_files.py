@@ -8,6 +8,7 @@ import wave
 import zlib
 
 import numpy as np
+from PIL import Image
 
 
 def png(seed: int = 1, width: int = 60, height: int = 50) -> bytes:
@@ -24,6 +25,22 @@ def png_of(width: int, height: int, raw: bytes, depth: int = 8, colours: int = 2
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
     )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def webp(seed: int = 1, frames: int = 1, quality: int = 0) -> bytes:
+    """The same noise as `png(seed)`, and others in frames that follow. `quality`: 0 keeps all of it."""
+    pictures = [Image.open(io.BytesIO(png(seed + frame))) for frame in range(frames)]
+    file = io.BytesIO()
+    pictures[0].save(
+        file, "WEBP", lossless=not quality, quality=quality or 100, save_all=frames > 1, append_images=pictures[1:]
+    )
+    return file.getvalue()
+
+
+def webp_head(width: int, height: int) -> bytes:
+    """The beginning of one with frames, up to its size."""
+    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF\0\0\0\0WEBPVP8X" + struct.pack("<II", 10, 2) + size
 
 
 def gif(width: int, height: int) -> bytes:

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from mtmd_baseline import answer_of
-from picture_files import bmp, gif, jpeg_head, png, png_of, wav
+from picture_files import bmp, gif, jpeg_head, png, png_of, wav, webp, webp_head
 from projector_files import write_as_qwen2vl, write_gemma3, write_llava, write_qwen2vl, write_ultravox
 from sound_files import flac, flac_bomb, mp3
 
 from actors.devices.virtual import create_virtual_gpus, read_virtual_gpu, start_device_process
-from actors.serving import native
+from actors.serving import media_files, native
 from actors.serving.engine import Engine
 from actors.serving.keeping import Keeper
 from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, Sampling, content_of, deltas_of
@@ -84,10 +84,14 @@ def message(*parts: str | bytes, role: str = "user") -> dict[str, Any]:
     content = [
         {"type": "text", "text": part}
         if isinstance(part, str)
-        else {"type": "audio" if part.startswith(SOUNDS) else "image", "data": b64encode(part).decode()}
+        else {"type": "audio" if _is_sound(part) else "image", "data": b64encode(part).decode()}
         for part in parts
     ]
     return {"role": role, "content": content}
+
+
+def _is_sound(file: bytes) -> bool:
+    return file.startswith(SOUNDS) and file[8:12] != b"WEBP"
 
 
 def ask(*messages: dict[str, Any], max_tokens: int = 24, **given: Any) -> GenerateRequest:
@@ -269,6 +273,20 @@ def test_who_leaves_in_the_midst_of_a_picture_leaves_a_slot_that_can_be_used(
         assert text == answer_of(model, mmproj, rendered(engine, chat), large(kind), 24, n_ubatch=64)
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_webp_is_seen_as_the_same_png_is(frames: int, seeing: Any) -> None:
+    engine = seeing("llava")
+    text, last = told(engine, ask(message("What is ", png(3), "?")))
+    again, same = told(engine, ask(message("What is ", webp(3, frames), "?")))
+    assert (again, same.prompt_tokens) == (text, last.prompt_tokens)
+
+
+@pytest.mark.parametrize("quality", [0, 80])
+def test_the_size_of_a_webp_is_in_its_header(quality: int) -> None:
+    file = webp(1, quality=quality)
+    assert media_files.size_of(0, file) == media_files.picture(0, file)[0] == (60, 50)
+
+
 def test_several_answers_with_a_grammar_open_their_picture_once(seeing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, opened = seeing("llava"), []
     look = engine._model.eyes.picture
@@ -314,8 +332,10 @@ BROKEN = png(1)[:500]
 @pytest.mark.parametrize(
     ("kind", "parts", "named"),
     [
-        ("llava", ["x", b"hello"], "file 1 of the messages must be a PNG, JPEG, GIF or BMP"),
-        ("llava", ["x", b"RIFF\1\1\1\1WEBPVP8 "], "takes no sounds"),
+        ("llava", ["x", b"hello"], "file 1 of the messages must be a PNG, JPEG, WebP, GIF or BMP"),
+        ("llava", ["x", b"RIFF\1\1\1\1WEBPVP8 "], "it is a broken WebP"),
+        ("llava", ["x", webp(1)[:500], "y"], "picture 1 is a broken WebP"),
+        ("llava", ["x", webp_head(5000, 5000), "y"], "5000 x 5000 pixels; at most 16777216"),
         ("llava", ["x", png(1), BROKEN, "y"], "picture 2 is broken"),
         ("llava", ["x", png_of(5000, 5000, b""), "y"], "5000 x 5000 pixels; at most 16777216"),
         ("llava", ["x", png_of(0, 7, b""), "y"], "0 x 7 pixels"),
