@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -14,9 +16,6 @@ from actors.gateway.app import make_app
 
 schemathesis = pytest.importorskip("schemathesis", reason="it needs Python 3.11")
 
-# Read here: Python 3.11 fails with a SystemError where a module is read for the first time as deep as Hypothesis calls.
-importlib.import_module("schemathesis.transport.wsgi")
-
 PATIENCE_S = 20.0
 STREAM_WITHOUT_END = "/api/v1/events"
 SCHEMA = schemathesis.openapi.from_dict(make_app(FakeBackend()).openapi()).exclude(path=STREAM_WITHOUT_END)
@@ -25,8 +24,25 @@ OPERATIONS = [found.ok() for found in SCHEMA.get_all_operations()]
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
+    """In a process of its own: in Python 3.11, two threads cannot read source at once (a SystemError). Hypothesis reads
+    that of lambdas, and a gateway in a thread would read that of tracebacks."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    gateway = context.Process(target=_serve, args=[theirs], daemon=True)
+    gateway.start()
+    theirs.close()
+    try:
+        yield ours.recv()
+    finally:
+        ours.close()
+        gateway.join()
+
+
+def _serve(pipe: Connection) -> None:
     with serve(FakeBackend(), pulse_s=0.5) as url:
-        yield url
+        pipe.send(url)
+        with contextlib.suppress(EOFError):
+            pipe.recv()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
