@@ -43,7 +43,9 @@ def install(python: Path, requirements: Path, log: Path) -> None:
         run(configure, label="chat library", log=log, step=r"^-- ", env=environment)
         print("Building llama.cpp's chat code: about a minute on 2 cores.", flush=True)
         run(["cmake", "--build", str(build)], label="chat library", log=log, step=r"\[\d+/\d+\]", env=environment)
-        shutil.copy2(build / LIBRARY, libraries / LIBRARY)
+        new = libraries / f"{LIBRARY}.new"
+        shutil.copy2(build / LIBRARY, new)
+        new.replace(libraries / LIBRARY)  # a service that runs keeps the old one: a file written over would end it
 
 
 def _unpacked(python: Path, requirements: Path, folder: Path, log: Path, environment: dict[str, str]) -> Path:

@@ -52,6 +52,8 @@ FETCH_S = 15.0  # of one file at an address
 MAX_FETCH_WAIT_S = 60.0  # of all files of a request, with the wait for their turn
 MAX_REDIRECTS = 3
 MAX_ADDRESS_LENGTH = 4096  # characters; signed addresses of storage services have up to 2,000
+MAX_FETCHED_BYTES = 20 * MIB
+"""Of all files of a request. Their base64 is copied several times on the event loop, 60 ms each for 56 MiB."""
 FETCHES, FETCHES_OF_ONE = 4, 2
 """At a time, and those of one source. Each takes up to 47 MiB, the file and its base64, until the request holds it."""
 

@@ -105,7 +105,7 @@ def opened(attached: Attachments) -> Iterator[tuple[Kind, bytes]]:
 def size_of(index: int, file: bytes) -> Size:
     """Width and height by the file's header. Raises Rejected for other files than PNG, JPEG, WebP, GIF and BMP."""
     head = file[:32].ljust(32, b"\0")
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+    if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":  # stb would pass over another first chunk
         return Size(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
     if head.startswith((b"GIF87a", b"GIF89a")):
         return Size(int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little"))
@@ -118,7 +118,8 @@ def size_of(index: int, file: bytes) -> Size:
         return size
     if _is_webp(file) and (size := _size_of_webp(head)) is not None:
         return size
-    named = "a broken WebP" if _is_webp(file) else "a broken JPEG" if head.startswith(b"\xff\xd8") else "none of them"
+    broken = {b"RIFF": "WebP", b"\xff\xd8": "JPEG", b"\x89PNG": "PNG"}
+    named = next((f"a broken {name}" for magic, name in broken.items() if head.startswith(magic)), "none of them")
     raise Rejected(f"file {index + 1} of the messages must be a PNG, JPEG, WebP, GIF or BMP; it is {named}")
 
 
@@ -155,7 +156,10 @@ def _size_of_webp(head: bytes) -> Size | None:
 
 def picture(index: int, file: bytes) -> tuple[Size, bytes]:
     """Size and pixels of a file whose size was checked. Raises Rejected for a broken one."""
-    return _with_pillow(index, file) if _is_webp(file) else _with_libmtmd(index, file)
+    found = _with_pillow(index, file) if _is_webp(file) else _with_libmtmd(index, file)
+    if found[0] != size_of(index, file):
+        raise Rejected(f"picture {index + 1} is broken: its header says another size than it has")
+    return found
 
 
 def _with_pillow(index: int, file: bytes) -> tuple[Size, bytes]:

@@ -142,7 +142,7 @@ def test_other_hosts_are_refused_by_name_of_the_key(
     reply = asked(url, address.format(port=host.port, other=host.port + 1))
     assert reply.status_code == 400
     message = reply.json()["error"]["message"]
-    assert any(named in message for named in ("media_hosts", "no valid address", "user name or password"))
+    assert any(named in message for named in ("media_hosts", "no valid address", "is no address", "user name or password"))
     assert reply.json()["error"]["param"] == "messages.0.content"
     assert not host.seen and not backend.saw("acquire")
 
@@ -157,6 +157,7 @@ def test_a_password_in_an_address_is_refused(url: str, backend: FakeBackend, hos
     ("path", "named"),
     [
         ("/gone", "HTTP status 404"),
+        ("/gr\u00fcn", "write them as %xx"),
         ("/broken", "HTTP status 500"),
         ("/page", "'text/html', which is no picture"),
         ("/packed", "compressed"),
@@ -254,8 +255,8 @@ def test_one_wrong_address_ends_the_others(url: str, backend: FakeBackend, host:
 
 
 def test_all_files_together_are_limited(url: str, backend: FakeBackend, host: PictureHost) -> None:
-    reply = asked(url, *[host.url(f"/of_size/{19 * MIB}")] * 3)
-    assert reply.status_code == 400 and "more than 45.0 MiB together" in reply.text
+    reply = asked(url, *[host.url(f"/of_size/{11 * MIB}")] * 2)
+    assert reply.status_code == 400 and "more than 20.0 MiB together" in reply.text
     reply = asked(url, *[host.url("/ok")] * 101)
     assert reply.status_code == 400 and "more than 100 files" in reply.text
 

@@ -43,6 +43,12 @@ def webp_head(width: int, height: int) -> bytes:
     return b"RIFF\0\0\0\0WEBPVP8X" + struct.pack("<II", 10, 2) + size
 
 
+def of_xcode(width: int, height: int) -> bytes:
+    """A PNG with a chunk of Apple's before its header, which says another size."""
+    file = png_of(width, height, b"\0" * (3 * width + 1) * height)
+    return file[:8] + struct.pack(">I", 8) + b"CgBI" + struct.pack(">II", 1, 1) + b"\0" * 4 + file[8:]
+
+
 def gif(width: int, height: int) -> bytes:
     """A header only."""
     return b"GIF89a" + struct.pack("<HH", width, height) + b"\0" * 20

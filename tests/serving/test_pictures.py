@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from mtmd_baseline import answer_of
-from picture_files import bmp, gif, jpeg_head, png, png_of, wav, webp, webp_head
+from picture_files import bmp, gif, jpeg_head, of_xcode, png, png_of, wav, webp, webp_head
 from projector_files import write_as_qwen2vl, write_gemma3, write_llava, write_qwen2vl, write_ultravox
 from sound_files import flac, flac_bomb, mp3
 
@@ -337,6 +337,7 @@ BROKEN = png(1)[:500]
         ("llava", ["x", webp(1)[:500], "y"], "picture 1 is a broken WebP"),
         ("llava", ["x", webp_head(5000, 5000), "y"], "5000 x 5000 pixels; at most 16777216"),
         ("llava", ["x", png(1), BROKEN, "y"], "picture 2 is broken"),
+        ("llava", ["x", of_xcode(1, 20_000), "y"], "it is a broken PNG"),
         ("llava", ["x", png_of(5000, 5000, b""), "y"], "5000 x 5000 pixels; at most 16777216"),
         ("llava", ["x", png_of(0, 7, b""), "y"], "0 x 7 pixels"),
         ("llava", ["x", jpeg_head(65000, 65000), "y"], "65000 x 65000"),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.serving import holdings
+from actors.serving import holdings, saved_states
 from actors.serving.engine import Engine
 from actors.serving.pieces import Medium
 from actors.serving.protocol import Chunk, GenerateRequest, LoadSpec, Sampling, content_of
@@ -320,6 +320,18 @@ def save_of(source: str, into: SavedStates, tokens: list[int], n_bytes: int) -> 
 
 def numbered(number: int) -> list[int]:
     return [3 + number, *TOKENS]
+
+
+def test_small_states_do_not_become_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saved_states, "MOST_FILES", 3)
+    there = states(tmp_path, most_bytes=300_000)
+    for number in range(6):
+        assert save(there, numbered(number))
+        for path in files(tmp_path):
+            os.utime(path, (path.stat().st_mtime - 10,) * 2)
+    assert len(files(tmp_path)) == 3
+    kept = [number for number in range(6) if found(there, [*numbered(number), 5]) is not None]
+    assert kept == [3, 4, 5]
 
 
 def test_nobody_fills_the_disk_for_others(tmp_path: Path) -> None:
