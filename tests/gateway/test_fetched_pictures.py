@@ -142,7 +142,9 @@ def test_other_hosts_are_refused_by_name_of_the_key(
     reply = asked(url, address.format(port=host.port, other=host.port + 1))
     assert reply.status_code == 400
     message = reply.json()["error"]["message"]
-    assert any(named in message for named in ("media_hosts", "no valid address", "is no address", "user name or password"))
+    assert any(
+        named in message for named in ("media_hosts", "no valid address", "is no address", "user name or password")
+    )
     assert reply.json()["error"]["param"] == "messages.0.content"
     assert not host.seen and not backend.saw("acquire")
 
