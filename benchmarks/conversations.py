@@ -79,7 +79,8 @@ def main() -> None:
                         rows["evicted"].append([model, states, *_turns(url, given.rounds)])
                     (folder / "models" / "b.gguf").unlink()
     for part, (title, columns) in TABLES.items():
-        print_table(title, columns, rows[part])
+        if part in given.parts:
+            print_table(title, columns, rows[part])
 
 
 def _turns(url: str, rounds: int) -> list[str]:
