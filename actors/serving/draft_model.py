@@ -24,7 +24,7 @@ from actors.serving.load_errors import load_failed
 from actors.serving.model import Row
 from actors.serving.protocol import BufferSizes, LoadFailed, LoadSpec
 from actors.serving.slot import common_prefix
-from actors.serving.speculator import Speculator
+from actors.serving.speculator import GuessingContext, Speculator
 from scheduler.costs.companions import draft_context
 
 
@@ -45,7 +45,7 @@ class _Held:
         return min(self.n_sure, len(text.tokens) - 1)
 
 
-class DraftModel:
+class DraftModel(GuessingContext):
     """A loaded one with its context. `close()` frees both, before the model that it guesses for."""
 
     shares_weights = False
@@ -58,8 +58,6 @@ class DraftModel:
         self._device = device
         self._spec = spec
         self._model: Any = None
-        self.context: Any = None
-        self._speculator: Speculator | None = None
         self.least_steps, self.rests, self.followed_s = 0, False, 0.0
         self._held = [_Held() for _ in range(spec.context.n_seq_max)]
         began = len(lines)
@@ -114,18 +112,11 @@ class DraftModel:
             self._speculator.read([0], [0], [0])
             self._cut(0, 0, certainly=True)
 
-    def set_threads(self, n_threads: int) -> None:
-        llama_cpp.llama_set_n_threads(self.context, n_threads, n_threads)
-
     def close(self) -> None:
-        """Safe to call twice."""
-        if self._speculator is not None:
-            self._speculator.close()
-        if self.context:
-            llama_cpp.llama_free(self.context)
+        super().close()
         if self._model:
             llama_cpp.llama_model_free(self._model)
-        self._speculator = self.context = self._model = None
+        self._model = None
 
     # A `Guesser` (the owning thread)
 

@@ -21,13 +21,13 @@ from actors.serving.journal import LogLine
 from actors.serving.load_errors import load_failed
 from actors.serving.model import Row
 from actors.serving.protocol import BufferSizes, LoadSpec
-from actors.serving.speculator import Speculator
+from actors.serving.speculator import GuessingContext, Speculator
 from scheduler.costs.companions import mtp_context
 
 _CONTEXT_TYPE_MTP = 1  # LLAMA_CONTEXT_TYPE_MTP, llama.h
 
 
-class PredictionLayers:
+class PredictionLayers(GuessingContext):
     """Those of a loaded model, in a context. `close()` frees it, before the model's own."""
 
     shares_weights = True  # with the model
@@ -37,7 +37,6 @@ class PredictionLayers:
     ) -> None:
         """`model`, `target`: the `llama_model *`, loaded with `load_mtp`, and its `llama_context *`. Raises
         LoadFailed."""
-        self._speculator: Speculator | None = None
         self._n_max = self.least_steps = spec.draft.n_max
         self._p_min = spec.draft.p_min
         self._n_embd = llama_cpp.llama_model_n_embd(model)
@@ -48,7 +47,7 @@ class PredictionLayers:
         params = context_params(mtp_context(spec.context), spec.n_threads)
         params.ctx_type = _CONTEXT_TYPE_MTP
         params.ctx_other = target
-        self.context: Any = llama_cpp.llama_init_from_model(model, params)
+        self.context = llama_cpp.llama_init_from_model(model, params)
         if not self.context:
             raise load_failed("llama.cpp could not make a context for the prediction layers", lines)
         told = (line.text for line in lines[began:])
@@ -67,17 +66,6 @@ class PredictionLayers:
         """They followed the model's own warm-up."""
         for sequence in range(len(self._next)):
             self.forget(sequence, 0)
-
-    def set_threads(self, n_threads: int) -> None:
-        llama_cpp.llama_set_n_threads(self.context, n_threads, n_threads)
-
-    def close(self) -> None:
-        """Safe to call twice."""
-        if self._speculator is not None:
-            self._speculator.close()
-        if self.context:
-            llama_cpp.llama_free(self.context)
-        self._speculator = self.context = None
 
     # A `Guesser` (the owning thread)
 

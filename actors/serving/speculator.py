@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import llama_cpp
+
 from actors.serving.llama_common import library
 from actors.serving.protocol import LoadFailed
 
@@ -79,3 +81,21 @@ class Speculator:
 
 def _ints(numbers: Sequence[int]) -> Any:
     return (ctypes.c_int32 * len(numbers))(*numbers)
+
+
+class GuessingContext:
+    """What guesses: a context beside the model's own, and a speculator once it knows for whom."""
+
+    context: Any = None
+    _speculator: Speculator | None = None
+
+    def set_threads(self, n_threads: int) -> None:
+        llama_cpp.llama_set_n_threads(self.context, n_threads, n_threads)
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._speculator is not None:
+            self._speculator.close()
+        if self.context:
+            llama_cpp.llama_free(self.context)
+        self._speculator = self.context = None
