@@ -1,6 +1,7 @@
 """Fair by source: who goes next, and who gets how much. A source is an API key's name, or an address.
 
-One rule for all that many want from one replica: sources count, however much each of them asks for.
+One rule for turns and for the room of prompts: sources count, however much each of them asks for. Answers under way are
+not shared out so: each gets its next token in every turn.
 """
 
 from __future__ import annotations
