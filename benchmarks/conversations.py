@@ -31,7 +31,7 @@ from actors.serving.engine import Engine
 from actors.serving.protocol import GenerateRequest, LoadSpec, content_of
 from benchmarks.http_load import ask_all, streamed
 from benchmarks.models import write_model
-from benchmarks.serving import CASES, arriero
+from benchmarks.serving import SHAPES, arriero
 from benchmarks.table import print_table
 from scheduler.costs.params import ContextParams
 
@@ -56,7 +56,7 @@ KEPT_BYTES = 8 * 2**30
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", choices=CASES, default=["small", "half"])
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["small", "half"])
     parser.add_argument("--parts", nargs="+", choices=TABLES, default=list(TABLES))
     given = parser.parse_args()
     rows: dict[str, list[list[str]]] = {part: [] for part in TABLES}
@@ -65,7 +65,7 @@ def main() -> None:
             folder = Path(name)
             os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
             (folder / "models").mkdir()
-            first = write_model(folder / "models" / "a.gguf", CASES[model].shape)
+            first = write_model(folder / "models" / "a.gguf", SHAPES[model])
             if "copies" in given.parts:
                 rows["copies"] += [[model, *_copies(first)] for _ in range(given.rounds)]
             for kept in (0, KEPT_BYTES):

@@ -39,8 +39,17 @@ class Answer:
 
 def streamed(model: str, prompt: str, max_tokens: int, **more: Any) -> Mapping[str, Any]:
     """The body of a streamed completion; the same for any server that speaks OpenAI's API."""
+    return _body(model, max_tokens, prompt=prompt, **more)
+
+
+def streamed_chat(model: str, prompt: str, max_tokens: int, **more: Any) -> Mapping[str, Any]:
+    """The same as a chat of one message."""
+    return _body(model, max_tokens, messages=[{"role": "user", "content": prompt}], **more)
+
+
+def _body(model: str, max_tokens: int, **more: Any) -> Mapping[str, Any]:
     return {
-        "model": model, "prompt": prompt, "max_tokens": max_tokens, "stream": True, "temperature": 0,
+        "model": model, "max_tokens": max_tokens, "stream": True, "temperature": 0,
         "stream_options": {"include_usage": True}, **more,
     }  # fmt: skip
 
@@ -78,7 +87,8 @@ class _Connection(asyncio.Protocol):
         self._tail = b""
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._answer = Answer(time.perf_counter())
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         self._transport.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         await self._ended
         return self._answer

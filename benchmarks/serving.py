@@ -6,9 +6,10 @@ Each round starts one side after the other, alone, and asks both the same: strea
 words at 1, 4 and 8 clients, requests for one token, and swaps of two models of which one at a time may be loaded
 (llama-server's router; Arriero's single active model). Both have four slots, as many threads as there are cores, and
 the CPU alone. With `--models sampled-152k sampled-262k encoder` it asks for answers that are sampled from large
-vocabularies, and for embeddings of texts of 64 words from an encoder, 32 to a request. Before each measurement the
-machine is waited for to be quiet. Medians of the rounds are printed, and the ratio of the two sides. Without
---llama-server only Arriero is measured.
+vocabularies, and for embeddings of texts of 64 words from an encoder, 32 to a request; with `chat` for chats instead of
+completions; with the path of a GGUF file for completions of that model. Before each measurement the machine is waited
+for to be quiet. Medians of the rounds are printed, and the ratio of the two sides. Without --llama-server only Arriero
+is measured.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.http_load import Answer, ask_all, quantile, streamed
+from benchmarks.http_load import Answer, ask_all, quantile, streamed, streamed_chat
 from benchmarks.models import (
     GEMMA_VOCABULARY,
     QWEN_HALF_B,
@@ -60,19 +61,25 @@ SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 class Case:
     """`tokens`: of an answer, so many that a measurement takes seconds. `more`: of a request's body."""
 
-    shape: Shape
     tokens: int
     clients: Sequence[int]
     more: Mapping[str, float] = field(default_factory=dict)
+    chats: bool = False
 
 
 CASES: Mapping[str, Case] = {
-    "tiny": Case(TINY, 400, (1, 4, 8)),
-    "small": Case(SMALL, 128, (1, 4, 8)),
-    "half": Case(QWEN_HALF_B, 48, (1, 4)),
-    "sampled-152k": Case(QWEN_VOCABULARY, 200, (1, 4), SAMPLED),
-    "sampled-262k": Case(GEMMA_VOCABULARY, 200, (1, 4), SAMPLED),
+    "tiny": Case(400, (1, 4, 8)),
+    "small": Case(128, (1, 4, 8)),
+    "chat": Case(128, (1, 4, 8), chats=True),
+    "half": Case(48, (1, 4)),
+    "sampled-152k": Case(200, (1, 4), SAMPLED),
+    "sampled-262k": Case(200, (1, 4), SAMPLED),
 }
+A_FILE = Case(96, (1, 4))
+SHAPES: Mapping[str, Shape] = {
+    "tiny": TINY, "small": SMALL, "chat": SMALL, "half": QWEN_HALF_B, "sampled-152k": QWEN_VOCABULARY,
+    "sampled-262k": GEMMA_VOCABULARY,
+}  # fmt: skip
 ENCODER, TEXTS, REQUESTS = "encoder", 32, 12  # texts of a request for embeddings
 ONE_TOKEN_ROUNDS, SWAP_ROUNDS = 60, 9
 QUIET_PERCENT, QUIET_S, PATIENCE_S = 15.0, 1.0, 120.0
@@ -85,18 +92,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-server", type=Path, help="an executable, built from the same sources")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", choices=[*CASES, ENCODER], default=["tiny", "small", "half"])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["tiny", "small", "half"],
+        metavar="MODEL",
+        help=f"any of {', '.join(CASES)} and {ENCODER}, or the path of a GGUF file",
+    )
     parser.add_argument("--no-swaps", action="store_true")
     parser.add_argument("--busy", action="store_true", help="do not wait until the machine is quiet")
     given = parser.parse_args()
+    files = {Path(model).stem: Path(model).resolve() for model in given.models if model.endswith(".gguf")}
+    given.models = [model.removesuffix(".gguf").rpartition("/")[2] for model in given.models]
+    if unknown := [model for model in given.models if model not in {*CASES, ENCODER, *files}]:
+        parser.error(f"there is no case {unknown[0]}: name any of {', '.join(CASES)} and {ENCODER}, or a GGUF file")
     results: Results = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model in given.models:
-            if model == ENCODER:
-                write_encoder(folder / f"{model}.gguf")
+            path = folder / f"{model}.gguf"
+            if model in files:
+                path.symlink_to(files[model])
+            elif model == ENCODER:
+                write_encoder(path)
             else:
-                write_model(folder / f"{model}.gguf", CASES[model].shape)
+                write_model(path, SHAPES[model])
         if not given.no_swaps:
             first = write_model(folder / "swap-a.gguf", QWEN_HALF_B)
             (folder / "swap-b.gguf").write_bytes(first.read_bytes())
@@ -208,18 +228,20 @@ def _measure(url: str, model: str, side: str, results: Results) -> None:
     if model == ENCODER:
         _measure_encoder(url, side, results)
         return
-    prompts, case = _prompts(), CASES[model]
+    prompts, case = _prompts(), CASES.get(model, A_FILE)
     ask_all(url, [streamed(model, next(prompts), 8)], 1)  # loads it
+    ask = streamed_chat if case.chats else streamed
     for clients in case.clients:
         n_requests = max(4, 2 * clients)
-        bodies = [streamed(model, next(prompts), case.tokens, **case.more) for _ in range(n_requests)]
+        bodies = [ask(model, next(prompts), case.tokens, **case.more) for _ in range(n_requests)]
         _wait_until_quiet()
         answers, seconds = ask_all(url, bodies, clients)
         results[f"{model}, tokens/s at {clients}", side].append(sum(answer.tokens for answer in answers) / seconds)
         gaps_s = [gap for answer in answers for gap in answer.gaps_s()]
         results[f"{model}, p95 between tokens at {clients}, ms", side].append(1e3 * quantile(gaps_s, 0.95))
     _wait_until_quiet()
-    firsts_s = [_one(url, model, " ".join(next(prompts).split()[:8])).first_s for _ in range(ONE_TOKEN_ROUNDS)]
+    short = (" ".join(next(prompts).split()[:8]) for _ in range(ONE_TOKEN_ROUNDS))
+    firsts_s = [ask_all(url, [ask(model, prompt, 1)], 1)[0][0].first_s for prompt in short]
     results[f"{model}, first token, ms", side].append(1e3 * statistics.median(firsts_s))
 
 

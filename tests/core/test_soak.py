@@ -20,11 +20,15 @@ from scheduler import events as ev
 from scheduler.core import SchedulerCore
 
 EVENTS = 50_000
+SLOW = {5, 8, 9}
+"""Phases that take longer than the others together."""
 SEED = 7
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("phase", range(len(POLICIES)))
+@pytest.mark.parametrize(
+    "phase", [pytest.param(phase, marks=pytest.mark.slow if phase in SLOW else ()) for phase in range(len(POLICIES))]
+)
 def test_no_invariant_breaks(phase: int) -> None:
     tally = run_phase(SEED, phase, EVENTS // len(POLICIES))
     assert tally.events >= EVENTS // len(POLICIES)
@@ -49,6 +53,7 @@ def test_a_core_that_forgets_a_request_is_found_out(monkeypatch: pytest.MonkeyPa
     assert ended.value.code == 1
 
 
+@pytest.mark.slow
 def test_decisions_do_not_depend_on_the_order_of_hashes() -> None:
     """Sets of names are walked in another order in every process; what is decided must be the same in all.
 
