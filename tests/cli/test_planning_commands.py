@@ -360,6 +360,7 @@ def test_colours_differ_and_units_are_handy() -> None:
     assert [_unit(s)[1] for s in (100, 1000, 20_000, 1e6)] == ["seconds", "minutes", "hours", "days"]
 
 
+@pytest.mark.slow
 def test_without_arguments_an_example_is_run() -> None:
     told = json.loads(run("simulate", "--json"))
     assert told["requests"] == told["served"] + told["refused"] == 600

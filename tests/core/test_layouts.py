@@ -155,6 +155,7 @@ def test_a_partial_offload_uses_a_second_device_only_for_more_layers() -> None:
 
 
 @pytest.mark.parametrize("dims", [MEDIUM, LARGE, MOE])
+@pytest.mark.slow
 def test_drawing_only_where_the_bound_does_not_decide_changes_no_layout(dims: tuple[int, ...]) -> None:
     chance = random.Random(str(dims))
     for _ in range(12):

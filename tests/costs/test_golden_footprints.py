@@ -57,6 +57,7 @@ def test_weights_cache_and_output_are_equal_to_the_byte(model: str, shape_of: Sh
 
 
 @pytest.mark.parametrize("model", GOLDEN)
+@pytest.mark.slow
 def test_compute_is_equal_to_the_byte(model: str, shape_of: ShapeOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `no_alloc` sees it: it forgets that norms are kept on their layer's device, which a real load heeds."""
     shape = shape_of(model)

@@ -17,6 +17,7 @@ APP = make_app(FakeBackend())
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32))
+@pytest.mark.slow
 def test_no_body_gets_more_than_a_refusal(seed: int) -> None:
     path, body = hostile(random.Random(seed), INLINE_BYTES)
     if len(body) <= INLINE_BYTES:  # the others would need processes, one per test

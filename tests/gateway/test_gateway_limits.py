@@ -139,6 +139,7 @@ def test_bodies_in_tiny_pieces_are_refused_before_they_are_read(
     assert not backend.saw("acquire")
 
 
+@pytest.mark.slow
 def test_bodies_in_chunks_of_some_size_are_welcome(url: str, backend: FakeBackend) -> None:
     long = BODY[:-1] + b', "user": "%s"}' % (b"x" * 100_000)
     for body, size in ((BODY, 10), (long, 600)):
@@ -288,6 +289,7 @@ def until_answered(url: str) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_large_requests_together_are_bounded_until_they_are_answered(backend: FakeBackend) -> None:
     large = {"model": MODEL, "prompt": "x" * 3 * INLINE_BYTES}
     gate = Gate()

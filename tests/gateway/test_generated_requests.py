@@ -46,6 +46,7 @@ def _serve(pipe: Connection) -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
+@pytest.mark.slow
 def test_no_request_makes_the_gateway_fail(url: str, operation: Any) -> None:
     """Half of those that name a model name the one that there is."""
 

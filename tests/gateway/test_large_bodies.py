@@ -199,6 +199,7 @@ def test_sources_take_turns() -> None:
     assert read.index("bob") <= 2, read
 
 
+@pytest.mark.slow
 def test_a_long_body_does_not_wait_for_ever() -> None:
     """Shorter ones that come later do not all go first."""
 
@@ -220,6 +221,7 @@ def test_a_long_body_does_not_wait_for_ever() -> None:
     assert in_processes(scenario).count("long") == 1
 
 
+@pytest.mark.slow
 def test_a_body_that_takes_too_long_is_refused_and_the_next_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(readers: Parsers) -> None:
         await readers.read_ask("chat", chat("first"), "id", "")
@@ -232,6 +234,7 @@ def test_a_body_that_takes_too_long_is_refused_and_the_next_one_read(monkeypatch
     in_processes(scenario)
 
 
+@pytest.mark.slow
 def test_a_body_that_takes_too_much_memory_is_refused_and_the_next_one_read() -> None:
     unit = b'{"role":""},'
     body = many(CHAT, unit, TURN + b"]}", MAX_BODY_BYTES // len(unit) - 10)
@@ -257,6 +260,7 @@ def test_who_has_left_is_not_read_for() -> None:
     in_processes(scenario)
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_the_gateway() -> None:
     code = """
 import asyncio, os, signal

@@ -125,6 +125,7 @@ def test_a_refusal_is_told_without_all_that_it_quotes() -> None:
     assert len(told) < 10_000 and read_error(told).message.startswith("no no")
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_stalls_its_own_answer_alone(stage: Stage) -> None:
     async def scene(roads: Roads) -> None:
         slow = roads.answer(stage.endpoint, LeaseId("slow"), Kind.GENERATE, request("flood"))
@@ -156,6 +157,7 @@ def test_leaving_ends_the_answer(stage: Stage) -> None:
     stage.replica.wait_for_end("left")
 
 
+@pytest.mark.slow
 def test_a_thousand_streams_that_are_opened_and_left(stage: Stage) -> None:
     async def one(roads: Roads, number: int) -> None:
         lease = LeaseId(f"l{number}")

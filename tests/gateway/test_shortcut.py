@@ -65,6 +65,7 @@ def texts(stream: bytes) -> list[str]:
     return [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines]
 
 
+@pytest.mark.slow
 def test_long_answers_take_it_and_come_whole_and_in_order(stage: Stage) -> None:
     said = [str(number) for number in range(3000)]
     client = h11.Connection(h11.CLIENT)
@@ -97,6 +98,7 @@ def test_answers_that_are_not_sent_in_chunks_do_not_take_it(stage: Stage) -> Non
     assert not stage.taken and stage.refused
 
 
+@pytest.mark.slow
 def test_who_reads_slowly_gets_everything_and_the_replica_waits(stage: Stage) -> None:
     with httpx.stream("POST", f"{stage.url}/v1/completions", content=ask("flood").split(b"\r\n\r\n", 1)[1],
                       headers={"Content-Type": "application/json"}, timeout=TTL_S) as answer:  # fmt: skip
@@ -132,6 +134,7 @@ def test_silence_after_it_is_bridged_and_a_lost_runner_is_told(stage: Stage) -> 
     assert error["code"] == "engine_failed" and "ended while it answered" in error["message"]
 
 
+@pytest.mark.slow
 def test_events_that_took_it_are_numbered_like_all_others(stage: Stage) -> None:
     """Also those that the gateway adds, when the runner is lost."""
     said = " ".join(str(number) for number in range(3000))

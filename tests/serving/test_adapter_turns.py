@@ -138,6 +138,7 @@ def test_a_source_that_is_always_served_with_others_gets_turns_for_its_own_sets(
     wanted=st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from([(), A, B, C])), min_size=1, unique=True),
     others=st.lists(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from(MANY))), min_size=40, max_size=40),
 )
+@pytest.mark.slow
 def test_every_source_is_served_whoever_comes_and_goes(
     wanted: list[tuple[str, Adapters]], others: list[list[tuple[str, Adapters]]]
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_turn_ends_at_once_when_nobody_uses_its_set_any_more() -> None:
     assert turns.take(of("ann", ()), 1.13) is None and turns.adapters == ()
 
 
+@pytest.mark.slow
 def test_long_answers_with_other_adapters_go_on_by_turns() -> None:
     model = AdaptedModel(2, slow_s=0.01)
     model.ends_generation = lambda token: False  # type: ignore[method-assign]

@@ -70,6 +70,7 @@ class FakeGuesser:
     cancelled=st.sets(st.integers(0, 7), max_size=2),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_every_answer_is_that_of_a_clean_run(
     prompts: list[tuple[list[int], int, bool]],
     n_slots: int,
