@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from actors.gateway.attached import SEND_IT, Fetch
+from actors.gateway.attached import SEND_IT
 from actors.gateway.bodies import TOLD_LENGTH
 from actors.gateway.errors import clipped
 from actors.gateway.limits import (
@@ -59,6 +59,7 @@ class Fetcher:
     def __init__(self, origins: Collection[str] = ()) -> None:
         self._origins = frozenset(origins)
         self._seats = Seats(FETCHES, FETCHES_OF_ONE)
+        self._reading = Seats(1, 1)  # addresses, of one request at a time: or a turn of the loop would read one of each
         self._aside = _Aside()
         self._trust: ssl.SSLContext | None = None  # reading the certificates takes 20 ms
 
@@ -68,26 +69,32 @@ class Fetcher:
         Raises Rejected for an address that is not allowed or gives no picture, Unavailable when it takes too long.
         """
         urls = []
-        for fetch in ask.fetches:
-            urls.append(self._allowed(fetch.param, fetch.url))
-            await asyncio.sleep(0)  # to read an address of that length takes a millisecond
+        async with self._reading.one(source):
+            for fetch in ask.fetches:
+                urls.append(self._allowed(fetch.param, fetch.url))
+                await asyncio.sleep(0)  # to read an address of 4,000 characters takes 4 ms
         most_bytes = left_bytes = min(MAX_FETCHED_BYTES * 4 // 3, MAX_CONTENT_BYTES - len(ask.request.content))
+        files: list[bytes] = [b""] * len(urls)
+        in_order = enumerate(zip(ask.fetches, urls, strict=True))
 
-        async def one(fetch: Fetch, url: httpx.URL) -> bytes:
+        async def fetch_next() -> None:
             nonlocal left_bytes
-            async with self._seats.one(source):
-                file = await self._aside.run(self._fetched(fetch.param, url))
-            left_bytes -= len(file)
-            if left_bytes < 0:
-                most = format_bytes(most_bytes * 3 // 4)
-                raise _refused(fetch.param, f"the files of this request are more than {most} together; send fewer")
-            hold(len(file))
-            return file
+            for index, (fetch, url) in in_order:
+                async with self._seats.one(source):
+                    file = await self._aside.run(self._fetched(fetch.param, url))
+                left_bytes -= len(file)
+                if left_bytes < 0:
+                    most = format_bytes(most_bytes * 3 // 4)
+                    raise _refused(fetch.param, f"the files of this request are more than {most} together; send fewer")
+                hold(len(file))
+                files[index] = file
 
-        fetching = [asyncio.ensure_future(one(*each)) for each in zip(ask.fetches, urls, strict=True)]
+        # As many tasks as there are seats for them: thousands would stop the loop for seconds when they end together.
+        fetching = [asyncio.ensure_future(fetch_next()) for _ in range(min(FETCHES_OF_ONE, len(urls)))]
         try:
             ended, late = await asyncio.wait(fetching, timeout=MAX_FETCH_WAIT_S, return_when=asyncio.FIRST_EXCEPTION)
-            files = [task.result() for task in fetching if task in ended]
+            for task in ended:
+                task.result()
             if late:
                 raise Unavailable(
                     f"the files of this request were not fetched within {MAX_FETCH_WAIT_S:.0f} s; {SEND_IT}",

@@ -6,8 +6,10 @@ import asyncio
 import json
 import socket
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from gateway_fakes import MODEL, FakeBackend, Stage, all_of, connect, content, head_of, running, web
@@ -15,6 +17,8 @@ from picture_host import MIB, PNG, PictureHost, picture_host
 
 from actors.gateway import fetching
 from actors.gateway.app import make_app
+from actors.gateway.attached import Fetch
+from actors.gateway.openai_requests import Ask
 from actors.gateway.seats import Seats
 from scheduler.server import parse_origin
 
@@ -346,3 +350,48 @@ def test_hosts_of_the_catalogue(given: str, origin: str) -> None:
 def test_what_is_no_host(given: str) -> None:
     with pytest.raises(ValueError, match="is no host"):
         parse_origin(given)
+
+
+def crowd(monkeypatch: pytest.MonkeyPatch, n_requests: int) -> tuple[list[int], list[int]]:
+    """So many requests of 100 addresses at a host that says nothing, and then their clients leave: how many addresses
+    were read in each turn of the loop, and how many tasks there were at a time."""
+    addresses = [Fetch(f"messages.{index}", f"http://box/{index}", 0) for index in range(100)]
+    ask = SimpleNamespace(fetches=addresses, request=SimpleNamespace(content=b""))
+    turn, read, tasks = [0], Counter[int](), []
+    allowed = fetching.Fetcher._allowed
+
+    def counted(fetcher: fetching.Fetcher, param: str, given: Any) -> Any:
+        read[turn[0]] += 1
+        return allowed(fetcher, param, given)
+
+    async def silent(aside: Any, work: Any) -> bytes:
+        work.close()
+        await asyncio.sleep(3600)
+        return b""
+
+    monkeypatch.setattr(fetching.Fetcher, "_allowed", counted)
+    monkeypatch.setattr(fetching._Aside, "run", silent)
+
+    async def watched() -> None:
+        fetcher = fetching.Fetcher([parse_origin("http://box:80")])
+        requests = [
+            asyncio.ensure_future(fetcher.complete(cast(Ask, ask), "ann", lambda n_bytes: None))
+            for _ in range(n_requests)
+        ]
+        while read.total() < 100 * n_requests:
+            turn[0] += 1
+            tasks.append(len(asyncio.all_tasks()))
+            await asyncio.sleep(0)
+        tasks.append(len(asyncio.all_tasks()))
+        for request in requests:
+            request.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+
+    asyncio.run(watched())
+    return list(read.values()), tasks
+
+
+def test_many_requests_with_many_addresses_are_few_tasks_and_short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, tasks = crowd(monkeypatch, 30)
+    assert sum(read) == 3_000 and max(read) == 1
+    assert max(tasks) <= 1 + 30 * (1 + fetching.FETCHES_OF_ONE)
