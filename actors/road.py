@@ -52,8 +52,8 @@ def keep_alive(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def packed_generate(request: GenerateRequest) -> bytes:
-    """Payload of GENERATE: a line of JSON, then the content. The lease is in the proof."""
+def packed_generate(request: GenerateRequest) -> tuple[bytes, bytes]:
+    """Payload of GENERATE in two parts: a line of JSON, and the content. The lease is in the proof."""
     sampling = asdict(request.sampling)
     if request.sampling.logit_bias is not None:
         sampling["logit_bias"] = list(request.sampling.logit_bias.items())  # JSON has no numbers as keys
@@ -68,7 +68,7 @@ def packed_generate(request: GenerateRequest) -> bytes:
         "echo": request.echo,
         "lora": request.lora,
     }
-    return json.dumps(head).encode() + b"\n" + request.content
+    return json.dumps(head).encode() + b"\n", request.content
 
 
 def read_generate(payload: bytes, lease_id: LeaseId) -> GenerateRequest:
@@ -95,10 +95,10 @@ def read_generate(payload: bytes, lease_id: LeaseId) -> GenerateRequest:
     )
 
 
-def packed_embed(request: EmbedRequest) -> bytes:
-    """Payload of EMBED: a line of JSON, then the content."""
+def packed_embed(request: EmbedRequest) -> tuple[bytes, bytes]:
+    """Payload of EMBED in two parts: a line of JSON, and the content."""
     head = {"source": request.source, "dimensions": request.dimensions, "rerank": request.rerank}
-    return json.dumps(head).encode() + b"\n" + request.content
+    return json.dumps(head).encode() + b"\n", request.content
 
 
 def read_embed(payload: bytes, lease_id: LeaseId) -> EmbedRequest:

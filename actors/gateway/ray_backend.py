@@ -130,7 +130,7 @@ class RayBackend:
         raise AssertionError("an answer ends or raises")
 
     async def _answer(
-        self, lease: Grant, kind: Kind, payload: bytes, shortcut: Shortcut | None = None
+        self, lease: Grant, kind: Kind, payload: Sequence[bytes], shortcut: Shortcut | None = None
     ) -> AsyncGenerator[list[Frame], None]:
         """What the lease's runner says. Raises EngineFailed when it is gone, or goes."""
         replica = f"replica {lease.replica_id} of {lease.model}"

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
 from actors.endpoint import Endpoint
-from actors.frames import BrokenFrame, FrameReader, packed
+from actors.frames import BrokenFrame, FrameReader, packed, pieces
 from actors.gateway.shortcut import Shortcut
 from actors.road import Kind, keep_alive
 from scheduler.units import LeaseId, NodeId
@@ -57,6 +57,7 @@ class Road(asyncio.Protocol):
         self._arrived: list[Frame] = []
         self._arrived_bytes = 0
         self._waiter: asyncio.Future[None] | None = None
+        self._resumed: asyncio.Future[None] | None = None  # while the runner takes no more
         self.shortcut: Shortcut | None = None  # of the answer under way
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -92,16 +93,32 @@ class Road(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
         self._forget(self)
+        self.resume_writing()
         self._tell()
 
     def _tell(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def ask(self, lease_proof: bytes, kind: int, payload: bytes) -> None:
-        """Send a request under a proven lease."""
+    async def ask(self, lease_proof: bytes, kind: int, payload: Sequence[bytes]) -> None:
+        """Send a request under a proven lease. A large one goes in pieces, as fast as the runner takes them."""
         assert self._transport is not None
-        self._transport.writelines([packed(Kind.PROOF, lease_proof), packed(kind, payload)])
+        proof = packed(Kind.PROOF, lease_proof)
+        for piece in pieces(kind, payload):
+            self._transport.write(b"".join([proof, piece]) if proof else piece)
+            proof = b""
+            if self._resumed is not None:
+                await self._resumed
+            if self.lost:
+                return
+
+    def pause_writing(self) -> None:
+        self._resumed = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        if self._resumed is not None and not self._resumed.done():  # whoever waits may have been cancelled
+            self._resumed.set_result(None)
+        self._resumed = None
 
     async def frames(self) -> list[Frame]:
         """All that has arrived since, at least one. Raises ConnectionError when the runner has gone."""
@@ -129,10 +146,15 @@ class Roads:
         self._idle: dict[str, list[Road]] = defaultdict(list)  # by the name of the endpoint
 
     async def answer(
-        self, endpoint: Endpoint, lease_id: LeaseId, kind: int, payload: bytes, shortcut: Shortcut | None = None
+        self,
+        endpoint: Endpoint,
+        lease_id: LeaseId,
+        kind: int,
+        payload: Sequence[bytes],
+        shortcut: Shortcut | None = None,
     ) -> AsyncGenerator[list[Frame], None]:
-        """What the runner says, frames that came together in one list. It ends with ENDED or FAILED. Events that
-        take the shortcut are left out.
+        """What the runner says to the request in `payload` (parts), frames that came together in one list. It ends with
+        ENDED or FAILED. Events that take the shortcut are left out.
 
         Leaving it cancels the answer. Raises ConnectionError when the runner is gone, or goes.
         """
@@ -140,7 +162,7 @@ class Roads:
         over = False
         road.shortcut = shortcut
         try:
-            road.ask(endpoint.proof(lease_id), kind, payload)
+            await road.ask(endpoint.proof(lease_id), kind, payload)
             while not over:
                 arrived = await road.frames()
                 over = arrived[-1][0] in (Kind.ENDED, Kind.FAILED)

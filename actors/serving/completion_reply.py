@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
-from actors.serving.protocol import Chunk, Likelihood, ReplyForm
-from actors.serving.telling import likelihood_of, timings_of
+from actors.serving.protocol import Chunk, ReplyForm
+from actors.serving.telling import in_json, likelihood_of, timings_of
 
 _STOPS = {"stop": "eos", "length": "limit"}
 
@@ -17,22 +18,20 @@ class CompletionReply:
     def __init__(self, wanted: ReplyForm) -> None:
         self._wanted = wanted
         self._texts: list[str] = []
-        self._likelihoods: list[Likelihood] = []
+        self._likelihoods: list[str] = []  # as JSON
 
     def bytes_of(self, chunk: Chunk) -> bytes:
         """What the client reads for `chunk`; empty for all but the last one of an answer that is sent whole."""
         if self._wanted.stream:
-            return b"data: %s\n\n" % json.dumps(self._told(chunk, chunk.text, chunk.likelihoods)).encode()
+            return b"data: %s\n\n" % self._told(chunk, chunk.text, in_json(map(likelihood_of, chunk.likelihoods)))
         self._texts.append(chunk.text)
-        self._likelihoods += chunk.likelihoods
+        self._likelihoods += in_json(map(likelihood_of, chunk.likelihoods))
         if chunk.finish_reason is None:
             return b""
-        return json.dumps(self._told(chunk, "".join(self._texts), tuple(self._likelihoods))).encode()
+        return self._told(chunk, "".join(self._texts), self._likelihoods)
 
-    def _told(self, chunk: Chunk, text: str, likelihoods: tuple[Likelihood, ...]) -> dict[str, Any]:
+    def _told(self, chunk: Chunk, text: str, likelihoods: Iterable[str]) -> bytes:
         told: dict[str, Any] = {"index": 0, "content": text, "stop": chunk.finish_reason is not None}
-        if likelihoods:
-            told["completion_probabilities"] = [likelihood_of(each) for each in likelihoods]
         if chunk.finish_reason is not None:
             told |= {
                 "model": self._wanted.model,
@@ -43,4 +42,6 @@ class CompletionReply:
                 "truncated": False,
                 **timings_of(chunk),
             }
-        return told
+        listed = ", ".join(likelihoods)
+        more = f', "completion_probabilities": [{listed}]' if listed else ""
+        return f"{json.dumps(told)[:-1]}{more}}}".encode()

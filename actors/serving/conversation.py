@@ -14,19 +14,22 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.frames import receive, send
-from actors.serving.dialogue import TOKEN, Kind
+from actors.serving.child_memory import Held
+from actors.serving.dialogue import HELD, TOKEN, Kind
 from actors.serving.protocol import Delta, FinishReason
 from scheduler.errors import EngineFailed, Rejected
 
 Pick = Callable[[npt.NDArray[np.bool_] | None], int]
+GiveBack = Callable[[socket.socket, int], None]  # a connection, and how many bytes its child holds
 
 
 class Constraint:
     """What the tokens of one answer must follow. One thread chooses; any thread may `interrupt`."""
 
-    def __init__(self, connection: socket.socket, give_back: Callable[[socket.socket], None]) -> None:
+    def __init__(self, connection: socket.socket, give_back: GiveBack, held: Held) -> None:
         self._connection = connection
         self._give_back = give_back
+        self._held = held
         self._usable = True
         self._closed = False
 
@@ -51,10 +54,12 @@ class Constraint:
             self._usable = False
             raise EngineFailed(f"its preparer has ended ({error})") from error
         kind, payload = frame if frame is not None else (Kind.ENDED, b"it ended")
+        if kind in (Kind.TAKEN, Kind.ALLOWED):
+            self._held.resize(HELD.unpack_from(payload)[0])
         if kind == Kind.TAKEN:
             return None
         if kind == Kind.ALLOWED:
-            return np.unpackbits(np.frombuffer(payload, np.uint8)).astype(np.bool_)
+            return np.unpackbits(np.frombuffer(payload, np.uint8, offset=HELD.size)).astype(np.bool_)
         self._usable = False
         if kind == Kind.REJECTED:
             raise rejected("the JSON schema", payload)
@@ -71,17 +76,19 @@ class Constraint:
             return
         self._closed = True
         if self._usable:
-            self._give_back(self._connection)
+            self._give_back(self._connection, self._held.n_bytes)
         else:
             self._connection.close()
+        self._held.free()
 
 
 class Parsing:
     """Parses one answer, in a child of the preparer. One thread at a time."""
 
-    def __init__(self, connection: socket.socket, give_back: Callable[[socket.socket], None]) -> None:
+    def __init__(self, connection: socket.socket, give_back: GiveBack, held: Held) -> None:
         self._connection = connection
         self._give_back = give_back
+        self._held = held
         self._usable = True
 
     def feed(self, text: str, *, last: FinishReason | None = None) -> tuple[Delta, ...]:
@@ -103,9 +110,10 @@ class Parsing:
     def close(self) -> None:
         """The answer has ended."""
         if self._usable:
-            self._give_back(self._connection)
+            self._give_back(self._connection, self._held.n_bytes)
         else:
             self._connection.close()
+        self._held.free()
 
 
 def shut(connection: socket.socket) -> None:

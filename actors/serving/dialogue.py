@@ -2,10 +2,10 @@
 
 READ path, 0, template   -> READY, or REJECTED (on the control socket, before all else; no template: the file's)
 PREPARE slot, content    -> STEP* (BEFORE (PICTURE | SOUND))* PROMPT*
-                            READY {"stops", "constrained", "syntax", "preserved", "biases", "thinking"},
+                            READY {"stops", "constrained", "syntax", "preserved", "biases", "thinking", "held_bytes"},
                             or EXAMINED the answer itself, or REJECTED
 CONSTRAIN slot, content  -> STEP* READY: the grammar of another answer to the same request; nothing else is made of it
-TRY token                -> TAKEN, or ALLOWED bits: only these tokens may come next
+TRY token                -> TAKEN bytes it holds, or ALLOWED those, bits: only these tokens may come next
 SYNTAX how to read an answer -> (nothing; only said to a child that is asked nothing else until the answer has ended)
 SAID text, or ENDS text  -> DELTAS what it adds to the message (ENDS: nothing follows, CUT: more would have)
 (whoever was asked ended) -> ENDED why
@@ -22,6 +22,8 @@ from scheduler.errors import Rejected
 SLOT = struct.Struct("<I?I")
 """Tokens that a slot holds, and the `Senses` of its model."""
 TOKEN = struct.Struct("<i")
+HELD = struct.Struct("<Q")
+"""Bytes of memory that a child holds, beyond what it was forked with."""
 SIZE = struct.Struct("<II")
 """Width and height of a picture, before its pixels (red, green, blue; a byte each)."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from typing import Any
 
 import llama_cpp
@@ -35,11 +36,22 @@ class _Held:
     tokens: list[int] = field(default_factory=list)
     owner: Text | None = None
     n_sure: int = 0
+    n_known: int = 0  # tokens of the owner's text before the first that the draft does not know
+
+    def knows(self, text: Text, n_vocab: int) -> bool:
+        """Whether all of `text` is in a vocabulary of `n_vocab` tokens."""
+        self._belong_to(text)
+        unseen = islice(text.tokens, self.n_known, None)
+        self.n_known += sum(1 for _ in takewhile(lambda token: token < n_vocab, unseen))
+        return self.n_known == len(text.tokens)
+
+    def _belong_to(self, text: Text) -> None:
+        if self.owner is not text:
+            self.owner, self.n_sure, self.n_known = text, 0, 0
 
     def shared(self, text: Text) -> int:
         """How many tokens it holds of those before the last one of `text`."""
-        if self.owner is not text:
-            self.owner, self.n_sure = text, 0
+        self._belong_to(text)
         at = self.n_sure
         self.n_sure = at + common_prefix(self.tokens[at:], text.tokens[at:])
         return min(self.n_sure, len(text.tokens) - 1)
@@ -95,6 +107,9 @@ class DraftModel(GuessingContext):
         their vocabularies differ."""
         stop_at(self.context, abort_flag)
         draft = self._spec.draft
+        # llama.cpp takes a draft that has up to 128 tokens more or less than the model. To read one that they do not
+        # have fails the model's batch, and ends the process of the draft.
+        self._n_vocab = min(_vocabulary_size(llama_cpp.llama_get_model(context)), _vocabulary_size(self._model))
         try:
             self._speculator = Speculator(
                 context, self.context, "draft-simple", draft.n_max, draft.p_min, len(self._held)
@@ -121,7 +136,7 @@ class DraftModel(GuessingContext):
     # A `Guesser` (the owning thread)
 
     def can_guess(self, text: Text) -> bool:
-        return True
+        return self._held[text.sequence].knows(text, self._n_vocab)
 
     def unread(self, text: Text) -> int:
         return len(text.tokens) - 1 - self._held[text.sequence].shared(text)
@@ -138,7 +153,7 @@ class DraftModel(GuessingContext):
             return
         asked = [(text.sequence, text.tokens[-1], len(text.tokens) - 1, most) for text, most in ready]
         for (text, _), guessed in zip(ready, self._speculator.guess(asked), strict=True):
-            text.ready = guessed
+            text.ready = [*takewhile(lambda token: token < self._n_vocab, guessed)]
             held = self._held[text.sequence]
             if guessed:
                 held.tokens += [text.tokens[-1], *guessed[:-1]]
@@ -195,3 +210,8 @@ class DraftModel(GuessingContext):
             llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), sequence, kept or -1, -1)
             del held.tokens[kept:]
             held.n_sure = min(held.n_sure, kept)
+
+
+def _vocabulary_size(model: Any) -> int:
+    """In tokens, of a `llama_model *`."""
+    return int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)))

@@ -44,8 +44,11 @@ MOST_PREPARED = 8
 """Answers of one request that need a preparer's child each, or two, or large tables (`dry`)."""
 
 MOST_LIKELIHOODS = 16_000
-"""That are told at once. The engine's thread writes them: 50,000 took 271 ms in a chat, 20 in a completion."""
+"""Of an answer that is sent whole: they are kept until its end."""
 
+MOST_IN_A_RESPONSE = 4_000
+"""Of OpenAI's responses, whose last event tells all of them once more. The engine's thread makes it: 50,000 took 271
+ms."""
 
 MOST_PARKING_S = 2.0
 """No save begins after it: another model waits for the memory. A guess."""
@@ -134,7 +137,7 @@ class Engine:
         return job
 
     def _prepared(self, request: GenerateRequest, errand: Errand | None) -> Prepared:
-        return self._preparer.prepare(request.content, self.n_ctx_per_slot, errand, self._model.eyes)
+        return self._preparer.prepare(request.content, self.n_ctx_per_slot, errand, self._model.eyes, request.source)
 
     def _choices(
         self, request: GenerateRequest, prepared: Prepared, hearer: Hearer[Chunk], errand: Errand | None
@@ -154,7 +157,9 @@ class Engine:
             for index in range(count):
                 prompt, first = prepared.prompts[index // request.n], index - index % request.n
                 if index and prepared.constraint is not None:
-                    own = self._preparer.constraint(request.content, self.n_ctx_per_slot, errand, self._model.eyes)
+                    own = self._preparer.constraint(
+                        request.content, self.n_ctx_per_slot, errand, self._model.eyes, request.source
+                    )
                     unless_made.callback(own.close)
                     prepared = replace(prepared, constraint=own)
                 job = self._generation(
@@ -200,8 +205,10 @@ class Engine:
         with ExitStack() as unless_made:
             sampler = self._model.sampler(sampling, prompt)
             unless_made.callback(sampler.close)
-            parsing = self._preparer.parsing(prepared.syntax) if prepared.syntax is not None else None
-            parsed = ParsedAnswer(hearer, parsing) if parsing is not None else None
+            parsed: ParsedAnswer | None = None
+            if prepared.syntax is not None:
+                parsing = self._preparer.parsing(prepared.syntax, prepared.held_bytes, request.source)
+                parsed = ParsedAnswer(hearer, parsing)
             job = Generation(
                 request.lease_id,
                 prompt,
@@ -347,9 +354,12 @@ def _check_likelihoods(request: GenerateRequest, wish: Wish, n_prompt: int, n_an
     """Raises Rejected for more than can be told at once: a stream tells those of an answer one by one."""
     if wish.n_probs is None:
         return
-    at_once = (n_prompt if wish.judge_prompt else 0) + (0 if request.reply.stream else wish.max_tokens)
-    if (count := at_once * (wish.n_probs + 1) * n_answers) > MOST_LIKELIHOODS:
+    is_response = request.reply.form == "responses"
+    most, way_out = (MOST_IN_A_RESPONSE, "use chats") if is_response else (MOST_LIKELIHOODS, "stream")
+    one_by_one = request.reply.stream and not is_response
+    at_once = (n_prompt if wish.judge_prompt else 0) + (0 if one_by_one else wish.max_tokens)
+    if (count := at_once * (wish.n_probs + 1) * n_answers) > most:
         raise Rejected(
-            f"the answer may have {count} likelihoods of tokens; at most {MOST_LIKELIHOODS} are told at once. "
-            "Set a smaller max_tokens, ask for fewer likely tokens, or stream"
+            f"the answer may have {count} likelihoods of tokens; at most {most} are told at once. "
+            f"Set a smaller max_tokens, ask for fewer likely tokens, or {way_out}"
         )

@@ -22,17 +22,19 @@ from typing import Any
 
 from actors.devices.processes import look_at
 from actors.frames import BrokenFrame, receive, send
+from actors.serving.child_memory import ChildMemory
 from actors.serving.conversation import Constraint, Parsing, rejected, shut
 from actors.serving.dialogue import SLOT, Kind, Senses
 from actors.serving.pieces import NO_MEDIA, Eyes, Media, Reading
 from actors.serving.thoughts import ThinkingBudget, Thoughts
 from scheduler.errors import EngineFailed, Rejected
+from scheduler.units import MIB
 
 ANSWER_TIMEOUT_S = 60.0
 """For a preparer that is stopped or gets no CPU time. It limits its own computing, to less than this."""
 
-MOST_IDLE = 2
-"""Connections (each a child of the preparer) that are kept for the next requests."""
+MOST_IDLE, MOST_IDLE_BYTES = 2, 16 * MIB
+"""Connections (each a child of the preparer) that are kept for the next requests, and what such a child may hold."""
 
 _SOURCE_ROOT = Path(__file__).parents[2]
 
@@ -55,6 +57,7 @@ class Prepared:
     thinking: Mapping[str, Any] | None = None
     examined: str | None = None
     media: Media = NO_MEDIA
+    held_bytes: int = 0  # what the child that made it holds
 
     def budget(self) -> ThinkingBudget | None:
         """What limits the thoughts of one answer."""
@@ -104,6 +107,7 @@ class Preparer:
         self._model = b""
         self._lock, self._idle_lock = Lock(), Lock()
         self._idle: list[socket.socket] = []
+        self._memory = ChildMemory()
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._start()
@@ -114,34 +118,37 @@ class Preparer:
             self._model = os.fsencode(Path(path).absolute()) + b"\0" + chat_template.encode()
             self._tell_model()
 
-    def prepare(self, content: bytes, n_ctx: int, errand: Errand | None = None, eyes: Eyes | None = None) -> Prepared:
+    def prepare(
+        self, content: bytes, n_ctx: int, errand: Errand | None = None, eyes: Eyes | None = None, source: str = ""
+    ) -> Prepared:
         """The prompts of a request's content, for slots of `n_ctx` tokens. Ending the `errand` ends the wait for them.
-        `eyes`: of a model that takes pictures or sounds.
+        `eyes`: of a model that takes pictures or sounds. `source`: who asks.
 
-        Raises Rejected for a request that cannot be made into one, EngineFailed when there is no preparer to ask.
+        Raises Rejected for a request that cannot be made into one, EngineFailed when there is no preparer to ask,
+        Unavailable when grammars of others under way leave no memory for this one.
         """
-        return self._asked(Kind.PREPARE, content, n_ctx, errand, eyes)
+        return self._asked(Kind.PREPARE, content, n_ctx, errand, eyes, source)
 
-    def constraint(self, content: bytes, n_ctx: int, errand: Errand | None, eyes: Eyes | None) -> Constraint:
+    def constraint(
+        self, content: bytes, n_ctx: int, errand: Errand | None, eyes: Eyes | None, source: str = ""
+    ) -> Constraint:
         """What another answer to the same request must follow; the caller closes it. Its pictures are not opened again.
         Raises as `prepare` does."""
-        constraint = self._asked(Kind.CONSTRAIN, content, n_ctx, errand, eyes).constraint
+        constraint = self._asked(Kind.CONSTRAIN, content, n_ctx, errand, eyes, source).constraint
         if constraint is None:
             raise EngineFailed("its preparer made a grammar for one answer, and none for the next")
         return constraint
 
-    def _asked(self, kind: Kind, content: bytes, n_ctx: int, errand: Errand | None, eyes: Eyes | None) -> Prepared:
+    def _asked(
+        self, kind: Kind, content: bytes, n_ctx: int, errand: Errand | None, eyes: Eyes | None, source: str
+    ) -> Prepared:
         connection = self._connection()
         errand = errand or Errand()
         try:
             errand.begin(connection)
             senses = eyes.senses if eyes is not None else Senses()
-            send(connection, kind, SLOT.pack(n_ctx, *senses) + content)
-            prepared = self._answer(connection, Reading(eyes, n_ctx))
-        except Rejected:
-            errand.finish()  # before another request gets the connection
-            self._keep(connection)
-            raise
+            send(connection, kind, SLOT.pack(n_ctx, *senses), content)
+            prepared = self._answer(connection, Reading(eyes, n_ctx), source)
         except TimeoutError as error:
             connection.close()  # which ends the child
             self._end_if_stopped()
@@ -155,20 +162,26 @@ class Preparer:
         finally:
             errand.finish()
         if prepared.constraint is None:
-            self._keep(connection)
+            self._keep(connection, prepared.held_bytes)
         return prepared
 
-    def parsing(self, syntax: bytes) -> Parsing:
-        """What parses an answer that was prepared with `syntax`. Raises EngineFailed when there is no preparer."""
-        connection = self._connection()
+    def parsing(self, syntax: bytes, held_bytes: int = 0, source: str = "") -> Parsing:
+        """What parses an answer that was prepared with `syntax`, for `source`. `held_bytes`: of the child that prepared
+        it, which made such a parser, too. Raises EngineFailed when there is no preparer, Unavailable as `prepare`."""
+        held = self._memory.hold(source, held_bytes)
         try:
-            send(connection, Kind.SYNTAX, syntax)
-        except OSError as error:
-            connection.close()
-            raise EngineFailed(f"its preparer has ended ({error}); ask again") from error
-        return Parsing(connection, self._keep)
+            connection = self._connection()
+            try:
+                send(connection, Kind.SYNTAX, syntax)
+            except OSError as error:
+                connection.close()
+                raise EngineFailed(f"its preparer has ended ({error}); ask again") from error
+        except BaseException:
+            held.free()
+            raise
+        return Parsing(connection, self._keep, held)
 
-    def _answer(self, connection: socket.socket, reading: Reading) -> Prepared:
+    def _answer(self, connection: socket.socket, reading: Reading, source: str) -> Prepared:
         prompts: list[list[int]] = []
         step = "the request"
         while (frame := receive(connection)) is not None:
@@ -186,7 +199,10 @@ class Preparer:
                     if reading.refusal is not None:
                         raise reading.refusal
                     ready = json.loads(payload)
-                    constraint = Constraint(connection, self._keep) if ready["constrained"] else None
+                    held_bytes = int(ready["held_bytes"])
+                    constraint: Constraint | None = None
+                    if ready["constrained"]:
+                        constraint = Constraint(connection, self._keep, self._memory.hold(source, held_bytes))
                     syntax = json.dumps(ready["syntax"]).encode() if ready["syntax"] else None
                     return Prepared(
                         tuple(prompts),
@@ -197,6 +213,7 @@ class Preparer:
                         dict(ready["biases"]),
                         ready["thinking"],
                         media=Media(reading.media),
+                        held_bytes=held_bytes,
                     )
                 case Kind.EXAMINED:
                     return Prepared((), (), examined=payload.decode())
@@ -209,10 +226,11 @@ class Preparer:
                     raise BrokenFrame(f"it answered with a frame of kind {kind}")
         raise ConnectionError("it said nothing")
 
-    def _keep(self, connection: socket.socket) -> None:
-        """Let the next request have the connection, unless it is closed."""
+    def _keep(self, connection: socket.socket, held_bytes: int) -> None:
+        """Let the next request have the connection, unless it is closed or its child is large."""
         with self._idle_lock:  # the other lock is held while a process starts
-            if not self._closed and connection.fileno() >= 0 and len(self._idle) < MOST_IDLE:
+            usable = connection.fileno() >= 0 and held_bytes <= MOST_IDLE_BYTES
+            if usable and not self._closed and len(self._idle) < MOST_IDLE:
                 self._idle.append(connection)
                 return
         connection.close()

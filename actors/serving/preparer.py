@@ -31,7 +31,7 @@ from actors.devices.processes import end_with_parent
 from actors.frames import receive, send
 from actors.serving.attachments import Attachments
 from actors.serving.chat import Chat, ThoughtfulGrammar, render, whole_schema
-from actors.serving.dialogue import SLOT, TOKEN, Kind, Senses, prompt_too_long
+from actors.serving.dialogue import HELD, SLOT, TOKEN, Kind, Senses, prompt_too_long
 from actors.serving.examination import examined
 from actors.serving.grammar import Grammar
 from actors.serving.infill import infill_prompt
@@ -57,6 +57,8 @@ MOST_BIASES = 4096
 
 LONGEST_MESSAGE = 4000
 """Characters of a refusal. llama.cpp quotes all that it was sent."""
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 _WHAT_IS_READ = ("inputs", "messages", "prompt", "prompts", "infill", "rerank")
 
@@ -239,6 +241,7 @@ class Child:
             "preserved": chat.preserved if chat else (),
             "biases": self._biases(content.get("logit_bias", {})),
             "thinking": chat.thinking if chat else None,
+            "held_bytes": self._grown_bytes(),
         }
         send(self._connection, Kind.READY, json.dumps(ready).encode())
 
@@ -352,15 +355,19 @@ class Child:
         assert self._grammar is not None
         (token,) = TOKEN.unpack(payload)
         if self._grammar.take(token):
-            send(self._connection, Kind.TAKEN)
+            send(self._connection, Kind.TAKEN, HELD.pack(self._grown_bytes()))
         else:
-            send(self._connection, Kind.ALLOWED, self._grammar.allowed())
+            allowed = self._grammar.allowed()
+            send(self._connection, Kind.ALLOWED, HELD.pack(self._grown_bytes()) + allowed)
+
+    def _grown_bytes(self) -> int:
+        return max(0, _data_bytes() - self._held_bytes)
 
 
 def _data_bytes() -> int:
-    """Bytes of this process that RLIMIT_DATA counts."""
-    with open("/proc/self/status") as status:  # noqa: PTH123 - a dozen lines, read once
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
+    """Bytes of this process that RLIMIT_DATA counts, and its stack."""
+    with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123 - read after every token under a grammar
+        return int(statm.read().split()[5]) * _PAGE_BYTES
 
 
 def main() -> None:

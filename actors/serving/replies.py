@@ -17,7 +17,7 @@ from actors.serving.message import Message
 from actors.serving.ollama_reply import OllamaReply
 from actors.serving.protocol import Chunk, Delta, Likelihood, ReplyForm, deltas_of
 from actors.serving.responses_reply import ResponsesReply
-from actors.serving.telling import likelihood_of, timings_of
+from actors.serving.telling import in_json, likelihood_of, timings_of
 
 DONE = b"data: [DONE]\n\n"
 _MARK = "text"  # of an event, where its own text will stand
@@ -92,8 +92,9 @@ class Reply:
         return _event({**self._head, "choices": [choice], **self._tail, **more})
 
     def _whole(self, last: Chunk) -> bytes:
-        choices = [self._choices[index].whole() for index in sorted(self._choices)]
-        return json.dumps({**self._head, "choices": choices, "usage": _usage(last), **timings_of(last)}).encode()
+        choices = ", ".join(self._choices[index].whole() for index in sorted(self._choices))
+        around = json.dumps({**self._head, "usage": _usage(last), **timings_of(last)})
+        return f'{around[:-1]}, "choices": [{choices}]}}'.encode()
 
 
 class _Choice:
@@ -104,7 +105,7 @@ class _Choice:
         self._index = index
         self._chat = chat
         self._said = _Telling(as_functions)
-        self._likelihoods: list[Likelihood] = []
+        self._columns: dict[str, list[str]] = {}  # likelihoods of an answer that is sent whole, as JSON
         self._offset = 0  # of the next token with a likelihood, in characters
         self._finish_reason: str | None = None
         self.begun = False
@@ -114,13 +115,19 @@ class _Choice:
         """Of an answer that is sent whole."""
         for _ in self._said.take(deltas_of(chunk)):
             pass
-        self._likelihoods += chunk.likelihoods
+        if chunk.likelihoods:
+            for name, column in self._likelihoods(chunk.likelihoods).items():
+                self._columns.setdefault(name, []).extend(in_json(column))
         if chunk.finish_reason is not None:
             self._finish_reason = self._said.finish_reason(chunk)
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> str:
+        """As JSON."""
         said = {"message": self._said.whole()} if self._chat else {"text": self._said.message.content}
-        return self._told(said, self._finish_reason, self._likelihoods)
+        told = json.dumps({"index": self._index, "finish_reason": self._finish_reason, **said})
+        columns = [f'"{name}": [{", ".join(column)}]' for name, column in self._columns.items()]
+        logprobs = f"{{{', '.join(columns)}}}" if columns else "null"
+        return f'{told[:-1]}, "logprobs": {logprobs}}}'
 
     def events(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
         """What the client reads for `chunk` in a stream: events of this choice."""
@@ -157,12 +164,17 @@ class _Choice:
     def _told(
         self, said: dict[str, Any], finish_reason: str | None = None, likelihoods: Sequence[Likelihood] = ()
     ) -> dict[str, Any]:
-        logprobs: dict[str, Any] | None = None
-        if likelihoods and self._chat:
-            logprobs = {"content": [likelihood_of(each) for each in likelihoods], "refusal": None}
-        elif likelihoods:
-            logprobs, self._offset = _tokens(likelihoods, self._offset)
+        logprobs = self._likelihoods(likelihoods) if likelihoods else None
+        if logprobs and self._chat:
+            logprobs["refusal"] = None
         return {"index": self._index, "logprobs": logprobs, "finish_reason": finish_reason, **said}
+
+    def _likelihoods(self, likelihoods: Sequence[Likelihood]) -> dict[str, Any]:
+        """Lists of as many members as there are tokens."""
+        if self._chat:
+            return {"content": [likelihood_of(each) for each in likelihoods]}
+        told, self._offset = _tokens(likelihoods, self._offset)
+        return told
 
 
 class _Telling:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from actors.serving.protocol import Chunk, Likelihood
@@ -10,6 +12,12 @@ from actors.serving.protocol import Chunk, Likelihood
 def likelihood_of(each: Likelihood) -> dict[str, Any]:
     """Of a token and of those that were likeliest in its place."""
     return {**_named(each.token, each.piece, each.logprob), "top_logprobs": [_named(*one) for one in each.top]}
+
+
+def in_json(told: Iterable[object]) -> Iterator[str]:
+    """Of an answer that is sent whole, while it is made: the likelihoods of 16,000 tokens at its end would take 0.1 s,
+    in a thread that has other answers to go on with."""
+    return map(json.dumps, told)
 
 
 def _named(token: int, piece: bytes, logprob: float | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from scenario import SMALL, Scenario, gpu
 
+from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster import suspects
 from scheduler.errors import Condemned, Unavailable
@@ -63,6 +64,25 @@ def test_bystanders_are_tried_alone_and_cleared() -> None:
     assert isinstance(s.error(s.ask("a", fingerprint="poison")), Condemned)
     assert s.ask("a", fingerprint="innocent") in s.grants
     assert s.ask("a", fingerprint="another") in s.grants  # beside it: it is no suspect any more
+
+
+def test_who_comes_between_a_failure_and_its_cause_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runner ends, the client that it answered says so, and the check of the runner takes a while."""
+    s = box()
+    dies(s, s.ask("a", fingerprint="bystander"))
+    poison = s.ask("a", fingerprint="new poison")
+    replica_id = s.grants[poison].replica_id
+    carry_out = s._carry_out
+    monkeypatch.setattr(s, "_carry_out", lambda each: isinstance(each, cmd.CheckReplica) or carry_out(each))
+    s.done(poison, failed=True)
+    bystander, newcomer = (s.ask("a", fingerprint=each) for each in ("bystander", "newcomer"))
+    assert s.waits(bystander) and s.waits(newcomer)
+    s.runners.pop(replica_id)
+    monkeypatch.undo()
+    s.send(ev.ReplicaDied(replica_id, "GGML_ASSERT(buffer) failed"))
+    assert bystander in s.grants
+    s.done(bystander)
+    assert newcomer in s.grants and not s.announced("request_condemned")
 
 
 def test_a_suspect_waits_until_its_replica_is_idle() -> None:

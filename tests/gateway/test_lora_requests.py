@@ -86,7 +86,7 @@ def test_the_adapters_of_a_model_are_told(url: str) -> None:
 @pytest.mark.parametrize("lora", [None, (), ((0, 0.25), ("fun", -1.0))])
 def test_adapters_travel_to_the_runner(lora: Any) -> None:
     request = GenerateRequest(b"{}", "lease", lora=lora)
-    assert read_generate(packed_generate(request), LeaseId("lease")) == request
+    assert read_generate(b"".join(packed_generate(request)), LeaseId("lease")) == request
 
 
 def test_requests_with_other_adapters_are_others() -> None:

@@ -13,12 +13,12 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_replica import ScriptedReplica
 
 from actors.endpoint import Endpoint
-from actors.frames import BrokenFrame, FrameReader, packed
+from actors.frames import BrokenFrame, FrameReader, packed, pieces
 from actors.gateway.roads import AHEAD_BYTES, Frame, Roads
 from actors.leasing import TokenCounts
 from actors.road import Kind, packed_counts, packed_error, packed_generate, read_counts, read_error, read_generate
@@ -213,7 +213,7 @@ def test_a_runner_that_dies_is_noticed_at_any_frame(said: int, node_id: NodeId) 
 def test_nobody_speaks_without_a_proof(stage: Stage) -> None:
     endpoint = stage.endpoint
     liar = Endpoint(endpoint.node_id, endpoint.name, endpoint.host, endpoint.port, b"guessed")
-    proof, ask = endpoint.proof(LeaseId("l")), request("word")
+    proof, ask = endpoint.proof(LeaseId("l")), b"".join(request("word"))
     for frames in (
         packed(Kind.PROOF, liar.proof(LeaseId("l"))) + packed(Kind.GENERATE, ask),
         packed(Kind.PROOF, proof[:-1] + b"m") + packed(Kind.GENERATE, ask),  # another's lease
@@ -228,7 +228,7 @@ def test_nobody_speaks_without_a_proof(stage: Stage) -> None:
             assert connection.recv(100) == b"", frames
     assert stage.replica.asked == []
     with stage.connect() as connection:  # one request for each proof
-        connection.sendall(packed(Kind.PROOF, proof) + packed(Kind.GENERATE, request("wait")))
+        connection.sendall(packed(Kind.PROOF, proof) + packed(Kind.GENERATE, b"".join(request("wait"))))
         connection.sendall(packed(Kind.GENERATE, ask))
         assert connection.recv(100) == b""
     assert len(stage.replica.asked) == 1
@@ -267,8 +267,25 @@ def test_frames_are_cut_out_of_any_pieces(frames: list[Frame], cuts: list[int]) 
     sent = b"".join(packed(kind, payload) for kind, payload in frames)
     edges = sorted({0, len(sent), *(min(cut, len(sent)) for cut in cuts)})
     reader = FrameReader()
-    pieces = [sent[start:end] for start, end in pairwise(edges)]
-    assert [frame for piece in pieces for frame in reader.frames(piece)] == frames
+    read = [sent[start:end] for start, end in pairwise(edges)]
+    assert [frame for piece in read for frame in reader.frames(piece)] == frames
+
+
+@given(
+    sizes=st.lists(st.integers(0, 200_000), min_size=1, max_size=5),
+    parts=st.integers(1, 3),
+    cut=st.integers(1_000, 100_000),
+)
+@settings(deadline=None, max_examples=50)
+def test_large_frames_come_whole_whatever_is_sent_and_read_at_a_time(sizes: list[int], parts: int, cut: int) -> None:
+    frames = [(kind, bytes([65 + kind]) * size) for kind, size in enumerate(sizes)]
+    sent = b""
+    for kind, payload in frames:
+        step = len(payload) // parts + 1
+        sent += b"".join(pieces(kind, [payload[at : at + step] for at in range(0, len(payload), step)]))
+    reader = FrameReader()
+    read = [frame for at in range(0, len(sent), cut) for frame in reader.frames(sent[at : at + cut])]
+    assert read == frames
 
 
 def test_a_frame_beyond_the_limit_is_refused() -> None:
@@ -282,6 +299,6 @@ def test_requests_and_counts_come_through_unchanged() -> None:
     sampling: dict[str, Any] = {"temperature": 0.3, "seed": 7, "logit_bias": {5: -100.0, 9: 2.5}}
     reply = ReplyForm("chat", True, True, "chatcmpl-1", "a model", 17)
     asked = GenerateRequest(b'{"prompt": "a\\nb"}\n', LeaseId("l"), 12, ("\n", "é"), Sampling(**sampling), reply)
-    assert read_generate(packed_generate(asked), LeaseId("l")) == asked
+    assert read_generate(b"".join(packed_generate(asked)), LeaseId("l")) == asked
     for counts in (TokenCounts(), TokenCounts(1, 2, 3, Pace(1, 0.5, 2, 0.25, 9))):
         assert read_counts(packed_counts(counts)) == counts

@@ -10,13 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
+from conftest import SIZES
 
 from actors.devices.node import NodeMonitor, NodeSettings
 from actors.serving.drafting import Drafting
 from actors.serving.engine import Engine
 from actors.serving.preflight import ask_llama_cpp
 from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, LoadDraft, LoadFailed, Sampling, content_of
+from arriero import sample_models
 from scheduler.choice.workload import Workload
 from scheduler.config import Reserves
 from scheduler.costs.companions import Companions, accompanied
@@ -234,3 +238,60 @@ def test_a_replica_reports_its_draft_too(kind: str, drafted: Any, spec: Any, mai
     shape = shape_of(kind, main, sample)
     plan = Workload("sample", shape, drafted(kind).context, Reserves()).footprint(Layout(), CHECKED_BUILD)
     assert both.host.compute_bytes <= plan.host.compute_bytes + 20_000  # the report is rounded
+
+
+MORE = 96  # tokens; llama.cpp takes a draft whose vocabulary is up to 128 tokens larger or smaller
+
+
+@pytest.fixture
+def larger(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
+    """`larger(weight, **sizes)`: a llama with `MORE` more tokens in its vocabulary. `weight`: above 1 it likes to say
+    them."""
+    add_vocabulary, embedding_and_output = sample_models.add_vocabulary, sample_models.embedding_and_output
+
+    def add_more(writer: Any) -> None:
+        def then(name: str, more: list[Any]) -> None:
+            add = getattr(writer, name)
+            monkeypatch.setattr(writer, name, lambda values: add([*values, *more]))
+
+        then("add_token_list", [f" extra{number}" for number in range(MORE)])
+        then("add_token_scores", [0.0] * MORE)
+        then("add_token_types", [gguf.TokenType.NORMAL] * MORE)
+        add_vocabulary(writer)
+
+    def write(weight: float, **sizes: int) -> str:
+        def matrices(*given: Any) -> tuple[Any, Any]:
+            embedding, output = embedding_and_output(*given)
+            return np.vstack([embedding, embedding[-MORE:]]), np.vstack([output, output[-MORE:] * np.float32(weight)])
+
+        with monkeypatch.context() as patched:
+            patched.setattr(sample_models, "add_vocabulary", add_more)
+            patched.setattr(sample_models, "embedding_and_output", matrices)
+            return str(
+                sample_models.write_sample_model(
+                    tmp_path / "larger.gguf", "llama", precision="f32", **{**SIZES, **sizes}
+                )
+            )
+
+    return write
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("kind", [SIMPLE], indirect=True)
+def test_a_draft_that_knows_more_tokens(kind: str, plain: Engine, drafted: Any, larger: Any) -> None:
+    spec = drafted(kind)
+    with closing(Engine(replace(spec, draft=LoadDraft(larger(1.5, n_layer=1), spec.draft.n_max)))) as engine:
+        assert text_of(asked(engine, GREEDY)) == text_of(asked(plain, GREEDY))
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_draft_that_knows_fewer_tokens(drafted: Any, larger: Any) -> None:
+    """Where the text has such a token, nothing is guessed; else as ever."""
+    spec = drafted(SIMPLE)
+    strange = [*range(300, 340), 500, *range(300, 340)]
+    with closing(Engine(replace(spec, path=larger(0)))) as engine:
+        for _ in range(2):
+            chunks = asked(engine, GREEDY, prompt=strange, max_tokens=20)
+            assert chunks[-1].completion_tokens and chunks[-1].timings is not None and not chunks[-1].timings.draft_n
+            chunks = asked(engine, GREEDY)
+            assert chunks[-1].timings is not None and chunks[-1].timings.draft_n

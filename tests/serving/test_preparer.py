@@ -20,13 +20,17 @@ import gguf
 import numpy as np
 import psutil
 import pytest
+from patience import wait_until
 
 from actors import frames
-from actors.serving import preparation
+from actors.serving import child_memory, preparation
+from actors.serving.conversation import Constraint
+from actors.serving.dialogue import HELD, Kind
 from actors.serving.preparation import Errand, Preparer
 from actors.serving.protocol import content_of
 from actors.serving.vocabulary import Vocabulary
-from scheduler.errors import EngineFailed, Rejected
+from scheduler.errors import EngineFailed, Rejected, Unavailable
+from scheduler.units import MIB
 
 pytestmark = pytest.mark.llama
 
@@ -213,8 +217,8 @@ def test_who_leaves_while_a_request_is_prepared_ends_the_child(
         threading.Timer(ended_s, errand.end).start()
         with pytest.raises(EngineFailed):
             preparer.prepare(CHAT, N_CTX, errand)
-        psutil.wait_procs(children(preparer), timeout=60)
-        assert not [child for child in children(preparer) if child.status() != psutil.STATUS_ZOMBIE]
+        # It may be forked only now: then it ends at once.
+        wait_until(lambda: not [each for each in children(preparer) if each.status() != psutil.STATUS_ZOMBIE])
         assert preparer.prepare(content_of(prompt="the salt"), N_CTX).prompts
 
 
@@ -270,6 +274,56 @@ def test_children_are_reused_and_end_with_their_parent(sample: Callable[..., Pat
         family = children(preparer)
     _, alive = psutil.wait_procs([child, *family], timeout=10)
     assert not alive
+
+
+LARGE = content_of(
+    prompt="x",
+    grammar="root ::= r0 "
+    + "".join(f"| r{n} " for n in range(1, 40))
+    + "\n"
+    + "".join(f'r{n} ::= "{"abcdefghij" * 6}"{{2000}}\n' for n in range(40)),
+)  # 5 kB of text that take some 40 MiB
+LETTERS = content_of(prompt="x", grammar="root ::= [a-z]+")
+
+
+def test_what_grammars_of_answers_hold_is_bounded_and_fair(sample: Callable[..., Path], monkeypatch: Any) -> None:
+    with closing(started(sample("llama"))) as preparer:
+        first = preparer.prepare(LARGE, N_CTX, source="ann")
+        size = first.held_bytes
+        assert size > 16 * MIB
+        monkeypatch.setattr(child_memory, "MOST_OF_ONE_BYTES", 2 * size + MIB)
+        monkeypatch.setattr(child_memory, "MOST_BYTES", 3 * size + 2 * MIB)
+        second = preparer.prepare(LARGE, N_CTX, source="ann")
+        with pytest.raises(Unavailable, match="Ask again later, or simplify") as refused:
+            preparer.prepare(LARGE, N_CTX, source="ann")
+        assert refused.value.retry_after_s
+        small = preparer.prepare(LETTERS, N_CTX, source="ann")  # takes next to nothing
+        other = preparer.prepare(LARGE, N_CTX, source="ben")
+        with pytest.raises(Unavailable):
+            preparer.prepare(LARGE, N_CTX, source="cat")
+        for prepared in (first, second, small, other):
+            prepared.close()
+        assert not preparer._memory.held_bytes
+        wait_until(lambda: len(children(preparer)) == 1)  # only the small one is kept for the next requests
+        monkeypatch.setattr(child_memory, "MOST_OF_ONE_BYTES", size - MIB)
+        with pytest.raises(Rejected, match="at most"):
+            preparer.prepare(LARGE, N_CTX, source="ann")
+
+
+def test_a_grammar_that_grows_while_it_is_followed_is_counted() -> None:
+    memory, (ours, child) = child_memory.ChildMemory(), socket.socketpair()
+    given_back: list[int] = []
+    constraint = Constraint(ours, lambda _, held_bytes: given_back.append(held_bytes), memory.hold("ann", MIB))
+    frames.send(child, Kind.TAKEN, HELD.pack(9 * MIB))
+    assert constraint.choose(lambda allowed: 5) == 5
+    assert memory.held_bytes == 9 * MIB
+    frames.send(child, Kind.ALLOWED, HELD.pack(child_memory.MOST_OF_ONE_BYTES + MIB) + b"\xff")
+    with pytest.raises(Unavailable, match=r"need 248\.0 MiB of memory"):
+        constraint.choose(lambda allowed: 5)
+    constraint.close()
+    assert memory.held_bytes == 0 and given_back == [9 * MIB]
+    child.close()
+    ours.close()
 
 
 def test_a_preparer_that_was_killed_is_started_again(sample: Callable[..., Path]) -> None:
