@@ -22,7 +22,7 @@ def parse_origin(text: str) -> str:
     found = _ORIGIN.fullmatch(text)
     if found is None:
         raise ValueError(
-            f"{text!r} is no host; write its name (images.example.org), or with scheme and port "
+            f"{text!r} is not a host; write its name (images.example.org), or with scheme and port "
             "(http://images.local:8080), without path and *"
         )
     scheme = (found["scheme"] or "https").lower()

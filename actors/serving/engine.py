@@ -144,7 +144,7 @@ class Engine:
         costly = prepared.constraint is not None or prepared.syntax is not None or request.sampling.dry_multiplier > 0
         if count > MOST_PREPARED and costly:
             raise Rejected(
-                f"{count} answers; at most {MOST_PREPARED} are allowed in a request with tools, thoughts, "
+                f"{count} answers; at most {MOST_PREPARED} are allowed in a request with tools, reasoning, "
                 "a grammar or the sampler dry"
             )
         together = Together(hearer, count, request.n)
@@ -350,6 +350,6 @@ def _check_likelihoods(request: GenerateRequest, wish: Wish, n_prompt: int, n_an
     at_once = (n_prompt if wish.judge_prompt else 0) + (0 if request.reply.stream else wish.max_tokens)
     if (count := at_once * (wish.n_probs + 1) * n_answers) > MOST_LIKELIHOODS:
         raise Rejected(
-            f"the answer may have {count} likelihoods of tokens; at most {MOST_LIKELIHOODS} are told at once. "
-            "Set a smaller max_tokens, ask for fewer likely tokens, or stream"
+            f"the answer may have {count} log probabilities; at most {MOST_LIKELIHOODS} are allowed without streaming. "
+            "Set a smaller max_tokens or ask for fewer likely tokens, or set stream"
         )

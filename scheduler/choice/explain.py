@@ -79,7 +79,7 @@ def _explained(candidate: LayoutFamily, here: Situation, idle: Mapping[ReplicaId
             continue
         wants = f"{facts.label}: " if partial else f"needs {format_bytes(need)} on {facts.label}; "
         parts.append(f"{wants}{format_bytes(max(0, free))} free of {format_bytes(facts.total_bytes)}")
-        parts += [f"{r.model} must not share it" for r in residents if r.replica_id in apart and _is_on(r, facts)]
+        parts += [f"{r.model} must not share this GPU" for r in residents if r.replica_id in apart and _is_on(r, facts)]
         parts += _holders(facts, free, could, device.foreign_bytes, idle, residents, here.protection)
     if plain.host_bytes > now.host_bytes:
         host = f"needs {format_bytes(plain.host_bytes)} of host RAM; "
@@ -90,7 +90,7 @@ def _explained(candidate: LayoutFamily, here: Situation, idle: Mapping[ReplicaId
     if now.active < 1:
         parts.append("the limit on active models is reached")
     parts += _too_slow(plain, candidate.workload.wishes.min_tokens_per_s, here.appraiser.tokens_per_s)
-    return Rejection(candidate.tier, where, "; ".join(parts) or "fits too, but less well")
+    return Rejection(candidate.tier, where, "; ".join(parts) or "fits, too, but ranks lower")
 
 
 def _too_slow(placement: Placement, wanted: float, tokens_per_s: Callable[[Placement], float | None]) -> list[str]:
@@ -121,7 +121,7 @@ def _holders(
         parts.append(f"evicting {', '.join(frees)} frees {format_bytes(could - free)}")
     parts += [f"{r.model} is {_hold(r, protected)}" for r in here if r.replica_id not in idle]
     if foreign_bytes:
-        parts.append(f"others use {format_bytes(foreign_bytes)}")
+        parts.append(f"other programs use {format_bytes(foreign_bytes)}")
     return parts
 
 
@@ -164,7 +164,7 @@ def explain_coming(replica: Replica) -> str:
 def explain_waiting(victims: Iterable[Replica]) -> str:
     """What a request waits for when it has no replica."""
     names = ", ".join(f"{r.model} ({_doing(r)})" for r in victims)
-    return f"waiting for {names}" if names else "waiting for memory that is in use by others"
+    return f"waiting for {names}" if names else "waiting for memory that other programs use"
 
 
 def _doing(replica: Replica) -> str:
@@ -181,7 +181,7 @@ def explain_refusal(
     because: str = "",
 ) -> ArrieroError:
     """The error for a model that has no place, with the reason of every candidate and the ways out."""
-    what = "can never fit here" if kind is Impossible else "does not fit now, and nothing can make room for it"
+    what = "can never fit this cluster" if kind is Impossible else "does not fit now, and nothing can make room for it"
     why = f", {because}" if because else ""
     way_out = f"; it would fit with {' or '.join(would_fit_if)}" if would_fit_if else ""
     reasons = "; ".join(map(str, rejections)) or ("no GPU is left for it" if because else "no machine has its file")

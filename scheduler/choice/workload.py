@@ -70,10 +70,10 @@ class Wishes:
 
     def __str__(self) -> str:
         parts = [f"only on {', '.join(self.gpus)}"] if self.gpus else []
-        parts += [f"on {self.max_gpus} GPUs at the most"] if self.max_gpus else []
+        parts += [f"on at most {self.max_gpus} GPUs"] if self.max_gpus else []
         parts += [f"on {', '.join(self.nodes)}"] if self.nodes else []
         parts += [f"where {label} is {value}" for label, value in self.labels]
-        parts += [f"at {self.min_tokens_per_s:g} tokens/s at the least"] if self.min_tokens_per_s else []
+        parts += [f"with at least {self.min_tokens_per_s:g} tokens/s"] if self.min_tokens_per_s else []
         parts += [] if self.spill else ["not in host RAM"]
         return "the catalogue wants it " + ", ".join(parts) if parts else ""
 

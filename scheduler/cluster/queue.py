@@ -112,7 +112,7 @@ class RequestQueue:
         """The error for a request that there is no place for."""
         retry_s = self._seconds_per_place()
         return QueueFull(
-            f"{self._limit} requests are waiting already; a place comes free every {retry_s:.0f} s or so",
+            f"{self._limit} requests are waiting already; about every {retry_s:.0f} s, one of them leaves the queue",
             retry_after_s=retry_s,
         )
 

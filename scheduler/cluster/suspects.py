@@ -60,7 +60,7 @@ class Suspects:
             del self._records[model, fingerprint]
             return None
         return Condemned(
-            f"two processes that ran {model} ended while they answered this request, the last one alone with it "
+            f"two processes of {model} ended while they answered this request, the last one with this request alone "
             f"({record.condemned}); it is not tried again: change the request",
             model=model,
         )

@@ -66,9 +66,9 @@ def test_cards_of_several_sizes_are_told_apart() -> None:
         ({"nodes": [{"name": "a", "ram": [1]}]}, "[1] is not a size"),
         ({"nodes": [{"name": "a", "ram": True}]}, "True is not a size"),
         ({"nodes": [{"name": "a", "ram": "9" * 400 + "GiB"}]}, "is more than any machine has"),
-        ({"nodes": [{"name": "a", "disk_read": 10**400}]}, "is no rate that a device has"),
-        ({"nodes": [{"name": "a", "disk_read": 1e-300}]}, "is no rate that a device has"),
-        ({"nodes": [{"name": "a", "gpus": [{"total": 0}]}]}, "a GPU of 0 bytes holds nothing"),
+        ({"nodes": [{"name": "a", "disk_read": 10**400}]}, "is not a possible rate"),
+        ({"nodes": [{"name": "a", "disk_read": 1e-300}]}, "is not a possible rate"),
+        ({"nodes": [{"name": "a", "gpus": [{"total": 0}]}]}, "a GPU of 0 bytes is too small"),
         ({"nodes": [{"name": "a", "gpus": [{"total": 24.5}]}]}, "24.5 is not a size"),
         ({"nodes": [{"name": "a"}, {"name": "a"}]}, "two machines have the same name"),
         (
