@@ -1,4 +1,4 @@
-"""Says why: every refusal has its numbers."""
+"""Explains decisions: every refusal has its reasons, with numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scheduler.units import NodeId, ReplicaId, format_bytes
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why a candidate was passed over: `tier`, `where` (devices), and the sentence."""
+    """Why a candidate was not chosen: `tier`, `where` (devices), and the sentence."""
 
     tier: str
     where: str
@@ -30,8 +30,8 @@ class Rejection:
 def rejections(
     here: Situation, found: Sequence[Tier], chosen: Placement | None, *, waits: bool
 ) -> tuple[Rejection, ...]:
-    """Why each candidate that is as good as the chosen one, or better, was not taken. `waits`: the chosen one has to
-    wait, so its own reason is told too. Of several GPUs, only the largest combination is told."""
+    """Why each candidate that is as good as the chosen one, or better, was not taken. `waits`: the request waits for
+    the chosen one, so its own reason is included. Of combinations of GPUs, only the largest is included."""
     taken = None if waits else chosen
     speakers: dict[tuple[str, NodeId, object], LayoutFamily] = {}
     for candidate in (c for tier in found for c in tier):
@@ -55,8 +55,8 @@ def _same_place(candidate: LayoutFamily, placement: Placement) -> bool:
 
 
 def _explained(candidate: LayoutFamily, here: Situation, idle: Mapping[ReplicaId, float]) -> Rejection:
-    """What the candidate needs, and what is free: now, and without the `idle` replicas (idle seconds by id). Then who
-    holds the rest, who must not share a GPU with it, and whether it would be too slow."""
+    """The memory that the candidate needs, and what is free: now, and without the `idle` replicas (idle seconds by id).
+    Then the replicas that hold the rest, those that must not share a GPU with it, and whether it would be too slow."""
     now = here.snapshot.now(candidate.node_id)
     later = here.snapshot.without(candidate.node_id, idle)
     residents, apart = list(here.replicas.on_node(candidate.node_id)), here.snapshot.apart
@@ -126,7 +126,7 @@ def _holders(
 
 
 def _hold(replica: Replica, protected: Callable[[Replica], str]) -> str:
-    """Why the replica does not make room."""
+    """Why the replica cannot be evicted now."""
     if why := protected(replica):
         return why
     if replica.drain_for:
@@ -139,7 +139,7 @@ def _hold(replica: Replica, protected: Callable[[Replica], str]) -> str:
 def describe_placement(
     placement: Placement, model: str, freed: Sequence[tuple[str, float]], inventory: Inventory
 ) -> str:
-    """A placement in one line; `freed` are the evicted models and how long each was idle, in seconds."""
+    """The placement in one line. `freed`: the evicted models, and how long each was idle, in seconds."""
     shares = [
         f"{layers} layers ({format_bytes(need)}) on {inventory.label(device_id)}"
         for device_id, layers, need in zip(placement.device_ids, placement.layers, placement.device_bytes, strict=True)
@@ -155,7 +155,7 @@ def describe_placement(
 
 
 def explain_coming(replica: Replica) -> str:
-    """What a request waits for when its replica is there or on its way."""
+    """What a request waits for if its replica is loaded or will be."""
     if replica.state is ReplicaState.READY:
         return "all slots are taken"
     return "loading" if replica.state is ReplicaState.LOADING else "waiting for evicted memory to come back"
