@@ -129,7 +129,7 @@ def demo(
         Path | None, typer.Option("--models", help="Use the GGUF files of this directory instead.")
     ] = None,
 ) -> None:
-    """Show everything on this machine: several models, too little memory for all of them, and every answer is checked."""
+    """Show everything on this machine: several models, too little memory for all of them. Every answer is checked."""
     check_packages()
     from arriero.demo import run_demo
 
