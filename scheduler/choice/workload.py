@@ -230,7 +230,7 @@ class Workload:
         return self.once(("with", context), lambda: replace(self, context=context, known={}))
 
     def with_n_ctx(self, context: ContextParams, n_ctx: int) -> Workload:
-        """The same workload with `context`, but for `n_ctx` tokens."""
+        """The same workload with `context`, changed to `n_ctx` tokens."""
         longer = replace(context, n_ctx=n_ctx)
         return self.with_context(longer.for_whole_sequences() if self.shape.is_embedding_only else longer)
 
