@@ -337,7 +337,7 @@ def test_a_plan_knows_who_stands_in_line() -> None:
     s.ask("small")
     s.ask("small")
     plan = s.core.plan("small", None, s.now)
-    assert plan.serving is s.replica("small") and "behind 1 earlier requests" in plan.reason
+    assert plan.serving is s.replica("small") and "1 earlier requests for this model come first" in plan.reason
 
 
 def test_a_plan_for_a_full_queue_is_refused_as_the_request_would_be() -> None:
