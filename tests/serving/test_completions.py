@@ -107,7 +107,7 @@ def test_several_answers_under_a_grammar(llama: Engine) -> None:
 
 
 def test_likelihoods_that_are_told_at_once_are_bounded(llama: Engine) -> None:
-    with pytest.raises(Rejected, match="at most 16000 are told at once"):
+    with pytest.raises(Rejected, match="at most 16000 are allowed without streaming"):
         chunks_of(llama, prompt=TEXT, n_probs=100, n=2, max_tokens=300)
     stream = ReplyForm(stream=True)
     assert chunks_of(llama, prompt=TEXT, n_probs=100, max_tokens=2, n=2, reply=stream)[-1].completion_tokens == 4
