@@ -59,7 +59,7 @@ def test_cards_of_several_sizes_are_told_apart() -> None:
         ({"nodes": [{"name": "a", "gpu": []}]}, "unknown key nodes.0.gpu; did you mean gpus?"),
         ({"nodes": [{"name": "a", "gpus": [{"name": "RTX 3090", "zzz": 1}]}]}, "known keys: bandwidth, free, kind"),
         ({"nodes": [{"name": "a", "gpus": [{"name": "Voodoo"}]}]}, "'Voodoo' is not a known card: give its total"),
-        ({"nodes": [{"name": "a", "gpus": [{"total": "1GiB", "free": "2GiB"}]}]}, "cannot be"),
+        ({"nodes": [{"name": "a", "gpus": [{"total": "1GiB", "free": "2GiB"}]}]}, "but the GPU has only"),
         ({"nodes": [{"name": "a", "ram": "lots"}]}, "'lots' is not a size"),
         ({"nodes": [{"name": "a", "disk_read": "3GB"}]}, "'3GB' is not a rate"),
         ({"nodes": [{"name": "a", "ram": None}]}, "None is not a size"),
