@@ -266,7 +266,7 @@ class Effects:
     async def _end_of(self, replica_id: ReplicaId, runner: RunnerHandle, error: RayError) -> ev.ReplicaDied:
         """How a runner's process ended, by its own last words where it left any."""
         words = await self._questions.last_words(runner)
-        reason = f"its process ended: {words}" if words else f"its process ended without a word ({brief(error)})"
+        reason = f"its process ended: {words}" if words else f"its process ended without a message ({brief(error)})"
         return ev.ReplicaDied(replica_id, reason, _by_itself(words))
 
     async def _check(self, replica_id: ReplicaId) -> None:

@@ -77,7 +77,7 @@ class MeasurementStore:
         except sqlite3.DatabaseError as error:
             self._set_aside(error)
         except OSError as error:
-            self.trouble = f"measurements cannot be kept in {path}: {error}"
+            self.trouble = f"measurements cannot be stored in {path}: {error}"
 
     def _open(self) -> None:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class MeasurementStore:
                 self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
             self._open()
         except (OSError, sqlite3.Error) as again:
-            self.trouble = f"measurements cannot be kept in {self._path}: {again}"
+            self.trouble = f"measurements cannot be stored in {self._path}: {again}"
         else:
             self.trouble = f"the measurements in {self._path} were damaged ({error}) and are now in {aside.name}"
 

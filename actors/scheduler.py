@@ -163,7 +163,7 @@ class SchedulerActor:
         if ray.get_runtime_context().was_current_actor_reconstructed:
             loaded = len(self._core.replicas)
             self._announce(
-                cmd.Announce("scheduler_restarted", f"the scheduler is back and found {loaded} loaded models")
+                cmd.Announce("scheduler_restarted", f"the scheduler was restarted and found {loaded} loaded models")
             )
         await nodes.keep_looking()
 

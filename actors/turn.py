@@ -54,11 +54,11 @@ def turn(say: Callable[[str], object], longest_s: float = LONGEST_S) -> Iterator
             holder = _holder()
         if time.monotonic() > deadline:
             raise Unavailable(
-                f"{holder} has been bringing Arriero up on this cluster, or taking it down, for more than "
+                f"{holder} has been starting or stopping Arriero on this cluster for more than "
                 f"{longest_s:.0f} s; wait for it, or end it and try again",
                 retry_after_s=10.0,
             )
-        say(f"waiting for {holder}, which brings Arriero up on this cluster or takes it down")
+        say(f"waiting for {holder}, which starts or stops Arriero on this cluster")
         time.sleep(LOOK_EVERY_S)
     try:
         yield

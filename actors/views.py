@@ -46,7 +46,7 @@ def status(
                 request_id=waiting.request_id,
                 model=waiting.model,
                 waited_s=now - waiting.arrived_at,
-                reason=waiting.reason or "its turn, behind earlier requests for this model",
+                reason=waiting.reason or "earlier requests for this model come first",
             )
             for waiting in sorted(core.queue, key=lambda waiting: waiting.arrived_at)
         ],

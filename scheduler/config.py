@@ -35,7 +35,7 @@ class _Strict(BaseModel):
 
 
 class Alternative(_Strict):
-    """Another way of loading a model. Missing keys are as in the model's entry."""
+    """Other parameters to load a model with. Missing keys are as in the model's entry."""
 
     n_ctx: int | None = Field(None, ge=256, description="context of all slots together")
     type_k: CacheType | None = Field(None, description="type of the K cache")
@@ -48,12 +48,12 @@ class ModelParams(_Strict):
     n_ctx: Context | None = Field(
         None,
         description="context of all slots together; none: the trained context, 8192 per slot at most; auto: the same, "
-        "and more where its GPUs have free VRAM",
+        "and more if its GPUs have free VRAM",
     )
     n_seq_max: Slots | None = Field(
         None,
-        description="slots: requests served at the same time; auto: 4 that share the cache of one, where that takes no "
-        "larger cache, else 1 (auto)",
+        description="slots: requests served at the same time; auto: 4 that share one cache, if that takes no larger "
+        "cache than one slot, else 1 (auto)",
     )
     n_batch: int | None = Field(None, ge=32, description="prompt tokens per llama_decode (2048)")
     n_ubatch: int | None = Field(None, ge=32, description="prompt tokens per graph; sets the compute buffer (512)")
@@ -61,7 +61,7 @@ class ModelParams(_Strict):
     type_v: CacheType | None = Field(None, description="type of the V cache (f16); quantised needs flash_attn on")
     flash_attn: Literal["on", "off"] | None = Field(None, description="flash attention (on)")
     kv_unified: bool | None = Field(
-        None, description="one KV cache shared by all slots (false; true where n_seq_max is auto and comes to 4)"
+        None, description="one KV cache shared by all slots (false; true if n_seq_max is auto and gives 4)"
     )
     swa_full: bool | None = Field(None, description="full-size cache for sliding-window layers (false)")
     use_mmap: bool | None = Field(None, description="map the file instead of reading it (true)")
@@ -71,21 +71,21 @@ class ModelParams(_Strict):
     embeddings: bool | None = Field(None, description="serve /v1/embeddings from this model (embedding models: true)")
     spec_type: Literal["none", "ngram-simple", "draft-simple", "draft-mtp"] | None = Field(
         None,
-        description="guess next tokens, where that is faster: from what was said before (ngram-simple), with a smaller "
-        "model (draft-simple), or with the model's own prediction layers (draft-mtp) (none; draft-simple with a "
-        "model_draft)",
+        description="speculative decoding, used where it is faster: draft tokens from the earlier text (ngram-simple), "
+        "with a smaller model (draft-simple), or with the model's own prediction layers (draft-mtp) (none; "
+        "draft-simple with a model_draft)",
     )
     spec_draft_n_max: int | None = Field(
-        None, ge=1, le=15, description="maximum number of tokens of an answer that are guessed at once (15)"
+        None, ge=1, le=15, description="maximum number of tokens of an answer that are drafted at once (15)"
     )
     spec_draft_p_min: float | None = Field(
-        None, ge=0, le=1, description="a draft model stops guessing where its likeliest token is less likely (0)"
+        None, ge=0, le=1, description="drafting stops where the most likely token has a lower probability (0)"
     )
-    chat_template: str | None = Field(None, min_length=1, description="Jinja template of chats, in place of the file's")
+    chat_template: str | None = Field(None, min_length=1, description="Jinja template of chats, instead of the file's")
     alternatives: tuple[Alternative, ...] | None = Field(
         None,
-        description="other contexts and caches, in order of preference: if the model would not be wholly on GPUs now, "
-        "the first alternative that is; if it does not fit at all, the first that fits",
+        description="other contexts and caches, in order of preference: if the model does not fit wholly on GPUs now, "
+        "the first alternative that does; if it does not fit at all, the first that fits",
     )
     spill: bool | None = Field(None, description="whether all or part of it may be in host RAM (true)")
     max_gpus: int | None = Field(None, ge=1, description="maximum number of GPUs; none: as many as a machine has")
@@ -94,7 +94,7 @@ class ModelParams(_Strict):
     )
     nodes: tuple[str, ...] | None = Field(None, min_length=1, description="only on these machines, by host name")
     labels: dict[str, str] | None = Field(None, description="only on machines with these labels")
-    near: tuple[str, ...] | None = Field(None, description="on the machine of these models, while they are loaded")
+    near: tuple[str, ...] | None = Field(None, description="on the same machine as these models, while they are loaded")
     not_with: tuple[str, ...] | None = Field(None, description="never on the same GPU as these models")
     min_tokens_per_s: float | None = Field(
         None, gt=0, description="only where this speed is predicted; places of unknown speed count as fast enough"
@@ -103,7 +103,8 @@ class ModelParams(_Strict):
         None,
         ge=-10,
         le=10,
-        description="of its requests that name none; also protects from eviction: each step doubles its regret (0)",
+        description="priority of requests that name none; it also protects from eviction: each step doubles the "
+        "model's regret (0)",
     )
     min_replicas: int | None = Field(None, ge=0, le=64, description="number of replicas that are always loaded (0)")
     max_replicas: int | None = Field(
@@ -131,7 +132,7 @@ class AdapterEntry(_Strict):
 
     path: str = Field(min_length=1, description="GGUF file or glob on the nodes")
     scale: float = Field(
-        1.0, ge=-MOST_SCALE, le=MOST_SCALE, description="how strongly it applies where a request names no adapters"
+        1.0, ge=-MOST_SCALE, le=MOST_SCALE, description="strength of the adapter if a request names no adapters"
     )
 
     @model_validator(mode="before")
@@ -146,26 +147,26 @@ class ModelEntry(ModelParams):
     path: str = Field(description="GGUF file or glob on the nodes; for a model in several files, the first one")
     pinned: bool = Field(False, description="never evict it once loaded")
     adapters: dict[str, AdapterEntry] = Field(
-        default_factory=dict, description="LoRA adapters by name, which requests choose from"
+        default_factory=dict, description="LoRA adapters by name; requests choose from them"
     )
     mmproj: str | None = Field(
         None,
         min_length=1,
-        description="projector for images or sound: GGUF file or glob on the nodes; left out: the only one in the "
-        "model's folder, if it belongs to the model; none: no projector",
+        description="projector for images or sound: GGUF file or glob on the nodes; without this key: the only one in "
+        "the model's folder, if it belongs to the model; none: no projector",
     )
     image_min_tokens: int | None = Field(
-        None, ge=1, le=MOST_IMAGE_TOKENS, description="fewest tokens of a picture: smaller ones are made larger"
+        None, ge=1, le=MOST_IMAGE_TOKENS, description="minimum number of tokens of a picture: smaller ones are enlarged"
     )
     image_max_tokens: int | None = Field(
         None,
         ge=1,
         le=MOST_IMAGE_TOKENS,
-        description="most tokens of a picture, rounded down to a square number: larger ones are made smaller; none: "
-        "those of the projector's warm-up image",
+        description="maximum number of tokens of a picture, rounded down to a square number: larger ones are made "
+        "smaller; none: those of the projector's warm-up image",
     )
     model_draft: str | None = Field(
-        None, min_length=1, description="smaller model that guesses next tokens: GGUF file or glob on the nodes"
+        None, min_length=1, description="draft model for speculative decoding: GGUF file or glob on the nodes"
     )
 
     @field_validator("adapters")
@@ -179,7 +180,7 @@ class ModelEntry(ModelParams):
     @field_validator("image_max_tokens")
     @classmethod
     def _square(cls, most: int | None) -> int | None:
-        """Pictures with as many tokens may be long or square; a square takes no less memory than any of them."""
+        """Pictures with this many tokens may be long or square. A square one takes at least as much memory as any."""
         return None if most is None else isqrt(most) ** 2
 
     @model_validator(mode="after")
@@ -200,7 +201,7 @@ class ModelEntry(ModelParams):
 
     @property
     def companion_paths(self) -> tuple[str, ...]:
-        """Of the files that are named to come with it."""
+        """Paths of the files that the entry names besides the model."""
         named = () if self.mmproj in (None, NO_MMPROJ) else (self.mmproj,)
         draft = (self.model_draft,) if self.model_draft is not None and self.spec_type != "none" else ()
         return (*(adapter.path for adapter in self.adapters.values()), *named, *draft)
@@ -219,14 +220,14 @@ class Policy(_Strict):
     )
     placement: Literal["pack", "spread"] = Field(
         "pack",
-        description="of places with nearly the same cost: the fullest, which keeps big cards free for big models "
-        "(pack), or the emptiest (spread)",
+        description="of places with nearly the same cost: the fullest (pack), which keeps big cards free for big "
+        "models, or the emptiest (spread)",
     )
     preempt_after_s: float | None = Field(
         None,
         ge=0,
         description="a request that has waited drain_after_s drains busy replicas that serve only lower priorities; "
-        "their answers end after this many seconds; none: it waits for its turn",
+        "their answers are ended after this many seconds; none: the request waits for its turn",
     )
     prefetch: Literal["read_ahead", "preload"] | None = Field(
         None,
@@ -234,31 +235,33 @@ class Policy(_Strict):
         "load them where GPUs are free (preload); preloaded replicas are evicted first",
     )
     min_residency_s: float = Field(
-        5.0, ge=0, description="a replica is not evicted earlier, unless nothing else makes room"
+        5.0, ge=0, description="a replica is not evicted this soon after its load, unless nothing else makes room"
     )
     drain_after_s: float = Field(
-        2.0, ge=0, description="after this wait, busy replicas in a request's way accept no new requests"
+        2.0, ge=0, description="after this wait of a request, busy replicas in its way accept no new requests"
     )
     spill_after_s: float = Field(
-        30.0, ge=0, description="wait this long for room on GPUs before host RAM is used, where speeds are not known"
+        30.0, ge=0, description="how long to wait for room on GPUs before host RAM is used, if speeds are not known"
     )
     queue_limit: int = Field(256, ge=1, description="maximum number of waiting requests")
     request_priority_max: int = Field(
         0,
         ge=-10,
         le=10,
-        description="highest priority that a request may name; its model's priority if that is higher",
+        description="highest priority that a request may name; or its model's priority, if that is higher",
     )
     priority_s: float = Field(
         60.0, ge=0, description="one step of priority is worth this many seconds of waiting, so no request starves"
     )
     fair_share_s: float = Field(
-        10.0, ge=0, description="a request counts as this much later for each waiting request of the same API key"
+        10.0,
+        ge=0,
+        description="a request is ranked as if it came this much later, for each waiting request of the same API key",
     )
     saved_state_bytes: Bytes = Field(
         4 * GIB,
-        description="what each machine keeps on disk of conversations whose model was evicted, and of prompts that "
-        "several requests began with, so that they are not read again; 0: nothing",
+        description="disk space on each machine for saved states: of conversations whose model was evicted, and of "
+        "prefixes that several requests had; 0: nothing is saved",
     )
     deadline_s: float = Field(600.0, gt=0, description="a request that has waited longer is refused")
     lease_ttl_s: float = Field(
@@ -273,7 +276,7 @@ class Policy(_Strict):
     release_timeout_s: float = Field(20.0, gt=0, description="how long evicted memory may take to come free")
     max_load_attempts: int = Field(3, ge=1, description="failed loads in a row before a model's requests are refused")
     backoff_s: float = Field(
-        5.0, gt=0, description="pause after the last attempt; doubles each time, 10 minutes at most"
+        5.0, gt=0, description="pause of the model after these failures; doubles each time, 10 minutes at most"
     )
     gpu_claim: float = Field(1.0, ge=0, le=1, description="share of Ray's num_gpus that each GPU actor claims")
 
@@ -283,17 +286,17 @@ class Reserves(_Strict):
 
     host_bytes: Bytes = Field(2 * GIB, description="host RAM kept free on each node, beyond what other programs use")
     gpu_bytes: Bytes = Field(
-        0, description="not given to models on each GPU; memory used by other programs counts towards it"
+        0, description="memory of each GPU that is not given to models; memory of other programs counts towards it"
     )
     gpus: dict[str, Bytes] = Field(
-        default_factory=dict, description="by GPU: UUID, label (gpu0) or node/label (box1/gpu0)"
+        default_factory=dict, description="the same for single GPUs, by UUID, label (gpu0) or node/label (box1/gpu0)"
     )
     cuda_overhead_bytes: Bytes = Field(
         600 * MIB,
-        description="per replica and CUDA GPU: context, cuBLAS workspace, pool; llama.cpp does not report them",
+        description="memory per replica and CUDA GPU that llama.cpp does not report: context, cuBLAS workspace, pool",
     )
     runner_overhead_bytes: Bytes = Field(
-        128 * MIB, description="per replica: the runner's interpreter and libraries, in host RAM"
+        128 * MIB, description="host RAM per replica for the runner's interpreter and libraries"
     )
 
 
@@ -309,7 +312,7 @@ class Catalogue(_Strict):
     labels: dict[str, dict[str, str]] = Field(
         default_factory=dict, description="labels of machines, by host name; labels that Ray knows need not be repeated"
     )
-    virtual_gpus: tuple[Bytes, ...] = Field((), description="loopback devices in place of GPUs, on each node")
+    virtual_gpus: tuple[Bytes, ...] = Field((), description="loopback devices instead of GPUs, on each node")
 
     @field_validator("virtual_gpus")
     @classmethod

@@ -131,7 +131,7 @@ class Ladder:
         if not ready:  # else whoever is first in line is next
             self._forecast.check(head, coming, now)
         if self._fleet.suspects.accused(head.model, head.fingerprint):
-            return Wait(f"a replica of {head.model} ended or failed on this request, and is being checked")
+            return Wait(f"checking a replica of {head.model}, which ended or failed on this request")
         if coming:
             return Wait(explain_coming(coming[0]), coming=coming)
         ours = self._fleet.replicas.of_model(head.model)
@@ -143,7 +143,7 @@ class Ladder:
             return self._wait_for(too_many)
         model = self._models.by_name.get(head.model)
         if model is None:
-            raise UnknownModel(f"no machine has a file of {head.model} any more", model=head.model)
+            raise UnknownModel(f"the file of {head.model} is no longer on any machine", model=head.model)
         workload = self._admission.workload(model, head, now)
         if workload is None:
             return self._not_yet(model)

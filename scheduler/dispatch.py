@@ -167,7 +167,7 @@ class Dispatch:
         before = self._queue.before(waiting)
         if before:
             self._forecast.check(waiting, self._ladder.coming(waiting), now)
-            reason = f"its turn, behind {before} earlier requests for this model"
+            reason = f"{before} earlier requests for this model come first"
             coming = self._ladder.coming(waiting)
             if coming:
                 return Preview(coming[0], None, reason=reason)

@@ -1,4 +1,4 @@
-"""The error tree. A class names who is to blame; a message names the cause and the way out.
+"""The error tree. The class says whose fault an error is. The message says the cause and the way out.
 
     Rejected         the caller: the request cannot be served as asked
     Unavailable      the cluster: not now; `retry_after_s` says when to come back
@@ -35,7 +35,7 @@ def _rebuild(kind: type[ArrieroError], message: str, details: dict[str, Any]) ->
 
 
 class Rejected(ArrieroError):
-    """The caller asked for something that cannot be; asking again unchanged will not help."""
+    """The request cannot be served as asked. The same request will be refused again."""
 
     code = "invalid_request"
     http_status = 400
@@ -63,14 +63,14 @@ class Impossible(Rejected):
 
 
 class Condemned(Rejected):
-    """Runners ended while they answered this very request, twice: it is not tried again."""
+    """Two runners ended while they answered this request. It is not tried again."""
 
     code = "request_condemned"
     http_status = 422
 
 
 class Unavailable(ArrieroError):
-    """The cluster cannot serve this now. `retry_after_s` seconds is a sensible wait."""
+    """The cluster cannot serve the request now. The client may try again after `retry_after_s` seconds."""
 
     code = "unavailable"
     http_status = 503
@@ -120,4 +120,4 @@ ERRORS: tuple[type[ArrieroError], ...] = (
     EngineFailed,
     InvariantBroken,
 )
-"""All of them, for those who find a class by its `code`."""
+"""All error classes, to find a class by its `code`."""

@@ -36,7 +36,7 @@ class Forecast:
         least_s, why = self._least_wait(waiting, coming, now)
         left_s = waiting.deadline_at - now
         if 0 < left_s < least_s:
-            message = f"{waiting.model}: {why} {least_s:.1f} s, and the request's deadline is in {left_s:.1f} s"
+            message = f"{waiting.model}: {why} {least_s:.1f} s, but the request's deadline is in {left_s:.1f} s"
             raise DeadlineExceeded(message, retry_after_s=least_s, model=waiting.model)
 
     def _least_wait(self, waiting: Waiting, coming: Sequence[Replica], now: float) -> tuple[float, str]:
@@ -50,9 +50,9 @@ class Forecast:
         if not ready:
             loads = (self._prices.measured_load_s(model.shape, r.model, r.placement) for r in coming)
             left = (load_s - (now - r.created_at) for load_s, r in zip(loads, coming, strict=True))
-            return max(0.0, min(left)), "its load takes another"
+            return max(0.0, min(left)), "its load still takes"
         if len(ready) < len(coming) or model.service.samples < SEEN:
             return 0.0, ""
         before = self._queue.before(waiting)
         rounds = before // sum(replica.slots for replica in ready)
-        return rounds * model.service.mean_s, f"{before} requests are before it, which will take"
+        return rounds * model.service.mean_s, f"{before} requests are before it, and take"

@@ -22,7 +22,7 @@ def parse_origin(text: str) -> str:
     found = _ORIGIN.fullmatch(text)
     if found is None:
         raise ValueError(
-            f"{text!r} is no host; write its name (images.example.org), or with scheme and port "
+            f"{text!r} is not a host; write its name (images.example.org), or with scheme and port "
             "(http://images.local:8080), without path and *"
         )
     scheme = (found["scheme"] or "https").lower()
@@ -43,7 +43,7 @@ class Server(BaseModel):
         None,
         ge=1,
         le=65535,
-        description="a second port, for clients of Ollama, which look for 11434; none: no second one",
+        description="a second port, for Ollama clients that can use only 11434; none: no second port",
     )
     api_key: str | None = Field(None, min_length=8, description="clients send it as a bearer token")
     api_keys: dict[str, Annotated[str, Field(min_length=8)]] = Field(
@@ -51,13 +51,13 @@ class Server(BaseModel):
     )
     media_hosts: tuple[Origin, ...] = Field(
         (),
-        description="hosts whose pictures are fetched where a request has their address: names (by https), or with "
+        description="pictures that a request names by URL are fetched only from these hosts: names (by https), or with "
         "scheme and port (http://images.local:8080); none: nothing is fetched",
     )
 
     @property
     def keys(self) -> dict[str, str]:
-        """All keys by name. The one without a name has none while nobody shares the cluster, else it is one of them."""
+        """All keys by name. The name of `api_key` is empty, or UNNAMED_KEY if there are `api_keys`, too."""
         if self.api_key is None:
             return self.api_keys
         return {UNNAMED_KEY if self.api_keys else "": self.api_key, **self.api_keys}

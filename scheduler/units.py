@@ -74,5 +74,5 @@ def parse_rate(text: str | float) -> float:
             raise ValueError(f"{text!r} is not a rate; write bytes per second as 936GB/s or 500MB/s")
         rate = float(parse_bytes(match.group(1)))
     if not 1 <= rate <= 1e18:
-        raise ValueError(f"{str(text)[:40]} is no rate that a device has; write bytes per second as 936GB/s")
+        raise ValueError(f"{str(text)[:40]} is not a possible rate; write bytes per second as 936GB/s")
     return rate

@@ -128,4 +128,4 @@ def private_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:  # a link counts as open to all
-        raise PermissionError(f"others can write to {folder}: remove it")
+        raise PermissionError(f"other users can write to {folder}: remove it")

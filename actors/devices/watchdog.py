@@ -129,5 +129,5 @@ STOOD_STILL = f"stood still for {(STOPPED_LOOKS - 1) * LOOK_EVERY_S:.0f} s (stop
 
 
 def _overdue(promise: Promise, crowding: float) -> str:
-    usual = f"; the slowest like it took {promise.usual_s:.2g} s" if promise.usual_s else ""
+    usual = f"; the slowest similar one took {promise.usual_s:.2g} s" if promise.usual_s else ""
     return f"{promise.what} took more than {promise.allowed_s * crowding:.0f} s{usual}"

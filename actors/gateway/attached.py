@@ -65,10 +65,10 @@ def picture_at(param: str, url: object) -> dict[str, Any]:
         raise _wrong(param, 'it needs a URL: "data:image/png;base64,…"')
     if url[:8].lower().startswith(("http://", "https://")):
         if len(url) > MAX_ADDRESS_LENGTH:
-            raise _wrong(param, f"an address of {len(url)} characters; {MAX_ADDRESS_LENGTH} are allowed; {SEND_IT}")
+            raise _wrong(param, f"a URL of {len(url)} characters; at most {MAX_ADDRESS_LENGTH} are allowed; {SEND_IT}")
         return {"type": "image", "param": param, "url": url, "data": ""}
     if url[:5].lower() != "data:":
-        raise _wrong(param, f"{clipped(url, TOLD_LENGTH)!r} is no address of a picture; {SEND_IT}")
+        raise _wrong(param, f"{clipped(url, TOLD_LENGTH)!r} is not the URL of a picture; {SEND_IT}")
     head = _DATA_URL.match(url)
     if head is None:
         raise _wrong(param, "a data URL must have its file in base64: data:image/png;base64,…")

@@ -68,7 +68,7 @@ class Feed:
             (self._followers[source], limits.MAX_FOLLOWERS_OF_ONE, " for one key or address"),
         ):
             if count >= most:
-                raise TooMuchHeld(f"{most} clients follow the events, the most{of}", retry_after_s=limits.RETRY_S)
+                raise TooMuchHeld(f"{most} clients follow the events, the maximum{of}", retry_after_s=limits.RETRY_S)
         self._followers[source] += 1
         try:
             yield

@@ -117,14 +117,14 @@ class Fetcher:
         told = repr(clipped(str(given), TOLD_LENGTH))
         if not _ADDRESS.fullmatch(str(given)):
             raise _refused(
-                param, f"{told} is no address: it has other characters than addresses may have (write them as %xx)"
+                param, f"{told} is not a URL: it has characters that a URL must not have (write them as %xx)"
             )
         try:
             url = httpx.URL(given)
         except httpx.InvalidURL as error:
-            raise _refused(param, f"{told} is no valid address ({clipped(str(error), TOLD_LENGTH)})") from None
+            raise _refused(param, f"{told} is not a valid URL ({clipped(str(error), TOLD_LENGTH)})") from None
         if url.userinfo:
-            raise _refused(param, "an address with a user name or password is not fetched; leave them out")
+            raise _refused(param, "a URL with a user name or password is not fetched; leave them out")
         host = f"[{_host_of(url)}]" if ":" in _host_of(url) else _host_of(url)
         if f"{url.scheme}://{host}:{url.port or PORTS.get(url.scheme)}" not in self._origins:
             raise _refused(
@@ -157,7 +157,7 @@ class Fetcher:
                     try:
                         further = url.join(reply.headers["location"])
                     except httpx.InvalidURL:
-                        raise _refused(param, f"{_host_of(url)!r} redirects to what is no valid address") from None
+                        raise _refused(param, f"{_host_of(url)!r} redirects to an invalid URL") from None
                     url = self._allowed(param, further)
         raise _refused(param, f"more than {MAX_REDIRECTS} redirects")
 
@@ -169,9 +169,9 @@ async def _file_in(param: str, reply: httpx.Response) -> bytearray:
         raise _refused(param, f"{host!r} answered with HTTP status {reply.status_code}; {SEND_IT}")
     kind = reply.headers.get("content-type", "image/").partition(";")[0].strip().lower()
     if not kind.startswith("image/") and kind not in ("application/octet-stream", "binary/octet-stream"):
-        raise _refused(param, f"{host!r} answered with {clipped(kind, TOLD_LENGTH)!r}, which is no picture")
+        raise _refused(param, f"{host!r} answered with {clipped(kind, TOLD_LENGTH)!r}, which is not a picture")
     if reply.headers.get("content-encoding", "identity").lower() != "identity":
-        raise _refused(param, f"{host!r} answered with a compressed file, which was not asked for; {SEND_IT}")
+        raise _refused(param, f"{host!r} answered with a compressed file, against the request; {SEND_IT}")
     file, pieces = bytearray(), 0
     async for piece in reply.aiter_raw():
         file += piece

@@ -67,7 +67,7 @@ def llama_server_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s:
     @router.post("/lora-adapters", include_in_schema=False)  # refused
     async def set_lora_adapters() -> Response:
         raise Rejected(
-            "scales are not changed for all requests at once; send lora with each, or set scale under adapters in the "
+            "scales cannot be changed for all requests; send lora with each one, or set scale under adapters in the "
             "catalogue"
         )
 

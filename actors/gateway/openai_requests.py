@@ -269,7 +269,7 @@ class ChatRequest(SamplingRequest):
     def _tools(self) -> tuple[list[dict[str, Any]] | None, str | None]:
         """The tools that may be called, and whether one must be. A named one is the only one."""
         if self.tools and self.functions:
-            raise refused("functions", "they are what tools were before; send one of both")
+            raise refused("functions", "they are the older form of tools; send only one of them")
         given = self.tools or [Tool(type="function", function=each) for each in self.functions or ()]
         if not given:
             if self.tool_choice not in (None, "auto", "none"):
@@ -299,7 +299,7 @@ class CompletionRequest(SamplingRequest):
     def ask(self, request_id: str, key: str) -> Ask:
         """Raises Rejected for what Arriero cannot do. `key`: the name of the API key."""
         if self.best_of not in (None, self.n or 1):
-            raise refused("best_of", "every answer is told; ask for as many with n")
+            raise refused("best_of", "all answers are returned; ask for this many with n")
         prompts = texts_or_tokens("prompt", self.prompt)
         if (count := len(prompts) * (self.n or 1)) > MAX_CHOICES:
             raise refused("prompt", f"it asks for {count} answers; at most {MAX_CHOICES} are allowed in one request")

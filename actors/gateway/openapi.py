@@ -91,8 +91,8 @@ _ERROR_SCHEMA = {
                 "message": {"type": "string", "description": "the cause, the numbers and the way out"},
                 "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
                 "param": {"type": ["string", "null"], "description": "the field that is wrong"},
-                "code": {"type": "string", "description": "names the error for machines"},
-                "details": {"type": "object", "description": "the numbers, for machines"},
+                "code": {"type": "string", "description": "names the error, for programs"},
+                "details": {"type": "object", "description": "the numbers, for programs"},
             },
         }
     },

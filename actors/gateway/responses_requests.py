@@ -168,7 +168,7 @@ class ResponsesRequest(ModelRequest, SamplerSettings, LoraSettings):
         if self.prompt is not None:
             raise refused("prompt", "no prompts are stored here; send their text as instructions or input")
         if self.background:
-            raise refused("background", "nothing is stored here; leave it out, or use stream to see what has come")
+            raise refused("background", "nothing is stored here; leave it out, or read the answer as a stream")
 
     @property
     def _effort(self) -> str | None:

@@ -37,7 +37,7 @@ def _names(given: object) -> object:
         raise ValueError(f"{len(given)} samplers; at most {MAX_SAMPLERS} are allowed")
     names = [_NAMES.get(name[:32].lower().replace("-", "").replace("_", "")) for name in given]
     if None in names:
-        raise ValueError(f"an unknown sampler; there are {', '.join(_LETTERS.values())}")
+        raise ValueError(f"an unknown sampler; known samplers: {', '.join(_LETTERS.values())}")
     return names
 
 
@@ -58,7 +58,7 @@ def _pair(given: object) -> object:
     if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10:
         key = int(key)
     if isinstance(key, int) and not 0 <= key < 2**31:
-        raise ValueError("a token is a number from 0 on")
+        raise ValueError("a token is a number, 0 or more")
     if isinstance(key, str) and not 0 < len(key) <= MAX_BIASED_TEXT:
         raise ValueError(f"a text has 1 to {MAX_BIASED_TEXT} characters")
     return key, -100.0 if bias is False else bias

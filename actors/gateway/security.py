@@ -111,7 +111,7 @@ class Guard:
         elif scope["path"] not in OPEN_PATHS:
             name = self._name_of_key(headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}")
         if scope["query_string"].count(b"&") >= MAX_QUERY_PARTS:
-            raise Rejected(f"the address has more than {MAX_QUERY_PARTS} parameters")
+            raise Rejected(f"the URL has more than {MAX_QUERY_PARTS} parameters")
         announced = headers.get("content-length", "")
         if announced.isascii() and announced.isdigit() and int(announced[:20]) > max_body_bytes:
             raise too_large(max_body_bytes)

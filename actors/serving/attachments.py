@@ -63,7 +63,7 @@ class Attachments:
             return part
         what = "images" if kind == "image" else "sounds"
         if not (self.senses.pictures if kind == "image" else self.senses.sample_rate):
-            raise Rejected(f"this model takes no {what}; give it a projector that does: mmproj in the catalogue")
+            raise Rejected(f"this model does not take {what}; give it a projector for them: mmproj in the catalogue")
         if len(self.files) == MOST_FILES:
             raise Rejected(f"the messages have more than {MOST_FILES} files; send fewer")
         self.files.append((kind, self._bytes_of(part["data"])))

@@ -147,7 +147,7 @@ class Engine:
         costly = prepared.constraint is not None or prepared.syntax is not None or request.sampling.dry_multiplier > 0
         if count > MOST_PREPARED and costly:
             raise Rejected(
-                f"{count} answers; at most {MOST_PREPARED} are allowed in a request with tools, thoughts, "
+                f"{count} answers; at most {MOST_PREPARED} are allowed in a request with tools, reasoning, "
                 "a grammar or the sampler dry"
             )
         together = Together(hearer, count, request.n)
@@ -360,6 +360,6 @@ def _check_likelihoods(request: GenerateRequest, wish: Wish, n_prompt: int, n_an
     at_once = (n_prompt if wish.judge_prompt else 0) + (0 if one_by_one else wish.max_tokens)
     if (count := at_once * (wish.n_probs + 1) * n_answers) > most:
         raise Rejected(
-            f"the answer may have {count} likelihoods of tokens; at most {most} are told at once. "
+            f"the answer may have {count} log probabilities; at most {most} are allowed in one piece. "
             f"Set a smaller max_tokens, ask for fewer likely tokens, or {way_out}"
         )

@@ -49,7 +49,7 @@ class Grammar:
         self._numbers = np.arange(vocabulary.n_tokens)
         for token in begun:
             if not self.take(token):
-                raise Rejected("the grammar does not allow what the chat template begins the answer with")
+                raise Rejected("the chat template begins the answer with text that the grammar does not allow")
 
     def take(self, token: int) -> bool:
         """Go on with `token` if it may come next; False, and nothing changed, if it may not."""

@@ -32,7 +32,7 @@ def infill_prompt(vocabulary: Vocabulary, wanted: Mapping[str, Any], n_ctx: int)
         llama_cpp.llama_vocab_fim_mid(pointer),
     )
     if min(before, after, middle) < 0:
-        raise Rejected("this model cannot fill in a middle: its vocabulary has no tokens for it. Ask another model")
+        raise Rejected("this model cannot fill in the middle of a text: its vocabulary has no tokens for it")
     begun = _tokens(vocabulary, wanted.get("prompt", ""))
     prefix = _tokens(vocabulary, wanted["input_prefix"])[-max(1, 3 * n_ctx // 8) :]
     suffix = _tokens(vocabulary, wanted["input_suffix"])[: max(0, n_ctx // 8 - 2 - len(begun))]

@@ -132,7 +132,7 @@ class Projector:
             bitmaps: Any = (ctypes.c_void_p * 1)(bitmap)
             code = mtmd_cpp.mtmd_tokenize(self._context, chunks, text, bitmaps, 1)
             if code != 0:
-                raise Rejected(f"this model's projector takes no such picture or sound (mtmd_tokenize returned {code})")
+                raise Rejected(f"this model's projector refuses this picture or sound (mtmd_tokenize returned {code})")
             return list(self._parts(chunks, identity))
         finally:
             mtmd_cpp.mtmd_input_chunks_free(chunks)
@@ -151,7 +151,7 @@ class Projector:
             at_once = bool(mtmd_cpp.mtmd_decode_use_non_causal(self._context, chunk))
             if at_once and n_tokens > self._n_ubatch:
                 raise Rejected(  # llama.cpp would end the process
-                    f"a picture is {n_tokens} tokens that this model must read at once, and it is loaded for "
+                    f"a picture is {n_tokens} tokens, which this model must read at once, but its n_ubatch is "
                     f"{self._n_ubatch}; set n_ubatch: {n_tokens} or more for it in the catalogue"
                 )
             if not n_tokens:
@@ -159,7 +159,7 @@ class Projector:
             is_image = mtmd_cpp.mtmd_input_chunk_get_type(chunk) == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE
             if is_image and 0 < self._most_tokens < n_tokens:
                 raise Rejected(
-                    f"a picture is {n_tokens} tokens; this model's projector has room for {self._most_tokens}. "
+                    f"a picture is {n_tokens} tokens; this model's projector takes at most {self._most_tokens}. "
                     "Make the picture smaller"
                 )
             positions = mtmd_cpp.mtmd_input_chunk_get_n_pos(chunk)
@@ -177,7 +177,7 @@ class Projector:
         embedding: Any = mtmd_cpp.mtmd_get_output_embd(self._context)
         vectors = np.array(np.ctypeslib.as_array(embedding, (medium.n_tokens, self._n_embd)))
         if not np.isfinite(vectors).all():  # in the cache, they would spoil the answers of others
-            raise EngineFailed("the projector made no numbers of a picture or sound")
+            raise EngineFailed("the projector gave no result for a picture or sound")
         medium.embedding = vectors
 
     # ------------------------------------------------------------------ the thread that owns the context

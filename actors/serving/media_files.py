@@ -72,7 +72,7 @@ def bytes_to_open(files: Sequence[tuple[str, bytes]]) -> int:
     for index, size in sizes:
         if max(size) > LONGEST_SIDE:
             raise Rejected(
-                f"picture {index + 1} has {size.width} x {size.height} pixels; a side may have {LONGEST_SIDE} at most"
+                f"picture {index + 1} has {size.width} x {size.height} pixels; a side may have at most {LONGEST_SIDE}"
             )
         if not 0 < size.pixels <= MOST_PIXELS:
             raise Rejected(
@@ -158,7 +158,7 @@ def picture(index: int, file: bytes) -> tuple[Size, bytes]:
     """Size and pixels of a file whose size was checked. Raises Rejected for a broken one."""
     found = _with_pillow(index, file) if _is_webp(file) else _with_libmtmd(index, file)
     if found[0] != size_of(index, file):
-        raise Rejected(f"picture {index + 1} is broken: its header says another size than it has")
+        raise Rejected(f"picture {index + 1} is broken: its size differs from the one in its header")
     return found
 
 
@@ -209,14 +209,14 @@ def _compressed(index: int, file: bytes, sample_rate: int, left_s: float) -> Sam
     if count > most:
         raise _too_long(index, f"longer than {max(0.0, left_s):.1f} s")
     if not np.isfinite(found := samples[:count]).all():
-        raise Rejected(f"sound {index + 1} is broken: its samples are no numbers")
+        raise Rejected(f"sound {index + 1} is broken: its samples are not numbers")
     return found
 
 
 def _too_long(index: int, how_long: str) -> Rejected:
     return Rejected(
         f"sound {index + 1} is {how_long}; all of a request may be {MOST_SOUND_S:.0f} s, "
-        f"where each counts as {PIECE_S:.0f} s at the least"
+        f"and each counts as at least {PIECE_S:.0f} s"
     )
 
 

@@ -142,7 +142,7 @@ class Reading:
         """The whole prompt; `payload`: its last tokens."""
         self.add_text(payload)
         if self._tokens and self._tokens[-1] < 0:
-            self.refusal = Rejected("the prompt ends with a picture or a sound; text must follow it, to be answered")
+            self.refusal = Rejected("the prompt ends with a picture or a sound; text must follow it")
         tokens, self._tokens = self._tokens, []
         return tokens
 

@@ -62,7 +62,7 @@ def ask_llama_cpp(spec: LoadSpec, timeout_s: float = TIMEOUT_S) -> BufferSizes:
         why = next((words for words in said if "GGML_ASSERT" in words), " ".join(said[-1:]))
         if done.returncode in _LLAMA_CPP_ENDED:
             name = signal.Signals(-done.returncode).name
-            raise LoadFailed("failed", f"llama.cpp ends its process over this model ({name}): {why}")
+            raise LoadFailed("failed", f"llama.cpp aborts on this model ({name}): {why}")
         raise PreflightUnavailable(f"llama.cpp could not be asked (exit status {done.returncode}): {why}")
     answer = json.loads(line.removeprefix(_ANSWER))
     if "unavailable" in answer:

@@ -155,7 +155,7 @@ class Preparer:
             raise EngineFailed(f"its preparer did not answer for {ANSWER_TIMEOUT_S:.0f} s") from error
         except OSError as error:
             connection.close()
-            raise EngineFailed(f"its preparer has ended ({error}); ask again") from error
+            raise EngineFailed(f"its preparer has ended ({error}); try again") from error
         except BaseException:
             connection.close()
             raise
@@ -175,7 +175,7 @@ class Preparer:
                 send(connection, Kind.SYNTAX, syntax)
             except OSError as error:
                 connection.close()
-                raise EngineFailed(f"its preparer has ended ({error}); ask again") from error
+                raise EngineFailed(f"its preparer has ended ({error}); try again") from error
         except BaseException:
             held.free()
             raise

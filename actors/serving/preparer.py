@@ -333,8 +333,8 @@ class Child:
         longest_bytes = n_ctx * self._vocabulary.longest_bytes
         if len(text) > longest_bytes:
             raise Rejected(
-                f"the prompt is {format_bytes(len(text))} of text; the slot holds {n_ctx} tokens, which are "
-                f"{format_bytes(longest_bytes)} at the most. Shorten the prompt or load the model with a larger n_ctx",
+                f"the prompt is {format_bytes(len(text))} of text; the slot holds {n_ctx} tokens, at most "
+                f"{format_bytes(longest_bytes)} of text. Shorten the prompt or load the model with a larger n_ctx",
                 n_ctx=n_ctx,
             )
         return self._vocabulary.tokenize(text, add_special=begins)

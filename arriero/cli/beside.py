@@ -1,10 +1,10 @@
-"""A plan for a model with what comes with it: room is kept free for a draft and a second context.
+"""A plan for a model with the files that come with it: room is kept free for a draft and a second context.
 
-Adapters and prediction layers are part of the model's own figures, and the projector is part of its placement, as in a
-service. What else lies beside it goes to the first GPU of a
-layout, which is known only when the layout is. So the plan is made, what lies beside its layouts is costed, and the
-plan is made again with so much kept free on every GPU and machine, until that is enough. On several GPUs this is
-cautious: the others keep the same free for nothing. Prices and speeds are of the model alone.
+Adapters and prediction layers are part of the model's own figures. The projector is part of its placement, as in a
+service. Everything else goes to the first GPU of a layout, which is known only with the layout. So the plan is made
+first. Then the memory of the other files is computed for its layouts, and the plan is made again with this much kept
+free on every GPU and machine, until it is enough. With several GPUs this is cautious: all but the first keep the memory
+free for nothing. Prices and speeds are those of the model alone.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def up(
     api_key: Annotated[str | None, typer.Option(envvar="ARRIERO_API_KEY", help="Key that clients must send.")] = None,
     virtual_gpus: Annotated[
         str | None,
-        typer.Option(help="Loopback devices in place of GPUs, such as 96MiB,64MiB; they need no card."),
+        typer.Option(help="Loopback devices instead of GPUs, such as 96MiB,64MiB; they need no card."),
     ] = None,
     single: Annotated[
         bool, typer.Option("--single", help="Single active model: each load evicts the previous one.")
@@ -129,7 +129,7 @@ def demo(
         Path | None, typer.Option("--models", help="Use the GGUF files of this directory instead.")
     ] = None,
 ) -> None:
-    """Show everything on this machine: several models, too little memory for all, every answer checked."""
+    """Show everything on this machine: several models, too little memory for all of them. Every answer is checked."""
     check_packages()
     from arriero.demo import run_demo
 

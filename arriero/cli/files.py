@@ -43,7 +43,7 @@ def inspect(file: File, json: AsJson = False) -> None:
 def footprint(
     file: File,
     grid: Annotated[
-        Path | None, typer.Option(help="JSON file: a list of layouts and contexts to cost, one object each.")
+        Path | None, typer.Option(help="JSON file with a list of layouts and contexts; each gets its own figures.")
     ] = None,
     lora: Lora = None,
     mmproj: Mmproj = None,

@@ -104,7 +104,7 @@ def print_plan(found: Plan) -> None:
         "free": "[green]fits beside the others[/]",
         "evict": "[yellow]fits after evicting[/]",
         "wait": "[yellow]must wait for running requests[/]",
-        "blocked": "[red]in the way: pinned models or other programs[/]",
+        "blocked": "[red]has no room now: pinned models or other programs are in the way[/]",
         "impossible": "[red]can never fit[/]",
     }
     place = f": {found.tier} on {found.node}" if found.tier else ""

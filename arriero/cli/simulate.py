@@ -71,7 +71,7 @@ def simulate(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="After this time, popularity moves on by one model; 0: never.",
+            help="After this time, the popularity ranks move by one model; 0: never.",
             show_default="1800, or 0 with --trace",
         ),
     ] = None,

@@ -130,7 +130,7 @@ def _nothing(stream: TextStream) -> str:
     if stream.finish_reason == "length":
         return "used all its tokens without any text; --max-tokens allows more"
     if stream.reasoning:
-        return "thought, and gave no answer"
+        return "wrote only reasoning, and no answer"
     return "gave an empty answer: it ended at once"
 
 

@@ -54,7 +54,7 @@ def _perform(stage: Stage) -> tuple[list[Claim], list[Asked]]:
         screen.say(stage.introduction(client.status()))
         asked = ask_in_turn(client, stage.in_turn, screen)
         in_turn = list(client.events(follow=False))
-        screen.say("Now all questions at once.")
+        screen.say("Now all questions at the same time.")
         asked += ask_all_at_once(client, stage.at_once, screen)
         events = list(client.events(follow=False))
         claims = judge_placements(stage, events) + judge_eviction_order(stage, in_turn)

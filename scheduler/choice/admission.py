@@ -1,6 +1,6 @@
-"""From a request to a workload: what may be asked of a model, and whether enough is known to decide.
+"""Turns a request into a workload: checks what the request asks of the model, and whether enough is known to decide.
 
-Raises errors of the request (`Rejected`) and of the model (`InvalidGGUF`, `Unavailable`). Room is not asked for here.
+Raises errors of the request (`Rejected`) and of the model (`InvalidGGUF`, `Unavailable`). Free memory is not checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scheduler.costs.params import ContextParams
 from scheduler.costs.shape import ModelShape
 from scheduler.errors import InvalidGGUF, Rejected, Unavailable
 
-MOST_NEEDS = 1024  # that are remembered, with what was worked out for them
+MOST_NEEDS = 1024  # workloads that are remembered, with what was computed for them
 
 
 class Admission:
@@ -32,7 +32,7 @@ class Admission:
         self._needs: dict[tuple[str, int | None], tuple[tuple[ModelShape, int, int, int], Workload]] = {}
 
     def check(self, model: Model, waiting: Waiting) -> None:
-        """Raise Rejected when the model cannot do what is asked. Before its header has been read, nothing is raised."""
+        """Raise Rejected if the model cannot do what is asked. Nothing is raised before its header has been read."""
         if model.shape is not None:
             self._context(model, model.shape, waiting)
 
@@ -107,7 +107,7 @@ class Admission:
         )
 
     def nodes(self, model: Model) -> list[Node]:
-        """Nodes with the same file. A copy of another size under the same name is another model."""
+        """Nodes with the same file. A copy of another size is another model, even under the same name."""
         return list(self._nodes(model))
 
     def _nodes(self, model: Model) -> Iterator[Node]:
@@ -121,11 +121,11 @@ class Admission:
                 yield node
 
     def final(self, model: Model) -> bool:
-        """Whether all machines and headers are known. Only then "nowhere" is an answer."""
+        """Whether all machines and headers are known. Only then can the decision be that there is no place."""
         return self._inventory.complete and not model.undecided
 
     def why_not_yet(self, model: Model) -> str:
-        """What the decision about a model still waits for."""
+        """What is still missing for a decision about the model."""
         if not self._inventory.nodes:
             return "no machine has joined yet"
         trouble = next((copy.trouble for copy in model.copies.values() if copy.trouble), "")

@@ -1,4 +1,4 @@
-"""What one model's offers cost, who is regretted and who is protected, at one moment."""
+"""The costs of one model's offers, and the regret and protection of replicas, at one moment."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Appraiser:
         return self.in_seconds
 
     def tokens_per_s(self, placement: Placement) -> float | None:
-        """Of an answer; None where speeds are not known."""
+        """Speed of an answer; None where speeds are not known."""
         return self._prices.tokens_per_s(self._workload.shape, self._workload.model, placement)
 
     def regret(self, replica: Replica) -> float:
@@ -54,16 +54,16 @@ class Appraiser:
         return self._regrets[replica.replica_id]
 
     def regret_of(self, offer: Offer) -> float:
-        """Of all its victims together."""
+        """The regret of all its victims together."""
         return fsum(self.regret(self._prices.replicas[victim]) for victim in offer.victims)  # the same in any order
 
     def protection(self, replica: Replica) -> str:
-        """Why the replica is never evicted: its model is pinned, or has no more replicas than it must have. Or ""."""
+        """Why the replica is never evicted, or "". Its model is pinned, or has no more replicas than it must have."""
         return protection(replica, self._models, self._prices)
 
 
 def protection(replica: Replica, models: Models, prices: Prices) -> str:
-    """As `Appraiser.protection`."""
+    """See `Appraiser.protection`."""
     model = models.by_name.get(replica.model)
     if model is None:
         return ""

@@ -1,12 +1,12 @@
-"""Which replicas are evicted: of all sets of idle replicas that free enough, the least regretted set.
+"""Chooses the replicas to evict: of all sets of idle replicas that free enough memory, the one with the least regret.
 
 The regret of a replica says how likely it is wanted soon, or what its eviction will cost (`Prices.worth`). The regret
-of a set is the sum. For replicas of one size on one device this is least recently used. Busy, pinned and loading
-replicas are never evicted. A fresh replica is evicted only when nothing else helps.
+of a set is the sum. For replicas of one size on one device, this is least recently used. Busy, pinned and loading
+replicas are never evicted. A replica in its first seconds is evicted only if nothing else helps.
 
-Sets are tried in the order of their regret, so the first set that frees enough is the best. This is exact up to a
-thousand sets. Beyond that, replicas are evicted one by one, the least regretted first, until there is enough room; then
-those that turn out not to be needed stay.
+Sets are tried in the order of their regret. So the first set that frees enough is the best one. This is exact up to a
+thousand sets. Beyond that, replicas are chosen one by one, the least regretted first, until there is enough room. Then
+replicas that turn out not to be needed are taken off the list.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import islice
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.units import ReplicaId
 
-MOST_SETS = 1024  # sets that are tried, each about one footprint lookup, most of them less
+MOST_SETS = 1024  # sets that are tried; each costs about one footprint lookup, most cost less
 
 Victims = frozenset[ReplicaId]
 
@@ -33,7 +33,7 @@ def evictable(
 ) -> list[Replica]:
     """Replicas that may be evicted now for the model `claimant`, the least regretted first.
 
-    A replica that drains for another model is left out: its room is promised.
+    A replica that drains for another model is left out: its room is promised to that model.
     """
     return sorted(
         (
@@ -53,9 +53,9 @@ def cheapest_victims(
     regret: Callable[[Replica], float],
     solve: Callable[[Victims], Placement | None],
 ) -> tuple[Placement, Victims] | None:
-    """The placement that `solve` finds without some of the replicas, and these: the set with the least regret.
+    """The set of replicas with the least regret whose eviction makes room, and the placement that `solve` then finds.
 
-    Of sets with equal regret, the smallest. None when even all replicas are not enough.
+    Of sets with equal regret, the smallest. None if not even the eviction of all replicas is enough.
     """
     least_first = sorted(replicas, key=regret)
     ids = [replica.replica_id for replica in least_first]
@@ -70,7 +70,7 @@ def cheapest_victims(
 
 
 def _by_regret(ascending: Sequence[float]) -> Iterator[tuple[int, ...]]:
-    """All sets of indices by the sum of their values, the empty one first."""
+    """All sets of indices, ordered by the sum of their values. The empty set comes first."""
     yield ()
     heap: list[tuple[float, int, tuple[int, ...]]] = [(ascending[0], 1, (0,))] if ascending else []
     while heap:
@@ -91,7 +91,7 @@ def _one_by_one(
         chosen.append(replica_id)
         if solve(frozenset(chosen)) is not None:
             break
-    for replica_id in reversed(chosen[:-1]):  # spare the most regretted of those that turn out not to be needed
+    for replica_id in reversed(chosen[:-1]):  # keep replicas that need not be evicted, the most regretted first
         fewer = frozenset(chosen) - {replica_id}
         if solve(fewer) is not None:
             chosen.remove(replica_id)

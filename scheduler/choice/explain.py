@@ -1,4 +1,4 @@
-"""Says why: every refusal has its numbers."""
+"""Explains decisions: every refusal has its reasons, with numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scheduler.units import NodeId, ReplicaId, format_bytes
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why a candidate was passed over: `tier`, `where` (devices), and the sentence."""
+    """Why a candidate was not chosen: `tier`, `where` (devices), and the sentence."""
 
     tier: str
     where: str
@@ -30,8 +30,8 @@ class Rejection:
 def rejections(
     here: Situation, found: Sequence[Tier], chosen: Placement | None, *, waits: bool
 ) -> tuple[Rejection, ...]:
-    """Why each candidate that is as good as the chosen one, or better, was not taken. `waits`: the chosen one has to
-    wait, so its own reason is told too. Of several GPUs, only the largest combination is told."""
+    """Why each candidate that is as good as the chosen one, or better, was not taken. `waits`: the request waits for
+    the chosen one, so its own reason is included. Of combinations of GPUs, only the largest is included."""
     taken = None if waits else chosen
     speakers: dict[tuple[str, NodeId, object], LayoutFamily] = {}
     for candidate in (c for tier in found for c in tier):
@@ -55,8 +55,8 @@ def _same_place(candidate: LayoutFamily, placement: Placement) -> bool:
 
 
 def _explained(candidate: LayoutFamily, here: Situation, idle: Mapping[ReplicaId, float]) -> Rejection:
-    """What the candidate needs, and what is free: now, and without the `idle` replicas (idle seconds by id). Then who
-    holds the rest, who must not share a GPU with it, and whether it would be too slow."""
+    """The memory that the candidate needs, and what is free: now, and without the `idle` replicas (idle seconds by id).
+    Then the replicas that hold the rest, those that must not share a GPU with it, and whether it would be too slow."""
     now = here.snapshot.now(candidate.node_id)
     later = here.snapshot.without(candidate.node_id, idle)
     residents, apart = list(here.replicas.on_node(candidate.node_id)), here.snapshot.apart
@@ -79,7 +79,7 @@ def _explained(candidate: LayoutFamily, here: Situation, idle: Mapping[ReplicaId
             continue
         wants = f"{facts.label}: " if partial else f"needs {format_bytes(need)} on {facts.label}; "
         parts.append(f"{wants}{format_bytes(max(0, free))} free of {format_bytes(facts.total_bytes)}")
-        parts += [f"{r.model} must not share it" for r in residents if r.replica_id in apart and _is_on(r, facts)]
+        parts += [f"{r.model} must not share this GPU" for r in residents if r.replica_id in apart and _is_on(r, facts)]
         parts += _holders(facts, free, could, device.foreign_bytes, idle, residents, here.protection)
     if plain.host_bytes > now.host_bytes:
         host = f"needs {format_bytes(plain.host_bytes)} of host RAM; "
@@ -90,7 +90,7 @@ def _explained(candidate: LayoutFamily, here: Situation, idle: Mapping[ReplicaId
     if now.active < 1:
         parts.append("the limit on active models is reached")
     parts += _too_slow(plain, candidate.workload.wishes.min_tokens_per_s, here.appraiser.tokens_per_s)
-    return Rejection(candidate.tier, where, "; ".join(parts) or "fits too, but less well")
+    return Rejection(candidate.tier, where, "; ".join(parts) or "fits, too, but ranks lower")
 
 
 def _too_slow(placement: Placement, wanted: float, tokens_per_s: Callable[[Placement], float | None]) -> list[str]:
@@ -121,12 +121,12 @@ def _holders(
         parts.append(f"evicting {', '.join(frees)} frees {format_bytes(could - free)}")
     parts += [f"{r.model} is {_hold(r, protected)}" for r in here if r.replica_id not in idle]
     if foreign_bytes:
-        parts.append(f"others use {format_bytes(foreign_bytes)}")
+        parts.append(f"other programs use {format_bytes(foreign_bytes)}")
     return parts
 
 
 def _hold(replica: Replica, protected: Callable[[Replica], str]) -> str:
-    """Why the replica does not make room."""
+    """Why the replica cannot be evicted now."""
     if why := protected(replica):
         return why
     if replica.drain_for:
@@ -139,7 +139,7 @@ def _hold(replica: Replica, protected: Callable[[Replica], str]) -> str:
 def describe_placement(
     placement: Placement, model: str, freed: Sequence[tuple[str, float]], inventory: Inventory
 ) -> str:
-    """A placement in one line; `freed` are the evicted models and how long each was idle, in seconds."""
+    """The placement in one line. `freed`: the evicted models, and how long each was idle, in seconds."""
     shares = [
         f"{layers} layers ({format_bytes(need)}) on {inventory.label(device_id)}"
         for device_id, layers, need in zip(placement.device_ids, placement.layers, placement.device_bytes, strict=True)
@@ -155,7 +155,7 @@ def describe_placement(
 
 
 def explain_coming(replica: Replica) -> str:
-    """What a request waits for when its replica is there or on its way."""
+    """What a request waits for if its replica is loaded or will be."""
     if replica.state is ReplicaState.READY:
         return "all slots are taken"
     return "loading" if replica.state is ReplicaState.LOADING else "waiting for evicted memory to come back"
@@ -164,7 +164,7 @@ def explain_coming(replica: Replica) -> str:
 def explain_waiting(victims: Iterable[Replica]) -> str:
     """What a request waits for when it has no replica."""
     names = ", ".join(f"{r.model} ({_doing(r)})" for r in victims)
-    return f"waiting for {names}" if names else "waiting for memory that is in use by others"
+    return f"waiting for {names}" if names else "waiting for memory that other programs use"
 
 
 def _doing(replica: Replica) -> str:
@@ -181,7 +181,7 @@ def explain_refusal(
     because: str = "",
 ) -> ArrieroError:
     """The error for a model that has no place, with the reason of every candidate and the ways out."""
-    what = "can never fit here" if kind is Impossible else "does not fit now, and nothing can make room for it"
+    what = "can never fit this cluster" if kind is Impossible else "does not fit now, and nothing can make room for it"
     why = f", {because}" if because else ""
     way_out = f"; it would fit with {' or '.join(would_fit_if)}" if would_fit_if else ""
     reasons = "; ".join(map(str, rejections)) or ("no GPU is left for it" if because else "no machine has its file")

@@ -1,4 +1,4 @@
-"""Ways to lay a model out on a node, best first. Each finds its best placement in a given `Room`.
+"""The families of layouts on a node, best first. Each finds its best placement in a given `Room`.
 
     one GPU            all layers on one device
     several GPUs       all layers over 2, 3, ... devices
@@ -35,11 +35,11 @@ CPU_ONLY = "CPU only"
 TIERS = (ONE_GPU, SEVERAL_GPUS, EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM, CPU_ONLY)
 ON_GPU = frozenset({ONE_GPU, SEVERAL_GPUS})
 PARTIAL = frozenset({EXPERTS_IN_RAM, SOME_LAYERS_IN_RAM})
-CONTEXT_STEP = 256  # llama.cpp rounds contexts up to so many tokens
+CONTEXT_STEP = 256  # llama.cpp rounds contexts up to a multiple of this, in tokens
 
 
 def fits(placement: Placement, room: Room) -> bool:
-    """Whether the placement fits in `room`, host RAM, CPU seats and the active-model limit included."""
+    """Whether the placement fits in `room`, with host RAM and the limit on active models."""
     return (
         room.active >= 1
         and placement.host_bytes <= room.host_bytes
@@ -52,7 +52,7 @@ def fits(placement: Placement, room: Room) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LayoutFamily:
-    """One layout family on concrete devices of one node. `least_bytes` as `Workload.least_bytes` says."""
+    """One layout family on concrete devices of one node. `least_bytes`: see `Workload.least_bytes`."""
 
     tier: str
     workload: Workload
@@ -82,20 +82,20 @@ class LayoutFamily:
         return found if found and fits(found, room) else None
 
     def _may_do_drawn(self, bounded: Placement, room: Room) -> bool:
-        """Whether it may fit `room` once its graph is drawn. If not, it need not be drawn."""
+        """Whether it may fit `room` when its graph is drawn. If not, the graph need not be drawn."""
         most_bytes = self.workload.bounded_footprint(bounded.layout).host.compute_bytes
         return fits(replace(bounded, host_bytes=max(0, bounded.host_bytes - most_bytes)), room)
 
     def feasible(self, room: Room) -> bool:
-        """Whether it fits `room` at all."""
+        """Whether any placement of the family fits `room`."""
         if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
             most = self.workload.n_layers - 1
             if self._spilling(most, self.workload).solve(room) is not None:
-                return True  # without looking for the best way
+                return True  # without a search for the best placement
         return self.solve(room) is not None
 
     def minimum(self) -> Placement:
-        """The plainest placement of the family, whether it fits or not. Refusals take their numbers from it."""
+        """The simplest placement of the family, whether it fits or not. Refusals take their numbers from it."""
         if not self.devices:
             return self._placement((), ())
         if self.tier == EXPERTS_IN_RAM and not self.n_cpu_moe:
@@ -118,7 +118,7 @@ class LayoutFamily:
         self, devices: Sequence[DeviceFacts], counts: Sequence[int], free: Sequence[int]
     ) -> tuple[Placement | None, list[int]]:
         """The placement with `counts` layers per device, if it fits in `free`; and the bytes that are left there
-        (negative: at least so many are missing). The graph is drawn only if weights and cache fit, and the bound does
+        (negative: at least this many are missing). The graph is drawn only if weights and cache fit, but the bound does
         not. For partial offloads it is not drawn here: that takes long where CUDA copies weights. See `grown`."""
         layout = self._layout(devices, counts)
         spills = self.tier == SOME_LAYERS_IN_RAM or 0 < self.n_cpu_moe < self.workload.n_layers - 1
@@ -135,9 +135,10 @@ class LayoutFamily:
         return None, slack
 
     def _spread(self, room: Room, besides: Sequence[int] = (), *, apart: int | None = None) -> Placement | None:
-        """All layers over all devices. `besides`: a guess at what each device needs besides weights and cache. A split
-        that does not fit corrects it. `apart`: a device that has layers with and without experts needs more. So the
-        share that ends nearest to where experts begin (0), or second nearest (1), is made to end there."""
+        """All layers over all devices. `besides`: an estimate of what each device needs besides weights and cache. A
+        split that does not fit corrects the estimate. `apart`: a device that has layers with and without experts needs
+        more memory. So one share is made to end where the experts begin: the share that ends nearest to that layer (0),
+        or second nearest (1)."""
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
         if sum(free) < self.least_bytes or min(free) <= 0:
             return None
@@ -162,7 +163,7 @@ class LayoutFamily:
             besides = [there - left - share for there, left, share in zip(free, slack, held, strict=True)]
 
     def _most_experts(self, room: Room) -> Placement | None:
-        """The experts of as few layers as possible in host RAM."""
+        """The placement with the experts of as few layers as possible in host RAM."""
 
         def without(n_cpu_moe: int) -> Placement | None:
             return self._spilling(n_cpu_moe, self.workload)._spread(room)
@@ -171,7 +172,7 @@ class LayoutFamily:
         best = without(most)
         if best is None:
             return None
-        few, many = 0, most  # with `many` it fits, with `few` it does not
+        few, many = 0, most  # `many` fits, `few` does not
         while many - few > 1:
             middle = (few + many) // 2
             found = without(middle)
@@ -179,9 +180,9 @@ class LayoutFamily:
         return self._less_spilled(best, room, self.workload)
 
     def _less_spilled(self, best: Placement, room: Room, workload: Workload) -> Placement:
-        """With the experts of fewer layers in host RAM, while there is room. Layers are split anew each time. First the
-        devices are taken to need as much besides as before. If that is too much, layers with and without experts are
-        kept apart."""
+        """Takes experts out of host RAM, one layer at a time, while there is room on GPUs. The layers are split again
+        each time. The first try assumes that the devices need as much besides weights and cache as before. If that
+        finds no placement, layers with and without experts are kept on different devices."""
         while (n_cpu_moe := best.layout.n_cpu_moe - 1) > 0:
             sums = [workload.layer_sums(device.kind, n_cpu_moe + 1) for device in self.devices]
             besides = [taken - share for taken, share in zip(best.device_bytes, shares(sums, best.layers), strict=True)]
@@ -194,12 +195,12 @@ class LayoutFamily:
         return best
 
     def _spilling(self, n_cpu_moe: int, workload: Workload) -> LayoutFamily:
-        """With the experts of so many layers in host RAM."""
+        """The family with the experts of `n_cpu_moe` layers in host RAM."""
         return replace(self, workload=workload, n_cpu_moe=n_cpu_moe, least_bytes=workload.least_bytes(n_cpu_moe))
 
     def _wanted(self, free: Sequence[int], rooms: Sequence[int], sums: Sequence[Sums]) -> list[int]:
-        """Layers after which each device's share should end; the last device is left out. The fastest devices are
-        filled first. Where all are equally fast, shares are in proportion to the free memory."""
+        """The layers after which each device's share should end, without the last device. The fastest devices are
+        filled first. If all are equally fast, the shares are in proportion to the free memory."""
         if len({device.rates.bytes_per_s for device in self.devices}) == 1:
             if self.workload.n_layers < len(free):
                 return []
@@ -213,7 +214,7 @@ class LayoutFamily:
     def _most_layers(self, room: Room) -> Placement | None:
         """As many layers on devices as fit, the fastest device first.
 
-        The first guess takes the average layer. Then single layers are taken off or added.
+        The first estimate uses the size of the average layer. Then single layers are removed or added.
         """
         free = [room.devices.get(device.device_id, 0) for device in self.devices]
         most = self.workload.n_layers - 1
@@ -222,7 +223,7 @@ class LayoutFamily:
             there = max(0, free[i] - self._overhead_bytes(i))
             counts[i] = min(most - sum(counts), there // self._layer_bytes())
         if not any(counts):
-            counts[free.index(max(free))] = 1  # the last layer may be a small one
+            counts[free.index(max(free))] = 1  # the last layer may be small
         best = self._shrunk(counts, free)
         return self._filled_up(best, free) if best else None
 
@@ -234,7 +235,7 @@ class LayoutFamily:
         return sorted(range(len(free)), key=lambda i: (-self.devices[i].rates.bytes_per_s, -free[i]))
 
     def grown(self, placement: Placement, room: Room) -> Placement:
-        """A partial offload with more layers (or their experts) on devices, where the drawn graph leaves room."""
+        """The partial offload with more layers (or their experts) on devices, if the drawn graph leaves room."""
         workload = self.workload.at("exact")
         if self.tier == EXPERTS_IN_RAM:
             return self._less_spilled(placement, room, workload)
@@ -243,7 +244,7 @@ class LayoutFamily:
         return more if fits(more, room) else placement
 
     def _filled_up(self, best: Placement, free: Sequence[int]) -> Placement:
-        """Layers are added one by one, each to the roomiest device."""
+        """Adds layers one by one, each to the device with the most free memory."""
         most = self.workload.n_layers - 1
         while best.layout.n_gpu_layers < most:
             taken = dict(zip(best.device_ids, best.device_bytes, strict=True))
@@ -272,11 +273,11 @@ class LayoutFamily:
         return None
 
     def _layer_bytes(self) -> int:
-        """What an average layer takes on a device."""
+        """The bytes of an average layer on a device."""
         return max(1, self.least_bytes // self.workload.n_layers)
 
     def may_hold(self, n_resident_layers: float, room: Room) -> bool:
-        """A quick look before `solve`: whether the devices have room for weights and cache of so many layers."""
+        """A quick check before `solve`: whether the devices have room for weights and cache of this many layers."""
         least = ceil(n_resident_layers)
         n_cpu_moe = self.workload.n_layers - least if self.tier == EXPERTS_IN_RAM else 0
         begins = 0 if self.tier == EXPERTS_IN_RAM else self.workload.n_layers - least

@@ -1,7 +1,7 @@
-"""An offer: a place, and the replicas that are evicted for it; and its cost, in one currency for all offers.
+"""An offer is a place, and the replicas that are evicted for it. It has a cost, in one currency for all offers.
 
-Where the speeds of all machines are known, a cost is seconds. Where they are not, the tier counts first, then the
-layers that are not on GPUs, then the regret of the victims. So offers of one decision can always be compared.
+If the speeds of all machines are known, a cost is in seconds. If not, the tier is compared first, then the layers that
+are not on GPUs, then the regret of the victims. So the offers of one decision can always be compared.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from scheduler.choice.eviction import Victims
 from scheduler.cluster.replica import Placement
 
 NEARLY = 1.25
-"""Times the lowest cost: up to here offers count as equally cheap, and other things decide. See decision 015."""
+"""Up to this factor times the lowest cost, offers count as equally cheap, and other criteria decide (decision 015)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Offer:
 
 
 class Cost(NamedTuple):
-    """Compared field by field. Where speeds are known, only `seconds` is not zero; else `seconds` is zero."""
+    """Compared field by field. If speeds are known, only `seconds` is not zero; otherwise `seconds` is zero."""
 
     tier: int = 0
     missing: int = 0
@@ -38,5 +38,5 @@ class Cost(NamedTuple):
         return self[:2] == least[:2] and self.seconds <= NEARLY * least.seconds
 
     def is_worth(self, wait_s: float, now: Cost) -> bool:
-        """Whether to wait so long for this instead of taking what costs `now`."""
+        """Whether waiting `wait_s` seconds for this is better than taking at once what costs `now`."""
         return (*self[:2], self.seconds + wait_s) < now[:3]

@@ -1,8 +1,8 @@
-"""The place for a model: the cheapest that fits, now or after evictions. Or what it waits for. Or why it never fits.
+"""Chooses the cheapest place for a model, now or after evictions. Or says what it waits for, or why it never fits.
 
-Each tier makes its best offer (`search`), and the cheapest offer is taken. Where speeds are known, costs are seconds,
-and a wait competes with the offers of now. Where speeds are not known, the tiers decide in their order, and a place in
-host RAM is not taken before `spill_after_s`. `benchmarks/decisions.py` measures how long a decision takes.
+Each tier makes its best offer (`search`), and the cheapest offer is taken. If speeds are known, costs are in seconds,
+and waiting for a better place competes with what can be had now. If speeds are not known, the order of the tiers
+decides, and a place in host RAM is not taken before `spill_after_s`. `benchmarks/decisions.py` measures decisions.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Tiers = Sequence[Tier]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to do. For "free" and "evict", `placement` is to be carried out. For "wait", it is what is waited for; None:
-    memory of others, or a device that cannot be used now.
+    """What to do. For "free" and "evict", `placement` is the place to load the model. For "wait", it is the place that
+    the model waits for. It is None while other programs use the memory, or while a device cannot be used.
 
     `victims`: replicas to evict; for "wait", the busy replicas that are in the way. `rejections`: why each better
-    candidate was not taken. `would_fit_if`: the smallest changes, each of which alone would make room. Both are there
-    when asked for.
+    candidate was not taken. `would_fit_if`: the smallest changes, each of which alone would make room. The last two are
+    filled only on request (`explain`).
     """
 
     verdict: Verdict
@@ -80,14 +80,14 @@ class Chooser:
         precise = here.workload.precision == "exact"
         if choice.placement is not None and not precise and (explain or choice.verdict != "wait"):
             drawn = here.workload.drawn(choice.placement, here.inventory.nodes[choice.placement.node_id])
-            if not within(drawn, choice.placement):  # the bound lied: do without it
+            if not within(drawn, choice.placement):  # the bound was too low: decide without it
                 return self.when(workload=here.workload.at("exact")).choose(explain=explain)
             choice = replace(choice, placement=self._search.grown(drawn, choice.victims))
             choice = replace(choice, placement=self._lengthened(choice))
         return self._explained(choice, tiers) if explain else choice
 
     def when(self, **changes: Any) -> Chooser:
-        """The same decision, but for these fields of the situation."""
+        """The same decision, with these fields of the situation changed."""
         return Chooser(replace(self.situation, **changes))
 
     def _explained(self, choice: Choice, tiers: Tiers) -> Choice:
@@ -101,11 +101,11 @@ class Chooser:
         return replace(choice, rejections=why_not, would_fit_if=ways_out(here, rooms, self._fits_unprotected))
 
     def _fits_unprotected(self, names: frozenset[str]) -> bool:
-        """Whether there would be a place if those models were not protected."""
+        """Whether there would be a place if the models `names` were not protected."""
         return self.when(unprotected=names, may_evict=True).choose().placement is not None
 
     def _lengthened(self, choice: Choice) -> Placement | None:
-        """The same layout with the longest context that there is room for, up to what the workload says."""
+        """The same layout with the longest context that has room, up to the workload's limit."""
         here, offer, most = self.situation, choice.offer, self.situation.workload.rounded_n_ctx
         if offer is None:
             return None
@@ -122,8 +122,8 @@ class Chooser:
         return placement
 
     def with_alternatives(self, *, explain: bool = False) -> Choice:
-        """The choice for the workload itself. If that is not on GPUs now: for the first alternative that is. If it has
-        no place at all: for the first alternative that has one. Raises as `choose`."""
+        """The choice for the workload itself. If that is not on GPUs now, the choice for the first alternative that is.
+        If it has no place at all, the choice for the first alternative that has one. Raises as `choose`."""
         choice, workload = self.choose(explain=explain), self.situation.workload
         if not workload.alternatives or choice.is_on_gpus_now:
             return choice
@@ -161,7 +161,7 @@ class Chooser:
 
     def _is_feasible(self, tiers: Tiers, keeping: Sequence[Replica]) -> bool:
         """Whether the model fits on some machine with only the replicas `keeping` on it. Only the devices with the most
-        memory are looked at: if it fits on others, it fits there."""
+        memory are checked: if the model fits on others, it fits on these."""
         here = self.situation
         for node, room in here.snapshot.unlike(here.nodes, keeping):
             roomiest = (tier.roomiest(node, room) for tier in tiers if node in tier.nodes)
@@ -170,7 +170,7 @@ class Chooser:
         return False
 
     def ever_fits(self) -> bool:
-        """Whether the model fits on one of the machines when nothing else is there."""
+        """Whether the model fits on one of the machines if they are empty."""
         return self._is_feasible(self._tiers(), ())
 
     def _refuse(self, tiers: Tiers) -> Choice:
@@ -185,13 +185,13 @@ class Chooser:
     # ------------------------------------------------------------------ finding
 
     def _find(self, tiers: Tiers, min_residency_s: float) -> list[Offer]:
-        """The cheapest offer that can be had now, evicting idle replicas at least `min_residency_s` old, and offers
-        close to it."""
+        """The cheapest offer that can be had now, and offers close to it. Idle replicas may be evicted for it if they
+        are at least `min_residency_s` old."""
         return self._search.cheapest(self._search.offers(tiers, self.situation.evictable(min_residency_s)))
 
     def _later(self, tiers: Tiers) -> Offer | None:
-        """The cheapest offer once replicas that are busy, loading or pending have ended. Replicas that make room for
-        another model already are asked last."""
+        """The cheapest offer after busy, loading or pending replicas have ended. Replicas that already make room for
+        another model are considered last."""
         here = self.situation
         if not here.may_evict:
             return None
@@ -219,12 +219,12 @@ class Chooser:
     # ------------------------------------------------------------------ waiting
 
     def _is_out_of_patience(self) -> bool:
-        """Whether host RAM is taken now, whatever may come later. Where costs are seconds, they decide instead."""
+        """Whether a place in host RAM is taken now, whatever may come later. If costs are in seconds, they decide."""
         here = self.situation
         return not here.appraiser.in_seconds and here.waited_s >= here.policy.spill_after_s
 
     def _is_worth_waiting(self, later: Offer, now: Offer) -> bool:
-        """Whether what could be had later is better than what can be had now. The wait is in its cost. The longer it
-        has been already, the longer it is taken to be."""
+        """Whether the later offer is better than the one that can be had now. Its cost includes the wait. The longer
+        the request has waited already, the longer the rest of the wait is estimated."""
         cost = self.situation.appraiser.cost
         return cost(later).is_worth(self.situation.waited_s, cost(now))

@@ -1,16 +1,16 @@
-"""What a placement costs, in seconds: the currency in which placements are compared.
+"""The cost of a placement in seconds: the currency in which placements are compared.
 
-    wait      until the replicas in the way have finished what they are doing
-    release   until their memory is really back
+    wait      until the replicas in the way have finished their work
+    release   until their memory is really free
     load      reading the file
-    service   the requests that a replica usually answers before it goes, at the speed of the layout
-    regret    for each victim, its load again, as likely as it is wanted soon
+    service   the requests that a replica usually answers before it is evicted, at the speed of the layout
+    regret    for each victim, the seconds to load it again, times the probability that it is wanted soon
 
-Somebody who is expected back in `t` seconds is expected soon with chance SOON_S / (SOON_S + t). What `t` is, the
-eviction policy says: `lru` takes the seconds since the model was last used, `gdsf` (greedy dual size frequency) the
-mean time between its requests, in a count that fades. With equal loads, `lru` makes the least recently used the
-cheapest victim. A second replica of a model is not regretted at all: the first one serves on. Each step of a model's
-priority doubles what it is regretted.
+A model that is expected again in `t` seconds is wanted soon with probability SOON_S / (SOON_S + t). The eviction policy
+says what `t` is. `lru` takes the seconds since the model was last used. `gdsf` (greedy dual size frequency) takes the
+mean time between its requests, by a decaying count. With equal loads, `lru` makes the least recently used model the
+cheapest victim. A second replica of a model has no regret: the first one continues to serve. Each step of a model's
+priority doubles its regret.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from scheduler.units import ReplicaId
 PROMPT_TOKENS = 512
 ANSWER_TOKENS = 256
 REQUESTS = 4
-"""A usual request, and how many there usually are: a conversation of some turns. Assumptions of this module."""
+"""A typical request, and how many a replica serves: a conversation of some turns. Assumptions of this module."""
 RELEASE_S = 0.5
-"""From stopping a replica until its device shows the memory: what a runner's end takes, an assumption as well."""
+"""From the stop of a replica until its device shows the memory as free. Also an assumption."""
 SOON_S = 300.0
-TIE_BREAK = 1e-7  # for each second of loading again: of replicas that were used at the same time the cheapest goes
+TIE_BREAK = 1e-7  # per second of loading again: of replicas last used at the same time, the cheapest load is evicted
 COMING_BACK_S = 2.0
-"""What a model that has to be loaded again costs besides the load: room has to be made for it, too. An assumption."""
+"""The cost of loading a model again, besides the load itself: it also needs room. An assumption."""
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """All in seconds. `service_s` is None where a device does not tell its rates, and `total_s` then lacks it."""
+    """All in seconds. `service_s` is None if a device does not tell its rates; then it is not part of `total_s`."""
 
     wait_s: float
     release_s: float
@@ -71,7 +71,7 @@ class Prices:
         victims: Iterable[ReplicaId],
         now: float,
     ) -> Price:
-        """Of putting `model` there once the `victims` are gone."""
+        """The price of loading `model` there after the `victims` are gone."""
         speed = self._speed(model, shape, placement)
         gone = [self.replicas[victim] for victim in victims]
         return Price(
@@ -83,7 +83,7 @@ class Prices:
         )
 
     def service(self, shape: ModelShape, model: str, replica: Replica) -> Price:
-        """Of being served by a replica that is there, once it has a free slot."""
+        """The price of being served by a loaded replica, when it has a free slot."""
         wait_s = 0.0 if replica.free_slots else self._busy_s(replica)
         return Price(wait_s, 0.0, 0.0, _service_seconds(self._speed(model, shape, replica.placement)), 0.0)
 
@@ -96,8 +96,9 @@ class Prices:
         return again_s * SOON_S / (SOON_S + self._back_in_s(model, replica, now)) * 2.0 ** self._models.priority(model)
 
     def worth(self, replica: Replica, now: float) -> float:
-        """By what victims are chosen: the least goes first. With `lru`, how likely it is wanted soon and nothing else,
-        so that of replicas that would do alike the least recently used goes; with `gdsf` the regret in seconds."""
+        """The value by which victims are chosen, the lowest first. With `lru`, it is how likely the replica is wanted
+        soon. So of replicas that would free enough, the least recently used one is evicted. With `gdsf`, it is the
+        regret in seconds."""
         regret_s = self.regret_s(replica, now)
         if self._by_frequency or not regret_s:
             return regret_s
@@ -115,7 +116,7 @@ class Prices:
         return 0.0 if replica.busy else max(0.0, now - replica.last_used_at)
 
     def surplus(self, replica: Replica) -> bool:
-        """Whether its model is served by others, as many as it shall have at least: those that were used last stay."""
+        """Whether its model has enough other replicas, at least `min_replicas`. The most recently used ones stay."""
         there = [r for r in self.replicas.of_model(replica.model) if r.open and r.state is ReplicaState.READY]
         model = self._models.by_name.get(replica.model)
         least = max(1, self._models.params(model).min_replicas or 0 if model else 0)
@@ -125,7 +126,7 @@ class Prices:
         return replica not in there[:least]
 
     def _busy_s(self, replica: Replica) -> float:
-        """Until the replica has finished what it is doing: half a request, a load and one that follows it."""
+        """Seconds until the replica has finished: half a request, or its load and the request that follows."""
         shape = self._shape(replica.model)
         coming = replica.state in (ReplicaState.PENDING, ReplicaState.LOADING)
         if shape is None or not (replica.busy or coming):
@@ -135,23 +136,23 @@ class Prices:
         return load_s + request_s if coming else 0.5 * request_s
 
     def request_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
-        """How long a request holds a slot: as seen lately, or a usual one at the speed of the layout."""
+        """How long a request holds a slot: as measured recently, or a typical one at the speed of the layout."""
         seen = self._models.by_name[model].service if model in self._models.by_name else None
         if seen is not None and seen.samples:
             return seen.mean_s
         return (_service_seconds(self._speed(model, shape, placement)) or 0.0) / REQUESTS
 
     def tokens_per_s(self, shape: ModelShape, model: str, placement: Placement) -> float | None:
-        """Of an answer; None where a device does not tell its rates."""
+        """The speed of an answer; None if a device does not tell its rates."""
         answer = self._speed(model, shape, placement).answer
         return 1 / answer.seconds if answer is not None else None
 
     def usual_request_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
-        """Of a usual request at the speed of the layout; 0 where that is not known."""
+        """Seconds of a typical request at the speed of the layout; 0 if the speed is not known."""
         return (_service_seconds(self._speed(model, shape, placement)) or 0.0) / REQUESTS
 
     def measured_load_s(self, shape: ModelShape, model: str, placement: Placement) -> float:
-        """How long a load takes there, as far as that was measured or the disk is known; else 0."""
+        """How long a load takes there, if it was measured or the disk is known; else 0."""
         known = self._models.by_name.get(model)
         copy = known.copies.get(placement.node_id) if known else None
         fraction = copy.file.cached_fraction if copy else None
@@ -160,7 +161,7 @@ class Prices:
         return self._speeds.load(shape, placement.node_id, fraction).seconds
 
     def least_load_s(self, model: Model, shape: ModelShape, enough_s: float) -> float:
-        """The same on the machine where it is the least; or on any where it is no more than `enough_s`."""
+        """The same on the machine with the fastest load; or on any machine where it takes at most `enough_s`."""
         least_s = inf
         for node_id, copy in model.copies.items():
             if not self._speeds.knows_loads(shape, node_id, copy.file.cached_fraction):
@@ -186,7 +187,7 @@ class Prices:
 
 
 def _service_seconds(speed: Speed) -> float | None:
-    """None where the speed is not known."""
+    """None if the speed is not known."""
     if speed.answer is None or speed.prompt is None:
         return None
     return REQUESTS * (PROMPT_TOKENS * speed.prompt.seconds + ANSWER_TOKENS * speed.answer.seconds)

@@ -1,8 +1,8 @@
 """The search for offers: for each tier the best place that is free, or that evictions would free.
 
-Within a tier: the fewest devices; a free place before one that needs evictions; of places that cost nearly the same,
-the least regretted victims, then the tightest fit, so that large GPUs stay free for large models. The search ends with
-an offer that later tiers cannot clearly beat. Once there is an offer on GPUs, nothing is evicted for a later tier.
+The order within a tier: the fewest devices, then places that need no eviction. Of places that cost nearly the same, the
+one with the least regretted victims, then the tightest fit, so that large GPUs stay free for large models. The search
+ends with an offer that later tiers cannot clearly beat. After an offer on GPUs, nothing is evicted for a later tier.
 """
 
 from __future__ import annotations
@@ -31,17 +31,15 @@ from scheduler.cluster.free_memory import Room
 from scheduler.cluster.replica import Placement, Replica
 from scheduler.units import DeviceId, NodeId, ReplicaId
 
-GOOD_ENOUGH = 0.9  # of the layers that could be on GPUs: victims are sought for so many, and for all of them
-DRAWING_GAINS = (
-    1.1  # times the seconds, at the most (1.07 were seen), when the drawn graph leaves room for a layer more
-)
-MOST_ROOMY = 2  # machines on which a free place is sought once there is a place on GPUs
-MOST_COMPARED = 12  # combinations of GPUs for which victims are sought, the least memory first
+GOOD_ENOUGH = 0.9  # share of the layers that could be on GPUs: victims are searched for this share, and for all layers
+DRAWING_GAINS = 1.1  # largest gain in speed (1.07 were seen) if the drawn graph leaves room for one more layer
+MOST_ROOMY = 2  # machines on which a free place is searched after a place on GPUs was found
+MOST_COMPARED = 12  # combinations of GPUs for which victims are searched, the least memory first
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """In one situation."""
+    """The search in one situation."""
 
     situation: Situation
 
@@ -52,8 +50,8 @@ class Search:
     # ------------------------------------------------------------------ tiers
 
     def offers(self, tiers: Sequence[Tier], idle: Sequence[Replica], *, worse_too: bool = False) -> Iterator[Offer]:
-        """The best offer of each tier. After one that can hardly be beaten, only a free place on more GPUs is sought,
-        which would spare its victims; `worse_too`: all tiers are."""
+        """The best offer of each tier. After an offer that can hardly be beaten, only a free place on more GPUs is
+        searched, because it needs no victims. `worse_too`: all tiers are searched."""
         on_gpu = ended = False
         victims = Victims()
         for name, each in groupby(tiers, key=lambda tier: tier.name):
@@ -72,8 +70,9 @@ class Search:
         return next((offer for tier in sizes if (offer := best(tier, idle))), None)
 
     def _best_on_any_size(self, sizes: Sequence[Tier], idle: Sequence[Replica], *, may_evict: bool) -> Offer | None:
-        """More GPUs leave fewer experts for host RAM. So besides the fewest GPUs that will do, the roomiest of each
-        larger number are looked at, and all GPUs of a machine with evictions too."""
+        """With more GPUs, fewer experts are in host RAM. So larger numbers of GPUs are tried, too, not only the fewest
+        that are enough. For each larger number, the GPUs with the most free memory are tried. For all GPUs of a
+        machine, evictions are tried, too."""
         made: list[Offer] = []
         for tier in sizes:
             fewest_or_all = not made or tier is sizes[-1]
@@ -84,8 +83,7 @@ class Search:
         return min(made, key=lambda offer: (self._appraiser.cost(offer), len(offer.placement.device_ids)), default=None)
 
     def cheapest(self, offers: Iterable[Offer]) -> list[Offer]:
-        """The cheapest of the offers, and behind it partial offloads that may turn out to be cheaper when their graphs
-        are drawn."""
+        """The cheapest of the offers, followed by partial offloads that may be cheaper when their graphs are drawn."""
         priced = sorted((self._appraiser.cost(offer), number, offer) for number, offer in enumerate(offers))
         if not priced:
             return []
@@ -97,8 +95,8 @@ class Search:
     # ------------------------------------------------------------------ candidates that are equally good
 
     def _best_of(self, tier: Tier, idle: Sequence[Replica]) -> Offer | None:
-        """The best offer, with evictions if nothing is free. Of partial offloads the cheapest: what is free competes
-        with evictions for all layers that could be on GPUs, and for nearly all."""
+        """The best offer, with evictions if nothing is free. Of partial offloads, the cheapest of three: a free place,
+        evictions for all layers that could be on GPUs, and evictions for nearly all of them."""
         free = self._best_free(tier)
         if tier.name not in PARTIAL:
             return free or self.make_room(tier, idle)
@@ -110,8 +108,8 @@ class Search:
         return self._tightest(candidate for node in there for candidate in tier.on(node))
 
     def _roomiest_free(self, tier: Tier, _: Sequence[Replica] = ()) -> Offer | None:
-        """A free place, sought only where there is most memory: it competes with a place that is in hand already, and
-        is not worth a long search."""
+        """A free place, searched only where most memory is free: it competes with a place that was found already, so
+        a long search does not pay."""
         rooms = {node.facts.node_id: self._now(node.facts.node_id) for node in tier.nodes}
         roomy = nlargest(MOST_ROOMY, tier.nodes, key=lambda node: sum(rooms[node.facts.node_id].devices.values()))
         there = (node for node in roomy if tier.may_fit(node, rooms[node.facts.node_id]))
@@ -119,14 +117,14 @@ class Search:
         return self._tightest(candidate for candidate in each if candidate is not None)
 
     def _tightest(self, candidates: Iterable[LayoutFamily]) -> Offer | None:
-        """Of the candidates that are free now."""
-        if self.situation.outgrown:  # these go first
+        """The tightest of the candidates that are free now."""
+        if self.situation.outgrown:  # these are evicted first
             return None
         placements = (self.situation.solve(each, self._now(each.node_id)) for each in candidates)
         return self._best([Offer(placement) for placement in placements if placement], self._tightness)
 
     def make_room(self, tier: Tier, removable: Sequence[Replica], share: float = GOOD_ENOUGH) -> Offer | None:
-        """The best offer with some of `removable` evicted; with `share` of the layers on GPUs that could be there."""
+        """The best offer with some of `removable` evicted. On GPUs are at least `share` of the layers that could be."""
         everybody = frozenset(r.replica_id for r in removable) | self.situation.outgrown
         cleared = {n.facts.node_id: self._without(n.facts.node_id, everybody) for n in tier.nodes}
         there = [node for node in tier.nodes if tier.may_fit(node, cleared[node.facts.node_id])]
@@ -142,7 +140,7 @@ class Search:
         return self._best(made, self._harm)
 
     def _promising(self, single: Sequence[LayoutFamily], removable: Sequence[Replica]) -> list[LayoutFamily]:
-        """Of many single GPUs the few of each kind where, by bytes alone, the least regretted would make room."""
+        """Of many single GPUs, a few of each kind: those where, by bytes alone, the least regret makes room."""
         residents: dict[DeviceId, list[tuple[Replica, int]]] = {}
         for replica in removable:
             for device_id, count in zip(replica.placement.device_ids, replica.placement.device_bytes, strict=True):
@@ -188,7 +186,7 @@ class Search:
         removable: Sequence[Replica],
         enough: Callable[[Room], Placement | None],
     ) -> Sequence[Replica]:
-        """Those of `removable` worth looking at: the ones on the candidate's devices, if only devices are short."""
+        """The replicas of `removable` that can help: those on the candidate's devices, if only devices are short."""
         devices = {device.device_id for device in candidate.devices}
         near = [r for r in removable if devices.intersection(r.placement.device_ids)]
         as_it_is = self._without(candidate.node_id, self.situation.outgrown)
@@ -201,20 +199,20 @@ class Search:
     # ------------------------------------------------------------------ drawn graphs
 
     def cheapest_drawn(self, close: Sequence[Offer]) -> Offer:
-        """Of several that cost nearly the same by the bound, the cheapest with the graph drawn, which takes time."""
+        """Of offers that cost nearly the same by the bound, the cheapest with the graph drawn. Drawing takes time."""
         if len(close) == 1:
             return close[0]
         drawn = [self._drawn(offer) if offer.placement.tier in PARTIAL else offer for offer in close]
         return min(drawn, key=self._appraiser.cost)
 
     def _drawn(self, offer: Offer) -> Offer:
-        """The same with the graph drawn, and the layers more that this leaves room for."""
+        """The same offer with the graph drawn, and with the further layers for which this leaves room."""
         placement = offer.placement
         drawn = self.situation.workload.drawn(placement, self.situation.inventory.nodes[placement.node_id])
         return Offer(self.grown(drawn, offer.victims), offer.victims) if within(drawn, placement) else offer
 
     def grown(self, drawn: Placement, victims: Victims) -> Placement:
-        """Some layers more, where the drawn graph leaves room for them."""
+        """The placement with more layers on GPUs, if the drawn graph leaves room for them."""
         if drawn.tier not in PARTIAL:
             return drawn
         workload, node = self.situation.workload, self.situation.inventory.nodes[drawn.node_id]
@@ -227,7 +225,7 @@ class Search:
     # ------------------------------------------------------------------ comparing
 
     def _best(self, offers: Sequence[Offer], key: Callable[[Offer], Any]) -> Offer | None:
-        """The first by `key` of those that cost nearly the least."""
+        """The offer with the lowest `key`, of those that cost nearly the least."""
         if len(offers) > 1:
             costs = [self._appraiser.cost(offer) for offer in offers]
             least = min(costs)
@@ -235,15 +233,15 @@ class Search:
         return min(offers, key=key, default=None)
 
     def _tightness(self, offer: Offer) -> tuple[int, int, int, int]:
-        """Most layers on GPUs (they differ for partial offload only), fewest devices, and the least memory left: on the
-        GPUs of the machine, then on those that are used. The most, where models are to be spread."""
+        """The order: most layers on GPUs (they differ only for partial offload), fewest devices, and the least memory
+        left: on all GPUs of the machine, then on the used ones. With `placement: spread`, the most memory left."""
         placement = offer.placement
         room = self._without(placement.node_id, offer.victims)
         taken = sum(placement.device_bytes)
         there = sum(room.devices[device_id] for device_id in placement.device_ids) - taken
         on_node = sum(room.devices.values()) - taken
         if placement.tier == CPU_ONLY:
-            on_node = there = -room.host_bytes  # the node with the most RAM free
+            on_node = there = -room.host_bytes  # the node with the most free RAM
         elif self.situation.policy.placement == "spread":
             on_node, there = -on_node, -there
         return -placement.n_resident_layers, len(placement.device_ids), on_node, there
@@ -253,7 +251,7 @@ class Search:
         return n_devices, regret, len(offer.victims), self._tightness(offer)
 
     def room_of(self, offer: Offer) -> Room:
-        """Where the offer finds its room: as it is now, if that is enough."""
+        """The room that the offer uses: the room as it is now, if that is enough."""
         placement = offer.placement
         now = self._now(placement.node_id)
         free = not offer.victims and fits(placement, now)

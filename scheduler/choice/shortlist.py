@@ -1,9 +1,10 @@
-"""Which machines of many are looked at closely. A decision must not take longer the larger the cluster is.
+"""Selects the machines that a decision examines. A decision must not take longer on a larger cluster.
 
-One quick pass over free memory names the machines on which the model fits most tightly, those where it is fastest, and
-those with the most free VRAM and the most free host RAM. The least recently used replicas name machines where evictions
-make room. The page cache and other replicas of the model name machines too. Up to `ALL` machines are all looked at. If
-they have no place on GPUs, more are looked at: up to `MANY` all of them, else the largest of each kind.
+Up to `ALL` machines are all examined. Of more machines, a quick pass over free memory selects those on which the model
+fits most tightly, those where it is fastest, and those with the most free VRAM or host RAM. If no GPU has room, it adds
+machines where the eviction of a least recently used replica makes room. It also adds machines that have the file in the
+page cache, or a replica of the model. If none of these has a place on GPUs, more are examined: up to `MANY` all,
+else the largest of each kind.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from scheduler.cluster.replica import Replica
 from scheduler.units import GIB, NodeId
 
 ALL = 8
-OF_A_KIND = 2  # machines that each reason names
+OF_A_KIND = 2  # machines for each criterion
 MANY = 32
-LOOKED_THROUGH = 512  # replicas, used longest ago first
+LOOKED_THROUGH = 512  # replicas, the least recently used first
 
 
 def shortlist(
@@ -31,7 +32,7 @@ def shortlist(
     protected: Callable[[Replica], str],
     cached: Callable[[NodeId], float],
 ) -> list[Node]:
-    """The machines of `nodes` to look at closely. `cached`: the share of the model's file in a machine's page cache."""
+    """The machines of `nodes` to examine. `cached`: the share of the model's file in a machine's page cache."""
     if len(nodes) <= ALL:
         return list(nodes)
     least, replicas = workload.least_bytes(), snapshot.replicas
@@ -63,8 +64,8 @@ def shortlist(
 
 
 def wider(workload: Workload, nodes: Sequence[Node], snapshot: Snapshot) -> list[Node]:
-    """Machines to look at next: all of `nodes`; of many, the two of each kind with the most memory free. If the model
-    fits on any of `nodes`, it fits on one of these."""
+    """The machines to examine next: all of `nodes`; of many, the two of each kind with the most free memory. If the
+    model fits on any of `nodes`, it fits on one of these."""
     if len(nodes) <= MANY:
         return list(nodes)
     kinds: dict[tuple[object, ...], list[tuple[int, int, Node]]] = {}

@@ -1,4 +1,4 @@
-"""What one decision sees: the workload, the machines in question, and what is known of them at that moment."""
+"""The input of one decision: the workload, the machines to examine, and what is known about them at that moment."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Situation:
     now: float
     waited_s: float = 0.0
     outgrown: Victims = frozenset()
-    """Smaller replicas of the same model. They are evicted first, whatever their regret."""
+    """Replicas of the same model that are too small. They are evicted first, whatever their regret."""
     may_evict: bool = True
     """False: only `outgrown` replicas are evicted."""
     unprotected: frozenset[str] = frozenset()
-    """Models whose protection does not count."""
+    """Models whose protection is ignored."""
 
     def protection(self, replica: Replica) -> str:
         """Why the replica is never evicted, or ""."""
@@ -50,7 +50,7 @@ class Situation:
         return evictable(others, self.protection, self.now, min_residency_s, self.workload.model, self.appraiser.regret)
 
     def there(self) -> Iterable[Replica]:
-        """Replicas on the machines in question; all replicas where the number of loaded models is limited."""
+        """Replicas on the machines to examine; all replicas if the number of active models is limited."""
         if self.policy.max_active_models is not None:
             return self.replicas.values()
         return (replica for node in self.nodes for replica in self.replicas.on_node(node.facts.node_id))
@@ -65,7 +65,7 @@ class Situation:
         return placement if tokens_per_s is None or tokens_per_s >= wanted else None
 
     def feasible(self, candidate: LayoutFamily, room: Room) -> bool:
-        """Whether the candidate has any placement in the room that would do."""
+        """Whether the candidate has any placement in the room that is fast enough for the catalogue."""
         if self.workload.wishes.min_tokens_per_s:
             return self.solve(candidate, room) is not None
         return candidate.feasible(room)

@@ -1,7 +1,7 @@
-"""The room on each machine as one decision sees it: now, without some replicas, and empty.
+"""The room on each machine during one decision: now, without some replicas, and empty.
 
-A model may have to be kept apart from others: a device with such a replica has no room while the replica stays. Every
-room is computed once in a decision.
+Some models must not share a GPU (`not_with`). A device with a replica of such a model has no room while the replica
+stays. Every room is computed once in a decision.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scheduler.units import NodeId, ReplicaId
 
 @dataclass(slots=True)
 class Snapshot:
-    """`apart`: replicas with which no GPU is shared."""
+    """`apart`: replicas that must not share a GPU with the model."""
 
     rooms: Rooms
     replicas: Replicas
@@ -34,7 +34,7 @@ class Snapshot:
         return self._now[node_id]
 
     def without(self, node_id: NodeId, victims: Iterable[ReplicaId]) -> Room:
-        """When the `victims` are gone, and all replicas that are stopping already."""
+        """The room after the `victims` are gone, and all replicas that are already stopping."""
         if node_id not in self._views:
             self._views[node_id] = self.rooms.view(node_id)
         view = self._views[node_id]
@@ -45,7 +45,7 @@ class Snapshot:
         return self._open(view.without(gone), staying, gone)
 
     def empty(self, node_id: NodeId, keeping: Iterable[Replica] = ()) -> Room:
-        """With only the replicas `keeping` on it, no memory of others, and every device usable."""
+        """The room with only the replicas `keeping`, without memory of other programs, and with every device usable."""
         keeping = tuple(keeping)
         if not keeping and node_id in self._empty:
             return self._empty[node_id]
@@ -55,7 +55,7 @@ class Snapshot:
         return room
 
     def unlike(self, nodes: Iterable[Node], keeping: Iterable[Replica] = ()) -> Iterator[tuple[Node, Room]]:
-        """Machines and their rooms with only the replicas `keeping` on them. Of machines that are alike, one."""
+        """Machines and their rooms with only the replicas `keeping` on them. Of equal machines, only one."""
         seen = set()
         for node in nodes:
             room = self.empty(node.facts.node_id, keeping)

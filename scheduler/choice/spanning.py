@@ -1,6 +1,7 @@
-"""For a model that has no place: whether several machines together have the memory that no machine has alone.
+"""For a model that has no place: whether several machines together have enough memory, if no single one has.
 
-Arriero does not spread a model over machines. A refusal says so, because people add up what is free.
+Arriero does not spread a model over machines. A refusal says so, because users may add up the free memory of all
+machines.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from scheduler.units import NodeId, format_bytes
 
 SEVERAL_MACHINES = "several machines"
 MOST_MACHINES = 16
-"""More than llama.cpp has devices for (`llama_max_devices`) would not help anyway."""
+"""More would not help: this is llama.cpp's limit on devices (`llama_max_devices`)."""
 
 
 def over_machines(workload: Workload, rooms: Sequence[tuple[Node, Room]]) -> tuple[Rejection, ...]:
-    """Says that the model would fit over several machines: the fewest that hold it. Empty if it would not. `rooms`:
-    what each machine has for it."""
+    """The rejection which says that the model would fit over several machines, the fewest that hold it. Empty if it
+    would not. `rooms`: each machine with its room."""
     allowed = [(node, _part(workload, node, room)) for node, room in rooms if workload.wishes.allow(node)]
     largest = sorted(allowed, key=lambda each: (-sum(each[1].devices.values()), -each[1].host_bytes))[:MOST_MACHINES]
     wishes = Wishes(spill=workload.wishes.spill, max_gpus=workload.wishes.max_gpus)
@@ -44,7 +45,7 @@ def _part(workload: Workload, node: Node, room: Room) -> Room:
 
 
 def _fits_together(workload: Workload, some: Sequence[tuple[Node, Room]]) -> bool:
-    """Whether the model fits on one machine that has what all of these have."""
+    """Whether the model fits on an imaginary machine with the devices and the RAM of all these machines."""
     nodes, rooms = zip(*some, strict=True)
     room = Room(
         devices={device_id: free for each in rooms for device_id, free in each.devices.items() if free},

@@ -1,4 +1,4 @@
-"""Tokens per second and load times of placements: predicted, and learned from what replicas really did."""
+"""Tokens per second and load times of placements: predicted, and corrected by what replicas really took."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from scheduler.units import NodeId
 
 REMEMBERED = 4096
 USUAL_TOKENS = 512
-"""Tokens in the context for which an answer's speed is said, or half the context if that is less."""
+"""The speed of an answer is given for this many tokens in the context, or for half the context if that is less."""
 MOSTLY = 0.5
-"""From this share of a file in the page cache on, its load is compared with other cached loads."""
+"""If at least this share of a file is in the page cache, its load is compared with other cached loads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Seconds per token of an answer and of a prompt, and of a load. None where a device's rates are not known."""
+    """Seconds per token of an answer and of a prompt, and seconds of a load. None if a device's rates are not known."""
 
     answer: Estimate | None
     prompt: Estimate | None
@@ -39,7 +39,8 @@ class Speeds:
         self._changes = paces.changes
 
     def predict(self, shape: ModelShape, placement: Placement, cached_fraction: float | None) -> Speed:
-        """Of a model in a place, `cached_fraction` of whose file is in the page cache (None: not known, none of it)."""
+        """The speed of a model in a place. `cached_fraction`: the share of its file in the page cache (None: not known,
+        counts as none)."""
         if self._changes != self._paces.changes or len(self._known) > REMEMBERED:
             self._known.clear()
             self._changes = self._paces.changes
@@ -63,7 +64,7 @@ class Speeds:
         return Speed(answer, prompt, load)
 
     def load(self, shape: ModelShape, node_id: NodeId, cached_fraction: float | None) -> Estimate:
-        """Of a load of the model on the machine."""
+        """The seconds of a load of the model on the machine."""
         node, fraction = self._inventory.nodes[node_id], cached_fraction or 0.0
         return self._paces.corrected(_load_seconds(shape, node, fraction), _load_keys(shape, node, fraction))
 
@@ -94,7 +95,8 @@ class Speeds:
         return self._paces.learn(_load_seconds(shape, node, fraction), load_s, _load_keys(shape, node, fraction))
 
     def _seconds(self, shape: ModelShape, placement: Placement, n_past: int) -> tuple[float, float] | None:
-        """By the formulas alone: (per token of an answer, of a prompt); None where a device does not tell its rates."""
+        """Seconds per token of an answer and of a prompt, by the formulas alone. None if a device does not tell its
+        rates."""
         host = self._inventory.nodes[placement.node_id].facts.rates
         rates = []
         for device_id in placement.device_ids:
@@ -107,7 +109,7 @@ class Speeds:
         return seconds_per_token(shape, placement.layout, placement.context, tuple(rates), host, n_past)
 
     def _keys(self, phase: str, shape: ModelShape, placement: Placement) -> Sequence[str]:
-        """This model on such hardware, in this layout; then any model there."""
+        """The keys to learn under: this model in this layout on this kind of hardware; then any model there."""
         node = self._inventory.nodes[placement.node_id].facts
         found = (self._inventory.device(device_id) for device_id in placement.device_ids)
         products = "+".join(device.facts.product for device in found if device) or "CPU"

@@ -1,8 +1,8 @@
-"""A row of layers, split over devices. Each device takes the next layers in the row, at least one.
+"""Splits a row of layers over devices. Each device takes the next layers in the row, at least one.
 
 Layers differ in size: the experts of the first layers may be in host RAM, and layers with windows take less cache. So
-sums over the real layers decide, not an average. A device that holds some layers in a row also holds any part of them.
-So filling the devices from the end finds a split if there is one.
+sums over the real layers decide, not an average. If a device has room for some layers in a row, it also has room for
+any part of them. So filling the devices from the end finds a split if there is one.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
 Sums = Sequence[int]
-"""Bytes of the first 0, 1, 2, ... layers on one kind of device; the last entry is of all."""
+"""Bytes of the first 0, 1, 2, ... layers on one kind of device; the last entry is for all layers."""
 
 
 def shares(sums: Sequence[Sums], counts: Iterable[int]) -> list[int]:
-    """Bytes on each device with so many layers each; `sums`: one per device."""
+    """Bytes on each device with `counts` layers each; `sums`: one per device."""
     ends = pairwise(accumulate(counts, initial=0))
     return [of[end] - of[begin] for of, (begin, end) in zip(sums, ends, strict=True)]
 
 
 def split(sums: Sequence[Sums], rooms: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...] | None:
-    """Layers per device, whose bytes fit in `rooms`, as near as can be to shares that end after `wanted` layers (one
-    number per device but the last). None where there is no such split, or one with fewer devices would do as well: one
-    of them has no room for a layer when its turn comes."""
+    """Layers per device whose bytes fit in `rooms`. The shares end as near as possible to `wanted` (a number of layers
+    for each device but the last). None if there is no such split. None also if a device has no room for a layer when
+    its turn comes: then fewer devices are as good."""
     n_layers, last = len(sums[0]) - 1, len(rooms) - 1
-    begins = [0] * (last + 1) + [n_layers]  # where each device's share may begin at the earliest
-    for i in range(last, -1, -1):  # with those after it full, and a layer left for each before it
+    begins = [0] * (last + 1) + [n_layers]  # the earliest layer at which each device's share may begin
+    for i in range(last, -1, -1):  # with the later devices full, and one layer left for each earlier device
         begins[i] = max(i, bisect_left(sums[i], sums[i][begins[i + 1]] - rooms[i]))
         if begins[i] >= begins[i + 1]:
             return None

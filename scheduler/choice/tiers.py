@@ -1,7 +1,7 @@
-"""The tiers of a workload on some machines: candidates that are equally good, the best tier first.
+"""The tiers of a workload on some machines, the best first. The candidates of a tier are equally good.
 
-A machine's candidates are remembered with the workload. Free memory alone tells whether any candidate of a tier may fit
-on a machine. So most candidates are never looked at.
+A machine's candidates are remembered with the workload. The free memory alone shows whether any candidate of a tier can
+fit on a machine. So most candidates are never examined.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from scheduler.cluster.facts import DeviceFacts
 from scheduler.cluster.free_memory import Room
 from scheduler.cluster.inventory import Node
 
-MOST_SORTED = 4096  # device combinations of one size that are looked through
-LARGEST_SUBSETS = 8  # of those tried
-MOST_SUBSETS = 64  # device combinations tried per size: C(8, 4) = 70, so eight GPUs are searched almost whole
+MOST_SORTED = 4096  # device combinations of one size that are sorted
+LARGEST_SUBSETS = 8  # of the combinations that are tried, the largest
+MOST_SUBSETS = 64  # device combinations tried per size: C(8, 4) = 70, so nearly all of eight GPUs are tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Tier:
         return LayoutFamily(self.name, self.workload, node, tuple(most), self.least_bytes)
 
     def may_fit(self, node: Node, room: Room) -> bool:
-        """A quick look: whether the `size` devices with the most free memory may be enough."""
+        """A quick check: whether the `size` devices with the most free memory may be enough."""
         if room.active < 1:
             return False
         if not self.size:
@@ -79,15 +79,15 @@ class Tier:
             return False
         if self.name != EXPERTS_IN_RAM:
             return True
-        roomiest = self.roomiest(node, room)  # else the host RAM for the experts would be found short again and again
+        roomiest = self.roomiest(node, room)  # without this, every candidate would fail on the host RAM for experts
         return roomiest is not None and roomiest.feasible(room)
 
 
 def tiers_of(workload: Workload, nodes: Sequence[Node]) -> list[Tier]:
-    """In the order of the tiers, then by number of devices.
+    """All tiers in their order, then by number of devices.
 
-    Devices that cannot be used now are candidates too; a `Room` has no bytes for them. So "not now" and "never" are
-    told apart.
+    Devices that cannot be used now are candidates, too; a `Room` has no bytes for them. So "not now" differs from
+    "never".
     """
     wishes = workload.wishes
     allowed = tuple(node for node in nodes if wishes.allow(node))
@@ -113,8 +113,8 @@ def spilling(workload: Workload, node: Node) -> LayoutFamily:
 
 
 def _subsets(devices: Sequence[DeviceFacts], size: int) -> list[tuple[DeviceFacts, ...]]:
-    """Combinations of `size` devices, the least memory first, so that large GPUs stay free for large models. Of many,
-    the smallest and some of the largest. Of very many, only devices that are neighbours in size."""
+    """Combinations of `size` devices, the least memory first, so that large GPUs stay free for large models. If there
+    are many, the smallest and some of the largest. If there are very many, only devices next to each other by size."""
     if comb(len(devices), size) > MOST_SORTED:
         return [tuple(devices[i : i + size]) for i in range(len(devices) - size + 1)]
     sized = sorted(combinations(devices, size), key=lambda subset: sum(facts.total_bytes for facts in subset))

@@ -1,4 +1,4 @@
-"""For a model that has no place: the smallest changes, each of which alone would make room."""
+"""For a model that has no place: the smallest changes, each of which alone would make room for it."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from scheduler.cluster.inventory import Node
 from scheduler.units import MIB, DeviceId, format_bytes
 
 STEP_BYTES = 64 * MIB
-"""Memory that is missing is said to this much."""
+"""Missing memory is given in multiples of this."""
 MOST_NODES = 4
-"""Machines for which it is worked out, or some more: it takes some milliseconds for each of their devices."""
+"""About as many machines are examined: each of their devices takes some milliseconds."""
 BOUND_SLACK, DRAWN = 1.15, 5
-"""What the bound on compute buffers says is taken to be so many times too much at the most; so often graphs are drawn
-to find out: each takes some ten milliseconds."""
+"""The bound on compute buffers is assumed to be too high by this factor at most. The exact figure is searched with this
+many drawn graphs at most; each takes some ten milliseconds."""
 _SLACK_STEPS = 32
-"""And so many steps of memory too much."""
+"""And too high by this many steps of memory at most."""
 SMALLEST_CONTEXT = 2048
-"""Tokens per slot: the least that is proposed."""
+"""The smallest context that is proposed, in tokens per slot."""
 _SPARE_STEPS = 128
-"""More than buffers take that are not weights or cache; with twice these two and so much, any model fits."""
+"""More than all buffers besides weights and cache take. Any model fits in twice its weights and cache plus this."""
 
 
 def ways_out(
     here: Situation, every: Sequence[tuple[Node, Room]], fits_unpinned: Callable[[frozenset[str]], bool]
 ) -> tuple[str, ...]:
-    """A shorter context, fewer protected models, more memory on one GPU, more host RAM. `every`: as `cleared`.
-    `fits_unpinned`: whether there would be a place if these models were not protected."""
+    """A shorter context, fewer protected models, more memory on one GPU, more host RAM. `every`: the result of
+    `cleared`. `fits_unpinned`: whether there would be a place if the given models were not protected."""
     rooms = _most_room(every)
     n_ctx = _context_that_fits(here, rooms)
     ways = [f"n_ctx <= {n_ctx}"] if n_ctx else []
@@ -43,7 +43,7 @@ def ways_out(
 
 
 def cleared(here: Situation) -> list[tuple[Node, Room]]:
-    """All machines, with the room there when every replica that may be evicted is gone."""
+    """All machines, with their room after the eviction of every replica that may be evicted."""
     rooms = []
     for node in here.every_node:
         residents = here.replicas.on_node(node.facts.node_id)
@@ -61,7 +61,7 @@ def _most_room(rooms: Sequence[tuple[Node, Room]]) -> list[tuple[Node, Room]]:
 
 
 def _context_that_fits(here: Situation, rooms: Sequence[tuple[Node, Room]]) -> int:
-    """The largest context per slot, below the one asked for, that may have room; in steps of 256 tokens. 0: none."""
+    """The largest context per slot that may fit, shorter than the requested one, in steps of 256 tokens. 0: none."""
     context = here.workload.context
 
     def fits(steps: int, precision: Precision) -> bool:
@@ -77,7 +77,7 @@ def _context_that_fits(here: Situation, rooms: Sequence[tuple[Node, Room]]) -> i
 
 
 def _bisected(low: int, high: int, holds: Callable[[int], bool], tries: int = 64) -> tuple[int, int]:
-    """Bisects: `high` holds, `low` does not. Returns neighbours with that property, or what is left after `tries`."""
+    """Bisects: `high` holds, `low` does not. Returns neighbours with this property, or the range after `tries`."""
     while high - low > 1 and tries:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
@@ -91,7 +91,7 @@ def _fits(here: Situation, ways: Sequence[Tier], node: Node, room: Room) -> bool
 
 
 def _unpinned(here: Situation, fits_unpinned: Callable[[frozenset[str]], bool]) -> list[str]:
-    """Protected models that are in the way: each that alone would do, or all of them."""
+    """Protected models that are in the way: each one that is enough alone, or else all of them together."""
     kept = {each.model: why for each in here.replicas.values() if (why := here.protection(each))}
     helped = [name for name in sorted(kept) if fits_unpinned(frozenset({name}))]
     if helped or len(kept) < 2:

@@ -1,7 +1,8 @@
-"""What is to be placed: a model with its context and the wishes of the catalogue, and what each layout of it takes.
+"""A workload is what has to be placed: a model, its context, and the catalogue's wishes. It knows the memory of each
+layout.
 
-Shares and placements are remembered with the workload, because every decision asks for them. A new one costs one
-footprint: 0.2 ms by the bound on compute buffers, some milliseconds when the graph is drawn.
+Shares and placements are remembered with the workload, because every decision needs them. A new one takes the time of
+one footprint: 0.2 ms with the bound on compute buffers, some milliseconds with the drawn graph.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from scheduler.costs.shape import ModelShape
 from scheduler.units import DeviceId
 
 Precision = Literal["bound", "if needed", "exact"]
-"""How compute buffers are judged: by their upper bound; by the drawn graph where the bound does not decide; by the
+"""How compute buffers are computed: by their upper bound; by the drawn graph if the bound does not decide; or by the
 drawn graph for every layout that is tried."""
 
-REMEMBERED = 4096  # footprints, a kilobyte each; of every need, shares and placements
+REMEMBERED = 4096  # footprints, a kilobyte each; also the limit for shares and placements of one workload
 _T = TypeVar("_T")
 _footprint = lru_cache(maxsize=REMEMBERED)(filled_footprint)
 _bounded_footprint = lru_cache(maxsize=4 * REMEMBERED)(bounded_footprint)
@@ -70,17 +71,17 @@ class Wishes:
 
     def __str__(self) -> str:
         parts = [f"only on {', '.join(self.gpus)}"] if self.gpus else []
-        parts += [f"on {self.max_gpus} GPUs at the most"] if self.max_gpus else []
+        parts += [f"on at most {self.max_gpus} GPUs"] if self.max_gpus else []
         parts += [f"on {', '.join(self.nodes)}"] if self.nodes else []
         parts += [f"where {label} is {value}" for label, value in self.labels]
-        parts += [f"at {self.min_tokens_per_s:g} tokens/s at the least"] if self.min_tokens_per_s else []
+        parts += [f"with at least {self.min_tokens_per_s:g} tokens/s"] if self.min_tokens_per_s else []
         parts += [] if self.spill else ["not in host RAM"]
         return "the catalogue wants it " + ", ".join(parts) if parts else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is to be placed."""
+    """What has to be placed."""
 
     model: str
     shape: ModelShape
@@ -92,13 +93,13 @@ class Workload:
     measurements: Measurements = field(default_factory=Measurements)
     wishes: Wishes = Wishes()
     alternatives: tuple[ContextParams, ...] = ()
-    """Other contexts that would do, in order of preference."""
+    """Other contexts that are allowed, in order of preference."""
     longest_n_ctx: int = 0
-    """The context grows up to this where GPUs have room for it. 0: it stays as `context` says."""
+    """The context may grow to this if GPUs have room for it. 0: it stays as in `context`."""
     rounded_n_ctx: int = 0
-    """The context grows up to this wherever there is room."""
+    """The context may grow to this if there is room, on GPUs or not."""
     precision: Precision = "if needed"
-    """How compute buffers are judged."""
+    """How compute buffers are computed."""
     known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
     """Shares and placements that were computed before."""
 
@@ -108,8 +109,8 @@ class Workload:
         return self.shape.n_layer_all + 1
 
     def least_bytes(self, n_cpu_moe: int = 0) -> int:
-        """The least that all layers take on devices, however they are spread, without the experts of the first
-        `n_cpu_moe` layers. With less memory it is not worth trying."""
+        """The least memory that all layers take on devices, in any split, without the experts of the first `n_cpu_moe`
+        layers. With less memory, no layout needs to be tried."""
         return self.layer_sums("rpc", n_cpu_moe)[-1]
 
     def layer_sums(self, kind: DeviceKind, n_cpu_moe: int = 0) -> Sums:
@@ -120,7 +121,7 @@ class Workload:
         )
 
     def footprint(self, layout: Layout, build: str) -> Footprint:
-        """With what guesses for the model, on a machine with this build of llama-cpp-python."""
+        """The footprint with the model's draft, on a machine with this build of llama-cpp-python."""
         if not computes_exactly(self.shape, build):
             return self.bounded_footprint(layout)
         return self._with_draft(_footprint(self.shape, layout, self.context, build), layout, build)
@@ -135,13 +136,13 @@ class Workload:
     def shares(
         self, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, exact: bool
     ) -> tuple[Footprint, tuple[int, ...], tuple[int, ...]]:
-        """What the buffers of the layout take; per device, the overhead, and bytes in all."""
+        """The buffers of the layout; and per device, the overhead and the total bytes."""
         products = tuple(device.product for device in devices)
         key = "shares", node.facts.llama_build, products, layout, exact
         return self.once(key, lambda: self._shares(node, devices, layout, exact))
 
     def once(self, key: Hashable, work: Callable[[], _T]) -> _T:
-        """What `work` returned when it was asked for with this key first."""
+        """The result of `work`, remembered under this key."""
         if key not in self.known:
             if len(self.known) >= REMEMBERED:
                 self.known.clear()
@@ -170,14 +171,15 @@ class Workload:
         return cost, overheads, device_bytes
 
     def _beside(self, layout: Layout) -> Footprint | None:
-        """What the projector takes, if the model comes with one."""
+        """The projector's footprint, if the model has one."""
         projector = self.shape.projector
         return projector_footprint(projector, layout, self.context) if projector else None
 
     def placement(
         self, tier: str, node: Node, devices: Sequence[DeviceFacts], layout: Layout, *, exact: bool = True
     ) -> Placement:
-        """The layout on these devices with all that it needs, overheads included; not `exact`: or a little more."""
+        """The layout on these devices with all the memory that it needs, overheads included. If not `exact`, the memory
+        may be a little more than needed."""
         there = node.facts.node_id, node.facts.llama_build, tuple(device.device_id for device in devices)
         key = "placement", tier, there, layout, exact
         return self.once(key, lambda: self._placement(tier, node, devices, layout, exact))
@@ -228,21 +230,21 @@ class Workload:
         return self.once(("with", context), lambda: replace(self, context=context, known={}))
 
     def with_n_ctx(self, context: ContextParams, n_ctx: int) -> Workload:
-        """The same with `context`, but for so many tokens."""
+        """The same workload with `context`, changed to `n_ctx` tokens."""
         longer = replace(context, n_ctx=n_ctx)
         return self.with_context(longer.for_whole_sequences() if self.shape.is_embedding_only else longer)
 
     def elsewhere(self, taken: frozenset[DeviceId]) -> Workload:
-        """The same on other GPUs than those, and nothing of it in host RAM."""
+        """The same workload on other GPUs than `taken`, and without host RAM."""
         wishes = replace(self.wishes, spill=False, not_on=taken)
         return self.once(("elsewhere", taken), lambda: replace(self, wishes=wishes, known={}))
 
     def at(self, precision: Precision) -> Workload:
-        """The same, judged so."""
+        """The same workload with this precision."""
         return self.once(("at", precision), lambda: replace(self, precision=precision, known={}))
 
     def overhead_bytes(self, device: DeviceFacts, build: str) -> int:
-        """What a replica takes on the device besides llama.cpp's buffers: as seen there, or as the reserves say."""
+        """Memory of a replica on the device besides llama.cpp's buffers: as measured there, or as in the reserves."""
         if device.kind != "cuda":
             return 0
         learned = self.measurements.overhead_bytes(device.product, build)

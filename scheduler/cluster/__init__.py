@@ -1,1 +1,1 @@
-"""What the cluster holds: devices, host memory, cores, and the books kept on them."""
+"""The state of the cluster: devices, host memory, cores, models and replicas, and the books on them."""

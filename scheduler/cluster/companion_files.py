@@ -1,9 +1,9 @@
-"""Which files of a node come with a model there: LoRA adapters and a draft that the catalogue names, and a projector.
+"""The files of a node that come with a model: LoRA adapters and a draft that the catalogue names, and a projector.
 
-A file whose name holds `mmproj` is a projector, and no model. One that nobody named belongs to a model in its folder if
-it is the only projector there, and if their names agree: without words such as f16 or model, those of the projector are
-among the model's. A projector that has no other words belongs to the folder's models if they are one model, in one or
-several quantisations.
+A file with `mmproj` in its name is a projector, not a model. If the catalogue does not name it, it may belong to a
+model in its folder. It must be the only projector there, and the names must agree: all words of its name, except words
+such as f16 or model, are in the model's name. If it has no other words, it belongs to the folder's models if these are
+one model, in one or several quantisations.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from scheduler.config import NO_MMPROJ, ModelEntry
 
 PART = re.compile(r"-\d{5}-of-\d{5}$")
 _NO_NAME = re.compile(r"mmproj|model|ud|b?fp?16|fp?32|i?q\d+|mxfp4|\d|k|x{0,2}[sml]|nl")
-"""Words of a file's name that do not say which model it is: what it is, and its type (q4_k_m is three words)."""
+"""Words of a file's name that do not name the model: the kind of file, and its type (q4_k_m is three words)."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompanionFiles:
-    """What is loaded with a model. `draft`: what guesses its next tokens; the model's own file where its prediction
-    layers do. `missing`: why that cannot be, or empty."""
+    """The files that are loaded with a model. `draft`: the source of drafted tokens; for prediction layers, the model's
+    own file. `missing`: why the files cannot be used, or empty."""
 
     adapters: tuple[ModelFile, ...] = ()
     mmproj: ModelFile | None = None
@@ -49,7 +49,7 @@ ALONE = CompanionFiles()
 
 
 def matches(path: str, pattern: str) -> bool:
-    """A catalogue path matches the file itself, as a glob, or relative to any folder."""
+    """Whether the catalogue path `pattern` matches `path`: as the file itself, as a glob, or as the end of a path."""
     relative = re.sub(r"^(\./|~/)", "", pattern)
     return path == pattern or fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*/{relative}")
 
@@ -59,7 +59,7 @@ def is_projector(path: str) -> bool:
 
 
 def companions_of(entry: ModelEntry | None, file: ModelFile, files: Sequence[ModelFile]) -> CompanionFiles:
-    """Of the model in `file`, among all `files` of its node."""
+    """The companion files of the model in `file`, among all `files` of its node."""
     try:
         adapters = tuple(
             _named(f"adapter {name}", adapter.path, file, files)
@@ -75,7 +75,7 @@ def companions_of(entry: ModelEntry | None, file: ModelFile, files: Sequence[Mod
 
 
 def _draft(entry: ModelEntry, file: ModelFile, files: Sequence[ModelFile]) -> ModelFile | None:
-    """What guesses for the model in `file`. Raises LookupError."""
+    """The file that drafts tokens for the model in `file`. Raises LookupError."""
     if entry.spec_type == "draft-mtp":
         return file
     if entry.model_draft is None or entry.spec_type == "none":
@@ -84,7 +84,7 @@ def _draft(entry: ModelEntry, file: ModelFile, files: Sequence[ModelFile]) -> Mo
 
 
 def _named(what: str, pattern: str, file: ModelFile, files: Iterable[ModelFile]) -> ModelFile:
-    """The file that `pattern` names: one in the model's folder, or else the only one. Raises LookupError."""
+    """The file that `pattern` names: the one in the model's folder, or else the only match. Raises LookupError."""
     found = [each for each in files if matches(each.path, pattern)]
     found = [each for each in found if _folder(each) == _folder(file)] or found
     if not found:
@@ -97,7 +97,7 @@ def _named(what: str, pattern: str, file: ModelFile, files: Iterable[ModelFile])
 
 
 def _beside(file: ModelFile, files: Iterable[ModelFile]) -> ModelFile | None:
-    """The projector that belongs to the model although nobody named it."""
+    """The projector that belongs to the model, if the catalogue does not name one."""
     here = [each for each in files if _folder(each) == _folder(file)]
     projectors = [each for each in here if is_projector(each.path)]
     if len(projectors) != 1:
@@ -113,6 +113,6 @@ def _folder(file: ModelFile) -> str:
 
 
 def _words(file: ModelFile) -> frozenset[str]:
-    """Those of its name that say which model it is."""
+    """The words of the file's name that name the model."""
     stem = PART.sub("", posixpath.basename(file.path).removesuffix(".gguf")).lower()
     return frozenset(word for word in re.split(r"[-_.]", stem) if word and not _NO_NAME.fullmatch(word))

@@ -1,4 +1,4 @@
-"""Whether a model's next tokens are guessed, and where the guesses come from."""
+"""Whether tokens are drafted for a model (speculative decoding), and from which source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scheduler.errors import Rejected
 def with_drafts(
     context: ContextParams, shape: ModelShape, name: str, entry: ModelEntry | None, params: ModelParams
 ) -> ContextParams:
-    """`context` with room for guesses, if the catalogue wants them. Raises Rejected where a draft cannot be used."""
+    """`context` with room for drafts, if the catalogue wants them. Raises Rejected if a draft cannot be used."""
     spec_type = _spec_type(entry, params)
     if spec_type == "none" or shape.is_embedding_only:
         return context
@@ -27,7 +27,7 @@ def with_drafts(
 
 
 def _spec_type(entry: ModelEntry | None, params: ModelParams) -> SpecType:
-    """What the model's own entry says goes before the catalogue's defaults."""
+    """The value of the model's own entry, or else the catalogue's default."""
     own = entry.spec_type if entry else None
     if entry and entry.model_draft and own is None:
         own = "draft-simple"
@@ -35,13 +35,13 @@ def _spec_type(entry: ModelEntry | None, params: ModelParams) -> SpecType:
 
 
 def _why_not(shape: ModelShape) -> str:
-    """Why its guesses cannot be taken back, and the way out."""
+    """Why rejected tokens cannot be removed from its cache, and the way out."""
     if shape.is_recurrent:
-        return "a recurrent state, which forgets no wrong guesses: leave out model_draft and spec_type"
-    return "a sliding window, which forgets no wrong guesses: set swa_full: true, or leave out its draft"
+        return "a recurrent state, which cannot drop rejected tokens: leave out model_draft and spec_type"
+    return "a sliding window, which cannot drop rejected tokens: set swa_full: true, or leave out its draft"
 
 
 def _takes_back(shape: ModelShape, context: ContextParams) -> bool:
-    """Whether tokens can be taken out of its cache again: not of a recurrent state, nor of a sliding window."""
+    """Whether tokens can be removed from its cache: not from a recurrent state, nor from a sliding window."""
     has_windows = shape.arch.n_swa > 0 and not context.swa_full
     return not has_windows and not any(layer.is_recurrent for layer in shape.arch.layers)

@@ -1,7 +1,7 @@
-"""What the machines report: identities that never change, and readings that do.
+"""The reports of the machines: facts, which never change, and readings, which do.
 
-A *facts* record is sent once when a node or device appears; a *reading* whenever its numbers change, at least every
-second. Bytes are bytes; `sampled_at_s` is the reporter's wall clock in seconds.
+A *facts* record is sent once, when a node or device appears. A *reading* is sent whenever its numbers change, at least
+every second. `sampled_at_s` is the reporter's wall clock in seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scheduler.units import DeviceId, NodeId
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """One GPU, real or virtual. `label` is how people name it on its node ("gpu0")."""
+    """One GPU, real or virtual. `label` is its name on its node for people ("gpu0")."""
 
     device_id: DeviceId  # NVML UUID, or "virtual-<node>-<index>"
     node_id: NodeId
@@ -29,7 +29,7 @@ class DeviceFacts:
 
 @dataclass(frozen=True, slots=True)
 class DeviceReading:
-    """What a GPU shows now. `processes` maps pid to bytes; None where the driver does not say."""
+    """The state of a GPU now. `processes` maps pid to bytes; None if the driver does not tell."""
 
     device_id: DeviceId
     total_bytes: int
@@ -39,12 +39,12 @@ class DeviceReading:
     processes: Mapping[int, int] | None = None
     utilisation: float | None = None  # 0..1
     temperature_c: float | None = None
-    lost_reason: str = ""  # not empty: the device cannot be used, and why
+    lost_reason: str = ""  # why the device cannot be used; empty: it can be used
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A GGUF model on a node: its first file, all parts, and how much of it the page cache holds (0..1)."""
+    """A GGUF model on a node: its first file, all parts, and the share of it in the page cache (0..1)."""
 
     path: str
     paths: tuple[str, ...]
@@ -55,7 +55,7 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """One machine. `physical_cores` is what CPU replicas share."""
+    """One machine. Replicas that compute on the CPU share its `physical_cores`."""
 
     node_id: NodeId
     hostname: str
@@ -64,14 +64,14 @@ class NodeFacts:
     memory_total_bytes: int
     devices: tuple[DeviceFacts, ...] = ()
     rates: Rates = NO_RATES  # of its CPU and RAM
-    disk_bytes_per_s: float = 0.0  # what loading gets from its disk; 0: not known
+    disk_bytes_per_s: float = 0.0  # speed of loads from its disk; 0: not known
     labels: Mapping[str, str] = field(default_factory=dict)
-    llama_build: str = ""  # release of llama-cpp-python there; what was measured holds for it alone
+    llama_build: str = ""  # release of llama-cpp-python there; measurements are valid for this release only
 
 
 @dataclass(frozen=True, slots=True)
 class NodeReading:
-    """A machine now: `memory_available_bytes` is the kernel's MemAvailable, no reserve taken off."""
+    """The state of a machine now. `memory_available_bytes` is the kernel's MemAvailable, with no reserve subtracted."""
 
     node_id: NodeId
     memory_available_bytes: int

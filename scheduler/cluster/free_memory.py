@@ -1,13 +1,12 @@
-"""How much is free on a node, now or once some replicas are gone.
+"""How much memory is free on a node, now or after some replicas are gone. All figures are integer bytes.
 
     free = capacity - max(reserve, foreign) - booked        per device          foreign: in use, but not by us
-    free = capacity - reserve - foreign - booked            host RAM            booked: held, promised, coming back
+    free = capacity - reserve - foreign - booked            host RAM            booked: held, promised, releasing
 
-in integer bytes. With foreign = used - what our replicas account for, this is the live reading minus what is still to
-be allocated, bounded by the books. What a replica accounts for in a reading is known when it is ready, or when the
-driver tells bytes per process; while it loads or stops it is anything up to its booking, and the former estimate of
-foreign memory is kept as far as that allows. File-backed pages of loaded models count as ours although the kernel shows
-them as available.
+foreign = used - ours. *Ours* is the part of a reading that our replicas use. It is known exactly for ready replicas, or
+if the driver tells bytes per process. While a replica loads or stops, it may be anything up to its booking. Then the
+former estimate of foreign memory is kept as far as possible. File-backed pages of loaded models count as ours, although
+the kernel shows them as available.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from scheduler.units import DeviceId, NodeId, ReplicaId
 
 NO_LIMIT = 1 << 30
 STAYING = (ReplicaState.PENDING, ReplicaState.LOADING, ReplicaState.READY)
-SETTLING_S = 2.0  # a reading taken while a replica was still loading may arrive so long after it is ready
+SETTLING_S = 2.0  # a reading from the time of the load may arrive this long after the replica is ready
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Free bytes per usable device and in host RAM, and active models left."""
+    """Free bytes per usable device and in host RAM, and how many more models may be active."""
 
     devices: Mapping[DeviceId, int] = field(default_factory=dict)
     host_bytes: int = 0
@@ -38,13 +37,13 @@ class Room:
 
 
 ELSEWHERE = Room(active=1)
-"""What a replica on another node gives back."""
+"""What the eviction of a replica on another node frees."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A node's room as a function of who goes: `staying` with nobody gone, and what each replica on it would give
-    back."""
+    """A node's room as a function of the evicted replicas. `staying`: the room without any eviction. `freed`: what the
+    eviction of each replica would add."""
 
     staying: Room
     freed: Mapping[ReplicaId, Room]
@@ -62,8 +61,8 @@ class View:
 
 
 class Rooms:
-    """Computes `Room`s from the inventory and the books, in one pass over a node's devices and replicas; `now` is kept
-    until the node has `changed`."""
+    """Computes `Room`s from the inventory and the books, in one pass over a node's devices and replicas. The result of
+    `now` is remembered until the node has `changed`."""
 
     def __init__(
         self,
@@ -83,19 +82,19 @@ class Rooms:
     # ------------------------------------------------------------------ rooms
 
     def now(self, node_id: NodeId) -> Room:
-        """What can be given away this moment: stopping replicas are still charged, and so is what is promised."""
-        if self._policy.max_active_models:  # what happens on other nodes counts here too
+        """The room at this moment: stopping replicas are still charged, and so are promises."""
+        if self._policy.max_active_models:  # changes on other nodes count here, too
             return self._room(node_id, STATES, tuple(ReplicaState))
         if node_id not in self._now:
             self._now[node_id] = self._room(node_id, STATES, tuple(ReplicaState))
         return self._now[node_id]
 
     def changed(self, node_id: NodeId) -> None:
-        """Bookings or readings of the node are others than they were."""
+        """Bookings or readings of the node have changed."""
         self._now.pop(node_id, None)
 
     def check(self) -> None:
-        """Raise InvariantBroken when something has changed that nobody has told of."""
+        """Raise InvariantBroken if something has changed without a call of `changed`."""
         for node_id, kept in self._now.items():
             if kept != self._room(node_id, STATES, tuple(ReplicaState)):
                 raise InvariantBroken(
@@ -103,7 +102,7 @@ class Rooms:
                 )
 
     def to_start(self, pending: Replica) -> Room:
-        """What a promised replica can take this moment: other promises are kept by the books, not from live memory."""
+        """The room for a promised replica at this moment. Other promises do not count: only the books keep them."""
         others = (ReplicaState.LOADING, ReplicaState.READY, ReplicaState.STOPPING)
         return self._room(pending.placement.node_id, ("held", "releasing"), others)
 
@@ -111,7 +110,7 @@ class Rooms:
         """The room when all stopping replicas are gone."""
         room = self._room(node_id, ("held", "promised"), STAYING)
         if self._inventory.nodes[node_id].silent:
-            return View(room, {})  # to evict somebody there would make no room
+            return View(room, {})  # an eviction there would make no room
         staying = (r for r in self._replicas.on_node(node_id) if r.state in STAYING)
         return View(room, {replica.replica_id: self._freed(replica, node_id, room) for replica in staying})
 
@@ -120,7 +119,7 @@ class Rooms:
         return self.view(node_id).without(victims)
 
     def empty(self, node_id: NodeId, keeping: Iterable[Replica] = ()) -> Room:
-        """The node with only the replicas `keeping` on it, nothing foreign, and every device well."""
+        """The node with only the replicas `keeping` on it, without foreign memory, and with every device usable."""
         node = self._inventory.nodes[node_id]
         devices = {
             device_id: device.facts.total_bytes - self.device_reserve(node, device)
@@ -136,7 +135,7 @@ class Rooms:
         return room
 
     def _room(self, node_id: NodeId, entries: Sequence[EntryState], states: Sequence[ReplicaState]) -> Room:
-        """What bookings in `entries` and replicas in `states` leave."""
+        """The room that bookings in `entries` and replicas in `states` leave."""
         node, booked = self._inventory.nodes[node_id], self._ledger.booked
         if node.silent:
             return Room()
@@ -176,7 +175,7 @@ class Rooms:
         return self._reserves.gpu_bytes
 
     def attribute_device(self, device: Device, now: float) -> None:
-        """Work out from a new reading how much of the device others use."""
+        """Compute from a new reading how much of the device other programs use."""
         self.changed(device.facts.node_id)
         reading = device.reading
         if reading is None or reading.lost_reason:
@@ -195,7 +194,7 @@ class Rooms:
         device.foreign_bytes = _estimate(device.foreign_bytes, used, least, most)
 
     def attribute_host(self, node: Node, now: float) -> None:
-        """Work out from a new reading how much of the node's RAM others use."""
+        """Compute from a new reading how much of the node's RAM other programs use."""
         self.changed(node.facts.node_id)
         if node.reading is None:
             return
@@ -216,5 +215,5 @@ def _settled(replica: Replica, now: float) -> bool:
 
 
 def _estimate(before: int, used: int, least: int, most: int) -> int:
-    """Foreign bytes among `used`, of which between `least` and `most` are ours: as before, if that can be."""
+    """Foreign bytes among `used`, if between `least` and `most` of these are ours: as before, if this is possible."""
     return min(max(before, used - most, 0), max(0, used - least))

@@ -1,7 +1,7 @@
-"""What loading a model has come to: failures, the pauses after them, and memory learned the hard way.
+"""The history of a model's loads: failures, the pauses after them, and the extra memory after an out-of-memory error.
 
 After `max_load_attempts` failures in a row there is a pause, twice as long each time. From the first pause until the
-model has served a request, nobody else is evicted for it.
+model has served a request, no replica is evicted for it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ OUT_OF_MEMORY_STEP_BYTES = 64 * MIB
 OUT_OF_MEMORY_SHARE = 10  # a tenth of the largest share, if that is more
 LONGEST_PAUSE_S = 600.0
 HALF_LIFE_S = 600.0
-"""After so long without a request, a model counts as half as popular."""
+"""After this time without a request, a model counts as half as popular."""
 
 
 @dataclass(slots=True)
 class Popularity:
-    """How often a model is asked for: a count of its requests that fades."""
+    """How often a model is requested: a decaying count of its requests."""
 
     count: float = 0.0
     counted_at: float = 0.0
@@ -33,15 +33,14 @@ class Popularity:
         return self.count * math.pow(0.5, max(0.0, now - self.counted_at) / HALF_LIFE_S)
 
     def mean_gap_s(self, now: float) -> float:
-        """Seconds between requests, if they have come as evenly as the count says (a steady rate r counts up to
-        r x HALF_LIFE_S / ln 2)."""
+        """Seconds between requests, if they came at a steady rate r (its count is r x HALF_LIFE_S / ln 2)."""
         count = self.at(now)
         return HALF_LIFE_S / (math.log(2) * count) if count > 0 else math.inf
 
 
 @dataclass(slots=True)
 class ServiceTime:
-    """How long requests hold a slot: a running mean in seconds, in which the newest counts an eighth at least."""
+    """How long requests hold a slot: a running mean in seconds. The newest one counts at least an eighth."""
 
     mean_s: float = 0.0
     samples: int = 0
@@ -53,7 +52,7 @@ class ServiceTime:
 
 @dataclass(slots=True)
 class LoadHistory:
-    """`extra_bytes` is added to the model's need on each device after an out of memory, until the next pause."""
+    """`extra_bytes` is added to the model's need on each device after an out-of-memory error, until the next pause."""
 
     failures: int = 0  # since the last pause or success
     pauses: int = 0  # since the last success
@@ -75,10 +74,10 @@ class LoadHistory:
         self.extra_bytes += max(OUT_OF_MEMORY_STEP_BYTES, largest_share_bytes // OUT_OF_MEMORY_SHARE)
 
     def pause(self, policy: Policy, now: float) -> None:
-        """No attempt before `retry_at`; then the prediction gets another chance."""
+        """No attempt before `retry_at`. The next attempt uses the prediction without extra memory."""
         self.retry_at = now + min(policy.backoff_s * 2**self.pauses, LONGEST_PAUSE_S)
         self.failures, self.pauses, self.extra_bytes = 0, self.pauses + 1, 0
 
     def served(self) -> None:
-        """A request was served to its end: whatever was wrong is over."""
+        """A request was served to its end, so earlier failures no longer count."""
         self.failures, self.pauses, self.retry_at = 0, 0, 0.0

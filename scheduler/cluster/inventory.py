@@ -1,6 +1,6 @@
-"""What the cluster holds: nodes, their devices, the latest reading of each, and how much of it belongs to others.
+"""The hardware of the cluster: nodes, their devices, the latest reading of each, and how much other programs use.
 
-Facts only, no bookings. `now` is the core's clock in seconds; nothing here changes but by an event.
+Only facts, no bookings. `now` is the core's clock in seconds. Only events change anything here.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from scheduler.cluster.facts import DeviceFacts, DeviceReading, NodeFacts, NodeReading
 from scheduler.units import DeviceId, NodeId
 
-SILENT_AFTER_S = 10.0  # readings come every second; who stops reporting is not given anything new
-OVERDUE_AFTER_S = 30.0  # so long a node that joined is given to read its host and devices for the first time
-OUT_OF_ORDER_S = 5.0  # readings come over several ways; a clock that was set back further than this is believed
+SILENT_AFTER_S = 10.0  # readings come every second; after this silence, no new models are placed there
+OVERDUE_AFTER_S = 30.0  # the time that a new node has to read its host and devices for the first time
+OUT_OF_ORDER_S = 5.0  # readings may overtake each other; one that is older than this means that the clock was set back
 
 
 @dataclass(slots=True)
 class Device:
-    """`foreign_bytes`: memory in use that no replica of ours explains; it belongs to somebody else."""
+    """`foreign_bytes`: memory in use that no replica of ours explains; it belongs to other programs."""
 
     facts: DeviceFacts
     reading: DeviceReading | None = None
@@ -31,7 +31,7 @@ class Device:
 
     @property
     def trouble(self) -> str:
-        """Why nothing new is put on the device, or empty."""
+        """Why no new models are placed on the device, or empty."""
         if self.reading is None:
             return "it has not been read yet"
         if self.reading.lost_reason:
@@ -56,12 +56,12 @@ class Node:
 
     @property
     def trouble(self) -> str:
-        """Why nothing new is put on the machine, or empty."""
+        """Why no new models are placed on the machine, or empty."""
         return f"it has not reported for {SILENT_AFTER_S:.0f} s" if self.silent else ""
 
     @property
     def known(self) -> bool:
-        """The host and every device have been read at least once: deciding earlier would overlook a GPU."""
+        """The host and every device have been read at least once. An earlier decision could overlook a GPU."""
         if not self._all_read:
             devices_read = all(device.reading is not None for device in self.devices.values())
             self._all_read = devices_read and self.reading is not None
@@ -69,8 +69,8 @@ class Node:
 
     @property
     def tells_speeds(self) -> bool:
-        """Whether host and devices tell their rates, so that every placement here has a whole price. Virtual GPUs do
-        not: they are no faster than the CPU that they run on."""
+        """Whether host and devices tell their rates, so that every placement here has a complete price. Virtual GPUs do
+        not: they are as fast as the CPU that they run on."""
         if self._tells_speeds is None:
             rates = (self.facts.rates, *(device.rates for device in self.facts.devices))
             told = all(each.bytes_per_s > 0 and each.flops > 0 for each in rates)
@@ -79,7 +79,7 @@ class Node:
 
 
 class Inventory:
-    """Nodes by id; devices by id. Unknown ids in readings are ignored: they come from a node that has just left."""
+    """Nodes by id; devices by id. Readings with unknown ids are ignored: their node has just left."""
 
     def __init__(self) -> None:
         self.nodes: dict[NodeId, Node] = {}
@@ -88,7 +88,7 @@ class Inventory:
 
     @property
     def complete(self) -> bool:
-        """Some node is there, and all are known: only then is a missing model or a lack of room final."""
+        """There is a node, and all nodes are known. Only then is a missing model or a lack of room final."""
         return bool(self.nodes) and all(node.known or node.overdue for node in self.nodes.values())
 
     def join(self, facts: NodeFacts, now: float) -> None:
@@ -105,7 +105,7 @@ class Inventory:
         return node
 
     def sample_node(self, reading: NodeReading, now: float) -> Node | None:
-        """Store the reading; the node, or None when it is unknown or has a newer reading already."""
+        """Store the reading. Returns the node, or None if it is unknown or already has a newer reading."""
         node = self.nodes.get(reading.node_id)
         if node is None or (node.reading and _older(reading.sampled_at_s, node.reading.sampled_at_s)):
             return None
@@ -113,7 +113,7 @@ class Inventory:
         return node
 
     def sample_device(self, reading: DeviceReading, now: float) -> Device | None:
-        """Store the reading; the device, or None when it is unknown or has a newer reading already."""
+        """Store the reading. Returns the device, or None if it is unknown or already has a newer reading."""
         device = self._devices.get(reading.device_id)
         if device is None or (device.reading and _older(reading.sampled_at_s, device.reading.sampled_at_s)):
             return None
@@ -121,7 +121,7 @@ class Inventory:
         return device
 
     def age(self, now: float) -> tuple[list[Node], list[Device]]:
-        """Time has passed: the nodes and the devices that have just fallen silent."""
+        """Time has passed. Returns the nodes and the devices that have just become silent."""
         mute, silent = [], []
         for node in self.nodes.values():
             node.overdue = node.overdue or now - node.joined_at >= OVERDUE_AFTER_S

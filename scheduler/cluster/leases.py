@@ -10,7 +10,7 @@ from scheduler.cluster.replica import Replica
 from scheduler.units import LeaseId, ReplicaId, RequestId
 
 Ending = Literal["served", "failed", "left"]
-"""How a lease ends: after the whole answer, because the replica broke it off, or because nobody wants it any more."""
+"""How a lease ends: after the whole answer, by a failure of the replica, or because the client has disconnected."""
 
 
 @dataclass(slots=True)
@@ -21,12 +21,12 @@ class Lease:
     granted_at: float  # seconds of the core's clock
     expires_at: float
     priority: int = 0
-    answers: bool = True  # it is for an answer, not for loading the model alone
+    answers: bool = True  # it is for an answer; False: only for loading the model
     fingerprint: str = ""  # of the request
 
 
 class Leases:
-    """Keeps `Replica.leases` equal to what has been granted. `tag` makes ids unique across restarts."""
+    """Keeps `Replica.leases` equal to the granted leases. `tag` makes ids unique across restarts."""
 
     def __init__(self, ttl_s: float, tag: str) -> None:
         self.ttl_s = ttl_s
@@ -56,17 +56,17 @@ class Leases:
         return lease
 
     def adopt(self, lease_ids: Iterable[LeaseId], replica: Replica, now: float) -> None:
-        """Leases of an earlier scheduler whose answers are still under way; their holders renew and release them."""
+        """Take over leases of an earlier scheduler whose answers continue; their holders renew and release them."""
         for lease_id in lease_ids:
             self._leases[lease_id] = Lease(lease_id, RequestId(lease_id), replica.replica_id, now, now + self.ttl_s)
             replica.leases.add(lease_id)
 
     def take_back(self, lease_id: LeaseId) -> Lease | None:
-        """Forget the lease; the caller takes it off its replica. None when it is unknown or was dropped before."""
+        """Forget the lease; the caller removes it from its replica. None if it is unknown or was dropped before."""
         return self._leases.pop(lease_id, None)
 
     def drop(self, replica: Replica) -> None:
-        """The replica can serve no longer: its leases are void."""
+        """The replica can no longer serve: its leases end."""
         for lease_id in replica.leases:
             del self._leases[lease_id]
         replica.leases.clear()

@@ -1,15 +1,15 @@
-"""The books: who has been promised or given what, per account, in integers.
+"""The books: what each replica has been promised or given, per account, in integers.
 
-An account is a device's memory, a node's host RAM, or the number of active models. An entry belongs to
-a replica and is
+An account is a device's memory, a node's host RAM, or the number of active models. An entry belongs to a replica. Its
+state is
 
-    promised   booked for later: others may still be stopping to make room for it
+    promised   booked for later: other replicas may still be stopping to make room for it
     held       given: the replica is loading or ready
-    releasing  still charged: the replica is stopping and its memory may not be back
+    releasing  still charged: the replica is stopping, and its memory may not be free yet
 
-Invariants, checked by `check()` after every event in tests:  held + releasing <= capacity  (now)  and
-held + promised <= capacity  (when the stopping ones are gone), for every account. Sums per account are kept, so that a
-change costs the accounts of one entry.
+Invariants for every account, checked by `check()` after every event in tests:  held + releasing <= capacity  (now)  and
+held + promised <= capacity  (after the stopping replicas are gone). Sums per account are stored. So a change costs only
+the accounts of one entry.
 """
 
 from __future__ import annotations
@@ -80,21 +80,21 @@ class Ledger:
         self._insert(replica_id, Entry("held", dict(amounts)))
 
     def hold(self, replica_id: ReplicaId) -> None:
-        """A promise comes true: the room is there."""
+        """The promised room is free: the promise becomes a holding."""
         self._change(replica_id, "promised", "held")
 
     def releasing(self, replica_id: ReplicaId) -> None:
         self._change(replica_id, "held", "releasing")
 
     def release(self, replica_id: ReplicaId) -> None:
-        """The memory is back, or the promise is withdrawn."""
+        """The memory is free again, or the promise is withdrawn."""
         entry = self._entries.pop(replica_id, None)
         if entry is None:
             raise InvariantBroken(f"release of {replica_id}, which has no entry")
         self._count(entry, -1)
 
     def rebook(self, replica_id: ReplicaId, account: AccountId, amount: int) -> None:
-        """Replace one amount: what a load really took."""
+        """Replace one amount by what the load really took."""
         entry = self._entries.get(replica_id)
         if entry is None or account not in self._capacity or amount < 0:
             raise InvariantBroken(f"{replica_id} cannot book {amount} on {account}")
@@ -119,7 +119,7 @@ class Ledger:
         return sum(self._sums[state].get(account, 0) for state in states)
 
     def check(self) -> None:
-        """Raise InvariantBroken unless every account balances, and every sum is that of its entries."""
+        """Raise InvariantBroken unless every account balances, and every stored sum equals that of its entries."""
         sums: dict[EntryState, dict[AccountId, int]] = {state: {} for state in STATES}
         for replica_id, entry in self._entries.items():
             for account, amount in entry.amounts.items():

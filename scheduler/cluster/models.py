@@ -1,8 +1,8 @@
-"""The models that may be asked for: names, the files behind them on each node, and what their headers say.
+"""The models that can be requested: their names, their files on each node, and the contents of their headers.
 
 Names come from the catalogue's entries, then from the files themselves (the file name without `.gguf` and without
-`-00001-of-00005`); a second file of the same name takes its folder in front ("folder/name"). Projectors, and adapters
-that an entry names, are no models: they come with one (`companion_files`).
+`-00001-of-00005`). A second file of the same name gets its folder in front ("folder/name"). Projectors, and adapters
+that an entry names, are not models: they come with a model (`companion_files`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from scheduler.errors import Rejected, UnknownModel
 from scheduler.units import NodeId
 
 DEFAULT_SLOT_CONTEXT = 8192
-AUTO_SLOTS = 4  # as many as llama-server has by default
+AUTO_SLOTS = 4  # llama-server's default
 _COMPARED, _CANDIDATES = 32, 8  # characters of a name, and names
 
 
 class Files(NamedTuple):
-    """Paths of what is loaded together."""
+    """Paths of the files that are loaded together."""
 
     path: str
     adapters: tuple[str, ...] = ()
@@ -42,10 +42,10 @@ class Files(NamedTuple):
 
 @dataclass(slots=True)
 class Copy:
-    """The model's file on one node, and those that come with it there. `shape` is None until their headers have been
-    read; `invalid` says why it never will.
+    """The model's file on one node, and the files that come with it there. `shape` is None until their headers have
+    been read. `invalid` says why they can never be read.
 
-    `trouble` is why the last try to read them came to nothing; there will be another.
+    `trouble` says why the last try to read them failed. It is tried again.
     """
 
     file: ModelFile
@@ -74,18 +74,18 @@ class Copy:
 
 @dataclass(slots=True)
 class Model:
-    """One name, wherever it lies."""
+    """The model of one name, with its copies on all nodes."""
 
     name: str
     entry: ModelEntry | None = None
     pinned: bool = False
-    pinned_by_client: bool = False  # by a negative keep_alive, which a later one takes back
-    keep_alive_s: float | None = None  # what a client asked for, instead of the catalogue's
+    pinned_by_client: bool = False  # by a negative keep_alive; a later one reverses this
+    keep_alive_s: float | None = None  # set by a client, instead of the catalogue's
     copies: dict[NodeId, Copy] = field(default_factory=dict)
     history: LoadHistory = field(default_factory=LoadHistory)
     popularity: Popularity = field(default_factory=Popularity)
-    spread_looked_at: float = -inf  # when a second replica was thought about last
-    dismissed: bool = False  # unloaded by hand: it is not kept loaded before somebody asks for it again
+    spread_looked_at: float = -inf  # when a second replica was last considered
+    dismissed: bool = False  # unloaded by hand: not kept loaded until the next request
     service: ServiceTime = field(default_factory=ServiceTime)
     shape: ModelShape | None = None  # of the first copy whose header has been read, with a projector if any has one
 
@@ -108,8 +108,8 @@ class Model:
 
 @dataclass(slots=True)
 class FileChanges:
-    """`unread`: files whose headers have to be read; `changed`: models one of whose files is another than it was;
-    `incomplete`: models that lack a file."""
+    """`unread`: files whose headers have to be read. `changed`: models with a file that has changed. `incomplete`:
+    models with a missing file."""
 
     unread: dict[Files, None] = field(default_factory=dict)  # in order
     changed: list[str] = field(default_factory=list)
@@ -120,16 +120,16 @@ class FileChanges:
 
 
 class Models:
-    """All models by name; keeps up with the files that nodes report."""
+    """All models by name, updated with the files that nodes report."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
-        self._params: dict[str, ModelParams] = {}  # of every name that was asked about: neither side of it changes
+        self._params: dict[str, ModelParams] = {}  # by name; entries and defaults never change
         self._kept_away_by: dict[str, frozenset[str]] = {}
         self._claimed: dict[NodeId, dict[str, list[str]]] = {}  # names by path
         self._reported: dict[NodeId, tuple[ModelFile, ...]] = {}
         self._contexts: dict[str, tuple[ModelShape, ContextParams]] = {}  # the default ones
-        self._entries: dict[str, tuple[str, ...]] = {}  # of every path that was seen, which is looked up every second
+        self._entries: dict[str, tuple[str, ...]] = {}  # names of matching entries by path; used every second
         entries = catalogue.models.values()
         self._adapter_paths = [adapter.path for entry in entries for adapter in entry.adapters.values()]
         self._plain_paths = [entry.path for entry in entries if not set("*?[") & set(entry.path)]
@@ -139,11 +139,11 @@ class Models:
 
     @property
     def some_are_kept(self) -> bool:
-        """Whether any model shall always be loaded."""
+        """Whether any model must always be loaded (min_replicas)."""
         return any(params.min_replicas for params in (self._catalogue.defaults, *self._catalogue.models.values()))
 
     def find(self, name: str) -> Model:
-        """The model, or UnknownModel that suggests the nearest name."""
+        """The model of this name. Raises UnknownModel, which suggests the most similar name."""
         model = self.by_name.get(name)
         if model is None:
             close = _nearest(name, self.by_name)
@@ -158,11 +158,11 @@ class Models:
         return self._params[model.name]
 
     def keep_alive_s(self, model: Model) -> float | None:
-        """How long it may be idle before it is stopped; None: for ever."""
+        """The idle seconds after which it is stopped; None: it is not stopped."""
         return self.params(model).keep_alive_s if model.keep_alive_s is None else model.keep_alive_s
 
     def kept_away_by(self, name: str) -> frozenset[str]:
-        """Models whose entries say that they share no GPU with this one."""
+        """Models whose entries say that they must not share a GPU with this one."""
         if name not in self._kept_away_by:
             by_default = self._catalogue.defaults.not_with or ()
             entries = self._catalogue.models.items()
@@ -180,9 +180,9 @@ class Models:
         return self._catalogue.defaults.model_copy(update=chosen)
 
     def context(self, model: Model, shape: ModelShape, n_ctx_slot: int | None) -> ContextParams:
-        """Context parameters for a replica whose every slot holds `n_ctx_slot` tokens (None: the model's default).
+        """Context parameters for a replica with `n_ctx_slot` tokens per slot (None: the model's default).
 
-        Raises Rejected when the model was not trained for so long a context.
+        Raises Rejected if the model was not trained for such a long context.
         """
         if n_ctx_slot is not None:
             return self._context(model, shape, n_ctx_slot)
@@ -246,18 +246,18 @@ class Models:
         context, found = self._plain_context(model, shape, n_ctx_slot), []
         for other in self.params(model).alternatives or ():
             changes = other.model_dump(exclude_none=True)
-            if n_ctx_slot is not None:  # what was asked for must be there
+            if n_ctx_slot is not None:  # the requested length must fit
                 changes["n_ctx"] = max(changes.get("n_ctx", 0), n_ctx_slot * context.n_streams)
             found.append(replace(context, **changes))
         return tuple(each.for_whole_sequences() if shape.is_embedding_only else each for each in found)
 
     def longest(self, model: Model, shape: ModelShape, context: ContextParams) -> int:
-        """The context of all slots that the model may have where GPUs have room for it; 0: no more than it needs."""
+        """The largest context of all slots that the model may get if GPUs have room; 0: only what it needs."""
         return self._trained(shape, context) if self.params(model).n_ctx == "auto" else 0
 
     def rounded(self, shape: ModelShape, context: ContextParams, n_ctx_slot: int | None) -> int:
-        """The context of all slots that a request for so many tokens may be given where there is room: the next power
-        of two, so that requests for more and more load the model a few times, and not each time."""
+        """The largest context of all slots that a request for this many tokens may get if there is room: the next power
+        of two. So requests for longer and longer contexts load the model only a few times, not each time."""
         if n_ctx_slot is None:
             return 0
         return min(1 << (context.n_ctx - 1).bit_length(), self._trained(shape, context))
@@ -267,7 +267,7 @@ class Models:
         return (shape.n_ctx_train or 0) * context.n_streams
 
     def update(self, node_id: NodeId, files: tuple[ModelFile, ...]) -> FileChanges:
-        """Take a node's list of files: what to read because it is new, changed or was not readable; what changed."""
+        """Store a node's list of files. Returns what to read (new, changed or unreadable before), and what changed."""
         changes = FileChanges()
         if files == self._reported.get(node_id):
             return changes
@@ -316,7 +316,7 @@ class Models:
     def shaped(
         self, node_id: NodeId, files: Files, shape: ModelShape | None, invalid: str = "", trouble: str = ""
     ) -> list[Model]:
-        """Record what headers said, or why they said nothing; the models it concerns."""
+        """Store the contents of headers, or why they could not be read. Returns the models of these files."""
         found = []
         for name in self._claimed.get(node_id, {}).get(files.path, ()):
             model = self.by_name.get(name)
@@ -329,7 +329,8 @@ class Models:
         return found
 
     def _is_companion(self, file: ModelFile) -> bool:
-        """A glob may match adapters and models; what an entry names as its model is one."""
+        """Whether the file is a projector or an adapter. A glob may match adapters and models: a file that an entry
+        names as its model is a model."""
         if is_projector(file.path):
             return True
         is_adapter = any(matches(file.path, path) for path in self._adapter_paths)
@@ -355,7 +356,7 @@ def _identity(file: ModelFile | None) -> tuple[str, int, float] | None:
 
 
 def _unsuited(entry: ModelEntry | None, shape: ModelShape) -> str:
-    """Why its pictures cannot be as the catalogue wants them, or empty."""
+    """Why the catalogue's limits for pictures cannot be met, or empty."""
     least, most = (entry.image_min_tokens or 0, entry.image_max_tokens or 0) if entry else (0, 0)
     if not least and not most:
         return ""
@@ -364,7 +365,7 @@ def _unsuited(entry: ModelEntry | None, shape: ModelShape) -> str:
 
 
 def _takes_no_more(shape: ModelShape, shared: ContextParams, alone: ContextParams) -> bool:
-    """Whether the cache of `shared` is no larger; False where llama.cpp does not take it."""
+    """Whether the cache of `shared` is no larger. False if llama.cpp does not accept it."""
     try:
         return shape.cache_bytes(shared) <= shape.cache_bytes(alone)
     except Rejected:
@@ -372,8 +373,8 @@ def _takes_no_more(shape: ModelShape, shared: ContextParams, alone: ContextParam
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
-    """The known name that is most like `name`, or "". Anybody may ask for anything, as often as he likes: so difflib
-    sees the beginnings of the few that share most letters, which takes less than a millisecond."""
+    """The known name that is most similar to `name`, or "". Clients may send any names, at any rate. So difflib
+    compares only the beginnings of the few names that share most letters. This takes less than a millisecond."""
     letters = Counter(name[:_COMPARED].lower())
     alike = nlargest(_CANDIDATES, known, key=lambda each: (letters & Counter(each[:_COMPARED].lower())).total())
     by_beginning = {each[:_COMPARED]: each for each in alike}

@@ -1,12 +1,13 @@
-"""Requests that wait for a slot: bounded, each model's in a line of its own, lines in the order of their first.
+"""The bounded queue of requests that wait for a slot. Each model has a line of its own.
 
-A request stands where somebody would who had come at `rank`, in seconds of the core's clock:
+The lines are ordered by their first requests. A line is ordered by rank, in seconds of the core's clock, the lowest
+first:
 
     rank = arrived_at - priority x priority_s + requests of the same key that wait already x fair_share_s
 
-So priorities age by themselves: a request of priority p is overtaken only by those that come within (p' - p) x
-priority_s seconds after it, and nobody starves. A key that sends many requests at once finds them between those of
-others. Without keys and priorities it is first come, first served.
+So waiting raises the place of a request. A request of priority p is overtaken only by requests that come within
+(p' - p) x priority_s seconds after it. No request starves. If a key sends many requests at once, requests of other keys
+go between them. Without keys and priorities, the order is first come, first served.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from scheduler.errors import QueueFull, Rejected
 from scheduler.units import ReplicaId, RequestId
 
 RequestKind = Literal["generate", "embed", "load"]
-_SEEN_LEAVING = 16  # requests whose leaving says how fast the queue moves
+_SEEN_LEAVING = 16  # the last requests that left; they show how fast the queue moves
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 1.0, 120.0
 
 
@@ -38,18 +39,18 @@ class Waiting:
     arrived_at: float
     deadline_at: float
     priority: int = 0
-    key: str = ""  # whose request it is: the name of an API key, empty for nobody's
-    prefix: str = ""  # what its prompt begins with, as a hash; empty: not known
-    fingerprint: str = ""  # of all that is asked; empty: not known
+    key: str = ""  # the name of the request's API key; empty: none
+    prefix: str = ""  # hash of the beginning of its prompt; empty: not known
+    fingerprint: str = ""  # hash of the whole request; empty: not known
     rank: float = 0.0
     reason: str = ""
     in_the_way: frozenset[ReplicaId] = frozenset()  # replicas that it waits for
-    looked_at_epoch: int = -1  # the facts for which no place was found,
-    look_again_at: float = -inf  # and when they are looked at again although they are the same
+    looked_at_epoch: int = -1  # the facts for which no place was found
+    look_again_at: float = -inf  # when a place is searched again although the facts are the same
 
 
 class RequestQueue:
-    """A model's line never holds up another model's."""
+    """A model's line never delays another model's line."""
 
     def __init__(self, policy: Policy) -> None:
         self._limit = policy.queue_limit
@@ -71,11 +72,11 @@ class RequestQueue:
         return iter(self._by_id.values())
 
     def add(self, waiting: Waiting) -> Waiting | None:
-        """Put the request in its line. In a full queue it takes the place of the last request of the key that has the
-        most, if that has more than its own key would have, or of the last one of its own key whose priority is lower;
-        who had to leave is returned.
+        """Put the request in its line. If the queue is full, it replaces another request, which is returned.
 
-        Raises QueueFull, and Rejected for an id that is waiting already.
+        That is the last request of the key with the most, if this key has more than the newcomer's key would have.
+        Otherwise it is the last request of the newcomer's own key with a lower priority. Raises QueueFull, and Rejected
+        for an id that is already waiting.
         """
         if waiting.request_id in self._by_id:
             raise Rejected(f"request {waiting.request_id} is waiting already")
@@ -92,12 +93,12 @@ class RequestQueue:
         return displaced
 
     def rank(self, newcomer: Waiting) -> float:
-        """Where a request would stand."""
+        """The rank that the request would get now."""
         ahead = self._of_key[newcomer.key] if newcomer.key else 0
         return newcomer.arrived_at - newcomer.priority * self._priority_s + ahead * self._fair_share_s
 
     def displaced_by(self, newcomer: Waiting) -> Waiting | None:
-        """Who would have to leave for a request; None while there is a place. Raises QueueFull."""
+        """The request that would have to leave for the newcomer; None if the queue has room. Raises QueueFull."""
         if len(self) < self._limit:
             return None
         key, most = max(self._of_key.items(), key=lambda each: each[1])
@@ -109,15 +110,15 @@ class RequestQueue:
         return max(there, key=_rank)
 
     def full(self) -> QueueFull:
-        """The error for a request that there is no place for."""
+        """The error for a request for which the queue has no room."""
         retry_s = self._seconds_per_place()
         return QueueFull(
-            f"{self._limit} requests are waiting already; a place comes free every {retry_s:.0f} s or so",
+            f"{self._limit} requests are waiting already; about every {retry_s:.0f} s, one of them leaves the queue",
             retry_after_s=retry_s,
         )
 
     def _seconds_per_place(self) -> float:
-        """How long it takes until one request leaves, by those that left last."""
+        """The mean time between two requests that leave, from the last ones that left."""
         span_s = self._left_at[-1] - self._left_at[0] if self._left_at else 0.0
         return min(_LONGEST_RETRY_S, max(_SHORTEST_RETRY_S, span_s / max(1, len(self._left_at) - 1)))
 
@@ -128,7 +129,7 @@ class RequestQueue:
         return self._heads
 
     def before(self, waiting: Waiting) -> int:
-        """How many of its line stand before the request, or would if it came now."""
+        """How many requests of its line are before the request, or would be if it came now."""
         line = self._lines.get(waiting.model, [])
         return line.index(waiting) if waiting.request_id in self._by_id else bisect(line, waiting.rank, key=_rank)
 
@@ -160,7 +161,7 @@ class RequestQueue:
         """The request has a slot: it leaves the queue."""
         self.remove(waiting.request_id)
         self._left_at.append(now)
-        if not self._by_id:  # how long it is empty says nothing of how fast it moves
+        if not self._by_id:  # the time with an empty queue says nothing about its speed
             self._left_at.clear()
 
     def expired(self, now: float) -> list[Waiting]:

@@ -1,12 +1,12 @@
 """One loaded copy of a model, from the decision to load it until its memory is back.
 
     pending  -> loading            the room promised to it is really free
-    pending  -> (forgotten)        the room did not come, or nobody wants it any more
+    pending  -> (forgotten)        the room did not become free, or no request waits for it any longer
     loading  -> ready | stopping   loaded, or failed and being cleaned up
     ready    -> stopping           evicted, unloaded, idle too long, or dead
-    stopping -> (forgotten)        its process is gone and its devices have been read again
+    stopping -> (forgotten)        its process has ended and its devices have been read again
 
-Whatever its state, a replica is forgotten when its node is lost.
+In any state, a replica is forgotten when its node is lost.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TRANSITIONS: dict[ReplicaState, frozenset[ReplicaState]] = {
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A layout on concrete devices of a node, with what it needs there (bytes; `layers` counts per device)."""
+    """A layout on concrete devices of a node, with the bytes that it needs there. `layers`: their number per device."""
 
     tier: str
     node_id: NodeId
@@ -47,15 +47,15 @@ class Placement:
     context: ContextParams
     device_bytes: tuple[int, ...]
     overhead_bytes: tuple[int, ...]  # the part of each that is not llama.cpp's buffers
-    host_bytes: int  # at the most, loading included
+    host_bytes: int  # the maximum, also during the load
     host_mapped_bytes: int  # the part of host_bytes that is file-backed: MemAvailable never shows it as used
     host_outside_bytes: int  # the part of host_bytes that is not llama.cpp's buffers, and stays
     host_resting_bytes: int  # the part of host_bytes that is anonymous and there before the first request
     computes_on_cpu: bool
     n_layers: int  # layers in all, the output counted as one
-    mmproj_bytes: int = 0  # the projector's, where it lies; a part of the overhead there, or of host_outside_bytes
-    mmproj_on_device: bool = False  # it lies on the first device; else in host RAM
-    grows: bool = False  # its buffers grow while it serves: what is booked for it stays booked
+    mmproj_bytes: int = 0  # of the projector; a part of the first device's overhead, or of host_outside_bytes
+    mmproj_on_device: bool = False  # the projector is on the first device; else in host RAM
+    grows: bool = False  # its buffers grow while it serves: its booking is not reduced
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -63,12 +63,12 @@ class Placement:
 
     @property
     def n_spilled_experts(self) -> int:
-        """Layers whose experts lie in host RAM although the layers do not."""
+        """Layers on GPUs whose experts are in host RAM."""
         return self.n_layers - 1 if self.layout.experts_on_host else self.layout.n_cpu_moe
 
     @property
     def n_resident_layers(self) -> int:
-        """Layers that are on GPUs with all that they have."""
+        """Layers that are wholly on GPUs."""
         return self.layout.n_gpu_layers - self.n_spilled_experts
 
 
@@ -85,34 +85,34 @@ class Replica:
     created_at: float
     last_used_at: float
     state: ReplicaState = ReplicaState.PENDING
-    waits_for: frozenset[ReplicaId] = frozenset()  # pending: stopping replicas in whose room it will be
+    waits_for: frozenset[ReplicaId] = frozenset()  # pending: stopping replicas whose room it will use
     leases: set[LeaseId] = field(default_factory=set)
-    drain_for: str = ""  # the waiting model that this one makes room for
+    drain_for: str = ""  # the waiting model for which it makes room
     drained_at: float = 0.0
-    compared_at: float = -inf  # when a better place was looked for last
-    retiring: str = ""  # why it is stopped once idle, whoever waits
-    doubted: bool = False  # it failed a request; nothing is granted until it has been checked
+    compared_at: float = -inf  # when a better place was last searched
+    retiring: str = ""  # why it is stopped when idle, even if requests wait for it
+    doubted: bool = False  # it failed a request; no slots are granted until it has been checked
     ready_at: float = 0.0
     load_s: float = 0.0
     pid: int = 0
     progress: float = 0.0
     measured: Footprint | None = None  # llama.cpp's buffers, once loaded
     cached_fraction: float = 0.0  # of its file, in the page cache when it was placed
-    load_key: LoadKey | None = None  # under which they are remembered
+    load_key: LoadKey | None = None  # under which `measured` is remembered
     room_since: float | None = None  # pending: when the last victim was gone
-    preloaded: bool = False  # nobody has asked for it yet
-    kept: bool = False  # loaded because the model shall always have a replica
-    supersedes: ReplicaId | None = None  # a slower replica of the model that goes once this one is ready
+    preloaded: bool = False  # no request has used it yet
+    kept: bool = False  # loaded because the model must always have a replica (min_replicas)
+    supersedes: ReplicaId | None = None  # a slower replica of the model, which is stopped when this one is ready
     prefixes: deque[str] = field(default_factory=lambda: deque(maxlen=8))  # of the prompts that it saw last
 
     def become(self, state: ReplicaState) -> None:
-        """Change state along the table. Raises InvariantBroken for a step that the table lacks."""
+        """Change the state. Raises InvariantBroken for a step that is not in TRANSITIONS."""
         if state not in TRANSITIONS[self.state]:
             raise InvariantBroken(f"replica {self.replica_id}: {self.state.value} cannot become {state.value}")
         self.state = state
 
     def saw(self, prefix: str) -> None:
-        """A prompt that begins like this is in its cache."""
+        """A prompt with this prefix is now in its cache."""
         if prefix in self.prefixes:
             self.prefixes.remove(prefix)
         self.prefixes.append(prefix)
@@ -127,19 +127,19 @@ class Replica:
 
     @property
     def removable(self) -> bool:
-        """It may be stopped for another: nobody uses it, nor has asked for it if it is still loading."""
+        """It may be stopped for another model: it is idle, or it is being preloaded without a request."""
         return self.idle or (self.state is ReplicaState.LOADING and self.preloaded)
 
     @property
     def open(self) -> bool:
-        """It takes requests, or will once it is ready."""
+        """It accepts requests, or will when it is ready."""
         return self.state is not ReplicaState.STOPPING and not self.drain_for and not self.retiring
 
     @property
     def free_slots(self) -> int:
         if self.state is not ReplicaState.READY or self.drain_for or self.retiring or self.doubted:
             return 0
-        return max(0, self.slots - len(self.leases))  # more may have outlived a restart
+        return max(0, self.slots - len(self.leases))  # after a restart, there may be more leases than slots
 
     @property
     def anonymous_bytes(self) -> int:

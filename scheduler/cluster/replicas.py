@@ -1,7 +1,7 @@
-"""All replicas by id, and the views of them that decisions ask for: of a model, on a node, in a state.
+"""All replicas by id, and the views of them that decisions need: of a model, on a node, in a state.
 
-Looking through every replica for each event costs what the cluster is large; these are kept as they change instead.
-Insertion order is kept in every view, so that decisions do not depend on hashes.
+A search through all replicas for each event would take longer on a larger cluster. So the views are updated at each
+change. Every view keeps the insertion order, so that decisions do not depend on hashes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ K = TypeVar("K")
 
 
 class Replicas(Mapping[ReplicaId, Replica]):
-    """A mapping that only the fleet changes. Views are snapshots: what is changed meanwhile does not disturb them."""
+    """A mapping that only the fleet changes. Views are snapshots: later changes do not affect them."""
 
     def __init__(self) -> None:
         self._all: dict[ReplicaId, Replica] = {}
@@ -68,11 +68,11 @@ class Replicas(Mapping[ReplicaId, Replica]):
         self._by_use[replica.replica_id] = replica
 
     def least_recently_used(self) -> Iterator[Replica]:
-        """All of them, used longest ago first; not to be changed meanwhile."""
+        """All replicas, the least recently used first. No change is allowed during the iteration."""
         return iter(self._by_use.values())
 
     def become(self, replica: Replica, state: ReplicaState) -> None:
-        """Change the replica's state. Raises InvariantBroken, and changes nothing, for a step that its table lacks."""
+        """Change the replica's state. For a step that is not allowed: raises InvariantBroken and changes nothing."""
         before = replica.state
         replica.become(state)
         del self._in_state[before][replica.replica_id]

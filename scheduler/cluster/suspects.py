@@ -1,11 +1,10 @@
-"""Requests under which runners ended: who is suspected, and who is refused because it happened again.
+"""Requests during which runners ended: the suspected ones, and those that are refused because it happened again.
 
-A runner that ends takes all its answers with it, so at first every request that was there is a suspect. A suspect is
-tried once more, and alone: no other request is granted a slot of that replica meanwhile. If that runner ends too, the
-request is *condemned*: it is refused, with the reason, for `REMEMBERED_S`. A suspect that is served to its end is
-cleared.
+When a runner ends, all its answers end. So at first every request on it is a suspect. A suspect is tried once more,
+alone: meanwhile, no other request gets a slot of that replica. If that runner ends, too, the request is *condemned*: it
+is refused, with the reason, for `REMEMBERED_S`. A suspect that is served to its end is cleared.
 
-Requests are known by model and fingerprint; one without a fingerprint is never suspected.
+Requests are identified by model and fingerprint. A request without a fingerprint is never suspected.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from scheduler.errors import Condemned
 from scheduler.units import ReplicaId
 
 REMEMBERED_S = 3600.0
-"""Who was condemned by bad luck (a machine with faulty memory) may try again after so long."""
+"""After this time, a condemned request is tried again: the cause may have been another one, such as faulty memory."""
 MOST_REMEMBERED = 4096
-"""Who was suspected first is forgotten first."""
+"""Beyond this number, the oldest suspects are forgotten first."""
 
 Key = tuple[str, str]
 
@@ -40,19 +39,19 @@ class Suspects:
         self._alone: dict[ReplicaId, Key] = {}
 
     def knows(self, model: str, fingerprint: str) -> bool:
-        """Whether a runner ended under the request, or may have."""
+        """Whether a runner ended during the request, or may have ended."""
         return bool(fingerprint) and ((model, fingerprint) in self._records or self.accused(model, fingerprint))
 
     def accused(self, model: str, fingerprint: str) -> bool:
-        """Whether a replica that failed the request is still being looked at."""
+        """Whether a replica that failed the request is still being checked."""
         return any((model, fingerprint) in there for there in self._accused.values())
 
     def accuses(self, replica_id: ReplicaId) -> bool:
-        """Whether the replica failed a request and is being looked at."""
+        """Whether the replica failed a request and is being checked."""
         return replica_id in self._accused
 
     def verdict(self, model: str, fingerprint: str, now: float) -> Condemned | None:
-        """The error that the request is refused with; None when it is not."""
+        """The error with which the request is refused; None if it is not refused."""
         record = self._records.get((model, fingerprint))
         if record is None or not record.condemned:
             return None
@@ -60,7 +59,7 @@ class Suspects:
             del self._records[model, fingerprint]
             return None
         return Condemned(
-            f"two processes that ran {model} ended while they answered this request, the last one alone with it "
+            f"two processes of {model} ended while they answered this request, the last one with this request alone "
             f"({record.condemned}); it is not tried again: change the request",
             model=model,
         )
@@ -68,7 +67,7 @@ class Suspects:
     # ------------------------------------------------------------------ what happens to a request
 
     def granted(self, replica_id: ReplicaId, model: str, fingerprint: str) -> None:
-        """A slot was granted; a suspect has the replica to itself from now on."""
+        """A slot was granted. From now on, a suspect is alone on the replica."""
         if self.knows(model, fingerprint):
             self._alone[replica_id] = model, fingerprint
 
@@ -77,8 +76,8 @@ class Suspects:
         return replica_id in self._alone
 
     def released(self, replica_id: ReplicaId, model: str, fingerprint: str, ending: Ending) -> None:
-        """The slot was given back. A replica that failed the request may have died of it. That is not known yet, and
-        the request keeps the replica to itself."""
+        """The slot was given back. If the replica failed the request, it may have died because of it. Until this is
+        known, no other request gets the replica."""
         if ending == "failed":
             if fingerprint:
                 self._accused.setdefault(replica_id, set()).add((model, fingerprint))
@@ -91,13 +90,13 @@ class Suspects:
     # ------------------------------------------------------------------ what happened to the replica
 
     def forget(self, replica_id: ReplicaId) -> None:
-        """The replica lives, or has gone with its machine: whatever failed there was not the request's fault."""
+        """The replica is alive, or was lost with its machine: the request did not cause the failure."""
         self._accused.pop(replica_id, None)
         self._alone.pop(replica_id, None)
 
     def died(self, replica_id: ReplicaId, model: str, answering: Iterable[str], reason: str, now: float) -> set[Key]:
-        """The replica's process ended while it answered requests with these fingerprints. Returns the requests that
-        are condemned by it. Those that it had failed just before count too."""
+        """The replica's process ended while it answered requests with these fingerprints. Requests that it failed just
+        before count, too. Returns the requests that are condemned by this."""
         seen = {(model, fingerprint) for fingerprint in answering if fingerprint}
         seen |= self._accused.pop(replica_id, set())
         alone = self._alone.pop(replica_id, None)

@@ -47,7 +47,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     if header.metadata.get("general.type") != "adapter" or header.metadata.get("adapter.type") != "lora":
         raise refuse("this is not a LoRA adapter: general.type must be adapter and adapter.type lora")
     if _INVOCATION in header.metadata:
-        raise refuse("this is an activated LoRA (aLoRA): it applies from certain tokens on, which is not supported")
+        raise refuse("this is an activated LoRA (aLoRA): it applies only after certain tokens, which is not supported")
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise refuse("general.architecture is missing")
@@ -131,7 +131,7 @@ def _check(shape: ModelShape, adapter: Adapter) -> None:
             if is_tied and name == "token_embd.weight":
                 raise Rejected(
                     f"{adapter.path} changes token_embd.weight, which is this model's output matrix too: llama.cpp "
-                    "ends the process over it; leave the embedding out of the adapter"
+                    "would end the process; leave the embedding out of the adapter"
                 )
             fits = width.ne[0] == _rows(b) and width.ne[1:2] == (_rows(a),)
         else:

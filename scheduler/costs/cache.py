@@ -67,7 +67,7 @@ def effective_context(arch: Architecture, context: ContextParams) -> EffectiveCo
     n_ctx = pad(asked, 256)
     n_ctx_seq = n_ctx if context.kv_unified else pad(n_ctx // context.n_seq_max, 256)
     if not n_ctx_seq:
-        raise Rejected(f"n_ctx {asked} leaves nothing for each of {context.n_seq_max} sequences; ask for more context")
+        raise Rejected(f"n_ctx {asked} is too small for {context.n_seq_max} sequences; set a larger n_ctx")
     n_ctx = n_ctx if context.kv_unified else n_ctx_seq * context.n_seq_max
     if 0 < context.n_outputs_max < context.n_seq_max:  # likewise
         raise Rejected(f"n_outputs_max is {context.n_outputs_max}: {context.n_seq_max} sequences need at least as many")
@@ -98,7 +98,7 @@ def cache_types(arch: Architecture, context: ContextParams) -> tuple[GgmlType, G
         raise Rejected(f"{arch.name} models cannot be run: {arch.row.refused}")
     if arch.name in ("eagle3", "gemma4-assistant") and context.embeddings:
         raise Rejected(
-            f"llama.cpp aborts on embeddings of {arch.name} models: they only guess ahead; set embeddings false"
+            f"llama.cpp aborts on embeddings of {arch.name} models: they only draft tokens; set embeddings false"
         )
     for name, wanted in (("type_k", context.type_k), ("type_v", context.type_v)):
         if wanted not in KV_TYPES:

@@ -64,10 +64,10 @@ def check_draft(shape: ModelShape, draft: ModelShape) -> None:
             f"model ({ours.model}, {shape.n_vocab} tokens); {way_out}"
         )
     if draft.is_recurrent:
-        raise Rejected(f"the draft {draft.paths[0]} has a recurrent state, which forgets no wrong guesses; {way_out}")
+        raise Rejected(f"the draft {draft.paths[0]} has a recurrent state: it cannot drop rejected tokens; {way_out}")
     if draft.is_embedding_only or draft.arch.row.family == "draft":
         raise Rejected(
-            f"the draft {draft.paths[0]} is a {draft.architecture} model, which writes no text by itself; {way_out}"
+            f"the draft {draft.paths[0]} is a {draft.architecture} model, which generates no text by itself; {way_out}"
         )
 
 

@@ -227,7 +227,7 @@ ROWS = {row.name: row for row in (
     Row("phimoe"),
     Row("plamo", waiting=1, above_masks=True),
     Row("plamo3", window=Window(8), above_masks=True),
-    Row("plm", refused="llama.cpp 0.5.0-dev ends the process over its values, which have another shape than its cache"),
+    Row("plm", refused="llama.cpp 0.5.0-dev ends the process: its values have another shape than its cache"),
     Row("pockettts", norms="variance"),
     Row("qwen"),
     Row("qwen2", template="llama", settles=2),

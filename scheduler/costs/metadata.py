@@ -25,7 +25,7 @@ class Metadata:
     def _text(self, key: str) -> str:
         value = self.values.get(key)
         if not isinstance(value, str) or not value:
-            raise self.refuse(f"{key} is missing, so this is no model that can be loaded")
+            raise self.refuse(f"{key} is missing, so this file cannot be loaded as a model")
         return value
 
     def number(self, key: str, default: int | None = None) -> int:

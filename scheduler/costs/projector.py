@@ -186,9 +186,9 @@ class Projector:
         if not eyes:
             return "the projector takes no images"
         if unable := [encoder.kind for encoder in eyes if not encoder.is_choosable]:
-            return f"a projector of kind {unable[0]} has the size of its images in its file"
+            return f"a projector of kind {unable[0]} has a fixed image size in its file"
         if least_tokens > (most := most_tokens or max(encoder.most_tokens for encoder in eyes)):
-            return f"image_min_tokens is {least_tokens}, but images have {most} tokens at most: raise image_max_tokens"
+            return f"image_min_tokens is {least_tokens}, but images have at most {most} tokens: raise image_max_tokens"
         return ""
 
     def on_device(self, kind: DeviceKind, *, flash_attn: bool = False) -> DeviceBytes:
@@ -238,7 +238,7 @@ class _Reader:
     def encoders(self) -> Iterator[Encoder]:
         meta: Mapping[str, Scalar | object] = self.header.metadata
         if meta.get("general.architecture") != "clip":
-            raise self.refuse("this is no multimodal projector: general.architecture must be clip")
+            raise self.refuse("this is not a multimodal projector: general.architecture must be clip")
         wanted = [part for part in ("vision", "audio") if meta.get(f"clip.has_{part}_encoder") is True]
         if not wanted:
             raise self.refuse("the projector has neither an encoder of images nor one of sounds")

@@ -237,7 +237,7 @@ def _parts(path: Path) -> list[Header]:
     count = int(match["count"])
     if not 0 < count <= MAX_PARTS or int(match["no"]) not in range(1, count + 1):
         raise InvalidGGUF(
-            f"{path}: the name says part {match['no']} of {match['count']}, which cannot be", path=str(path), offset=0
+            f"{path}: part {match['no']} of {match['count']} is not possible; rename the file", path=str(path), offset=0
         )
     headers = []
     for no in range(1, count + 1):

@@ -46,9 +46,9 @@ class GpuDescription(_Described):
         if self.total is None and known_card(self.name) is None:
             raise ValueError(f"{self.name or 'a GPU'!r} is not a known card: give its total memory, as total: 24GiB")
         if self.total_bytes < MIB:
-            raise ValueError(f"a GPU of {self.total_bytes} bytes holds nothing; write its memory as 24GiB")
+            raise ValueError(f"a GPU of {self.total_bytes} bytes is too small; write its memory as 24GiB")
         if self.free is not None and self.free > self.total_bytes:
-            raise ValueError(f"{self.free} bytes free of {self.total_bytes} cannot be")
+            raise ValueError(f"free is {self.free} bytes, but the GPU has only {self.total_bytes}")
         return self
 
     @property

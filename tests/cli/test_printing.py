@@ -184,7 +184,7 @@ def test_an_answer_is_in_sight_on_a_terminal_and_untouched_in_a_pipe(written: Ca
     [
         ("stop", "", "m gave an empty answer: it ended at once"),
         ("length", "", "m used all its tokens without any text"),
-        ("stop", "Hm.", "m thought, and gave no answer"),
+        ("stop", "Hm.", "m wrote only reasoning, and no answer"),
     ],
 )
 def test_an_empty_answer_is_said_beside_the_output(

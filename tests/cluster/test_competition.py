@@ -90,7 +90,7 @@ def test_what_can_never_work_is_refused_before_anybody_makes_room(service: Servi
         service.complete("cortado", "hola")
     with pytest.raises(UnknownModel, match="alba"):
         service.complete("albo", "hola")
-    with pytest.raises(Impossible, match=r"inmenso can never fit here.*TiB"):
+    with pytest.raises(Impossible, match=r"inmenso can never fit this cluster.*TiB"):
         service.complete("inmenso", "hola")
     with pytest.raises(Rejected, match="trained for 4096"):
         service.complete("duna", "hola", n_ctx=5000)

@@ -64,6 +64,6 @@ def test_a_draft_is_planned_loaded_and_booked_and_changes_no_answer(
 def test_drafts_that_cannot_be_are_refused_with_the_way_out(service: Service) -> None:
     found = {model.name: model for model in service.client.models()}
     assert found["drafted"].draft.endswith("draft.gguf") and found["predicted"].draft.endswith("layers.gguf")
-    assert "recurrent state, which forgets no wrong guesses; name a smaller model" in found["unfit"].reason
+    assert "recurrent state: it cannot drop rejected tokens; name a smaller model" in found["unfit"].reason
     with pytest.raises(Rejected, match=r"forgetful has a recurrent state, .*leave out model_draft"):
         service.complete("forgetful", "p")

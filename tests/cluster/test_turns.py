@@ -55,7 +55,7 @@ def test_commands_of_one_account_wait_for_each_other() -> None:
 def test_drivers_of_one_cluster_wait_for_each_other(cluster: str) -> None:
     said = []
     with holder(HOLD_TURN.format(address=cluster)) as other:
-        has_it = pytest.raises(Unavailable, match=rf"process {other.pid} on \S+ has been bringing Arriero up")
+        has_it = pytest.raises(Unavailable, match=rf"process {other.pid} on \S+ has been starting or stopping Arriero")
         with has_it, turn(print, 0):
             pass
 

@@ -40,7 +40,7 @@ def test_sizes_and_yaml_booleans() -> None:
         ("policy: {min_residency: 3}", "unknown key policy.min_residency; did you mean min_residency_s?"),
         ("models: {a: {path: x.gguf, n_ctxx: 3}}", "unknown key models.a.n_ctxx; did you mean n_ctx?"),
         ("server: {zzz: 1}", "unknown key server.zzz; known keys: api_key, api_keys, host, media_hosts, ollama_"),
-        ("server: {media_hosts: ['*.example.org']}", "'*.example.org' is no host; write its name"),
+        ("server: {media_hosts: ['*.example.org']}", "'*.example.org' is not a host; write its name"),
         ("defaults: {n_ctx: many}", "defaults.n_ctx"),
         ("defaults: {flash_attn: maybe}", "'on' or 'off'"),
         ("reserves: {host_bytes: 3 apples}", "write bytes as 512, 96MiB, 1.5GiB or 8GB"),

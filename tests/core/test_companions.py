@@ -288,8 +288,8 @@ def test_larger_pictures_are_booked_and_the_runner_is_told() -> None:
     ("given", "companions", "words"),
     [
         ({"image_max_tokens": 4096}, {}, "there is no projector: name one as mmproj"),
-        ({"image_max_tokens": 4096}, {EYES: eyes("mlp")}, "kind mlp has the size of its images in its file"),
-        ({"image_min_tokens": 4096}, {EYES: eyes()}, "image_min_tokens is 4096, but images have 2116 tokens at most"),
+        ({"image_max_tokens": 4096}, {EYES: eyes("mlp")}, "kind mlp has a fixed image size in its file"),
+        ({"image_min_tokens": 4096}, {EYES: eyes()}, "image_min_tokens is 4096, but images have at most 2116 tokens"),
         ({"image_max_tokens": 4096}, {EYES: projector()}, "the projector takes no images"),
     ],
 )

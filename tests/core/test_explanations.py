@@ -49,7 +49,7 @@ def test_others_and_lost_devices_are_named() -> None:
     s.lost[DeviceId("id-gpu1")] = "Xid 79"
     s.read_devices()
     found = reasons(s, "a")
-    assert "2.0 GiB free of 3.0 GiB; others use 1.0 GiB" in found["one GPU gpu0"]
+    assert "2.0 GiB free of 3.0 GiB; other programs use 1.0 GiB" in found["one GPU gpu0"]
     assert found["one GPU gpu1"] == "gpu1 cannot be used: it is lost: Xid 79"
 
 

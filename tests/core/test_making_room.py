@@ -453,7 +453,7 @@ def test_memory_that_others_free_is_waited_for_a_while() -> None:
     assert s.waits(gone)
     s.cancel(gone)
     s.wait(15)
-    assert isinstance(s.error(refused), Unavailable) and "others use 2.0 GiB" in s.why(refused)
+    assert isinstance(s.error(refused), Unavailable) and "other programs use 2.0 GiB" in s.why(refused)
     again = s.ask("a")
     s.foreign.clear()
     s.read_devices()

@@ -112,7 +112,7 @@ def test_a_runner_that_was_killed_makes_nobody_a_suspect() -> None:
     replica_id = s.grants[asked[0]].replica_id
     s.done(asked[1], failed=True)
     s.runners.pop(replica_id)
-    s.send(ev.ReplicaDied(replica_id, "its process ended without a word", by_itself=False))
+    s.send(ev.ReplicaDied(replica_id, "its process ended without a message", by_itself=False))
     again = [s.ask("a", fingerprint=each) for each in ("x", "y")]
     assert all(request in s.grants for request in again)  # side by side, as before
 

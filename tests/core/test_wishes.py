@@ -163,7 +163,7 @@ def test_a_speed_that_only_one_card_has() -> None:
     refusing = machine(M, wants(min_tokens_per_s=200), slow)
     refused = refusing.ask("m")
     assert isinstance(refusing.error(refused), Impossible)
-    assert "at 200 tokens/s at the least" in refusing.why(refused)
+    assert "with at least 200 tokens/s" in refusing.why(refused)
     assert "tokens/s are predicted, 200 are wanted" in refusing.why(refused)
 
 

@@ -227,7 +227,7 @@ def test_files_that_are_no_projectors(change: Callable[[Gguf], object], words: s
 
 
 def test_a_model_is_no_projector(tmp_path: Path) -> None:
-    with pytest.raises(InvalidGGUF, match="no multimodal projector"):
+    with pytest.raises(InvalidGGUF, match="not a multimodal projector"):
         read_projector(write_model(SMALL["llama"], tmp_path / "model.gguf"))
 
 

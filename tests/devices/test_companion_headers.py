@@ -70,7 +70,7 @@ def test_wrong_companions_are_faults_of_the_files(monitor: NodeMonitor, model: s
         assert isinstance(fault, InvalidGGUF) and words in fault.message
     fault = monitor.read_shape(model, (), model)
     assert isinstance(fault, InvalidGGUF)
-    assert "no multimodal projector" in fault.message and "mmproj: none" in fault.message
+    assert "not a multimodal projector" in fault.message and "mmproj: none" in fault.message
     assert isinstance(monitor.read_shape(model), ModelShape)
 
 

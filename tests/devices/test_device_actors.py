@@ -178,7 +178,8 @@ def test_who_breaks_its_word_is_ended_and_the_reason_told(node: tuple[Any, Any])
     assert get(node_actor.wait_gone.remote([process.identity], PATIENCE_S)) == ()
     with pytest.raises(ray.exceptions.RayActorError):
         get(hanging)
-    assert re.fullmatch(r"a decode took more than \d+ s; the slowest like it took 0.05 s", words(node_actor, process))
+    told = words(node_actor, process)
+    assert re.fullmatch(r"a decode took more than \d+ s; the slowest similar one took 0.05 s", told)
     assert get(node_actor.process_alive.remote(*other.identity))
     assert words(node_actor, other) == ""
     ray.kill(bystander)

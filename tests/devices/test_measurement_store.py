@@ -55,7 +55,7 @@ def test_another_table_of_the_same_name_is_damage_too(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_costs_the_memory_only(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = MeasurementStore(tmp_path / "file" / "measurements.db")
-    assert "cannot be kept" in store.trouble
+    assert "cannot be stored" in store.trouble
     store.put(RECORD)
     store.close()
 

@@ -84,7 +84,7 @@ def test_a_folder_that_others_can_write_to_is_not_believed(tmp_path: Path, caplo
     folder.chmod(0o777)
     assert list(promises("n1", folder=folder)) == []
     sign_in("n1", "GpuActor", "a reading", folder=folder).promise(1.0)  # unwatched, but at work
-    assert "others can write" in caplog.text
+    assert "other users can write" in caplog.text
     assert len(list(folder.iterdir())) == 1
     (tmp_path / "link").symlink_to(tmp_path)
     assert list(promises("n1", folder=tmp_path / "link")) == []

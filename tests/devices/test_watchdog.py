@@ -95,7 +95,7 @@ def test_who_is_overdue_in_several_looks_is_ended(scene: Scene) -> None:
     assert not scene.killed
     scene.looks(2)
     assert scene.killed == [(ME.pid, ray_title("RunnerActor"))]
-    assert scene.reason == "a decode took more than 40 s; the slowest like it took 1.2 s"
+    assert scene.reason == "a decode took more than 40 s; the slowest similar one took 1.2 s"
 
 
 def test_who_keeps_its_word_late_begins_anew(scene: Scene) -> None:

@@ -119,10 +119,10 @@ def test_few_may_follow() -> None:
         following = [feed.events(0, True, source) for source in sources]
         for each in following:
             await each.__anext__()
-        with pytest.raises(TooMuchHeld, match=r"64 clients follow the events, the most$"):
+        with pytest.raises(TooMuchHeld, match=r"64 clients follow the events, the maximum$"):
             await numbers(feed, source="new")
         await following.pop().aclose()
-        with pytest.raises(TooMuchHeld, match="16 clients follow the events, the most for one key"):
+        with pytest.raises(TooMuchHeld, match="16 clients follow the events, the maximum for one key"):
             await numbers(feed, source="0")
         assert await numbers(feed, source="new") == [1]
         for each in following:

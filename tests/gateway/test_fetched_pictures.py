@@ -146,9 +146,8 @@ def test_other_hosts_are_refused_by_name_of_the_key(
     reply = asked(url, address.format(port=host.port, other=host.port + 1))
     assert reply.status_code == 400
     message = reply.json()["error"]["message"]
-    assert any(
-        named in message for named in ("media_hosts", "no valid address", "is no address", "user name or password")
-    )
+    causes = ("media_hosts", "not a valid URL", "invalid URL", "is not a URL", "user name or password")
+    assert any(cause in message for cause in causes)
     assert reply.json()["error"]["param"] == "messages.0.content"
     assert not host.seen and not backend.saw("acquire")
 
@@ -165,7 +164,7 @@ def test_a_password_in_an_address_is_refused(url: str, backend: FakeBackend, hos
         ("/gone", "HTTP status 404"),
         ("/gr\u00fcn", "write them as %xx"),
         ("/broken", "HTTP status 500"),
-        ("/page", "'text/html', which is no picture"),
+        ("/page", "'text/html', which is not a picture"),
         ("/packed", "compressed"),
         ("/empty", "is empty"),
         ("/cut", "cannot be fetched"),
@@ -348,7 +347,7 @@ def test_hosts_of_the_catalogue(given: str, origin: str) -> None:
     "given", ["*", "*.example.org", "http://a/b", "ftp://a", "a b", "", "a@b", "-a", "a:", "http://"]
 )
 def test_what_is_no_host(given: str) -> None:
-    with pytest.raises(ValueError, match="is no host"):
+    with pytest.raises(ValueError, match="is not a host"):
         parse_origin(given)
 
 

@@ -67,7 +67,7 @@ def stage() -> Iterator[Stage]:
     stage.listener.close()
 
 
-def request(prompt: str) -> bytes:
+def request(prompt: str) -> tuple[bytes, bytes]:
     return packed_generate(GenerateRequest(content_of(prompt=prompt), reply=STREAM))
 
 

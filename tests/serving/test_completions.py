@@ -107,7 +107,7 @@ def test_several_answers_under_a_grammar(llama: Engine) -> None:
 
 
 def test_likelihoods_that_are_told_at_once_are_bounded(llama: Engine) -> None:
-    with pytest.raises(Rejected, match="at most 16000 are told at once"):
+    with pytest.raises(Rejected, match="at most 16000 are allowed without streaming"):
         chunks_of(llama, prompt=TEXT, n_probs=100, n=2, max_tokens=300)
     stream = ReplyForm(stream=True)
     assert chunks_of(llama, prompt=TEXT, n_probs=100, max_tokens=2, n=2, reply=stream)[-1].completion_tokens == 4
@@ -174,7 +174,7 @@ def test_a_gap_is_filled_between_its_ends(
             writer.add_uint32(f"tokenizer.ggml.fim_{name}_token_id", token)
 
     gap = {"input_prefix": "one two", "input_suffix": "four"}
-    with pytest.raises(Rejected, match="cannot fill in a middle"):
+    with pytest.raises(Rejected, match="cannot fill in the middle of a text"):
         chunks_of(llama, infill=gap, max_tokens=2)
     with closing(Engine(spec(written(sample, monkeypatch, with_gaps, n_layer=2), n_ctx=512))) as engine:
         prompt = engine._preparer.prepare(content_of(infill=gap), 512).prompts[0]

@@ -347,8 +347,8 @@ BROKEN = png(1)[:500]
         ("llava", ["x", *[png(1)] * 99, "y"], "prompt is 1[0-9]{3} tokens; the slot holds 1024"),
         ("llava", ["x", b"\x89PNG\r\n\x1a\n" + b"x" * 21_000_000, "y"], "at most 20.0 MiB"),
         ("llava", ["x", BOMB, "y"], "broken|memory|computing"),
-        ("llava", ["x", wav(440)], "this model takes no sounds"),
-        ("ultravox", ["x", png(1)], "this model takes no images"),
+        ("llava", ["x", wav(440)], "this model does not take sounds"),
+        ("ultravox", ["x", png(1)], "this model does not take images"),
         ("ultravox", ["x", b"ID3\3" + b"x" * 900, "y"], "sound 1 is a broken MP3"),
         ("ultravox", ["x", b"RIFF" + b"x" * 900, "y"], "must be an MP3, a FLAC, or a WAV"),
         ("ultravox", ["x", mp3(1), flac(440)[:60], "y"], "sound 2 is a broken FLAC"),
@@ -357,8 +357,8 @@ BROKEN = png(1)[:500]
         ("ultravox", ["x", flac(440), *[mp3(1)] * 20, "y"], "longer than 0.0 s"),
         ("ultravox", ["x", wav(440)[:44], "y"], "it has no samples"),
         ("ultravox", ["x", wav(440, 601, 8000, 1, 1), "y"], "601.0 s long"),
-        ("ultravox", ["x", *[wav(440, 0.1, 8000, 1, 1)] * 21, "y"], "counts as 30 s"),
-        ("llava", ["x", png(1, 1, 20_000), "y"], "a side may have 16384 at most"),
+        ("ultravox", ["x", *[wav(440, 0.1, 8000, 1, 1)] * 21, "y"], "counts as at least 30 s"),
+        ("llava", ["x", png(1, 1, 20_000), "y"], "a side may have at most 16384"),
     ],
 )
 def test_what_cannot_be_seen_is_refused_with_the_numbers(kind: str, parts: Any, named: str, seeing: Any) -> None:
@@ -372,7 +372,7 @@ def test_what_cannot_be_seen_is_refused_with_the_numbers(kind: str, parts: Any, 
 def test_a_model_without_a_projector_names_the_way_out(seeing: Any, engine: Any, sample: Any) -> None:
     plain = engine(sample("llama"))
     for parts in (["x", png(1)], ["x", wav(440)]):
-        with pytest.raises(Rejected, match="give it a projector that does: mmproj in the catalogue"):
+        with pytest.raises(Rejected, match="give it a projector for them: mmproj in the catalogue"):
             list(plain.generate(ask(message(*parts))))
     assert told(plain, ask(message("a ", "b")))[0]
 
@@ -421,7 +421,7 @@ def test_a_picture_that_must_be_read_at_once_needs_a_large_micro_batch(files: An
     loaded = replace(spec(model, n_ctx=1024, n_ubatch=8, **EXACT), mmproj=str(mmproj))
     with (
         contextlib.closing(Engine(loaded)) as engine,
-        pytest.raises(Rejected, match="16 tokens that this model must read at once, and it is loaded for 8"),
+        pytest.raises(Rejected, match="16 tokens, which this model must read at once, but its n_ubatch is 8"),
     ):
         list(engine.generate(ask(message("x", png(1), "y"))))
 
