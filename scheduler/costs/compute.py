@@ -111,7 +111,8 @@ class _Graph:
     def cache(self, il: int) -> int:
         """Bytes of what layer `il` has stored, as far as it is read."""
         kind = self.arch.layers[il]
-        total = 4 * self.size.n_seq_max * (self.arch.state_r + self.arch.state_s) if kind.is_recurrent else 0
+        n_states = self.size.n_seq_max * (1 + self.size.n_rs_seq)
+        total = 4 * n_states * (self.arch.state_r + self.arch.state_s) if kind.is_recurrent else 0
         if self.arch.has_cache and kind.is_attention:
             cells = self.cells(kind.is_swa) * self.size.n_stream
             total += cells * (self.type_k.row_bytes(kind.k_width) + self.type_v.row_bytes(kind.v_width)) + 256
@@ -125,6 +126,8 @@ class _Graph:
         if self.rotation_bytes:
             feed += self.arch.layers[il].n_head * self.arch.n_head_k
         recurrent = self.floats(layer.recurrent) + 4 * self.size.n_seq_max * layer.state
+        if recurrent:  # the new states are computed with their copies, and then put away
+            recurrent += 4 * self.size.n_seq_max * self.size.n_rs_seq * self.arch.state_s
         if recurrent and self.arch.name == "minimax-01":
             recurrent += self.floats(4 * self.tokens * self.arch.layers[il].n_head + 28 * self.arch.n_embd)
         attention = self.attention(il) + (self.floats(2 * self.arch.n_embd + layer.returned) if away else 0)
