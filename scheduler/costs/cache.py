@@ -82,8 +82,8 @@ def effective_context(arch: Architecture, context: ContextParams) -> EffectiveCo
     n_rs_seq = context.n_rs_seq if arch.row.copies_states else 0
     if n_rs_seq and n_ubatch < n_rs_seq + 2:  # llama.cpp would end the process over it
         raise Rejected(
-            f"n_ubatch is {n_ubatch}: {n_rs_seq} copies of recurrent states need at least {n_rs_seq + 2}; raise n_ubatch, "
-            "or lower spec_draft_n_max"
+            f"n_ubatch is {n_ubatch}: {n_rs_seq} copies of recurrent states need at least {n_rs_seq + 2}; "
+            "raise n_ubatch, or lower spec_draft_n_max"
         )
     n_outputs = n_batch if arch.name in _WITH_ENCODER else context.n_outputs_max or n_batch
     shares = context.kv_unified and not arch.streams_apart

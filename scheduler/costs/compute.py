@@ -174,6 +174,13 @@ class _Graph:
             else 0
         )
 
+    def unfolded(self, layers: Iterable[int]) -> int:
+        """Bytes of what these layers' convolutions read, once for every copy of their states: a device that computes
+        for the host sends it back for each."""
+        if not any(self.arch.layers[il].is_recurrent for il in layers):
+            return 0
+        return self.size.n_rs_seq * (self.floats(self.arch.conv_width) + 4 * self.size.n_seq_max * self.arch.state_r)
+
     def borrowed(self, il: int, places: Sequence[int]) -> int:
         """Bytes of another layer's cache that layer `il` reads across devices: copied whole, for every such layer."""
         source = self.arch.kv_source(il)
@@ -212,6 +219,8 @@ def place_compute(
     if context.op_offload and layout.devices and layout.devices[0].kind == "cuda":
         devices[0] = max(devices[0], _offloaded(graph, weights, layout, places, layers))
     host = _host(graph, layout, places, layers, copies)
+    if context.op_offload and any(device.kind == "cuda" for device in layout.devices):
+        host += graph.unfolded(layers.get(HOST, []))
     if layout.n_cpu_moe:  # where layers differ in where their experts are, holes fit the next layer less well
         return [_with_holes(total + total // MORE_HOLES) for total in devices], _with_holes(host)
     if HOST in places or layout.spills_experts:

@@ -51,7 +51,7 @@ class Row:
     predicts: bool = False
     """llama.cpp can run its prediction layers (nextn, MTP) in a context of their own; others carry them in vain."""
     chains: bool = False
-    """It may have several prediction layers that llama.cpp runs one after the other; with others it ends the process."""
+    """llama.cpp runs several prediction layers one after the other; of others it runs one, or ends the process."""
     latent: bool = False
     """Keys and values may be cached as one latent row (MLA)."""
     state: Literal["", "ssm", "grouped ssm", "kda", "shift", "convolution", "decay"] = ""

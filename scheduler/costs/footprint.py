@@ -73,8 +73,8 @@ def _predictor(shape: ModelShape) -> Predictor:
         )
     if (count := len(shape.arch.predictors)) > 1 and not shape.arch.row.chains:  # it would end the process
         raise Rejected(
-            f"this {shape.architecture} model has {count} prediction layers, and llama.cpp runs those of models with one: "
-            "leave out draft-mtp"
+            f"this {shape.architecture} model has {count} prediction layers, and llama.cpp runs a single one of such "
+            "models: leave out draft-mtp"
         )
     return shape.predictor
 

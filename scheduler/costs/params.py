@@ -28,8 +28,8 @@ which sees less and less of the text (llama.cpp's default)."""
 
 
 def most_drafted(spec_type: SpecType, n_max: int | None, *, copies_states: bool = False) -> int:
-    """Tokens of an answer that are guessed at once; `n_max`: what the catalogue says. `copies_states`: each takes a copy
-    of the model's recurrent states."""
+    """Tokens of an answer that are guessed at once; `n_max`: what the catalogue says. `copies_states`: for each of them
+    there is a copy of the model's recurrent states."""
     return n_max or (MOST_PREDICTED if spec_type == "draft-mtp" or copies_states else MOST_DRAFTED)
 
 
