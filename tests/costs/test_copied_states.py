@@ -21,7 +21,7 @@ from scheduler.costs.cache import window_and_state_bytes
 from scheduler.costs.families import ROWS
 from scheduler.costs.footprint import bounded_footprint, computes_exactly, effective_context, footprint
 from scheduler.costs.graph.templates import CHECKED_BUILD
-from scheduler.costs.params import ContextParams, Layout
+from scheduler.costs.params import ContextParams, DeviceKind, Layout
 from scheduler.costs.shape import ModelShape, read_shape
 from scheduler.errors import Rejected
 
@@ -36,6 +36,9 @@ CONTEXTS = [
     ContextParams(n_ctx=2048, n_seq_max=4, n_ubatch=64, kv_unified=True, n_outputs_max=19, n_rs_seq=15),
     ContextParams(n_ctx=1024, n_ubatch=17, n_outputs_max=16, n_rs_seq=15),
 ]
+
+
+KINDS: tuple[DeviceKind, ...] = ("cuda", "rpc")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,9 @@ def test_copies_take_what_is_predicted(
 def test_the_bound_is_not_below_the_graph_with_copies(name: str, shapes: dict[str, ModelShape]) -> None:
     chance = random.Random(name)
     for shape in (each for each in shapes.values() if each.architecture == name):
-        for layout in (*layouts(shape.n_layer_all, chance), *layouts(shape.n_layer_all, chance)):
+        for drawn in (*layouts(shape.n_layer_all, chance), *layouts(shape.n_layer_all, chance)):
+            kind = chance.choice(KINDS)
+            layout = replace(drawn, devices=tuple(replace(device, kind=kind) for device in drawn.devices))
             context = ContextParams(
                 n_ctx=chance.choice((512, 4096)),
                 n_seq_max=chance.choice((1, 2, 4)),
@@ -117,7 +122,7 @@ def test_llama_cpp_goes_back_to_the_right_copy(name: str, paths: dict[str, Path]
     path = next(path for stem, path in paths.items() if stem.rpartition("-")[0] == name)
     context = ContextParams(
         n_ctx=1024, n_seq_max=3, n_batch=512, n_ubatch=128, type_k="f32", type_v="f32", flash_attn="off",
-        kv_unified=True, n_outputs_max=24, n_rs_seq=4,
+        kv_unified=True, swa_full=True, n_outputs_max=64, n_rs_seq=4,
     )  # fmt: skip
     load = LoadSpec(name, str(path), (), 0, (), "", context, 2, 0)
     with closing(NativeModel(load, (), lambda progress: None)) as model:

