@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-Kind = Literal["llama", "qwen3moe", "gemma3", "deepseek2", "glm4moe", "granitehybrid", "mamba"]
+Kind = Literal["llama", "qwen3moe", "gemma3", "deepseek2", "glm4moe", "granitehybrid", "mamba", "qwen35"]
 Fill = tuple[Literal["normal", "constant", "decay", "diagonal"], float]
 """What a tensor holds: normal numbers of that spread, that constant, that number on its diagonal, or (for the A of a
 state-space layer) negative numbers of that size."""
@@ -46,9 +46,9 @@ class Shape:
     n_expert_used: int = 2
     n_ff_expert: int = 256
     n_latent: int = 128  # MLA: width of the compressed queries, keys and values
-    n_nextn: int = 0  # glm4moe: prediction layers (MTP) on top of the others, at most one
+    n_nextn: int = 0  # glm4moe, qwen35: prediction layers (MTP) on top of the others, at most one
     n_state: int = 16  # state-space layers: state per channel
-    n_time: int = 8  # state-space layers: rank of the time step (mamba) or number of heads (mamba-2)
+    n_time: int = 8  # state-space layers: rank of the time step (mamba) or number of heads (mamba-2, qwen35)
     sliding_window: int = 256
     n_ctx_train: int = 4096
 
@@ -186,7 +186,7 @@ def _add_parameters(writer: gguf.GGUFWriter, kind: Kind, shape: Shape) -> None:
     writer.add_embedding_length(shape.n_embd)
     writer.add_feed_forward_length(0 if kind == "mamba" else shape.n_ff)
     writer.add_layer_norm_rms_eps(1e-5)
-    if kind in ("granitehybrid", "mamba"):
+    if kind in ("granitehybrid", "mamba", "qwen35"):
         _add_state_space(writer, kind, shape)
     if kind == "mamba":
         writer.add_head_count(0)
@@ -216,6 +216,9 @@ def _add_parameters(writer: gguf.GGUFWriter, kind: Kind, shape: Shape) -> None:
     writer.add_rope_freq_base(10000.0)
     if kind == "gemma3":
         writer.add_sliding_window(shape.sliding_window)
+    if kind == "qwen35":
+        writer.add_rope_dimension_sections([rope // 8, rope // 8, rope // 4, 0])
+        writer.add_nextn_predict_layers(shape.n_nextn)
     if kind == "glm4moe":
         writer.add_leading_dense_block_count(1)
         writer.add_expert_shared_count(1)
@@ -229,13 +232,13 @@ def _add_parameters(writer: gguf.GGUFWriter, kind: Kind, shape: Shape) -> None:
 def _add_state_space(writer: gguf.GGUFWriter, kind: Kind, shape: Shape) -> None:
     writer.add_ssm_conv_kernel(_CONV)
     writer.add_ssm_state_size(shape.n_state)
-    writer.add_ssm_inner_size(2 * shape.n_embd)
+    writer.add_ssm_inner_size(shape.n_state * shape.n_time if kind == "qwen35" else 2 * shape.n_embd)
     writer.add_ssm_time_step_rank(shape.n_time)
-    writer.add_ssm_group_count(0 if kind == "mamba" else 1)
+    writer.add_ssm_group_count({"mamba": 0, "qwen35": shape.n_time // 2}.get(kind, 1))
 
 
 def _attends(layer: int) -> bool:
-    """In the hybrid every fourth layer has attention, the others a state."""
+    """In the hybrids every fourth layer has attention, the others a state."""
     return layer % 4 == 3
 
 
@@ -256,11 +259,14 @@ def _layer(kind: Kind, shape: Shape, layer: int) -> Iterator[Tensor]:
         return
     if kind == "granitehybrid" and not _attends(layer):
         yield from _mamba2(shape, quiet)
+    elif kind == "qwen35" and layer < shape.n_layer and not _attends(layer):
+        yield from _delta_net(shape, quiet)
     elif kind == "deepseek2":
         yield from _latent_attention(shape, quiet)
     else:
         yield from _attention(kind, shape, quiet)
-    yield "post_attention_norm.weight" if kind == "glm4moe" else "ffn_norm.weight", (shape.n_embd,), _ONE
+    norm = "post_attention_norm" if kind in ("glm4moe", "qwen35") else "ffn_norm"
+    yield f"{norm}.weight", (shape.n_embd,), _ONE
     if kind == "gemma3":
         yield "post_attention_norm.weight", (shape.n_embd,), ("constant", quiet)
         yield "post_ffw_norm.weight", (shape.n_embd,), ("constant", quiet)
@@ -272,11 +278,12 @@ def _layer(kind: Kind, shape: Shape, layer: int) -> Iterator[Tensor]:
 
 def _attention(kind: Kind, shape: Shape, quiet: float) -> Iterator[Tensor]:
     width, width_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
-    yield "attn_q.weight", (width, shape.n_embd), _normal(shape.n_embd, _FOCUS)
+    queries = width * (2 if kind == "qwen35" else 1)  # and a gate for what attention returns
+    yield "attn_q.weight", (queries, shape.n_embd), _normal(shape.n_embd, _FOCUS)
     yield "attn_k.weight", (width_kv, shape.n_embd), _normal(shape.n_embd, _FOCUS)
     yield "attn_v.weight", (width_kv, shape.n_embd), _normal(shape.n_embd)
     yield "attn_output.weight", (shape.n_embd, width), _normal(width, 3 * quiet)
-    if kind in ("qwen3moe", "gemma3"):
+    if kind in ("qwen3moe", "gemma3", "qwen35"):
         yield "attn_q_norm.weight", (shape.head_dim,), ("constant", _FOCUS)
         yield "attn_k_norm.weight", (shape.head_dim,), ("constant", _FOCUS)
 
@@ -341,6 +348,20 @@ def _mamba2(shape: Shape, quiet: float) -> Iterator[Tensor]:
     yield "ssm_d", (heads, 1), _ONE
     yield "ssm_norm.weight", (1, inner), _ONE
     yield "ssm_out.weight", (shape.n_embd, inner), _normal(inner, quiet)
+
+
+def _delta_net(shape: Shape, quiet: float) -> Iterator[Tensor]:
+    """Half as many heads for queries and keys as for values."""
+    heads, inner = shape.n_time, shape.n_state * shape.n_time
+    yield "attn_qkv.weight", (2 * inner, shape.n_embd), _normal(shape.n_embd)
+    yield "attn_gate.weight", (inner, shape.n_embd), _normal(shape.n_embd)
+    yield "ssm_conv1d.weight", (2 * inner, _CONV), _normal(_CONV)
+    yield "ssm_dt.bias", (heads,), ("normal", 0.02)
+    yield "ssm_a", (heads,), ("decay", 1.0)
+    yield "ssm_beta.weight", (heads, shape.n_embd), _normal(shape.n_embd)
+    yield "ssm_alpha.weight", (heads, shape.n_embd), _normal(shape.n_embd)
+    yield "ssm_norm.weight", (shape.n_state,), _ONE
+    yield "ssm_out.weight", (shape.n_embd, inner), _normal(inner, 3 * quiet)
 
 
 _ONE: Fill = ("constant", 1.0)

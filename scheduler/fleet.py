@@ -159,7 +159,11 @@ class Fleet:
                 mmproj=files.mmproj if replica.placement.mmproj_bytes else "",
                 draft=(
                     files.draft if replica.placement.context.spec_type == "draft-simple" else "",
-                    most_drafted(replica.placement.context.spec_type, params.spec_draft_n_max),
+                    most_drafted(
+                        replica.placement.context.spec_type,
+                        params.spec_draft_n_max,
+                        copies_states=replica.placement.context.n_rs_seq > 0,
+                    ),
                     params.spec_draft_p_min or 0.0,
                 ),
             )

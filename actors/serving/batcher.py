@@ -12,8 +12,7 @@ An answer that its reader does not take waits: no token is computed that nobody 
 Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in another thread, because a grammar may take
 seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there. So it does while a
 picture of its prompt is encoded. The pieces of that share the room of prompts, in a batch of their own: they are no
-tokens.
-When a shared cache is full, the youngest answer waits until there is room.
+tokens. When a shared cache is full, the youngest answer waits until there is room.
 A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
 batcher for good: everything fails from then on, with the reason.
 Cost of a turn besides the decode: some microseconds per row.
@@ -29,7 +28,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from actors.devices.cores import Cores
-from actors.serving.batch import MediumPart, Part, next_batch, next_texts, next_whole, take_vectors
+from actors.serving.batch import Batch, MediumPart, Part, next_batch, next_texts, next_whole, take_vectors
 from actors.serving.beat import Beats
 from actors.serving.choosing import Chooser
 from actors.serving.drafting import Drafting, accept, answer
@@ -38,7 +37,7 @@ from actors.serving.fairness import Rotation
 from actors.serving.generation import TELLING_TOKENS, Choice, Generation
 from actors.serving.jobs import Embedding, Job
 from actors.serving.keeping import Keeper
-from actors.serving.model import Adapters, Model, Row
+from actors.serving.model import Adapters, Model
 from actors.serving.slot import Slot
 from actors.serving.slots import Slots
 from actors.serving.turns import Turns
@@ -198,21 +197,23 @@ class Batcher:
         """One turn of all generations."""
         running = next_answers(self._slots, self._turns.adapters)
         guesses = self._drafting.guesses(running)
-        batch = next_batch(running, self._slots, self._model, guesses)
-        if batch.rows and not self._decode_text(batch.rows, batch.parts, guesses):
-            return
+        for alike, is_last in self._drafting.in_pieces(running, guesses):
+            batch = next_batch(alike, self._slots, self._model, guesses)
+            if batch.rows and not self._decode_text(batch, guesses, is_last=is_last):
+                return
         if batch.pieces and not self._decode_media(batch.pieces):
             return
         if whole := next_whole(next_answers(self._slots, self._turns.adapters), self._viewers):
             self._decode_media(whole)
 
-    def _decode_text(self, rows: list[Row], parts: list[Part], guesses: Mapping[Generation, list[int]] | None) -> bool:
+    def _decode_text(self, batch: Batch, guesses: Mapping[Generation, list[int]] | None, *, is_last: bool) -> bool:
+        rows, parts, _ = batch
         began = time.perf_counter()
         if not self._decode(parts, len(rows), lambda: self._model.decode(rows)):
             return False
         took_s = time.perf_counter() - began
         if guesses is not None:
-            self._drafting.took(len(rows), took_s)
+            self._drafting.took(len(rows), took_s, is_last=is_last)
         if len(parts) == 1 and not guesses:  # how fast an answer comes with guesses says little of the next one
             parts[0].job.took(len(rows), took_s)
         n_read = sum(len(part.tokens) for part in parts if part.job.pending is None)

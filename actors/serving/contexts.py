@@ -29,6 +29,7 @@ def context_params(context: ContextParams, n_threads: int) -> Any:
     params.swa_full = context.swa_full
     params.embeddings = context.embeddings
     params.n_outputs_max = context.n_outputs_max
+    params.n_rs_seq = context.n_rs_seq
     return params
 
 

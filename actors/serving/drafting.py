@@ -22,6 +22,7 @@ from actors.serving.model import Model
 from actors.serving.protocol import Likelihood
 from actors.serving.slot import Slot
 from actors.serving.slots import Slots
+from actors.serving.splitting import in_pieces
 
 SIZES = (1, 3, 7)
 """Guesses of one answer in a turn, besides the most that there may be: with the token before them 2, 4, 8 or 16 rows.
@@ -66,6 +67,8 @@ class Drafting:
         self._computing = computing
         self._sizes = (*(size for size in SIZES if size < model.most_drafted), model.most_drafted)
         self._n_turns = 0
+        self._turn = 0, 0.0, 0.0  # of the batches of this one: rows, seconds, and seconds of what guesses
+        self._followed_s = 0.0  # how long what guesses followed the last turn
         self._measured: dict[int, tuple[float, int]] = {}  # seconds, and when they were measured last
         self._step: tuple[float, int] | None = None  # seconds for one more guess, and when they were measured last
         self._unwanted = 0  # turns in a row in which no guesses were to be computed
@@ -79,6 +82,7 @@ class Drafting:
         for slot, job in running:
             if job.draft is not None and job.draft.text is not None:
                 job.draft.text.sequence = slot.sequence
+        self._turn = 0, 0.0, 0.0
         if not jobs or any(job.pending is None for _, job in running):
             return None
         n_free = min(
@@ -88,11 +92,27 @@ class Drafting:
         )
         return self.choose(jobs, len(running), n_free - len(running))
 
-    def took(self, n_rows: int, seconds: float) -> None:
-        """A turn of next tokens and guesses."""
+    def in_pieces(
+        self, running: Sequence[tuple[Slot, Generation]], guesses: Mapping[Generation, list[int]] | None
+    ) -> list[tuple[list[tuple[Slot, Generation]], bool]]:
+        """Those of `running` that share a batch, one group after the other, and whether it is the last: all together,
+        unless guesses can only be taken back where a batch is computed in one piece."""
+        if not guesses or not self._model.copies_states:
+            return [(list(running), True)]
+        there = {slot.sequence: (slot, job) for slot, job in running}
+        counts = {sequence: 1 + len(guesses.get(job, ())) for sequence, (_, job) in there.items()}
+        pieces = in_pieces(counts, in_order=not self._model.shares_stream)
+        return [([there[sequence] for sequence in piece], piece is pieces[-1]) for piece in pieces]
+
+    def took(self, n_rows: int, seconds: float, *, is_last: bool = True) -> None:
+        """A batch of next tokens and guesses. `is_last`: of its turn."""
+        followed_s = self._model.guesser.followed_s if self._model.guesser is not None else 0.0
+        rows_before, before_s, followed_before_s = self._turn
+        self._turn = rows_before + n_rows, before_s + seconds - followed_s, followed_before_s + followed_s
+        if not is_last:
+            return
+        (n_rows, seconds, self._followed_s), self._turn = self._turn, (0, 0.0, 0.0)
         self._n_turns += 1
-        if self._model.guesser is not None:
-            seconds -= self._model.guesser.followed_s
         before = self._seconds(n_rows)
         mean = seconds if before is None else before + (seconds - before) * _WEIGHT
         self._measured[n_rows] = mean, self._n_turns
@@ -177,7 +197,7 @@ class Drafting:
         if not all(text.ready for text in texts):  # it was stopped, or too unsure
             return
         n_steps = max(self._model.guesser.least_steps, *(len(text.ready) for text in texts))
-        step_s = (seconds + self._model.guesser.followed_s) / n_steps
+        step_s = (seconds + self._followed_s) / n_steps
         before = self._step[0] if self._step is not None else step_s
         self._step = before + (step_s - before) * _WEIGHT, self._n_turns
 

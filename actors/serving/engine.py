@@ -234,7 +234,8 @@ class Engine:
         """Not where tokens are chosen one by one, beside the engine's thread, or cannot be taken back from the memory.
         Further answers of a request have none: what theirs would take is not booked."""
         one_by_one = prepared.constraint is not None or wish.n_probs is not None
-        if self._spec.context.spec_type == "none" or one_by_one or wish.is_extra or self._model.keeps_states:
+        cannot_go_back = self._model.keeps_states and not self._model.copies_states
+        if self._spec.context.spec_type == "none" or one_by_one or wish.is_extra or cannot_go_back:
             return None
         if self._model.guesser is None:
             return Draft(Ngrams(prompt))

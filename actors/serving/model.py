@@ -35,6 +35,10 @@ class Model(Protocol):
     n_outputs: int  # rows of a batch that may want logits
     is_pooled: bool
     keeps_states: bool  # a sequence cannot be cut everywhere (`cut`), but it can be set back (`load_state`)
+    copies_states: (
+        bool  # what cannot be cut can be taken back after a batch that is computed in one piece (`in_pieces`)
+    )
+    shares_stream: bool  # all sequences share the cells of its cache
     shares_cells: bool  # a sequence may begin with cells of another (`copy_prefix`)
     most_drafted: int  # tokens of an answer that are guessed at once
 

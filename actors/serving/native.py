@@ -60,7 +60,8 @@ class NativeModel(Sequences):
         self._adapters: Adapters = ()  # that the context applies
         self._batch: LlamaBatch | None = None
         self._kept: tuple[object, ...] = ()
-        self._unified = spec.context.kv_unified
+        self._unified = self.shares_stream = spec.context.kv_unified
+        self._n_copies, self._revocable = spec.context.n_rs_seq, {}
         self.eyes: Projector | None = None
         self.guesser: DraftModel | PredictionLayers | None = None
         self.most_drafted = spec.draft.n_max
@@ -149,6 +150,13 @@ class NativeModel(Sequences):
         self._context = llama_cpp.llama_init_from_model(self._model, context_params(context, n_threads))
         if not self._context:
             raise load_failed("llama.cpp could not make a context", lines)
+        n_copies = getattr(llama_cpp, "llama_n_rs_seq", lambda context: 0)(self._context)
+        if n_copies != context.n_rs_seq:  # older releases keep none, and do not say so
+            raise LoadFailed(
+                "failed",
+                f"this llama.cpp has {n_copies} copies of the model's recurrent states instead of {context.n_rs_seq}, "
+                "so wrong guesses cannot be taken back: leave out model_draft and spec_type, or run make setup",
+            )
         stop_at(self._context, self._abort_flag)
 
     def _make_guesser(self, spec: LoadSpec, device_buffers: Sequence[str], lines: list[LogLine]) -> None:
@@ -176,6 +184,7 @@ class NativeModel(Sequences):
         self.n_outputs: int = context.n_outputs_max or self.n_batch
         has_states = llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model)
         self.keeps_states: bool = bool(has_states or self._window)
+        self.copies_states: bool = bool(self._n_copies and not self._window)
         self.shares_cells: bool = self._unified and bool(self._memory) and not self._window and not has_states
         pooling = llama_cpp.llama_pooling_type(self._context)
         self.is_pooled: bool = pooling != llama_cpp.LLAMA_POOLING_TYPE_NONE
@@ -271,6 +280,7 @@ class NativeModel(Sequences):
             if isinstance(code, int) and code != 0:
                 raise load_failed(f"the first decode failed (llama_decode returned {code})", lines)
             llama_cpp.llama_synchronize(self._context)
+            self._decoded(())
             if self._memory:
                 llama_cpp.llama_memory_clear(self._memory, True)
         if self._loras or self._spec_type == "draft-mtp":  # the graph was reserved anew
@@ -300,6 +310,7 @@ class NativeModel(Sequences):
             logits[index] = row.wants_logits
         batch.n_tokens = len(rows)
         code = int(llama_cpp.llama_decode(self._context, batch))
+        self._decoded(rows if code == 0 else ())
         if code == 0:  # how long it took is measured, and prices go by that
             llama_cpp.llama_synchronize(self._context)
             if self.guesser is not None:
@@ -316,6 +327,7 @@ class NativeModel(Sequences):
         with it. The code is that of `decode`."""
         assert self.eyes is not None
         code = self.eyes.decode(self._context, pieces)
+        self._decoded(())
         if code == 0:
             llama_cpp.llama_synchronize(self._context)
         return code
@@ -353,6 +365,7 @@ class NativeModel(Sequences):
         llama_cpp.llama_set_embeddings(self._context, True)
         try:
             code = self.decode([row._replace(wants_logits=True) for row in rows])
+            self._decoded(())  # where all rows are outputs, llama.cpp divides them otherwise
             if code != 0:
                 return code
             if self.is_pooled:

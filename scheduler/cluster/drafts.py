@@ -17,13 +17,15 @@ def with_drafts(
     spec_type = _spec_type(entry, params)
     if spec_type == "none" or shape.is_embedding_only:
         return context
-    if not _takes_back(shape, context):
-        if spec_type == "ngram-simple":
-            return context
-        raise Rejected(f"{name} has {_why_not(shape)}", model=name)
-    guesses = most_drafted(spec_type, params.spec_draft_n_max)
+    why_not = _why_not(shape, context)
+    if spec_type == "ngram-simple" and (why_not or shape.is_recurrent):
+        return context
+    if why_not:
+        raise Rejected(f"{name} has {why_not}", model=name)
+    guesses = most_drafted(spec_type, params.spec_draft_n_max, copies_states=shape.is_recurrent)
     n_outputs_max = context.n_outputs_max and min(context.n_batch, context.n_seq_max + guesses)
-    return replace(context, spec_type=spec_type, n_outputs_max=n_outputs_max)
+    n_rs_seq = guesses if shape.is_recurrent else 0
+    return replace(context, spec_type=spec_type, n_outputs_max=n_outputs_max, n_rs_seq=n_rs_seq)
 
 
 def _spec_type(entry: ModelEntry | None, params: ModelParams) -> SpecType:
@@ -34,14 +36,19 @@ def _spec_type(entry: ModelEntry | None, params: ModelParams) -> SpecType:
     return own or params.spec_type or "none"
 
 
-def _why_not(shape: ModelShape) -> str:
-    """Why rejected tokens cannot be removed from its cache, and the way out."""
-    if shape.is_recurrent:
-        return "a recurrent state, which cannot drop rejected tokens: leave out model_draft and spec_type"
-    return "a sliding window, which cannot drop rejected tokens: set swa_full: true, or leave out its draft"
+def _why_not(shape: ModelShape, context: ContextParams) -> str:
+    """Why rejected tokens cannot be removed from its memory, and the way out; empty: they can."""
+    if shape.is_recurrent and not shape.arch.row.copies_states:
+        return (
+            f"a recurrent state, which cannot drop rejected tokens: llama.cpp keeps no copies of it for "
+            f"{shape.architecture} models. Leave out model_draft and spec_type"
+        )
+    if any(layer.compression for layer in shape.arch.layers):
+        return "a cache of compressed keys, which cannot drop rejected tokens: leave out model_draft and spec_type"
+    if _has_windows(shape, context):
+        return "a sliding window, which cannot drop rejected tokens: set swa_full: true, or leave out its draft"
+    return ""
 
 
-def _takes_back(shape: ModelShape, context: ContextParams) -> bool:
-    """Whether tokens can be removed from its cache: not from a recurrent state, nor from a sliding window."""
-    has_windows = shape.arch.n_swa > 0 and not context.swa_full
-    return not has_windows and not any(layer.is_recurrent for layer in shape.arch.layers)
+def _has_windows(shape: ModelShape, context: ContextParams) -> bool:
+    return shape.arch.n_swa > 0 and not context.swa_full

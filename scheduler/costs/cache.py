@@ -40,6 +40,8 @@ class EffectiveContext:
     n_batch: int
     n_ubatch: int
     n_seq_max: int
+    n_rs_seq: int
+    """Copies of a sequence's recurrent states besides the latest."""
     n_tokens: int
     """Tokens in the largest graph that llama.cpp reserves."""
     n_outputs: int
@@ -73,6 +75,16 @@ def effective_context(arch: Architecture, context: ContextParams) -> EffectiveCo
         raise Rejected(f"n_outputs_max is {context.n_outputs_max}: {context.n_seq_max} sequences need at least as many")
     if context.spec_type not in get_args(SpecType):
         raise Rejected(f"spec_type is {context.spec_type!r}; it must be {' or '.join(get_args(SpecType))}")
+    if context.n_rs_seq < 0:
+        raise Rejected(f"n_rs_seq is {context.n_rs_seq}, it must be at least 0")
+    if context.n_rs_seq and arch.name == "deepseek4":
+        raise Rejected("n_rs_seq is not counted for deepseek4, whose compressors llama.cpp would copy; set it to 0")
+    n_rs_seq = context.n_rs_seq if arch.row.copies_states else 0
+    if n_rs_seq and n_ubatch < n_rs_seq + 2:  # llama.cpp would end the process over it
+        raise Rejected(
+            f"n_ubatch is {n_ubatch}: {n_rs_seq} copies of recurrent states need at least {n_rs_seq + 2}; "
+            "raise n_ubatch, or lower spec_draft_n_max"
+        )
     n_outputs = n_batch if arch.name in _WITH_ENCODER else context.n_outputs_max or n_batch
     shares = context.kv_unified and not arch.streams_apart
     swa = 0
@@ -87,6 +99,7 @@ def effective_context(arch: Architecture, context: ContextParams) -> EffectiveCo
         n_batch=n_batch,
         n_ubatch=n_ubatch,
         n_seq_max=context.n_seq_max,
+        n_rs_seq=n_rs_seq,
         n_tokens=min(n_ctx, n_ubatch),
         n_outputs=min(n_ctx, n_ubatch, n_outputs),
     )
@@ -172,7 +185,7 @@ def place_cache(
             total = sum(_tensor_bytes(width, of, rows, kind) for width, of in widths if width)
             if layer.is_recurrent and layer.is_loaded:
                 states = (arch.state_r, arch.state_s, layer.state_extra)
-                total += sum(_tensor_bytes(n, F32, size.n_seq_max, kind) for n in states if n)
+                total += sum(_tensor_bytes(n, F32, size.n_seq_max * (1 + size.n_rs_seq), kind) for n in states if n)
             total += _compressed_bytes(arch, layer, size, type_k, kind)
             memo[key] = total if arch.known else 4 * total
         devices[place] += memo[key]

@@ -81,6 +81,7 @@ def draft_context(context: ContextParams) -> ContextParams:
         swa_full=True,
         embeddings=False,
         n_outputs_max=context.n_seq_max,
+        n_rs_seq=0,
         spec_type="none",
     )
 

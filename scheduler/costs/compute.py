@@ -111,7 +111,8 @@ class _Graph:
     def cache(self, il: int) -> int:
         """Bytes of what layer `il` has stored, as far as it is read."""
         kind = self.arch.layers[il]
-        total = 4 * self.size.n_seq_max * (self.arch.state_r + self.arch.state_s) if kind.is_recurrent else 0
+        n_states = self.size.n_seq_max * (1 + self.size.n_rs_seq)
+        total = 4 * n_states * (self.arch.state_r + self.arch.state_s) if kind.is_recurrent else 0
         if self.arch.has_cache and kind.is_attention:
             cells = self.cells(kind.is_swa) * self.size.n_stream
             total += cells * (self.type_k.row_bytes(kind.k_width) + self.type_v.row_bytes(kind.v_width)) + 256
@@ -125,6 +126,8 @@ class _Graph:
         if self.rotation_bytes:
             feed += self.arch.layers[il].n_head * self.arch.n_head_k
         recurrent = self.floats(layer.recurrent) + 4 * self.size.n_seq_max * layer.state
+        if recurrent:  # the new states are computed with their copies, and then put away
+            recurrent += 4 * self.size.n_seq_max * self.size.n_rs_seq * self.arch.state_s
         if recurrent and self.arch.name == "minimax-01":
             recurrent += self.floats(4 * self.tokens * self.arch.layers[il].n_head + 28 * self.arch.n_embd)
         attention = self.attention(il) + (self.floats(2 * self.arch.n_embd + layer.returned) if away else 0)
@@ -171,6 +174,13 @@ class _Graph:
             else 0
         )
 
+    def unfolded(self, layers: Iterable[int]) -> int:
+        """Bytes of what these layers' convolutions read, once for every copy of their states: a device that computes
+        for the host sends it back for each."""
+        if not any(self.arch.layers[il].is_recurrent for il in layers):
+            return 0
+        return self.size.n_rs_seq * (self.floats(self.arch.conv_width) + 4 * self.size.n_seq_max * self.arch.state_r)
+
     def borrowed(self, il: int, places: Sequence[int]) -> int:
         """Bytes of another layer's cache that layer `il` reads across devices: copied whole, for every such layer."""
         source = self.arch.kv_source(il)
@@ -209,6 +219,8 @@ def place_compute(
     if context.op_offload and layout.devices and layout.devices[0].kind == "cuda":
         devices[0] = max(devices[0], _offloaded(graph, weights, layout, places, layers))
     host = _host(graph, layout, places, layers, copies)
+    if context.op_offload and any(device.kind == "cuda" for device in layout.devices):
+        host += graph.unfolded(layers.get(HOST, []))
     if layout.n_cpu_moe:  # where layers differ in where their experts are, holes fit the next layer less well
         return [_with_holes(total + total // MORE_HOLES) for total in devices], _with_holes(host)
     if HOST in places or layout.spills_experts:

@@ -50,10 +50,15 @@ class Row:
     window: Window | None = None
     predicts: bool = False
     """llama.cpp can run its prediction layers (nextn, MTP) in a context of their own; others carry them in vain."""
+    chains: bool = False
+    """llama.cpp runs several prediction layers one after the other; of others it runs one, or ends the process."""
     latent: bool = False
     """Keys and values may be cached as one latent row (MLA)."""
     state: Literal["", "ssm", "grouped ssm", "kda", "shift", "convolution", "decay"] = ""
     """What its recurrent layers carry."""
+    copies_states: bool = False
+    """llama.cpp can keep copies of its recurrent states, one for each of the last tokens
+    (`llm_arch_supports_rs_rollback`)."""
     interval: int = 0
     """Every n-th layer attends, unless the file says otherwise."""
     idle_cache: bool = False
@@ -193,7 +198,7 @@ ROWS = {row.name: row for row in (
     Row("hunyuan-dense"),
     Row("hunyuan-moe", template="hunyuan-moe", settles=2),
     Row("hunyuan_vl", positions="four if told"),
-    Row("hy_v3", predicts=True, kept=r"ffn_(?!norm)|exp_probs_b|nextn\.(embed_tokens|shared_head)"),
+    Row("hy_v3", predicts=True, chains=True, kept=r"ffn_(?!norm)|exp_probs_b|nextn\.(embed_tokens|shared_head)"),
     Row("hy_v4", template="hy_v4", latent=True, lightning=True, busy=True),
     Row("internlm2"),
     Row("jais", norms="variance"),
@@ -204,7 +209,7 @@ ROWS = {row.name: row for row in (
     Row("maincoder"),
     Row("maple", window=Window(None)),
     Row("mellum", window=Window(4)),
-    Row("mimo2", window=Window(None), predicts=True),
+    Row("mimo2", window=Window(None), predicts=True, chains=True),
     Row("minicpm"),
     Row("minicpm3"),
     Row("minimax-m2"),
@@ -246,7 +251,7 @@ ROWS = {row.name: row for row in (
     Row("stablelm", template="stablelm", settles=2, norms="variance", waiting=1),
     Row("starcoder", norms="variance"),
     Row("starcoder2", template="starcoder2", settles=2, norms="variance"),
-    Row("step35", window=Window(None), predicts=True, waiting=2,
+    Row("step35", window=Window(None), predicts=True, chains=True, waiting=2,
         kept=r"ffn_(?!norm)|exp_probs_b|attn_(gate|q_norm|k_norm)|nextn\.(embed_tokens|shared_head)"),
     Row("t5", template="t5", bucketed=True, always_scores=True),
     Row("talkie", waiting=3, above_masks=True),
@@ -274,30 +279,30 @@ ROWS = {row.name: row for row in (
     Row("rnd1", family="diffusion"),
 
     # Layers that attend and layers that carry a state.
-    Row("bailingmoe3", family="by heads", predicts=True, latent=True, state="kda", busy=True),
-    Row("glm5-next", family="by heads", template="glm5-next", latent=True, state="kda", plain_output=True,
-        lightning=True, index_inputs=2),
+    Row("bailingmoe3", family="by heads", predicts=True, latent=True, state="kda", copies_states=True, busy=True),
+    Row("glm5-next", family="by heads", template="glm5-next", latent=True, state="kda", copies_states=True,
+        plain_output=True, lightning=True, index_inputs=2),
     Row("granitehybrid", family="by heads", template="hybrid", state="grouped ssm"),
     Row("jamba", family="by heads", template="hybrid", state="ssm", above_masks=True),
-    Row("kimi-k3", family="by heads", latent=True, state="kda"),
+    Row("kimi-k3", family="by heads", latent=True, state="kda", copies_states=True),
     Row("kimi-linear", family="by heads", latent=True, state="kda", busy=True),
-    Row("lfm2", family="by heads", template="hybrid", state="convolution", above_masks=True),
-    Row("lfm2moe", family="by heads", template="hybrid", state="convolution"),
+    Row("lfm2", family="by heads", template="hybrid", state="convolution", copies_states=True, above_masks=True),
+    Row("lfm2moe", family="by heads", template="hybrid", state="convolution", copies_states=True),
     Row("plamo2", family="by heads", template="plamo2", state="grouped ssm", above_masks=True),
-    Row("nemotron_h", family="by width", template="nemotron_h", state="grouped ssm", norms="variance",
-        scaled=("dense", "shared", "experts"), leaks=True, waiting=12),
-    Row("nemotron_h_moe", family="by width", template="nemotron_h", predicts=True, state="grouped ssm",
+    Row("nemotron_h", family="by width", template="nemotron_h", state="grouped ssm", copies_states=True,
         norms="variance", scaled=("dense", "shared", "experts"), leaks=True, waiting=12),
+    Row("nemotron_h_moe", family="by width", template="nemotron_h", predicts=True, state="grouped ssm",
+        copies_states=True, norms="variance", scaled=("dense", "shared", "experts"), leaks=True, waiting=12),
     Row("minimax-01", family="by interval", template="minimax-01", alone_too=True, state="decay", interval=8, waiting=6,
         busy=True),
-    Row("qwen35", family="by interval", template="qwen3next", predicts=True, state="grouped ssm", interval=4,
-        positions="four", scaled=("dense",), busy=True),
-    Row("qwen35moe", family="by interval", template="qwen3next", predicts=True, state="grouped ssm", interval=4,
-        positions="four", scaled=("shared", "experts"), busy=True),
+    Row("qwen35", family="by interval", template="qwen3next", predicts=True, state="grouped ssm", copies_states=True,
+        interval=4, positions="four", scaled=("dense",), busy=True),
+    Row("qwen35moe", family="by interval", template="qwen3next", predicts=True, state="grouped ssm", copies_states=True,
+        interval=4, positions="four", scaled=("shared", "experts"), busy=True),
     Row("qwen3next", family="by interval", template="qwen3next", predicts=True, state="grouped ssm", interval=4,
         scaled=("shared", "experts"), busy=True),
-    Row("qwen4exp", family="by interval", template="qwen4exp", state="grouped ssm", interval=4, positions="four",
-        streams_out=True, scaled=("shared", "experts"), busy=True, lazy=True),
+    Row("qwen4exp", family="by interval", template="qwen4exp", state="grouped ssm", copies_states=True, interval=4,
+        positions="four", streams_out=True, scaled=("shared", "experts"), busy=True, lazy=True),
     Row("falcon-h1", family="both", template="falcon-h1", state="grouped ssm"),
 
     # No layer attends.

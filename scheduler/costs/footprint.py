@@ -71,6 +71,11 @@ def _predictor(shape: ModelShape) -> Predictor:
         raise Rejected(
             f"this {shape.architecture} model has no prediction layers that llama.cpp can run: leave out draft-mtp"
         )
+    if (count := len(shape.arch.predictors)) > 1 and not shape.arch.row.chains:  # it would end the process
+        raise Rejected(
+            f"this {shape.architecture} model has {count} prediction layers, and llama.cpp runs a single one of such "
+            "models: leave out draft-mtp"
+        )
     return shape.predictor
 
 

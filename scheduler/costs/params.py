@@ -27,9 +27,10 @@ MOST_PREDICTED = 3
 which sees less and less of the text (llama.cpp's default)."""
 
 
-def most_drafted(spec_type: SpecType, n_max: int | None) -> int:
-    """Tokens of an answer that are guessed at once; `n_max`: what the catalogue says."""
-    return n_max or (MOST_PREDICTED if spec_type == "draft-mtp" else MOST_DRAFTED)
+def most_drafted(spec_type: SpecType, n_max: int | None, *, copies_states: bool = False) -> int:
+    """Tokens of an answer that are guessed at once; `n_max`: what the catalogue says. `copies_states`: for each of them
+    there is a copy of the model's recurrent states."""
+    return n_max or (MOST_PREDICTED if spec_type == "draft-mtp" or copies_states else MOST_DRAFTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,9 @@ class ContextParams:
     op_offload: bool = True
     n_outputs_max: int = 0
     """Rows of logits in one micro-batch; 0: `n_batch`. llama.cpp ends the process when more are asked for."""
+    n_rs_seq: int = 0
+    """Copies of a sequence's recurrent states that are kept besides the latest: so many tokens can be taken back. Only
+    some architectures have them (`Row.copies_states`)."""
     spec_type: SpecType = "none"
     image_min_tokens: int = 0
     image_max_tokens: int = 0

@@ -138,6 +138,9 @@ def test_drafts_are_in_the_plan_where_guesses_can_be_taken_back() -> None:
 
     windows = replace(llama, arch=replace(llama.arch, n_swa=1024))
     assert models.context(models.by_name["m"], windows, None) == plain.context(plain.by_name["m"], windows, None)
+    compressed = replace(llama.arch.layers[0], compression=4)
+    keys = replace(llama, arch=replace(llama.arch, layers=(compressed, *llama.arch.layers[1:])))
+    assert models.context(models.by_name["m"], keys, None) == plain.context(plain.by_name["m"], keys, None)
     embeds = replace(llama, arch=replace(llama.arch, pools=True))
     assert models.context(models.by_name["m"], embeds, None) == plain.context(plain.by_name["m"], embeds, None)
 

@@ -135,7 +135,9 @@ def answer(request: dict[str, Any], case: dict[str, Any], log: list[str], endpoi
         return {"error": "".join(log[-8:])}
     asked = case["context"]
     wanted = llama_cpp.llama_context_default_params()
-    same = "n_ctx n_seq_max n_batch n_ubatch kv_unified swa_full embeddings type_k type_v n_outputs_max".split()
+    same = (
+        "n_ctx n_seq_max n_batch n_ubatch kv_unified swa_full embeddings type_k type_v n_outputs_max n_rs_seq".split()
+    )
     fill(wanted, **{key: asked[key] for key in same}, flash_attn_type=int(asked["flash_attn"] == "on"))
     if case.get("mtp"):
         fill(wanted, ctx_type=1)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pickle
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,10 @@ class FakeModel:
         self.n_outputs = n_seq_max
         self.shares_cells = False
         self.keeps_states = not can_cut
+        self.n_copies = 0  # of recurrent states
+        self.shares_stream = False
+        self.revocable: dict[int, int] = {}
+        self.n_stuck = 0  # guesses that could not be taken back
         self.memory: list[list[int]] = [[] for _ in range(n_seq_max)]
         self.codes: list[int] = []  # what the next decodes return
         self.batches: list[list[Row]] = []
@@ -96,6 +102,7 @@ class FakeModel:
             return code
         if sum(map(len, self.memory)) + len(rows) > self.room:
             return 1
+        self.revocable = self._revocable(rows)
         for row in rows:
             assert row.position == len(self.memory[row.sequence]), "a gap in the sequence"
             self.memory[row.sequence].append(row.token)
@@ -167,10 +174,23 @@ class FakeModel:
 
     def cut(self, sequence: int, kept: int, stored: int) -> bool:
         assert len(self.memory[sequence]) == stored, "the slot's tokens are not what the memory holds"
-        if kept != stored and not self.can_cut:
+        if kept != stored and not self.can_cut and stored - kept > self.revocable.pop(sequence, 0):
+            self.n_stuck += self.n_copies > 0
             return False
         del self.memory[sequence][kept:]
         return True
+
+    @property
+    def copies_states(self) -> bool:
+        return self.n_copies > 0
+
+    def _revocable(self, rows: Sequence[Row]) -> dict[int, int]:
+        """Tokens that can be taken back: of a batch that llama.cpp does not divide."""
+        counts = Counter(row.sequence for row in rows)
+        follow = all(after == before + 1 for before, after in pairwise(counts))
+        if len(set(counts.values())) > 1 or not (follow or self.shares_stream):
+            return {}
+        return {sequence: min(self.n_copies, count - 1) for sequence, count in counts.items()}
 
     def clear(self, sequence: int) -> None:
         self.memory[sequence].clear()

@@ -205,9 +205,19 @@ class Drawing:
         self._state_ids = g.view(ids, (self.batch.n_seqs,), ())
         self._other_ids = g.view(ids, (self.size.n_seq_max - self.batch.n_seqs,), ())
 
+    @property
+    def n_kept(self) -> int:
+        """States of a sequence that are kept: the latest, and its copies."""
+        return 1 + self.size.n_rs_seq
+
+    @property
+    def n_written(self) -> int:
+        """Of these, as many as this batch has tokens for."""
+        return min(self.tokens // self.batch.n_seqs, self.n_kept)
+
     def states(self, il: int, width: int) -> Node:
-        """A cache of `width` elements per sequence."""
-        return g.stored((width, self.size.n_seq_max), F32, self._places[il], weight=False)
+        """A cache of `width` elements per sequence and copy."""
+        return g.stored((width, self.size.n_seq_max * self.n_kept), F32, self._places[il], weight=False)
 
     def read_states(self, cache: Node, by: Callable[[Node, Node], Node] = g.get_rows) -> Node:
         """The batch's states (`build_rs`): one is cleared, and those of other sequences are moved aside."""
@@ -220,4 +230,12 @@ class Drawing:
         return read
 
     def write_states(self, cache: Node, states: Node) -> None:
+        """The states of the batch after one of its tokens."""
         self.graph.expand(g.copy(states, g.view(cache, (cache.ne[0], self.batch.n_seqs), (cache.nb[1],))))
+
+    def write_results(self, cache: Node, results: Node) -> None:
+        """The states at the end of what a recurrent operation returns, all at once."""
+        ne, step = (cache.ne[0], self.batch.n_seqs, self.n_written), results.type.row_bytes(cache.ne[0])
+        behind = g.view(results, ne, (step, step * self.batch.n_seqs))
+        into = g.view(cache, ne, (cache.nb[1], self.size.n_seq_max * cache.nb[1]))
+        self.graph.expand(g.copy(behind, into))

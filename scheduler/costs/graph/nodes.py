@@ -157,9 +157,9 @@ def ssm_conv(rows: Node, kernel: Node) -> Node:
     return Node("SSM_CONV", (kernel.ne[1], rows.ne[0] - kernel.ne[0] + 1, rows.ne[2]), F32, (rows, kernel))
 
 
-def ssm_scan(states: Node, x: Node, dt: Node, a: Node, b: Node, c: Node, ids: Node) -> Node:
-    """The results of all tokens, and after them the new states, as one row."""
-    n = prod(x.ne) + prod(states.ne[:3]) * ids.ne[0]
+def ssm_scan(states: Node, x: Node, dt: Node, a: Node, b: Node, c: Node, ids: Node, n_kept: int = 1) -> Node:
+    """The results of all tokens, and after them the states after the last `n_kept` of them, as one row."""
+    n = prod(x.ne) + n_kept * prod(states.ne[:3]) * ids.ne[0]
     return Node("SSM_SCAN", (n,), F32, (states, x, dt, a, b, c, ids))
 
 
@@ -167,10 +167,11 @@ def repeat(a: Node, *ne: int) -> Node:
     return Node("REPEAT", ne, a.type, (a,))
 
 
-def gated_delta_net(q: Node, k: Node, v: Node, gate: Node, beta: Node, states: Node) -> Node:
-    """The results of all tokens, and after them the new states."""
+def gated_delta_net(q: Node, k: Node, v: Node, gate: Node, beta: Node, states: Node, n_kept: int) -> Node:
+    """The results of all tokens, and after them the states after the last `n_kept` of them."""
     width, heads, tokens, seqs = v.ne
-    return Node("GATED_DELTA_NET", (width * heads, tokens * seqs + width * seqs), F32, (q, k, v, gate, beta, states))
+    rows = (tokens + n_kept * width) * seqs
+    return Node("GATED_DELTA_NET", (width * heads, rows), F32, (q, k, v, gate, beta, states))
 
 
 def rope(a: Node, positions: Node, factors: Node | None = None) -> Node:

@@ -95,8 +95,9 @@ def _after_history(b: Build, cache: Node, x: Node) -> Node:
     channels = x.ne[0]
     read = b.read_states(cache)
     rows = g.concat(g.reshape(read, cache.ne[0] // channels, channels, b.batch.n_seqs), g.transpose(x))
-    newest = g.view(rows, (cache.ne[0] // channels, channels, b.batch.n_seqs), rows.nb[1:3])
-    b.write_states(cache, g.cont(newest))
+    for _ in range(b.n_kept):
+        newest = g.view(rows, (cache.ne[0] // channels, channels, b.batch.n_seqs), rows.nb[1:3])
+        b.write_states(cache, g.cont(newest))
     return rows
 
 
@@ -120,11 +121,10 @@ def _delta_net(b: Build, il: int, x: Node) -> Node:
     nb = (row(width), row(mixed.ne[0]), row(mixed.ne[0]) * n_tokens)
     q, k, v = (g.view(mixed, (width, heads, n_tokens, n_seqs), nb) for heads in (k_heads, k_heads, v_heads))
     q, k = (g.scale(g.like("RMS_NORM", y)) for y in (q, k))
-    both = g.gated_delta_net(q, k, v, gate, beta, state)
+    both = g.gated_delta_net(q, k, v, gate, beta, state, b.n_kept)
     nb = (row(width), row(width * v_heads), row(width * v_heads * n_tokens))
     y = g.view(both, (width, v_heads, n_tokens, n_seqs), nb)
-    nb = (row(width), row(width * width), row(width * width * v_heads))
-    b.write_states(states, g.view(both, (width, width, v_heads, n_seqs), nb))
+    b.write_results(states, both)
     z = g.reshape(z, width, v_heads, n_tokens, n_seqs)
     y = g.mul(b.norm(y, il, "ssm_norm"), g.unary(z))
     y = b.project(il, "ssm_out", g.reshape(y, width * v_heads, n_tokens, n_seqs))

@@ -14,8 +14,8 @@ def _by_sequence(b: Build, x: Node) -> Node:
 def _convolve(b: Build, states: Node, read: Node, x: Node, kernel: Node) -> Node:
     """Put the last inputs before the new ones, store what the next batch needs of them, convolve."""
     rows = g.concat(g.reshape(read, kernel.ne[0] - 1, kernel.ne[1], b.batch.n_seqs), x)
-    newest = g.view(rows, (kernel.ne[0] - 1, kernel.ne[1], b.batch.n_seqs), rows.nb[1:3])
-    b.write_states(states, newest)
+    for _ in range(b.n_written):
+        b.write_states(states, g.view(rows, (kernel.ne[0] - 1, kernel.ne[1], b.batch.n_seqs), rows.nb[1:3]))
     return g.ssm_conv(rows, kernel)
 
 
@@ -74,11 +74,11 @@ def _mamba2(b: Build, il: int, x: Node) -> Node:
     states = b.states(il, h.d_state * h.d_inner)
 
     def scan(cache: Node, ids: Node) -> Node:
-        shaped = g.reshape(cache, h.d_state, head, n_head, b.size.n_seq_max)
-        return g.ssm_scan(shaped, heads, dt, b.needed(il, "ssm_a"), into, out, ids)
+        shaped = g.reshape(cache, h.d_state, head, n_head, cache.ne[1])
+        return g.ssm_scan(shaped, heads, dt, b.needed(il, "ssm_a"), into, out, ids, b.n_kept)
 
     both = b.read_states(states, scan)
-    b.write_states(states, g.view(both, (h.d_state * h.d_inner, n_seqs, 1), (row(h.d_state * h.d_inner),)))
+    b.write_results(states, both)
     nb = (row(head), row(head * n_head), row(head * n_head * n_tokens))
     y = g.view(both, (head, n_head, n_tokens, n_seqs), nb)
     y = g.add(y, g.mul(heads, b.needed(il, "ssm_d")))
@@ -228,7 +228,8 @@ def _delta_net(b: Build, il: int, x: Node) -> Node:
     convolved = b.states(il, (kernel.ne[0] - 1) * kernel.ne[1])
     read = b.read_states(convolved)
     rows = g.concat(g.reshape(read, kernel.ne[0] - 1, kernel.ne[1], n_seqs), g.transpose(mixed))
-    b.write_states(convolved, g.view(rows, (kernel.ne[0] - 1, kernel.ne[1], n_seqs), rows.nb[1:3]))
+    for _ in range(b.n_kept):
+        b.write_states(convolved, g.view(rows, (kernel.ne[0] - 1, kernel.ne[1], n_seqs), rows.nb[1:3]))
     states = b.states(il, v_width * v_width * v_heads)
     state = g.reshape(b.read_states(states), v_width, v_width, v_heads, n_seqs)
     mixed = g.unary(g.ssm_conv(rows, kernel))
@@ -239,11 +240,10 @@ def _delta_net(b: Build, il: int, x: Node) -> Node:
     q, k = g.like("L2_NORM", q), g.like("L2_NORM", k)
     if k_heads != v_heads and b.arch.name == "qwen3next":
         q, k = (_repeated(y, v_heads // k_heads) for y in (q, k))
-    both = g.gated_delta_net(q, k, v, gate, beta, state)
+    both = g.gated_delta_net(q, k, v, gate, beta, state, b.n_kept)
     nb = (row(v_width), row(v_width * v_heads), row(v_width * v_heads * n_tokens))
     y = g.view(both, (v_width, v_heads, n_tokens, n_seqs), nb)
-    nb = (row(v_width), row(v_width * v_width), row(v_width * v_width * v_heads))
-    b.write_states(states, g.view(both, (v_width, v_width, v_heads, n_seqs), nb))
+    b.write_results(states, both)
     z = g.reshape(z, v_width, v_heads, n_tokens, n_seqs)
     y = g.mul(b.norm(y, il, "ssm_norm"), g.unary(z))
     y = b.project(il, "ssm_out", g.reshape(y, v_width * v_heads, n_tokens, n_seqs))
