@@ -103,6 +103,9 @@ class Holdings:
         ends = [len(saved.tokens), *(each.n_tokens for each in saved.checkpoints)]
         if self._model.keeps_states and min(ends) > common:  # it cannot be cut there
             return None
+        n_bytes = len(saved.state)
+        if self._some_run() and not self._keeper.may_load(job.source, n_bytes):
+            return None
         room = self._model.n_cells - len(saved.tokens)
         others = [each for each in self._all if each is not slot]
         if sum(len(each.tokens) for each in others) > room:
@@ -110,7 +113,7 @@ class Holdings:
                 return None
             self.forget_idle()
         self.forget(slot)
-        if not self._keeper.load(partial(self._model.load_sequence, slot.sequence, saved.state), len(saved.state)):
+        if not self._keeper.load(partial(self._model.load_sequence, slot.sequence, saved.state), job.source, n_bytes):
             drop(saved.path)
             return 0
         slot.tokens += saved.tokens
@@ -118,6 +121,10 @@ class Holdings:
         kept = self._cut(slot, common, job.media)
         self._trim(slot)
         return kept
+
+    def _some_run(self) -> bool:
+        """Whether answers under way wait for what is done now."""
+        return any(each.job is not None and not each.is_new for each in self._all)
 
     def known(self, prompt: Sequence[int], adapters: Adapters) -> int:
         """Tokens of `prompt` that some slot holds now. Any thread may ask: the answer may be old."""
@@ -179,8 +186,7 @@ class Holdings:
         ):
             return
         about_bytes = self._model.sequence_bytes(slot.sequence) * count // len(slot.tokens)
-        others_run = any(each.job is not None and not each.is_new for each in self._all)
-        if not self._keeper.would_keep(beginning, slot.adapters, about_bytes, others_run=others_run):
+        if not self._keeper.would_keep(beginning, slot.adapters, about_bytes, others_run=self._some_run()):
             return
         if self._cut(slot, count, slot.places) == count:
             self._keeper.keep(

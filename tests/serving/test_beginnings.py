@@ -215,6 +215,52 @@ def test_copies_take_a_tenth_of_the_time_of_others(keeper: Callable[..., Keeper]
     assert one.would_keep(OTHER, (), 1000, others_run=False)
 
 
+def test_loads_of_one_source_take_a_tenth_of_the_time_of_others(
+    keeper: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, now = keeper(Keeper), [100.0]
+    monkeypatch.setattr(keeping.time, "perf_counter", lambda: now[0])
+
+    def slow() -> bool:
+        now[0] += 0.2
+        return True
+
+    for _ in range(2):
+        assert one.may_load("ann", 10 * MIB)
+        one.load(slow, "ann", 10 * MIB)
+    assert not one.may_load("ann", 10 * MIB), "0.2 s more would be 0.6 s"
+    assert one.may_load("ann", 5 * MIB) and one.may_load("ben", 10 * MIB)
+    assert not one.may_load("ben", 30 * MIB), "it takes 0.6 s, as was measured"
+    now[0] += 1.0
+    assert one.may_load("ann", 10 * MIB)
+    now[0] += 10.0
+    one.load(slow, "ben", 10 * MIB)
+    assert list(one._loads_paid_s) == ["ben"]
+
+
+def test_a_prompt_is_read_where_others_would_wait_long_for_its_state(
+    serving: Callable[..., Replica], keeper: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FakeModel(2, 64)
+    replica = serving(model, keeper())
+    replica.ask([*SYSTEM, 1])
+    replica.ask([*SYSTEM, 2])
+    replica.ask(OTHER)
+    replica.ask([6] * len(SYSTEM))
+    replica.keeper.close()
+    monkeypatch.setattr(keeping, "MOST_LOADS_S", 0.0)
+    model.entered.clear()
+    model.pause = threading.Event()
+    running = replica.begin([7] * 5, 40)
+    assert model.entered.wait(10)
+    reading = replica.begin([*SYSTEM, 3])
+    model.pause.set()
+    for each in (running, reading):
+        chunks: list[Chunk] = list(each.hearer)  # type: ignore[call-overload]
+    assert heard(chunks) == expected([*SYSTEM, 3], 3) and chunks[-1].cached_tokens == 0
+    assert replica.ask([*SYSTEM, 4]) == len(SYSTEM)
+
+
 def test_whoever_waits_gets_what_was_saved_meanwhile(
     serving: Callable[..., Replica], keeper: Callable[..., Keeper]
 ) -> None:
