@@ -43,10 +43,13 @@ def test_there_is_a_copy_for_each_guess(entry: ModelEntry, n_max: int | None, n_
     [
         (
             model("qwen3next", is_recurrent=True),
-            "of those of qwen3next models llama.cpp keeps no copies: leave out model_d",
+            "llama.cpp keeps no copies of it for qwen3next models. Leave out model_draft",
         ),
-        (model("mamba", is_recurrent=True), "m has a recurrent state, which forgets no wrong guesses"),
-        (model("deepseek4", compression=4), "compressed keys, which forgets no wrong guesses: leave out model_draft"),
+        (model("mamba", is_recurrent=True), "m has a recurrent state, which cannot drop rejected tokens"),
+        (
+            model("deepseek4", compression=4),
+            "compressed keys, which cannot drop rejected tokens: leave out model_draft",
+        ),
     ],
 )
 def test_what_has_no_copies_is_refused(refused: ModelShape, words: str) -> None:
