@@ -48,7 +48,7 @@ def test_there_is_a_copy_for_each_guess(entry: ModelEntry, n_max: int | None, n_
         (model("mamba", is_recurrent=True), "m has a recurrent state, which cannot drop rejected tokens"),
         (
             model("deepseek4", compression=4),
-            "compressed keys, which cannot drop rejected tokens: leave out model_draft",
+            "compressed keys, which cannot drop rejected tokens: leave out",
         ),
     ],
 )
