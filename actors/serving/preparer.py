@@ -295,9 +295,9 @@ class Child:
         """Sends the files of a chat, each after the text before it; returns the tokens after the last."""
         from actors.serving import media_files  # most requests have none
 
-        self._step("the pictures and sounds")
         self._limit_memory(usual_bytes + media_files.bytes_to_open(attached.files))
         *texts, last = (self._tokenized(text, n_ctx, begins=False) for text in attached.pieces_of(prompt))
+        self._step("the pictures and sounds")
         texts[0] = self._vocabulary.opening + texts[0]
         for tokens, (kind, opened) in zip(texts, media_files.opened(attached), strict=True):
             send(self._connection, Kind.BEFORE, array("i", tokens).tobytes())
