@@ -44,7 +44,7 @@ test: .venv/ready
 
 # Two processes for two cores; HALF takes about as long as all the rest.
 QUICK := $(BIN)/python -m pytest -q -m "not ray and not llama and not slow"
-HALF := tests/core tests/actors tests/cli
+HALF := tests/core tests/actors tests/cli tests/costs
 quick: .venv/ready
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync quick-half quick-rest
 

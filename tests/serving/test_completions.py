@@ -107,10 +107,13 @@ def test_several_answers_under_a_grammar(llama: Engine) -> None:
 
 
 def test_likelihoods_that_are_told_at_once_are_bounded(llama: Engine) -> None:
-    with pytest.raises(Rejected, match="at most 16000 are allowed without streaming"):
+    with pytest.raises(Rejected, match="at most 16000 are allowed in one piece"):
         chunks_of(llama, prompt=TEXT, n_probs=100, n=2, max_tokens=300)
-    stream = ReplyForm(stream=True)
-    assert chunks_of(llama, prompt=TEXT, n_probs=100, max_tokens=2, n=2, reply=stream)[-1].completion_tokens == 4
+    for stream in (False, True):  # the last event of a streamed response tells all of them once more
+        with pytest.raises(Rejected, match="at most 4000 are allowed in one piece"):
+            chunks_of(llama, prompt=TEXT, n_probs=100, max_tokens=50, reply=ReplyForm("responses", stream))
+    streamed = ReplyForm(stream=True)
+    assert chunks_of(llama, prompt=TEXT, n_probs=100, max_tokens=2, n=2, reply=streamed)[-1].completion_tokens == 4
 
 
 def test_closing_the_iterator_ends_every_answer(llama: Engine) -> None:
