@@ -1,6 +1,6 @@
 # make demo        the main job, with no card and no network
 # make test        every test, and which took longest
-# make quick       the tests that need neither Ray nor llama.cpp, in less than two minutes
+# make quick       the quick tests that need neither Ray nor llama.cpp, in about two minutes
 # make check       style, types, import contracts, documentation
 # make bench       the figures of docs/benchmarks.md
 # make setup       only the environment (.venv); the others imply it, and a second run starts at once
@@ -42,7 +42,7 @@ test: .venv/ready
 	@$(TEST) -m ray > $(RAY_LOG) 2>&1 & with_ray=$$!; trap "kill $$with_ray" INT TERM; \
 	nice -n 15 $(TEST) -m "not ray"; without=$$?; wait $$with_ray; with=$$?; cat $(RAY_LOG); exit $$((without | with))
 
-# Two processes for two cores; HALF takes about as long as all the rest.
+# Two processes for two cores; HALF takes about as long as all the rest. Tests that take a second or more are left out.
 QUICK := $(BIN)/python -m pytest -q -m "not ray and not llama and not slow"
 HALF := tests/core tests/actors tests/cli tests/costs
 quick: .venv/ready

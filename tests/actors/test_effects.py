@@ -467,8 +467,12 @@ def test_without_a_fault_this_is_told_and_nothing_else(scene: Scene) -> None:
     assert tuple(told) == SCENES[scene]
 
 
+LONG = (stop_what_nothing_ends_for_long,)  # a second for each fault
+SOME_LONG = [pytest.param(scene, marks=pytest.mark.slow if scene in LONG else ()) for scene in SCENES]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("scene", SOME_LONG)
 def test_whatever_fails_at_whichever_step(scene: Scene, fault: Fault) -> None:
     wrong = []
     for at, what in enumerate(undisturbed(scene).steps):

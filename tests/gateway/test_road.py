@@ -189,6 +189,7 @@ def run_listener(told: Connection) -> None:
 
 @pytest.mark.parametrize("node_id", [HERE, THERE], ids=["on its node", "over TCP"])
 @pytest.mark.parametrize("said", [0, 1, 2, 7])
+@pytest.mark.slow
 def test_a_runner_that_dies_is_noticed_at_any_frame(said: int, node_id: NodeId) -> None:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
