@@ -91,7 +91,8 @@ class Fetcher:
                 hold(len(file))
                 files[index] = file
 
-        # As many tasks as there are seats for them: thousands would stop the loop for seconds when they end together.
+        # As many tasks as there are seats for them: a task for each of a hundred files would be 100,000 tasks for a
+        # thousand requests. When these end together, the loop stops for seconds.
         fetching = [asyncio.ensure_future(fetch_next()) for _ in range(min(FETCHES_OF_ONE, len(urls)))]
         try:
             ended, late = await asyncio.wait(fetching, timeout=MAX_FETCH_WAIT_S, return_when=asyncio.FIRST_EXCEPTION)

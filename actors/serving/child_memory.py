@@ -33,24 +33,21 @@ class ChildMemory:
         held.resize(n_bytes)
         return held
 
-    def add(self, source: str, n_bytes: int) -> None:
-        """Raises Rejected for what is never allowed, and Unavailable for what is not allowed now."""
+    def change(self, source: str, before_bytes: int, n_bytes: int) -> None:
+        """What an answer of `source` holds. Raises Rejected for what is never allowed, and Unavailable for what is not
+        allowed now."""
+        refuse_too_large(n_bytes)
         with self._lock:
-            own, total = self._held[source], self._held.total()
-            if n_bytes > MOST_OF_ONE_BYTES:
-                raise Rejected(
-                    f"the grammar or the tools of this request need {format_bytes(n_bytes)} of memory; at most "
-                    f"{format_bytes(MOST_OF_ONE_BYTES)} are allowed. Simplify them"
-                )
-            if n_bytes > 0 and (own + n_bytes > MOST_OF_ONE_BYTES or total + n_bytes > MOST_BYTES):
+            own, total = self._held[source] - before_bytes, self._held.total() - before_bytes
+            if n_bytes > before_bytes and (own + n_bytes > MOST_OF_ONE_BYTES or total + n_bytes > MOST_BYTES):
                 most, most_of_one = format_bytes(MOST_BYTES), format_bytes(MOST_OF_ONE_BYTES)
                 raise Unavailable(
-                    f"the grammar or the tools of this request need {format_bytes(n_bytes)} of memory. Your answers "
-                    f"under way hold {format_bytes(own)} for theirs (at most {most_of_one}), all together "
-                    f"{format_bytes(total)} (at most {most}). Ask again later, or simplify them",
+                    f"an answer with the grammar or the tools of this request needs {format_bytes(n_bytes)} of memory. "
+                    f"Your other answers in progress hold {format_bytes(own)} (at most {most_of_one} in all), those of "
+                    f"all clients {format_bytes(total)} (at most {most}). Try again later, or simplify them",
                     retry_after_s=_RETRY_S,
                 )
-            self._held[source] += n_bytes
+            self._held[source] = own + n_bytes
             if not self._held[source]:
                 del self._held[source]
 
@@ -69,9 +66,18 @@ class Held:
 
     def resize(self, n_bytes: int) -> None:
         """Raises Rejected for what is never allowed, and Unavailable for what is not allowed now."""
-        self._memory.add(self._source, n_bytes - self.n_bytes)
+        self._memory.change(self._source, self.n_bytes, n_bytes)
         self.n_bytes = n_bytes
 
     def free(self) -> None:
         """Safe to call twice."""
         self.resize(0)
+
+
+def refuse_too_large(n_bytes: int) -> None:
+    """Raises Rejected for what no source may hold."""
+    if n_bytes > MOST_OF_ONE_BYTES:
+        raise Rejected(
+            f"the grammar or the tools of this request need {format_bytes(n_bytes)} of memory; at most "
+            f"{format_bytes(MOST_OF_ONE_BYTES)} are allowed. Simplify them, or ask for fewer answers"
+        )

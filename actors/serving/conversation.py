@@ -55,7 +55,9 @@ class Constraint:
             raise EngineFailed(f"its preparer has ended ({error})") from error
         kind, payload = frame if frame is not None else (Kind.ENDED, b"it ended")
         if kind in (Kind.TAKEN, Kind.ALLOWED):
+            self._usable = False  # if it has grown too large
             self._held.resize(HELD.unpack_from(payload)[0])
+            self._usable = True
         if kind == Kind.TAKEN:
             return None
         if kind == Kind.ALLOWED:

@@ -6,7 +6,7 @@ PREPARE slot, content    -> STEP* (BEFORE (PICTURE | SOUND))* PROMPT*
                             or EXAMINED the answer itself, or REJECTED
 CONSTRAIN slot, content  -> STEP* READY: the grammar of another answer to the same request; nothing else is made of it
 TRY token                -> TAKEN bytes it holds, or ALLOWED those, bits: only these tokens may come next
-SYNTAX how to read an answer -> (nothing; only said to a child that is asked nothing else until the answer has ended)
+SYNTAX how to read it    -> TAKEN bytes it holds, or REJECTED; until the answer ends, it is asked nothing else
 SAID text, or ENDS text  -> DELTAS what it adds to the message (ENDS: nothing follows, CUT: more would have)
 (whoever was asked ended) -> ENDED why
 """

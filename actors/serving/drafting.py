@@ -99,7 +99,7 @@ class Drafting:
         unless guesses can only be taken back where a batch is computed in one piece."""
         if not guesses or not self._model.copies_states:
             return [(list(running), True)]
-        there = {slot.sequence: (slot, job) for slot, job in running}
+        there = {slot.sequence: (slot, job) for slot, job in sorted(running, key=lambda pair: pair[0].sequence)}
         counts = {sequence: 1 + len(guesses.get(job, ())) for sequence, (_, job) in there.items()}
         pieces = in_pieces(counts, in_order=not self._model.shares_stream)
         return [([there[sequence] for sequence in piece], piece is pieces[-1]) for piece in pieces]

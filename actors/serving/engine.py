@@ -20,6 +20,7 @@ from actors.devices.cores import Cores
 from actors.serving.adapter_choice import chosen_adapters
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beats
+from actors.serving.child_memory import refuse_too_large
 from actors.serving.dialogue import prompt_too_long
 from actors.serving.draft import Draft, Text
 from actors.serving.generation import Generation, Wish
@@ -150,6 +151,8 @@ class Engine:
                 f"{count} answers; at most {MOST_PREPARED} are allowed in a request with tools, reasoning, "
                 "a grammar or the sampler dry"
             )
+        if prepared.constraint is not None:
+            refuse_too_large(count * prepared.held_bytes)
         together = Together(hearer, count, request.n)
         media = prepared.media
         choices: list[Generation] = []
@@ -207,8 +210,8 @@ class Engine:
             unless_made.callback(sampler.close)
             parsed: ParsedAnswer | None = None
             if prepared.syntax is not None:
-                parsing = self._preparer.parsing(prepared.syntax, prepared.held_bytes, request.source)
-                parsed = ParsedAnswer(hearer, parsing)
+                parsed = ParsedAnswer(hearer, self._preparer.parsing(prepared.syntax, request.source))
+                unless_made.callback(parsed.close)
             job = Generation(
                 request.lease_id,
                 prompt,

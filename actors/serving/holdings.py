@@ -103,8 +103,8 @@ class Holdings:
         ends = [len(saved.tokens), *(each.n_tokens for each in saved.checkpoints)]
         if self._model.keeps_states and min(ends) > common:  # it cannot be cut there
             return None
-        n_bytes = len(saved.state)
-        if self._some_run() and not self._keeper.may_load(job.source, n_bytes):
+        n_bytes, others_run = len(saved.state), self._some_run()
+        if others_run and not self._keeper.may_load(job.source, n_bytes):
             return None
         room = self._model.n_cells - len(saved.tokens)
         others = [each for each in self._all if each is not slot]
@@ -113,7 +113,8 @@ class Holdings:
                 return None
             self.forget_idle()
         self.forget(slot)
-        if not self._keeper.load(partial(self._model.load_sequence, slot.sequence, saved.state), job.source, n_bytes):
+        load = partial(self._model.load_sequence, slot.sequence, saved.state)
+        if not self._keeper.load(load, job.source, n_bytes, others_run=others_run):
             drop(saved.path)
             return 0
         slot.tokens += saved.tokens

@@ -115,13 +115,15 @@ class Keeper:
         owed_s = max(0.0, self._loads_paid_s.get(source, now_s) - now_s)
         return owed_s + (1 + REST) * self._speeds.loading.seconds(state_bytes) <= (1 + REST) * MOST_LOADS_S
 
-    def load(self, load: Callable[[], bool], source: str, state_bytes: int) -> bool:
-        """Has a state loaded into the cache. False where that fails."""
+    def load(self, load: Callable[[], bool], source: str, state_bytes: int, *, others_run: bool) -> bool:
+        """Has a state loaded into the cache. False where that fails. `others_run`: answers under way wait for it."""
         began_s = time.perf_counter()
         was_loaded = load()
         now_s = time.perf_counter()
         if was_loaded:
             self._speeds.loading.took(state_bytes, now_s - began_s)
+        if not others_run:
+            return was_loaded
         paid_s = max(self._loads_paid_s.get(source, began_s), began_s) + (1 + REST) * (now_s - began_s)
         owing = {other: until_s for other, until_s in self._loads_paid_s.items() if until_s > now_s}
         self._loads_paid_s = {**owing, source: paid_s}

@@ -24,7 +24,7 @@ from actors.devices.processes import look_at
 from actors.frames import BrokenFrame, receive, send
 from actors.serving.child_memory import ChildMemory
 from actors.serving.conversation import Constraint, Parsing, rejected, shut
-from actors.serving.dialogue import SLOT, Kind, Senses
+from actors.serving.dialogue import HELD, SLOT, Kind, Senses
 from actors.serving.pieces import NO_MEDIA, Eyes, Media, Reading
 from actors.serving.thoughts import ThinkingBudget, Thoughts
 from scheduler.errors import EngineFailed, Rejected
@@ -161,25 +161,28 @@ class Preparer:
             raise
         finally:
             errand.finish()
-        if prepared.constraint is None:
+        if prepared.examined is not None:
+            connection.close()  # it does not tell what it holds
+        elif prepared.constraint is None:
             self._keep(connection, prepared.held_bytes)
         return prepared
 
-    def parsing(self, syntax: bytes, held_bytes: int = 0, source: str = "") -> Parsing:
-        """What parses an answer that was prepared with `syntax`, for `source`. `held_bytes`: of the child that prepared
-        it, which made such a parser, too. Raises EngineFailed when there is no preparer, Unavailable as `prepare`."""
-        held = self._memory.hold(source, held_bytes)
+    def parsing(self, syntax: bytes, source: str = "") -> Parsing:
+        """What parses an answer that was prepared with `syntax`, for `source`. Raises EngineFailed when there is no
+        preparer, and Rejected and Unavailable as `prepare`."""
+        connection = self._connection()
         try:
-            connection = self._connection()
-            try:
-                send(connection, Kind.SYNTAX, syntax)
-            except OSError as error:
-                connection.close()
-                raise EngineFailed(f"its preparer has ended ({error}); try again") from error
+            send(connection, Kind.SYNTAX, syntax)
+            frame = receive(connection)
+            if frame is None or frame[0] != Kind.TAKEN:
+                raise Rejected(f"its answer cannot be parsed: {frame[1].decode() if frame else 'the parser has ended'}")
+            return Parsing(connection, self._keep, self._memory.hold(source, HELD.unpack(frame[1])[0]))
+        except OSError as error:
+            connection.close()
+            raise EngineFailed(f"its preparer has ended ({error}); try again") from error
         except BaseException:
-            held.free()
+            connection.close()
             raise
-        return Parsing(connection, self._keep, held)
 
     def _answer(self, connection: socket.socket, reading: Reading, source: str) -> Prepared:
         prompts: list[list[int]] = []
@@ -220,7 +223,6 @@ class Preparer:
                 case Kind.REJECTED:
                     raise rejected(step, payload)
                 case Kind.ENDED:
-                    connection.close()
                     raise Rejected(f"{step} cannot be used: {payload.decode()}", step=step)
                 case _:
                     raise BrokenFrame(f"it answered with a frame of kind {kind}")

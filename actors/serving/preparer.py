@@ -6,9 +6,8 @@ Content from strangers is opened here and nowhere else: the text of requests, JS
 programs). The process imports what it needs, is told the file, and reads the vocabulary once. Then it forks a *child*
 for every connection that its runner hands over (file descriptors, on the control socket). A child has limits: `CPU_S`
 seconds of computing for each question, and `MEMORY_BYTES` of memory beyond the vocabulary's (and what a picture takes
-by its size, which is bounded). If it exceeds them, or
-llama.cpp ends it, one request is lost. The process ends with its runner, and the children with it. The protocol:
-`dialogue`.
+by its size, which is bounded). If it exceeds them, or llama.cpp ends it, one request is lost. The process ends with its
+runner, and the children with it. The protocol: `dialogue`.
 """
 
 from __future__ import annotations
@@ -343,6 +342,7 @@ class Child:
         self._limit_memory(len(payload))
         self._forget()
         self._parser = AnswerParser(json.loads(payload))
+        send(self._connection, Kind.TAKEN, HELD.pack(self._grown_bytes()))
 
     def _parse(self, kind: int, payload: bytes) -> None:
         assert self._parser is not None

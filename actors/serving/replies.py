@@ -126,6 +126,8 @@ class _Choice:
         said = {"message": self._said.whole()} if self._chat else {"text": self._said.message.content}
         told = json.dumps({"index": self._index, "finish_reason": self._finish_reason, **said})
         columns = [f'"{name}": [{", ".join(column)}]' for name, column in self._columns.items()]
+        if columns and self._chat:
+            columns.append('"refusal": null')
         logprobs = f"{{{', '.join(columns)}}}" if columns else "null"
         return f'{told[:-1]}, "logprobs": {logprobs}}}'
 

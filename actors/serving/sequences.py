@@ -28,6 +28,7 @@ class Sequences:
     _context: Any
     _memory: Any
     _window: int  # tokens of the sliding window; 0: none, or all is kept
+    n_ubatch: int
     _unified: bool  # all sequences share the cells
     _n_copies: int  # of each sequence's recurrent states, besides the latest
     _revocable: dict[int, int]  # tokens of the last batch that can be taken back, by sequence
@@ -61,7 +62,7 @@ class Sequences:
         """They were the last batch."""
         self._revocable = {}
         counts = Counter(row.sequence for row in rows)
-        if self._n_copies and len(in_pieces(counts, in_order=not self._unified)) == 1:
+        if self._n_copies and len(rows) <= self.n_ubatch and len(in_pieces(counts, in_order=not self._unified)) == 1:
             self._revocable = {sequence: min(self._n_copies, n - 1) for sequence, n in counts.items()}
 
     def clear(self, sequence: int) -> None:

@@ -227,14 +227,15 @@ def test_loads_of_one_source_take_a_tenth_of_the_time_of_others(
 
     for _ in range(2):
         assert one.may_load("ann", 10 * MIB)
-        one.load(slow, "ann", 10 * MIB)
+        one.load(slow, "ann", 10 * MIB, others_run=True)
     assert not one.may_load("ann", 10 * MIB), "0.2 s more would be 0.6 s"
     assert one.may_load("ann", 5 * MIB) and one.may_load("ben", 10 * MIB)
     assert not one.may_load("ben", 30 * MIB), "it takes 0.6 s, as was measured"
     now[0] += 1.0
     assert one.may_load("ann", 10 * MIB)
     now[0] += 10.0
-    one.load(slow, "ben", 10 * MIB)
+    one.load(slow, "ben", 10 * MIB, others_run=True)
+    one.load(slow, "cat", 10 * MIB, others_run=False)
     assert list(one._loads_paid_s) == ["ben"]
 
 

@@ -72,7 +72,9 @@ def test_a_harness_asks_for_the_prompt_alone(llama: Engine) -> None:
 
 
 def test_chats_tell_likelihoods_in_their_own_way(llama: Engine) -> None:
-    told = reply_to(llama, "chat", prompt=TEXT, max_tokens=3, n_probs=2)["choices"][0]["logprobs"]["content"]
+    logprobs = reply_to(llama, "chat", prompt=TEXT, max_tokens=3, n_probs=2)["choices"][0]["logprobs"]
+    assert logprobs["refusal"] is None
+    told = logprobs["content"]
     assert len(told) == 3
     for each in told:
         assert bytes(each["bytes"]).decode() == each["token"]

@@ -26,8 +26,9 @@ from actors import frames
 from actors.serving import child_memory, preparation
 from actors.serving.conversation import Constraint
 from actors.serving.dialogue import HELD, Kind
+from actors.serving.engine import Engine
 from actors.serving.preparation import Errand, Preparer
-from actors.serving.protocol import content_of
+from actors.serving.protocol import GenerateRequest, content_of
 from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import EngineFailed, Rejected, Unavailable
 from scheduler.units import MIB
@@ -294,7 +295,7 @@ def test_what_grammars_of_answers_hold_is_bounded_and_fair(sample: Callable[...,
         monkeypatch.setattr(child_memory, "MOST_OF_ONE_BYTES", 2 * size + MIB)
         monkeypatch.setattr(child_memory, "MOST_BYTES", 3 * size + 2 * MIB)
         second = preparer.prepare(LARGE, N_CTX, source="ann")
-        with pytest.raises(Unavailable, match="Ask again later, or simplify") as refused:
+        with pytest.raises(Unavailable, match="Try again later, or simplify") as refused:
             preparer.prepare(LARGE, N_CTX, source="ann")
         assert refused.value.retry_after_s
         small = preparer.prepare(LETTERS, N_CTX, source="ann")  # takes next to nothing
@@ -310,6 +311,15 @@ def test_what_grammars_of_answers_hold_is_bounded_and_fair(sample: Callable[...,
             preparer.prepare(LARGE, N_CTX, source="ann")
 
 
+def test_what_one_request_may_never_hold_is_refused_at_once(sample: Any, spec: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(child_memory, "MOST_OF_ONE_BYTES", 100 * MIB)
+    with closing(Engine(spec(sample("llama"), n_ctx=512))) as engine:
+        request = GenerateRequest(LARGE, "r", max_tokens=2, n=8)
+        with pytest.raises(Rejected, match="ask for fewer answers"):
+            list(engine.generate(request))
+        assert not engine._preparer._memory.held_bytes
+
+
 def test_a_grammar_that_grows_while_it_is_followed_is_counted() -> None:
     memory, (ours, child) = child_memory.ChildMemory(), socket.socketpair()
     given_back: list[int] = []
@@ -318,10 +328,10 @@ def test_a_grammar_that_grows_while_it_is_followed_is_counted() -> None:
     assert constraint.choose(lambda allowed: 5) == 5
     assert memory.held_bytes == 9 * MIB
     frames.send(child, Kind.ALLOWED, HELD.pack(child_memory.MOST_OF_ONE_BYTES + MIB) + b"\xff")
-    with pytest.raises(Unavailable, match=r"need 248\.0 MiB of memory"):
+    with pytest.raises(Rejected, match=r"need 257\.0 MiB of memory"):
         constraint.choose(lambda allowed: 5)
     constraint.close()
-    assert memory.held_bytes == 0 and given_back == [9 * MIB]
+    assert memory.held_bytes == 0 and given_back == [], "such a child is not used again"
     child.close()
     ours.close()
 

@@ -27,6 +27,17 @@ def test_a_piece_has_as_many_rows_of_each(counts: dict[int, int], in_order: bool
     assert in_pieces(counts, in_order=in_order) == pieces
 
 
+def test_the_order_of_answers_does_not_divide_a_turn() -> None:
+    """They come sorted by how much they have said."""
+    batcher = Batcher(model := FakeModel(4, 64, can_cut=False))
+    model.n_copies, model.shares_stream = 15, False
+    slots = sorted(batcher._slots, key=lambda slot: (3, 1, 2, 0).index(slot.sequence))
+    running = [(slot, job([1, 2, 3], 5)) for slot in slots]
+    ((piece, is_last),) = batcher._drafting.in_pieces(running, {one: [4, 5] for _, one in running})
+    batcher.close()
+    assert is_last and [slot.sequence for slot, _ in piece] == [0, 1, 2, 3]
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     prompts=st.lists(st.tuples(PROMPT, st.integers(1, 30), st.booleans()), min_size=1, max_size=8),
