@@ -59,6 +59,7 @@ def test_of_cards_that_are_nearly_as_fast_the_tightest_fit_is_taken() -> None:
     assert where(plan_on(cluster({"gpus": cards}), "medium")) == ("one GPU", ["box0/gpu1"])
 
 
+@pytest.mark.slow
 def test_experts_use_every_card_that_helps() -> None:
     """One card would hold all but the experts; each one more takes some of those."""
     card = {"total": "3GiB", "bandwidth": "500GB/s", "tflops": 20}

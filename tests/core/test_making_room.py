@@ -299,6 +299,7 @@ def test_a_replica_with_too_short_a_context_makes_room_for_a_longer_one_of_its_m
     assert small in s.grants
 
 
+@pytest.mark.slow
 def test_two_busy_models_take_turns() -> None:
     s = Scenario([gpu("3GiB")], TRIO, catalogue=PATIENT)
     served = {"a": 0, "b": 0}

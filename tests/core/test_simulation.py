@@ -147,6 +147,7 @@ def test_one_seed_one_result() -> None:
     assert {**once(7), "seed": 0} != {**once(8), "seed": 0}
 
 
+@pytest.mark.slow
 def test_every_request_ends_and_nothing_is_left_behind() -> None:
     trace = made_trace(Popularity(list(MODELS), 0.5), 3, n_requests=80, mean_gap_s=4)
     run = simulate(cluster("RTX 3060", ram="16GiB"), catalogue(), MODELS, trace)

@@ -90,6 +90,7 @@ def test_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_is_stepped_over_not_kept(tmp_path: Path) -> None:
     file = Gguf()
     file.set("general.architecture", "llama")
@@ -229,6 +230,7 @@ def valid_header(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]
     cuts=st.lists(st.tuples(st.integers(0, 7000), st.binary(max_size=12)), max_size=4),
     end=st.integers(0, 200_000),
 )
+@pytest.mark.slow
 def test_mutated_headers_are_read_or_refused(
     valid_header: tuple[Path, bytes], cuts: list[tuple[int, bytes]], end: int
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_connection_that_says_nothing_is_closed(url: str, monkeypatch: pytest.
         assert all_of(connection) == b""
 
 
+@pytest.mark.slow
 def test_an_answer_may_take_longer_than_its_request(
     url: str, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_process_reads_as_the_gateway_does() -> None:
     in_processes(scenario)
 
 
+@pytest.mark.slow
 def test_the_shortest_body_is_read_first() -> None:
     async def scenario(readers: Parsers) -> list[str]:
         read: list[str] = []
@@ -167,6 +168,7 @@ def test_the_shortest_body_is_read_first() -> None:
     assert in_processes(scenario) == ["short", "middle", "long"]
 
 
+@pytest.mark.slow
 def test_a_process_that_stands_still_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does whose libraries wait for themselves when no memory is left."""
     still = "import socket, time; s = socket.socket(fileno=0); s.sendall(b'ready'); s.recv(1); time.sleep(1000)"

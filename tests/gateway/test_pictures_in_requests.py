@@ -111,6 +111,7 @@ def test_a_long_address_is_told_back_in_short(url: str, backend: FakeBackend) ->
     assert reply.status_code == 400 and len(reply.text) < 700 and not backend.saw("acquire")
 
 
+@pytest.mark.slow
 def test_a_picture_of_20_mib_fits_the_body(url: str, backend: FakeBackend) -> None:
     data = "A" * (4 * (20 * 1024 * 1024) // 3)
     body = {"model": MODEL, "messages": [user([text("a"), url_part(f"data:image/png;base64,{data}")])]}

@@ -120,6 +120,7 @@ def test_a_client_that_leaves_ends_the_answer(stage: Stage) -> None:
     stage.replica.wait_for_end("l1")
 
 
+@pytest.mark.slow
 def test_silence_after_it_is_bridged_and_a_lost_runner_is_told(stage: Stage) -> None:
     with contextlib.closing(connect(stage.url)) as connection:
         connection.sendall(ask("a b c wait"))

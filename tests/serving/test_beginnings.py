@@ -325,6 +325,7 @@ def test_what_is_read_soon_is_not_saved(
     can_cut=st.booleans(),
     shares=st.booleans(),
 )
+@pytest.mark.slow
 def test_every_answer_is_that_of_a_clean_run(
     tmp_path_factory: pytest.TempPathFactory,
     spec: Callable[..., LoadSpec],

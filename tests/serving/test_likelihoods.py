@@ -56,6 +56,7 @@ def check(one: Generation, prompt: list[int], chunks: list[Chunk]) -> None:
     n_slots=st.integers(1, 3),
     room=st.sampled_from([60, 10_000]),
 )
+@pytest.mark.slow
 def test_likelihoods_are_those_of_each_token_whoever_shares_the_batch(
     wanted: list[tuple[list[int], int, int | None, bool]], n_slots: int, room: int
 ) -> None:

@@ -72,6 +72,7 @@ PART = st.one_of(st.integers(1, 3), st.sampled_from("abdkAD"))
     can_cut=st.booleans(),
     shares=st.booleans(),
 )
+@pytest.mark.slow
 def test_every_answer_is_that_of_a_clean_run(
     prompts: list[list[int | str]], n_slots: int, n_ubatch: int, can_cut: bool, shares: bool
 ) -> None:

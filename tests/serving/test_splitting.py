@@ -46,6 +46,7 @@ def test_the_order_of_answers_does_not_divide_a_turn() -> None:
     shares_stream=st.booleans(),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_every_answer_is_that_of_a_clean_run_and_no_guess_is_stuck(
     prompts: list[tuple[list[int], int, bool]], n_slots: int, n_ubatch: int, shares_stream: bool, seed: int
 ) -> None:
