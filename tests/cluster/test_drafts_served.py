@@ -65,5 +65,5 @@ def test_drafts_that_cannot_be_are_refused_with_the_way_out(service: Service) ->
     found = {model.name: model for model in service.client.models()}
     assert found["drafted"].draft.endswith("draft.gguf") and found["predicted"].draft.endswith("layers.gguf")
     assert "recurrent state: it cannot drop rejected tokens; name a smaller model" in found["unfit"].reason
-    with pytest.raises(Rejected, match=r"forgetful has a recurrent state, .*leave out model_draft"):
+    with pytest.raises(Rejected, match=r"forgetful has a recurrent state, .*Leave out model_draft"):
         service.complete("forgetful", "p")
