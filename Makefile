@@ -1,6 +1,6 @@
 # make demo        the main job, with no card and no network
 # make test        every test, and which took longest
-# make quick       the quick tests that need neither Ray nor llama.cpp, in about two minutes
+# make quick       the quick tests that need neither Ray nor llama.cpp, in less than two minutes
 # make check       style, types, import contracts, documentation
 # make bench       the figures of docs/benchmarks.md
 # make setup       only the environment (.venv); the others imply it, and a second run starts at once

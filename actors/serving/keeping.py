@@ -34,7 +34,7 @@ REST = 9
 
 MOST_LOADS_S = 0.5
 """That answers under way wait for the states of one source that are loaded, one after the other. Then it is a tenth of
-the time. Four chats of 4,000 tokens that come back together take 0.04 to 0.07 s (docs/benchmarks.md)."""
+the time. Four chats of 4,000 tokens that come back together take 0.04 to 0.07 s (decision 031)."""
 
 LEFT_BYTES = 1 * GIB
 """Of the machine's RAM that stay free while a state is in it: for about as long as a disk takes to write it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_draft_models import EXACT, GREEDY, MTP, SEEDED, SIMPLE, TEXT, asked, text_of
 
 from actors.serving.draft import Text
 from actors.serving.drafting import Drafting
@@ -19,7 +20,7 @@ from actors.serving.engine import Engine
 from actors.serving.model import Row
 from actors.serving.native import NativeModel
 from actors.serving.preflight import ask_llama_cpp
-from actors.serving.protocol import Chunk, GenerateRequest, LoadDevice, LoadDraft, LoadFailed, Sampling, content_of
+from actors.serving.protocol import LoadDevice, LoadDraft, LoadFailed, Sampling
 from scheduler.choice.workload import Workload
 from scheduler.config import Reserves
 from scheduler.costs.companions import Companions, accompanied
@@ -30,11 +31,6 @@ from scheduler.units import MIB
 
 pytestmark = pytest.mark.llama
 
-TEXT = "The llama is in the valley. The salt is in the house. " * 8
-EXACT = {"type_k": "f32", "type_v": "f32", "flash_attn": "off"}
-GREEDY = Sampling(temperature=0)
-SEEDED = Sampling(temperature=0.6, seed=7, repeat_penalty=1.1)
-SIMPLE, MTP = "draft-simple", "draft-mtp"
 N_MAX = 3
 
 
@@ -83,15 +79,6 @@ def drafted(sample: Any, spec: Any, main: Path) -> Any:
 def plain(spec: Any, main: Path) -> Iterator[Engine]:
     with closing(Engine(spec(main, n_ctx=1024, n_outputs_max=1, **EXACT))) as engine:
         yield engine
-
-
-def asked(engine: Engine, sampling: Sampling, **given: Any) -> list[Chunk]:
-    content = content_of(prompt=given.pop("prompt", TEXT))
-    return list(engine.generate(GenerateRequest(content, "r", **{"sampling": sampling, "max_tokens": 80, **given})))
-
-
-def text_of(chunks: list[Chunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
 
 
 @pytest.fixture
