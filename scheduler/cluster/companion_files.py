@@ -11,8 +11,9 @@ from __future__ import annotations
 import fnmatch
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from scheduler.cluster.facts import ModelFile
 from scheduler.config import NO_MMPROJ, ModelEntry
@@ -58,8 +59,39 @@ def is_projector(path: str) -> bool:
     return "mmproj" in posixpath.basename(path).lower()
 
 
-def companions_of(entry: ModelEntry | None, file: ModelFile, files: Sequence[ModelFile]) -> CompanionFiles:
-    """The companion files of the model in `file`, among all `files` of its node."""
+@dataclass
+class _Folder:
+    projectors: list[ModelFile] = field(default_factory=list)
+    models: list[ModelFile] = field(default_factory=list)
+
+    @cached_property
+    def names(self) -> set[frozenset[str]]:
+        """The words that name each of the models."""
+        return {_words(each) for each in self.models}
+
+
+class NodeFiles:
+    """All files of a node, by folder: who looks beside a model must not go through all of them for each model."""
+
+    def __init__(self, files: Sequence[ModelFile]) -> None:
+        self.all = files
+        self._folders: dict[str, _Folder] = {}
+        for file in files:
+            folder = self._folders.setdefault(_folder(file), _Folder())
+            (folder.projectors if is_projector(file.path) else folder.models).append(file)
+
+    def projector_beside(self, file: ModelFile) -> ModelFile | None:
+        """The projector that belongs to the model, if the catalogue does not name one."""
+        folder = self._folders.get(_folder(file), _Folder())
+        if len(folder.projectors) != 1:
+            return None
+        name, wanted = _words(file), _words(folder.projectors[0])
+        belongs = wanted <= name if wanted else folder.names == {name}
+        return folder.projectors[0] if belongs else None
+
+
+def companions_of(entry: ModelEntry | None, file: ModelFile, files: NodeFiles) -> CompanionFiles:
+    """The companion files of the model in `file`, which is one of its node's `files`."""
     try:
         adapters = tuple(
             _named(f"adapter {name}", adapter.path, file, files)
@@ -67,14 +99,14 @@ def companions_of(entry: ModelEntry | None, file: ModelFile, files: Sequence[Mod
         )
         wanted, draft = (entry.mmproj, _draft(entry, file, files)) if entry else (None, None)
         if wanted is None:
-            return CompanionFiles(adapters, _beside(file, files), draft)
+            return CompanionFiles(adapters, files.projector_beside(file), draft)
         mmproj = None if wanted == NO_MMPROJ else _named("mmproj", wanted, file, files)
         return CompanionFiles(adapters, mmproj, draft)
     except LookupError as error:
         return CompanionFiles(missing=str(error.args[0]))
 
 
-def _draft(entry: ModelEntry, file: ModelFile, files: Sequence[ModelFile]) -> ModelFile | None:
+def _draft(entry: ModelEntry, file: ModelFile, files: NodeFiles) -> ModelFile | None:
     """The file that drafts tokens for the model in `file`. Raises LookupError."""
     if entry.spec_type == "draft-mtp":
         return file
@@ -83,9 +115,9 @@ def _draft(entry: ModelEntry, file: ModelFile, files: Sequence[ModelFile]) -> Mo
     return _named("model_draft", entry.model_draft, file, files)
 
 
-def _named(what: str, pattern: str, file: ModelFile, files: Iterable[ModelFile]) -> ModelFile:
+def _named(what: str, pattern: str, file: ModelFile, files: NodeFiles) -> ModelFile:
     """The file that `pattern` names: the one in the model's folder, or else the only match. Raises LookupError."""
-    found = [each for each in files if matches(each.path, pattern)]
+    found = [each for each in files.all if matches(each.path, pattern)]
     found = [each for each in found if _folder(each) == _folder(file)] or found
     if not found:
         raise LookupError(f"{what}: no file {pattern} on this machine; put it there, or correct the catalogue")
@@ -94,18 +126,6 @@ def _named(what: str, pattern: str, file: ModelFile, files: Iterable[ModelFile])
             f"{what}: {pattern} is {len(found)} files, such as {found[0].path} and {found[1].path}; name one of them"
         )
     return found[0]
-
-
-def _beside(file: ModelFile, files: Iterable[ModelFile]) -> ModelFile | None:
-    """The projector that belongs to the model, if the catalogue does not name one."""
-    here = [each for each in files if _folder(each) == _folder(file)]
-    projectors = [each for each in here if is_projector(each.path)]
-    if len(projectors) != 1:
-        return None
-    name, wanted = _words(file), _words(projectors[0])
-    if wanted:
-        return projectors[0] if wanted <= name else None
-    return projectors[0] if all(_words(each) == name for each in here if not is_projector(each.path)) else None
 
 
 def _folder(file: ModelFile) -> str:

@@ -16,7 +16,15 @@ from heapq import nlargest
 from math import inf
 from typing import NamedTuple
 
-from scheduler.cluster.companion_files import ALONE, PART, CompanionFiles, companions_of, is_projector, matches
+from scheduler.cluster.companion_files import (
+    ALONE,
+    PART,
+    CompanionFiles,
+    NodeFiles,
+    companions_of,
+    is_projector,
+    matches,
+)
 from scheduler.cluster.drafts import with_drafts
 from scheduler.cluster.facts import ModelFile
 from scheduler.cluster.history import LoadHistory, Popularity, ServiceTime
@@ -281,9 +289,10 @@ class Models:
         for name, file in claimed.items():
             paths.setdefault(file.path, []).append(name)
         self._claimed[node_id] = paths
+        all_files = NodeFiles(files)
         for name, file in claimed.items():
             model = self.by_name.setdefault(name, Model(name))
-            known, companions = model.copies.get(node_id), companions_of(model.entry, file, files)
+            known, companions = model.copies.get(node_id), companions_of(model.entry, file, all_files)
             if known is None or not known.is_of(file, companions):
                 copy = Copy(file, companions, invalid=companions.missing)
                 model.copies[node_id] = copy
@@ -308,7 +317,9 @@ class Models:
         if files and not any(copy.undecided for copy in copies):  # else something is left to do
             self._reported[node_id] = files
         for name, gone in [(name, model) for name, model in self.by_name.items() if name not in claimed]:
-            if gone.copies.pop(node_id, None) and not gone.copies and gone.entry is None:
+            if gone.copies.pop(node_id, None) is None:
+                continue
+            if not gone.copies and gone.entry is None:
                 del self.by_name[name]
             gone.copies_changed()
         return changes

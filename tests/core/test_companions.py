@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +12,10 @@ from scenario import MEDIUM, SMALL, Scenario, gpu, shape
 
 from scheduler import commands as cmd
 from scheduler import events as ev
-from scheduler.cluster.companion_files import companions_of
+from scheduler.cluster.companion_files import NodeFiles, companions_of
 from scheduler.cluster.facts import ModelFile
 from scheduler.cluster.ledger import device_account, host_account
+from scheduler.cluster.models import Models
 from scheduler.config import ModelEntry, parse_catalogue
 from scheduler.costs.adapter import Adapter, adapted
 from scheduler.costs.companions import Companions, accompanied
@@ -66,19 +69,35 @@ def model(path: str) -> ModelFile:
 )
 def test_a_projector_is_found_where_it_belongs_to_the_model(names: list[str], found: str | None) -> None:
     files = [model(f"/m/{name}") for name in names] + [model("/elsewhere/mmproj-f16.gguf")]
-    came = companions_of(None, files[0], files)
+    came = companions_of(None, files[0], NodeFiles(files))
     assert came.mmproj_path == (f"/m/{found}" if found else "")
-    assert companions_of(ModelEntry(path="x", mmproj="none"), files[0], files).mmproj is None
+    assert companions_of(ModelEntry(path="x", mmproj="none"), files[0], NodeFiles(files)).mmproj is None
 
 
 def test_named_files_are_found_beside_the_model_first() -> None:
     ant, *others = files = [model(path) for path in ("/m/ant.gguf", "/m/fun.gguf", "/n/fun.gguf", "/n/eyes.gguf")]
     named = ModelEntry(path="ant.gguf", adapters={"fun": {"path": "fun.gguf"}}, mmproj="/n/ey*.gguf")  # type: ignore[dict-item]
-    came = companions_of(named, ant, files)
+    came = companions_of(named, ant, NodeFiles(files))
     assert (came.adapters, came.mmproj, came.missing) == ((others[0],), others[2], "")
-    assert "adapter fun: no file fun.gguf" in companions_of(named, ant, [ant]).missing
-    missing = companions_of(named, model("/o/ant.gguf"), files).missing
+    assert "adapter fun: no file fun.gguf" in companions_of(named, ant, NodeFiles([ant])).missing
+    missing = companions_of(named, model("/o/ant.gguf"), NodeFiles(files)).missing
     assert "fun.gguf is 2 files, such as /m/fun.gguf and /n/fun.gguf" in missing
+
+
+def test_a_long_list_of_files_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each of its files: with a thousand files that stops the scheduler for a second."""
+    files = tuple(model(f"/m/{number}/ant-{number}.gguf") for number in range(300))
+    seen: Counter[str] = Counter()
+    dirname = posixpath.dirname
+
+    def noted(path: str) -> str:
+        seen[path] += 1
+        return dirname(path)
+
+    monkeypatch.setattr(posixpath, "dirname", noted)
+    Models(parse_catalogue({})).update(NodeId("here"), files)
+    assert len(seen) == 300
+    assert max(seen.values()) <= 3
 
 
 def test_files_that_come_with_a_model_are_no_models() -> None:

@@ -10,7 +10,7 @@ from scenario import MEDIUM, SMALL, Scenario, gpu, shape
 from actors.views import plan as as_record
 from arriero.cli.plan import print_plan
 from scheduler import commands as cmd
-from scheduler.cluster.companion_files import companions_of
+from scheduler.cluster.companion_files import NodeFiles, companions_of
 from scheduler.cluster.facts import ModelFile
 from scheduler.config import ModelEntry, parse_catalogue
 from scheduler.costs.companions import Companions, accompanied, draft_context, draft_layout
@@ -41,16 +41,18 @@ def scenario(cards: Any = None, **given: Any) -> Scenario:
 def test_a_draft_is_found_as_other_companions_are() -> None:
     ant, bee = files("/m/ant.gguf", "/n/bee.gguf")
     named = ModelEntry(path="ant.gguf", model_draft="bee.gguf")
-    assert companions_of(named, ant, [ant, bee]).draft == bee
-    assert "model_draft: no file bee.gguf on this machine" in companions_of(named, ant, [ant]).missing
+    assert companions_of(named, ant, NodeFiles([ant, bee])).draft == bee
+    assert "model_draft: no file bee.gguf on this machine" in companions_of(named, ant, NodeFiles([ant])).missing
     twice = [ant, bee, *files("/o/bee.gguf")]
     assert (
         "model_draft: bee.gguf is 2 files, such as /n/bee.gguf and /o/bee.gguf"
-        in companions_of(named, ant, twice).missing
+        in companions_of(named, ant, NodeFiles(twice)).missing
     )
     off = ModelEntry(path="ant.gguf", model_draft="bee.gguf", spec_type="none")
-    assert companions_of(off, ant, [ant]) == companions_of(ModelEntry(path="ant.gguf"), ant, [ant])
-    assert companions_of(ModelEntry(path="ant.gguf", spec_type="draft-mtp"), ant, [ant]).draft == ant
+    assert companions_of(off, ant, NodeFiles([ant])) == companions_of(
+        ModelEntry(path="ant.gguf"), ant, NodeFiles([ant])
+    )
+    assert companions_of(ModelEntry(path="ant.gguf", spec_type="draft-mtp"), ant, NodeFiles([ant])).draft == ant
 
 
 def test_a_draft_is_a_model_too() -> None:
