@@ -3,7 +3,7 @@
 READ path, 0, template   -> READY, or REJECTED (on the control socket, before all else; no template: the file's)
 PREPARE slot, content    -> STEP* (BEFORE (PICTURE | SOUND))* PROMPT*
                             READY {"stops", "constrained", "syntax", "preserved", "biases", "thinking", "held_bytes"},
-                            or EXAMINED the answer itself, or REJECTED
+                            or EXAMINED bytes it holds, the answer itself; or REJECTED
 CONSTRAIN slot, content  -> STEP* READY: the grammar of another answer to the same request; nothing else is made of it
 TRY token                -> TAKEN bytes it holds, or ALLOWED those, bits: only these tokens may come next
 SYNTAX how to read it    -> TAKEN bytes it holds, or REJECTED; until the answer ends, it is asked nothing else

@@ -161,9 +161,7 @@ class Preparer:
             raise
         finally:
             errand.finish()
-        if prepared.examined is not None:
-            connection.close()  # it does not tell what it holds
-        elif prepared.constraint is None:
+        if prepared.constraint is None:
             self._keep(connection, prepared.held_bytes)
         return prepared
 
@@ -219,7 +217,8 @@ class Preparer:
                         held_bytes=held_bytes,
                     )
                 case Kind.EXAMINED:
-                    return Prepared((), (), examined=payload.decode())
+                    told = payload[HELD.size :].decode()
+                    return Prepared((), (), examined=told, held_bytes=HELD.unpack_from(payload)[0])
                 case Kind.REJECTED:
                     raise rejected(step, payload)
                 case Kind.ENDED:

@@ -216,7 +216,7 @@ class Child:
         if "examine" in content:
             self._step("the text, or the messages")
             told = examined(self._vocabulary, content["examine"], lambda asked: self._chat(asked, attached).prompt)
-            send(self._connection, Kind.EXAMINED, json.dumps(told).encode())
+            send(self._connection, Kind.EXAMINED, HELD.pack(self._grown_bytes()) + json.dumps(told).encode())
             return
         if sum(name in content for name in _WHAT_IS_READ) != 1:
             raise Rejected("a request needs either messages or a prompt, and not both")

@@ -86,7 +86,7 @@ class NodeFiles:
         if len(folder.projectors) != 1:
             return None
         name, wanted = _words(file), _words(folder.projectors[0])
-        belongs = wanted <= name if wanted else folder.names == {name}
+        belongs = wanted <= name if wanted else folder.names <= {name}
         return folder.projectors[0] if belongs else None
 
 

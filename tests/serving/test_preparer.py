@@ -277,6 +277,14 @@ def test_children_are_reused_and_end_with_their_parent(sample: Callable[..., Pat
     assert not alive
 
 
+def test_a_child_that_examined_a_text_is_asked_again(sample: Callable[..., Path]) -> None:
+    with closing(started(sample("llama"))) as preparer:
+        preparer.prepare(content_of(examine={"tokenize": "one"}), N_CTX)
+        (child,) = preparer._idle
+        assert preparer.prepare(content_of(examine={"tokenize": "two"}), N_CTX).examined
+        assert preparer._idle == [child]
+
+
 LARGE = content_of(
     prompt="x",
     grammar="root ::= r0 "
