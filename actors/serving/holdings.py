@@ -18,6 +18,7 @@ from actors.serving.generation import Generation
 from actors.serving.jobs import Job
 from actors.serving.keeping import Keeper
 from actors.serving.model import Adapters, Model
+from actors.serving.pacing import Pacing
 from actors.serving.pieces import NO_PLACES, Places
 from actors.serving.slot import Slot, common_prefix, held_by
 from actors.serving.states import Checkpoint, SavedState, drop
@@ -38,8 +39,9 @@ LEAST_BETWEEN = 64
 class Holdings:
     """Of all slots of a context."""
 
-    def __init__(self, model: Model, slots: list[Slot], keeper: Keeper | None) -> None:
+    def __init__(self, model: Model, slots: list[Slot], keeper: Keeper | None, pacing: Pacing) -> None:
         self._model = model
+        self._pacing = pacing
         self._all = slots
         self._keeper = keeper
         self.waiting: deque[Job[Any]] = deque()
@@ -83,6 +85,7 @@ class Holdings:
             others = [(other.shares(job.prompt, job.adapters), other) for other in self._all if other is not slot]
             most, donor = max(others, key=lambda pair: pair[0], default=(0, slot))
             most = job.media.whole(min(most, len(job.prompt) - 1))  # the other may be reading the same picture
+            most = self._worth_keeping(job, most)
         saved, job.saved = job.saved, None
         if saved is not None and (kept := self._restored(slot, job, saved, max(most, shared))) is not None:
             return kept
@@ -91,7 +94,13 @@ class Holdings:
             self._model.copy_prefix(donor.sequence, slot.sequence, job.media.position(most))
             slot.tokens += job.prompt[:most]
             return most
-        return self._cut(slot, shared, job.media)
+        return self._cut(slot, self._worth_keeping(job, shared), job.media)
+
+    def _worth_keeping(self, job: Generation, known: int) -> int:
+        """Of the tokens of its prompt that are known. The last of them are read again where the rest is faster so."""
+        if self._model.keeps_states or job.media:
+            return known
+        return known - min(known, self._pacing.better_read_again(known, len(job.prompt) - known))
 
     def _restored(self, slot: Slot, job: Generation, saved: SavedState, known: int) -> int | None:
         """How much of its prompt `slot` holds after `saved` was loaded; None: it was not, and nothing has changed.
@@ -119,7 +128,7 @@ class Holdings:
             return 0
         slot.tokens += saved.tokens
         slot.checkpoints += saved.checkpoints
-        kept = self._cut(slot, common, job.media)
+        kept = self._cut(slot, self._worth_keeping(job, common), job.media)
         self._trim(slot)
         return kept
 

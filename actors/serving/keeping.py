@@ -15,7 +15,9 @@ from pathlib import Path
 from threading import Thread
 
 from actors.devices.host import memory_available_bytes
+from actors.serving.generation import TELLING_TOKENS
 from actors.serving.model import Adapters
+from actors.serving.pacing import TURN_S
 from actors.serving.protocol import LoadSpec
 from actors.serving.saved_states import SavedStates, origin_of, states_folder
 from actors.serving.slot import Slot
@@ -56,6 +58,7 @@ class Keeper:
         self._read_tokens, self._read_s = 0, 0.0
         self._completing: Thread | None = None
         self._rest_until_s = 0.0
+        self._loaded_at_s = 0.0  # for the last time, while others waited
         self._loads_paid_s: dict[str, float] = {}  # by source: when its loads have been a tenth of the time
 
     @property
@@ -64,7 +67,9 @@ class Keeper:
         return self._read_tokens / self._read_s if self._read_s else 0.0
 
     def was_read(self, n_tokens: int, seconds: float) -> None:
-        """So many tokens of prompts, in one turn."""
+        """So many tokens of prompts, in one turn. A few say little of many."""
+        if n_tokens < TELLING_TOKENS:
+            return
         self._read_tokens, self._read_s = self._read_tokens + n_tokens, self._read_s + seconds
 
     def find(self, prompt: Sequence[int], n_known: int, adapters: Adapters) -> SavedState | None:
@@ -110,10 +115,16 @@ class Keeper:
         self._completing.start()
 
     def may_load(self, source: str, state_bytes: int) -> bool:
-        """Whether to load a state of so many bytes for `source`, although answers under way wait for it."""
-        now_s = time.perf_counter()
+        """Whether to load a state of so many bytes for `source`, although answers under way wait for it.
+
+        A load that takes no longer than a turn may read is always worth it, because else its tokens are read, for many
+        turns. But such loads take half of the time at the most.
+        """
+        now_s, load_s = time.perf_counter(), self._speeds.loading.seconds(state_bytes)
+        if load_s <= min(TURN_S, now_s - self._loaded_at_s):
+            return True
         owed_s = max(0.0, self._loads_paid_s.get(source, now_s) - now_s)
-        return owed_s + (1 + REST) * self._speeds.loading.seconds(state_bytes) <= (1 + REST) * MOST_LOADS_S
+        return owed_s + (1 + REST) * load_s <= (1 + REST) * MOST_LOADS_S
 
     def load(self, load: Callable[[], bool], source: str, state_bytes: int, *, others_run: bool) -> bool:
         """Has a state loaded into the cache. False where that fails. `others_run`: answers under way wait for it."""
@@ -124,6 +135,7 @@ class Keeper:
             self._speeds.loading.took(state_bytes, now_s - began_s)
         if not others_run:
             return was_loaded
+        self._loaded_at_s = now_s
         paid_s = max(self._loads_paid_s.get(source, began_s), began_s) + (1 + REST) * (now_s - began_s)
         owing = {other: until_s for other, until_s in self._loads_paid_s.items() if until_s > now_s}
         self._loads_paid_s = {**owing, source: paid_s}

@@ -1,7 +1,7 @@
 """A slot: a sequence of a context, and the tokens that it still holds.
 
-A slot keeps its tokens in the KV cache after an answer ends. The next request goes to the free slot that shares the
-longest prefix with it. Among equals it goes to the one that was idle longest, so that the others keep their tokens.
+A slot keeps its tokens in the KV cache after an answer ends. The next request goes to the free slot whose text it
+continues, or else to the one that was idle longest, so that the others keep their tokens.
 Invariant: `slot.tokens` is exactly what the model's memory holds for that sequence, computed with `slot.adapters`.
 What was computed with other adapters, or other scales of them, is of no use to a request.
 """
@@ -50,16 +50,17 @@ def common_prefix(known: Sequence[int], wanted: Sequence[int]) -> int:
     return shorter
 
 
-def best_slot(slots: Sequence[Slot], prompt: Sequence[int], adapters: Adapters = ()) -> tuple[Slot, int] | None:
-    """The free slot for `prompt` and how many of its tokens it already holds; None when all are busy.
+def best_slot(slots: Sequence[Slot], prompt: Sequence[int], adapters: Adapters = ()) -> Slot | None:
+    """The free slot for `prompt`; None when all are busy.
 
-    At least one token is left to decode, because sampling needs fresh logits.
+    The one that shares most with it, if that is more than half of what the slot holds: then it is the same text that
+    goes on. Else the one that was idle longest. A beginning that all prompts have, if only one token, must not cost
+    another's long conversation.
     """
-    free = [(min(slot.shares(prompt, adapters), len(prompt) - 1), slot) for slot in slots if slot.job is None]
-    if not free:
-        return None
-    shared, slot = max(free, key=lambda choice: (choice[0], -choice[1].last_used))
-    return slot, shared
+    free = [slot for slot in slots if slot.job is None]
+    shared = {slot.sequence: slot.shares(prompt, adapters) for slot in free}
+    own = [slot for slot in free if 2 * shared[slot.sequence] > len(slot.tokens)]
+    return max(own or free, key=lambda slot: (bool(own) and shared[slot.sequence], -slot.last_used), default=None)
 
 
 def held_by(slots: Iterable[Slot]) -> int:

@@ -187,8 +187,19 @@ def test_long_answers_with_other_adapters_go_on_by_turns() -> None:
 
 def test_a_slot_s_tokens_help_its_own_adapters_only() -> None:
     slots = [Slot(0, [1, 2, 3], adapters=A), Slot(1, [1, 2], last_used=1), Slot(2, [1, 2, 3], adapters=B, last_used=2)]
-    for adapters, wanted in ((A, (slots[0], 3)), ((), (slots[1], 2)), (B, (slots[2], 3)), (C, (slots[0], 0))):
-        assert best_slot(slots, [1, 2, 3, 4], adapters) == wanted
+    for adapters, wanted in ((A, slots[0]), ((), slots[1]), (B, slots[2]), (C, slots[0])):
+        assert best_slot(slots, [1, 2, 3, 4], adapters) is wanted
+
+
+def test_a_new_chat_does_not_take_the_slot_of_a_long_one() -> None:
+    """All chats begin with the same tokens."""
+    long, new = Slot(0, [1, 2, *range(10, 100)], last_used=5), Slot(1)
+    assert best_slot([long, new], [1, 2, 3]) is new
+    assert best_slot([long, new], [*long.tokens, 7]) is long
+    assert best_slot([long, new], [*long.tokens[:-30], 7]) is long, "its last answer is left out"
+    used = Slot(1, [1, 2, 8, 9, 9, 9], last_used=7)
+    assert best_slot([long, used], [1, 2, 3]) is long, "it was idle longest"
+    assert best_slot([long, used], [1, 2, 8, 9, 3]) is used
 
 
 def test_what_a_request_asks_for() -> None:

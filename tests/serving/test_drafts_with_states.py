@@ -7,20 +7,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_draft_models import EXACT, GREEDY, MTP, SEEDED, SIMPLE, TEXT, asked, text_of
 
+from actors.serving import drafting
 from actors.serving.draft import Text
 from actors.serving.drafting import Drafting
+from actors.serving.drafting import _next_token as next_token
 from actors.serving.engine import Engine
 from actors.serving.model import Row
 from actors.serving.native import NativeModel
 from actors.serving.preflight import ask_llama_cpp
-from actors.serving.protocol import LoadDevice, LoadDraft, LoadFailed, Sampling
+from actors.serving.protocol import GenerateRequest, LoadDevice, LoadDraft, LoadFailed, Sampling, content_of
 from scheduler.choice.workload import Workload
 from scheduler.config import Reserves
 from scheduler.costs.companions import Companions, accompanied
@@ -131,6 +134,45 @@ def test_answers_that_share_turns_are_those_without_drafts(
         assert text_of(chunks) == text_of(asked(plain, GREEDY, prompt=prompt))
     assert sum(chunks[-1].timings.draft_n_accepted for chunks in told if chunks[-1].timings is not None) > 20
     assert not stuck
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("unified", [True, False], ids=["shared", "apart"])
+def test_no_guess_changes_what_the_model_says_of_the_next_token(
+    kind: str, unified: bool, plain: Engine, drafted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its logits are those without guesses, but for rounding: equal text would not show a state that is slightly
+    wrong. Answers end in the middle meanwhile, and conversations go on."""
+    said: dict[str, list[Any]] = {}
+
+    def noted(model: Any, job: Any, row: int) -> int:
+        said.setdefault(job.lease_id, []).append(model.logits(row))
+        return next_token(model, job, row)
+
+    monkeypatch.setattr(drafting, "_next_token", noted)
+    prompts = [f"{TEXT[at:]} The {word} " for at, word in enumerate(["salt", "llama", "maize", "ford", "rope"] * 2)]
+
+    def ask(engine: Engine, prompt: str, name: str, n_chunks: int = 1000) -> str:
+        chunks = engine.generate(GenerateRequest(content_of(prompt=prompt), name, sampling=GREEDY, max_tokens=40))
+        with closing(chunks):
+            return text_of([*islice(chunks, n_chunks)])
+
+    def talk(index: int) -> None:
+        ask(engine, prompts[index], f"left {index}", index % 7)
+        answer = ask(engine, prompts[index], f"first {index}")
+        ask(engine, f"{prompts[index]}{answer} And then", f"second {index}")
+
+    with (
+        closing(Engine(drafted(kind, n_seq_max=4, kv_unified=unified, n_ctx=2048 if unified else 4096))) as engine,
+        ThreadPoolExecutor(6) as threads,
+    ):
+        list(threads.map(talk, range(len(prompts))))
+    for index, prompt in enumerate(prompts):
+        answer = ask(plain, prompt, "first")
+        ask(plain, f"{prompt}{answer} And then", "second")
+        for name in ("first", "second"):
+            np.testing.assert_allclose(said[f"{name} {index}"], said.pop(name), atol=1e-4)
 
 
 @pytest.mark.usefixtures("eager")
