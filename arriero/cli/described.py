@@ -1,52 +1,105 @@
-"""`arriero plan FILE --cluster SPEC`: the plan for a cluster that is only described. Talks to no service."""
+"""The plan for a model's file on a cluster that is described: in a file, or by a service's status."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from arriero.api import Status
 from arriero.cli.beside import plan_beside
 from arriero.cli.price_table import PricedRow, price_table
 from arriero.cli.printing import console, print_json, styled
+from arriero.cli.shapes import read_model
 from scheduler.config import NAME, parse_catalogue
 from scheduler.costs.companions import Companions, accompanied
-from scheduler.costs.shape import ModelShape, read_shape
-from scheduler.errors import Rejected
+from scheduler.costs.shape import ModelShape
+from scheduler.errors import Rejected, Unavailable
 from scheduler.simulation.described import DescribedCluster, Kept, ModelOnDisk
-from scheduler.simulation.description import ClusterDescription, parse_cluster
+from scheduler.simulation.description import ClusterDescription, GpuDescription, NodeDescription, parse_cluster
 from scheduler.simulation.planning import DescribedPlan, PricedPlacement
 from scheduler.units import format_bytes
 
 
-def plan_for(
-    file: str, spec: Path, n_ctx: int | None, params: Mapping[str, Any], companions: Companions, json: bool
-) -> None:
-    """Print where the model in `file`, with these parameters of a catalogue and what comes with it, would go on the
-    cluster that `spec` describes."""
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A cluster, and the file of each model that is loaded there, by name."""
+
+    cluster: ClusterDescription
+    files: Mapping[str, Path]
+
+
+def read_cluster(spec: Path) -> Described:
+    """The cluster in the file `spec`. Raises Rejected."""
     description = parse_cluster(read_yaml(spec), str(spec))
-    files = resident_files(description, spec.parent)
-    path = Path(file)
-    shapes = {name: read_model(where) for name, where in files.items()}
+    return Described(description, resident_files(description, spec.parent))
+
+
+def cluster_of(status: Status) -> Described:
+    """The cluster of a service, without the models that it has loaded: they could be evicted. What others use is not
+    free. What it does not tell (the speed of disks, labels) is as in a description that leaves it out."""
+    nodes = []
+    for node in status.nodes:
+        gpus = [
+            GpuDescription(
+                name=gpu.product, total=gpu.total_bytes, free=max(0, gpu.total_bytes - gpu.foreign_bytes), kind=gpu.kind
+            )
+            for gpu in status.gpus
+            if gpu.node_id == node.node_id and gpu.state == "ok"
+        ]
+        free = min(node.memory_total_bytes, node.memory_available_bytes + node.memory_reserved_bytes)
+        nodes.append(
+            NodeDescription(
+                name=node.hostname,
+                ram=node.memory_total_bytes,
+                ram_free=free,
+                cores=node.physical_cores,
+                gpus=tuple(gpus),
+            )
+        )
+    if not nodes:
+        raise Unavailable("the service has no machines yet")
+    return Described(ClusterDescription(nodes=tuple(nodes)), {})
+
+
+def plan_for(
+    file: str, described: Described, n_ctx: int | None, params: Mapping[str, Any], companions: Companions, json: bool
+) -> None:
+    """Print where the model in `file`, with these parameters of a catalogue and what comes with it, would go."""
+    path, files = Path(file), described.files
     name = _name(path, files)
     if companions == Companions():  # with something, it is another one than the replica
         name = next((name for name, where in files.items() if where.resolve() == path.resolve()), name)
-    if name not in shapes:
-        shapes[name] = accompanied(read_model(path), companions)
-    models = {name: ModelOnDisk(f"/models/{i}.gguf", shape) for i, (name, shape) in enumerate(shapes.items())}
-    entries: dict[str, dict[str, Any]] = {name: {"path": model.path} for name, model in models.items()}
-    entries[name] |= params
-    catalogue = parse_catalogue({"models": entries}, "--set")
-    cluster = partial(DescribedCluster, description, catalogue, models)
-    found, kept = plan_beside(cluster, name, n_ctx, companions)
+    shape = None if name in files else accompanied(read_model(path), companions)
+    found, kept = planned(described, name, shape, n_ctx, params, companions)
     if json:
         print_json(as_json(found, kept))
     else:
         show(name, found, kept)
+
+
+def planned(
+    described: Described,
+    name: str,
+    shape: ModelShape | None,
+    n_ctx: int | None,
+    params: Mapping[str, Any],
+    companions: Companions,
+) -> tuple[DescribedPlan, Kept]:
+    """The plan for the model `name`; `shape`: None if it is one of those that are loaded."""
+    shapes = {each: read_model(where) for each, where in described.files.items()}
+    if shape is not None:
+        shapes[name] = shape
+    models = {each: ModelOnDisk(f"/models/{i}.gguf", shape) for i, (each, shape) in enumerate(shapes.items())}
+    entries: dict[str, dict[str, Any]] = {each: {"path": model.path} for each, model in models.items()}
+    entries[name] |= params
+    catalogue = parse_catalogue({"models": entries}, "--set")
+    return plan_beside(partial(DescribedCluster, described.cluster, catalogue, models), name, n_ctx, companions)
 
 
 def read_yaml(path: Path) -> Any:
@@ -57,14 +110,6 @@ def read_yaml(path: Path) -> Any:
         raise Rejected(f"{path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise Rejected(f"{path} is not valid YAML: {error}") from None
-
-
-def read_model(path: Path) -> ModelShape:
-    """The shape of the model in the file. Raises Rejected when it cannot be read, InvalidGGUF when it is no model."""
-    try:
-        return read_shape(path)
-    except OSError as error:
-        raise Rejected(f"{path}: {error.strerror or error}") from None
 
 
 def resident_files(description: ClusterDescription, folder: Path) -> dict[str, Path]:
@@ -80,7 +125,7 @@ def resident_files(description: ClusterDescription, folder: Path) -> dict[str, P
     return files
 
 
-def _name(path: Path, taken: dict[str, Path]) -> str:
+def _name(path: Path, taken: Mapping[str, Path]) -> str:
     stem = re.sub(r"[^A-Za-z0-9._:@+-]+", "-", path.name.removesuffix(".gguf")).strip("-._:@+")[:100] or "model"
     return stem if stem not in taken else f"{stem}@{len(taken)}"
 
@@ -175,10 +220,11 @@ def show(name: str, found: DescribedPlan, kept: Kept) -> None:
 def _row(found: PricedPlacement, chosen: bool) -> PricedRow:
     price = found.price
     terms = price.wait_s, price.release_s, price.load_s, price.service_s, price.regret_s, price.total_s
-    return PricedRow(chosen, _where(found), *terms, found.tokens_per_s)
+    return PricedRow(chosen, where(found), *terms, found.tokens_per_s)
 
 
-def _where(found: PricedPlacement) -> str:
+def where(found: PricedPlacement) -> str:
+    """The machine, and what lies on which device."""
     placement = found.placement
     shares = [
         f"gpu{_number(device_id)}: {layers} ({format_bytes(need)})"

@@ -1,6 +1,7 @@
 """`arriero inspect` and `arriero footprint`: what a GGUF file is and what it would cost, read from its header alone.
 
-Neither talks to a service or starts Ray; both answer in a fraction of a second, unless llama.cpp is asked (`--verify`).
+Neither talks to a service or starts Ray; both answer in a fraction of a second, unless llama.cpp is asked (`--verify`)
+or the file is on a hub.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from arriero.cli.printing import AsJson, print_json
+from arriero.cli.shapes import read_model
 from scheduler.errors import Rejected
 
 if TYPE_CHECKING:
@@ -24,14 +26,19 @@ Lora = Annotated[list[Path] | None, typer.Option(help="A LoRA adapter; may be re
 Mmproj = Annotated[Path | None, typer.Option(help="A projector for images or audio.")]
 Draft = Annotated[Path | None, typer.Option(help="A draft model for speculative decoding.")]
 Mtp = Annotated[bool, typer.Option("--mtp", help="Load and run the model's own prediction layers.")]
-File = Annotated[Path, typer.Argument(help="A GGUF file; for a model in several parts, any part.", show_default=False)]
+File = Annotated[
+    Path,
+    typer.Argument(
+        help="A GGUF file (for a model in several parts, any part), or hf:org/repo:Q4_K_M.", show_default=False
+    ),
+]
 
 
 def inspect(file: File, json: AsJson = False) -> None:
     """Show what a GGUF file contains: architecture, layers and their bytes."""
     from actors.measurements import llama_build
 
-    shape = _read(file)
+    shape = read_model(file)
     if json:
         print_json(_describe(shape, llama_build()))
     else:
@@ -55,6 +62,7 @@ def footprint(
     json: AsJson = False,
 ) -> None:
     """Show the bytes that a model takes per device and in host RAM, with the files that come with it."""
+    from actors.hub import is_on_a_hub
     from actors.measurements import llama_build
     from arriero.cli.bill import make_bill
     from arriero.cli.cost_tables import show_costs
@@ -62,7 +70,7 @@ def footprint(
     from scheduler.costs.companions import accompanied
 
     companions = read_companions(lora or [], mmproj, draft, mtp)
-    shape = accompanied(_read(file), companions)
+    shape = accompanied(read_model(file), companions)
     cases = read_grid(grid)
     build = llama_build()
     bills = []
@@ -71,6 +79,8 @@ def footprint(
             bills.append(make_bill(shape, companions, case, build))
         except Rejected as error:
             raise Rejected(f"grid[{index}]: {error.message}") from None
+    if verify and is_on_a_hub(str(file)):
+        raise Rejected("--verify needs the file on this machine: llama.cpp reads it")
     if verify and (lora or mtp):
         raise Rejected("--verify asks llama.cpp about the model alone: leave out --lora and --mtp")
     if verify:
@@ -85,15 +95,6 @@ def footprint(
         show_costs(shape, bills, measured, build)
 
 
-def _read(file: Path) -> ModelShape:
-    from scheduler.costs.shape import read_shape
-
-    try:
-        return read_shape(file)
-    except OSError as error:
-        raise Rejected(f"{file}: {error.strerror or error}") from None
-
-
 def read_companions(loras: list[Path], mmproj: Path | None, draft: Path | None, mtp: bool) -> Companions:
     """What these options name. Raises Rejected when a file cannot be read, InvalidGGUF when it is none of its kind."""
     from scheduler.costs.adapter import read_adapter
@@ -105,7 +106,7 @@ def read_companions(loras: list[Path], mmproj: Path | None, draft: Path | None, 
         projector = read_projector(mmproj) if mmproj else None
     except OSError as error:
         raise Rejected(f"{error.filename}: {error.strerror or error}") from None
-    return Companions(adapters, projector, _read(draft) if draft else None, mtp)
+    return Companions(adapters, projector, read_model(draft) if draft else None, mtp)
 
 
 def _measured(shape: ModelShape, bills: list[Bill], build: str) -> list[MeasuredLoad | None]:

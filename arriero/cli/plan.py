@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from actors.hub import is_on_a_hub
 from arriero.api import Plan, PlanOption, PlanSpeed
 from arriero.cli.files import Draft, Lora, Mmproj, Mtp
 from arriero.cli.price_table import PricedRow, price_table
@@ -16,6 +17,9 @@ from arriero.cli.service import Url, client
 from scheduler.errors import Rejected
 from scheduler.units import format_bytes
 
+if TYPE_CHECKING:
+    from arriero.cli.described import Described
+
 
 def plan(
     model: str,
@@ -23,7 +27,8 @@ def plan(
         str | None, typer.Option(metavar="N", help="Tokens that a slot must hold. With --cluster, also: auto.")
     ] = None,
     cluster: Annotated[
-        Path | None, typer.Option(help="Plan for the cluster described in this file; MODEL is then a GGUF file.")
+        Path | None,
+        typer.Option(help="Plan for the cluster described in this file; MODEL is then a GGUF file, or on a hub."),
     ] = None,
     n_seq_max: Annotated[int | None, typer.Option(metavar="N", help="With --cluster: slots.")] = None,
     type_k: Annotated[str | None, typer.Option(metavar="TYPE", help="With --cluster: type of the K cache.")] = None,
@@ -41,17 +46,20 @@ def plan(
     url: Url = None,
     json: AsJson = False,
 ) -> None:
-    """Show what a request for MODEL would cause now, or on a described cluster. Starts nothing."""
+    """Show what a request for MODEL would cause now, or on a described cluster. Starts nothing.
+
+    MODEL is a model of the service, or one on a hub that is not fetched yet: hf:org/repo:Q4_K_M.
+    """
     options: dict[str, Any] = {"n_seq_max": n_seq_max, "type_k": type_k, "type_v": type_v}
     given = {key: value for key, value in options.items() if value is not None}
-    if cluster is not None:
+    if cluster is not None or is_on_a_hub(model):
         from arriero.cli.described import plan_for
         from arriero.cli.files import read_companions
 
         if n_ctx == "auto":
             given["n_ctx"], n_ctx = n_ctx, None
         companions = read_companions(lora or [], mmproj, draft, mtp)
-        plan_for(model, cluster, _tokens(n_ctx), _params(params or [], given), companions, json)
+        plan_for(model, described_cluster(cluster, url), _tokens(n_ctx), _params(params or [], given), companions, json)
         return
     if given or params or lora or mmproj or draft or mtp:
         raise Rejected(
@@ -63,6 +71,16 @@ def plan(
         print_json(found)
     else:
         print_plan(found)
+
+
+def described_cluster(spec: Path | None, url: str | None) -> Described:
+    """The cluster that the file `spec` describes, or that of the service."""
+    from arriero.cli.described import cluster_of, read_cluster
+
+    if spec is not None:
+        return read_cluster(spec)
+    with client(url) as api:
+        return cluster_of(api.status())
 
 
 def _tokens(n_ctx: str | None) -> int | None:

@@ -206,8 +206,9 @@ def _play(
 
 def _models(path: Path | None) -> tuple[Catalogue, dict[str, ModelOnDisk]]:
     """The catalogue, and its models on disk; without one, the example models."""
-    from arriero.cli.described import read_model, read_yaml
+    from arriero.cli.described import read_yaml
     from arriero.cli.files import read_companions
+    from arriero.cli.shapes import read_model
     from scheduler.config import NO_MMPROJ
     from scheduler.costs.companions import accompanied
     from scheduler.simulation.described import ModelOnDisk
@@ -239,7 +240,7 @@ def _models(path: Path | None) -> tuple[Catalogue, dict[str, ModelOnDisk]]:
 
 def example_models() -> tuple[Catalogue, dict[str, ModelOnDisk]]:
     """Models of well-known sizes, and a catalogue of them."""
-    from arriero.cli.described import read_model
+    from arriero.cli.shapes import read_model
     from arriero.example_models import EXAMPLES, write_example_model
     from scheduler.simulation.described import ModelOnDisk
 

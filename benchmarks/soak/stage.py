@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arriero.cli.described import read_model
+from arriero.cli.shapes import read_model
 from arriero.example_models import Dimensions, write_example_model
 from scheduler import events as ev
 from scheduler.cluster.facts import DeviceFacts, NodeFacts

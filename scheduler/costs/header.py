@@ -105,7 +105,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
         raise InvalidGGUF(f"{os.fspath(path)} is not a file", path=os.fspath(path), offset=0)
     with Path(path).open("rb", buffering=0) as file:
-        return _Walk(file, os.fspath(path)).header()
+        return header_of(file, os.fspath(path), os.fstat(file.fileno()).st_size)
+
+
+def header_of(file: BinaryIO, path: str, file_bytes: int) -> Header:
+    """The header of an open file of `file_bytes` bytes, which messages call `path`. Reads a MiB at once, from front to
+    back, and no more than the header: the file may be far away. Raises InvalidGGUF, and what `file` raises."""
+    return _Walk(file, path, file_bytes).header()
 
 
 _SCALARS = {
@@ -118,10 +124,10 @@ _STRING, _ARRAY = 8, 9
 class _Walk:
     """A cursor over the file: a window of bytes that moves forward only."""
 
-    def __init__(self, file: BinaryIO, path: str) -> None:
+    def __init__(self, file: BinaryIO, path: str, file_bytes: int) -> None:
         self._file = file
         self._path = path
-        self._file_bytes = os.fstat(file.fileno()).st_size
+        self._file_bytes = file_bytes
         self._window = b""
         self._base = 0
         self._pos = 0

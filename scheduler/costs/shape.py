@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,13 +131,14 @@ def _metadata(header: Header, tensors: Mapping[str, Tensor]) -> Metadata:
     return meta
 
 
-def read_shape(path: str | os.PathLike[str]) -> ModelShape:
-    """The shape of the model in `path`, which may be any part of a multi-file model.
+def read_shape(path: str | os.PathLike[str], read: Callable[[Path], Header] = read_header) -> ModelShape:
+    """The shape of the model in `path`, which may be any part of a multi-file model. `read`: gives the header of each
+    part (that of a file on this machine, if not said otherwise).
 
     Raises InvalidGGUF when a part is missing, damaged, or belongs to another model, and OSError when a part cannot be
     read.
     """
-    headers = _parts(Path(path))
+    headers = _parts(Path(path), read)
     first = headers[0]
     tensors: dict[str, Tensor] = {}
     for header in headers:
@@ -227,11 +228,11 @@ def _n_vocab(meta: Metadata, tensors: dict[str, Tensor]) -> int:
     return meta.number("vocab_size", rows)
 
 
-def _parts(path: Path) -> list[Header]:
+def _parts(path: Path, read: Callable[[Path], Header]) -> list[Header]:
     """Headers of all parts, in order."""
     match = _PART.fullmatch(path.name)
     if match is None:
-        header = read_header(path)
+        header = read(path)
         _check_part(header, 0, 1)
         return [header]
     count = int(match["count"])
@@ -243,7 +244,7 @@ def _parts(path: Path) -> list[Header]:
     for no in range(1, count + 1):
         part = path.with_name(f"{match['stem']}-{no:05d}-of-{count:05d}.gguf")
         try:
-            header = read_header(part)
+            header = read(part)
         except FileNotFoundError:
             raise InvalidGGUF(
                 f"{part}: part {no} of {count} is missing; download it again", path=str(part), offset=0
