@@ -330,6 +330,8 @@ class Catalogue(_Strict):
                     raise ValueError(f"model {name} names itself in near or not_with")
             if not NAME.fullmatch(name):
                 raise ValueError(f"model name {name!r} may hold letters, digits and ._:@/+- only")
+            if name.endswith(":latest"):
+                raise ValueError(f"model name {name!r}: leave out :latest, which Ollama's clients add to every name")
         return self
 
     @field_validator("defaults")

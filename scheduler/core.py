@@ -308,6 +308,8 @@ class SchedulerCore:
         name = event.model
         replicas = self.replicas.of_model(name)
         if event.unless_wanted:
+            if self.models.find(name).pinned_by_client:
+                self._pin(ev.PinAsked(name, False))
             replicas = [replica for replica in replicas if replica.idle]
             if not replicas or self.queue.of_model(name) or self.models.find(name).pinned:
                 return

@@ -94,6 +94,7 @@ class CountTokensRequest(LoraSettings):
             tool_choice=choice,
             parallel_tool_calls=parallel,
             chat_template_kwargs=thinking,
+            continue_final_message=_is_begun(messages[-1]) or None,
             thinking_budget_tokens=self.thinking.budget_tokens if self.thinking else None,
         )
         request = GenerateRequest(
@@ -154,6 +155,11 @@ class MessagesRequest(CountTokensRequest):
         }
         stop = checked_stops("stop_sequences", self.stop_sequences)
         return self.asked(request_id, key, self.max_tokens, stop, Sampling(**given), stream=self.stream)
+
+
+def _is_begun(last: dict[str, Any]) -> bool:
+    """Whether the last message is the beginning of the answer."""
+    return last["role"] == "assistant" and bool(last["content"]) and "tool_calls" not in last
 
 
 def _as_openai(index: int, message: AnthropicMessage) -> Iterator[dict[str, Any]]:

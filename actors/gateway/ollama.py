@@ -54,7 +54,7 @@ def ollama_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
         models = [_described(model) for model in await backend.models() if model.state != "invalid"]
         return JSONResponse({"models": models})
 
-    @router.get("/api/ps")
+    @router.api_route("/api/ps", methods=["GET", "HEAD"])
     async def ps() -> Response:
         models = {model.name: model for model in await backend.models()}
         replicas = [replica for replica in (await backend.status()).replicas if replica.state == "ready"]
@@ -125,10 +125,12 @@ def ollama_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
         return ask, result
 
     async def kept(answer: AsyncGenerator[bytes, None], ask: Ask) -> AsyncGenerator[bytes, None]:
-        async with aclosing(answer):
-            async for piece in answer:
-                yield piece
-        await keep(ask)
+        try:
+            async with aclosing(answer):
+                async for piece in answer:
+                    yield piece
+        finally:  # also when the client has left
+            await keep(ask)
 
     async def keep(ask: Ask) -> None:
         """What `keep_alive` asks for after the answer."""

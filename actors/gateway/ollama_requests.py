@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from actors.gateway.attached import picture
 from actors.gateway.hashes import fingerprint_of, opening_of, prefix_of
@@ -67,10 +67,21 @@ class Options(SamplerSettings, LoraSettings):
         return None if self.num_predict is None or self.num_predict < 0 else self.num_predict
 
 
-class OllamaRequest(BaseModel):
-    """What every request says. Unknown fields are ignored."""
+class _Spoken(BaseModel):
+    """As Go reads it: null says as little as a field that is not there."""
 
     model_config = ConfigDict(allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class OllamaRequest(_Spoken):
+    """What every request says. Unknown fields are ignored."""
 
     model: str = Field(min_length=1, max_length=MAX_NAME_LENGTH)
     keep_alive: Seconds = None
@@ -127,7 +138,7 @@ class GeneratingRequest(OllamaRequest):
             max_tokens=options.max_tokens(),
             stop=checked_stops("options.stop", options.stop),
             sampling=options.sampling(randomly=options.seed is not None and options.seed < 0),
-            reply=ReplyForm(form, self.stream, request_id=request_id, model=self.model, created=int(time.time())),
+            reply=ReplyForm(form, self.stream, request_id=request_id, model=self.model, created=time.time()),
             lora=options.scales(),
         )
         return self.asked(request_id, key, request, "generate", prefix_of(beginning, request.lora))
@@ -153,7 +164,7 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
 
-class OllamaMessage(BaseModel):
+class OllamaMessage(_Spoken):
     role: str
     content: str = ""
     thinking: str | None = None

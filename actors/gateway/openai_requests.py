@@ -106,6 +106,7 @@ class StreamOptions(BaseModel):
 class ResponseFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: dict[str, Any] | None = None
+    object_schema: dict[str, Any] | None = Field(default=None, alias="schema")  # llama-server's, with json_object
 
 
 class ModelRequest(BaseModel):
@@ -199,7 +200,7 @@ class SamplingRequest(ModelRequest, SamplerSettings, LoraSettings):
         if wanted is None or wanted.type == "text":
             return None
         if wanted.type == "json_object":
-            return {}
+            return wanted.object_schema or {}
         schema = (wanted.json_schema or {}).get("schema")
         if not isinstance(schema, Mapping):
             raise refused("response_format", 'json_schema needs {"name": …, "schema": {…}}')

@@ -33,12 +33,12 @@ class AnthropicReply:
         if not self._begun:
             self._begun = True
             usage = {"input_tokens": 0, "output_tokens": 0}  # known only at the end
-            events.append(named_event("message_start", message=self._envelope([], None, usage)))
+            events.append(named_event("message_start", message=self._envelope([], None, None, usage)))
         for delta in deltas_of(chunk):
             events += self._events_of(delta)
         if last:
             events += self._close()
-            reason = {"stop_reason": self._stop_reason(chunk), "stop_sequence": None}
+            reason = {"stop_reason": self._stop_reason(chunk), "stop_sequence": chunk.stopped_by or None}
             events += [named_event("message_delta", delta=reason, usage=_usage(chunk)), named_event("message_stop")]
         return b"".join(events)
 
@@ -98,10 +98,14 @@ class AnthropicReply:
             {"type": "tool_use", "id": _id_of(call.call_id), "name": call.name, "input": call.as_object()}
             for call in said.calls.values()
         ]
-        return self._envelope(content, self._stop_reason(last), _usage(last))
+        return self._envelope(content, self._stop_reason(last), last.stopped_by or None, _usage(last))
 
     def _envelope(
-        self, content: list[dict[str, Any]], stop_reason: str | None, usage: dict[str, int]
+        self,
+        content: list[dict[str, Any]],
+        stop_reason: str | None,
+        stop_sequence: str | None,
+        usage: dict[str, int],
     ) -> dict[str, Any]:
         return {
             "id": self._wanted.request_id,
@@ -110,11 +114,13 @@ class AnthropicReply:
             "model": self._wanted.model,
             "content": content,
             "stop_reason": stop_reason,
-            "stop_sequence": None,
+            "stop_sequence": stop_sequence,
             "usage": usage,
         }
 
     def _stop_reason(self, last: Chunk) -> str:
+        if last.stopped_by:
+            return "stop_sequence"
         return "tool_use" if self._said.calls and last.finish_reason == "stop" else _STOPS[last.finish_reason or "stop"]
 
 

@@ -38,7 +38,8 @@ class CompletionReply:
                 "tokens_predicted": chunk.completion_tokens,
                 "tokens_evaluated": chunk.prompt_tokens,
                 "tokens_cached": chunk.cached_tokens,
-                "stop_type": _STOPS[chunk.finish_reason],
+                "stop_type": "word" if chunk.stopped_by else _STOPS[chunk.finish_reason],
+                "stopping_word": chunk.stopped_by,
                 "truncated": False,
                 **timings_of(chunk),
             }

@@ -241,6 +241,7 @@ class Generation(Job[Chunk]):
                 completion_tokens=self._n_tokens,
                 pace=self._pace(),
                 likelihoods=self._told.take(shown, cut=stopped),
+                stopped_by=self._text.stopped_by,
                 timings=Timings(first_s - self._began_s, now_s - first_s, *drafted),
             )
         )

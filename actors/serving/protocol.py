@@ -141,7 +141,7 @@ class ReplyForm:
     """How the client wants to read the answer: as OpenAI's `chat.completion`, `text_completion` or `response`, as the
     completion of llama-server's own API, as Ollama's, or as Anthropic's message; whole or streamed. "plain": as it is.
 
-    `created`: seconds since 1970.
+    `created`: seconds since 1970, whole ones where the client reads it.
     """
 
     form: Literal[
@@ -152,7 +152,7 @@ class ReplyForm:
     as_functions: bool = False  # a call of a tool is told as OpenAI's `function_call` of old
     request_id: str = ""
     model: str = ""
-    created: int = 0
+    created: float = 0
     settings: str = "{}"  # of the request, as JSON: a `response` tells them again
 
 
@@ -225,8 +225,8 @@ class Chunk:
     """A piece of an answer. The last one has `finish_reason` and the usage counts; earlier ones have text.
 
     `deltas`: what the text means, in an answer that is parsed; else None, and the text is the content. `likelihoods`:
-    of tokens that were not told before, if they were asked for. `index`: of the answer, where a request has several;
-    `left`: how many of these have not ended.
+    of tokens that were not told before, if they were asked for. `stopped_by`: the stop string of the request that ended
+    the answer. `index`: of the answer, where a request has several; `left`: how many of these have not ended.
     """
 
     text: str
@@ -237,6 +237,7 @@ class Chunk:
     pace: Pace | None = None  # how fast it went while no other answer was in the batch
     deltas: tuple[Delta, ...] | None = None
     likelihoods: tuple[Likelihood, ...] = ()
+    stopped_by: str = ""
     timings: Timings | None = None
     index: int = 0
     left: int = 0

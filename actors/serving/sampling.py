@@ -48,6 +48,7 @@ _INFILL_CANDIDATES = 64
 _MIROSTAT_M = 100  # as common_sampler_init has it
 _DRY_BASE = 1.75  # instead of one below 1, as llama-server takes it
 _KEEPS_THE_BEST = frozenset({"top_n_sigma", "top_k", "top_p", "min_p", "temperature"})
+"""They change nothing where the likeliest token is picked afterwards."""
 
 
 class Chain:
@@ -144,12 +145,13 @@ def _samplers(sampling: Sampling, vocab: Any, n_ctx: int, seed: int) -> Iterable
         ),
         "infill": (True, lambda: _infill(vocab)),
     }  # fmt: skip
-    for name in dict.fromkeys(sampling.samplers):
-        does_something, make = made.get(name, (False, None))
-        if does_something and make is not None and not (greedy and name in _KEEPS_THE_BEST):
-            if name == "infill":  # it compares all candidates with each other
-                yield llama_cpp.llama_sampler_init_top_k(_INFILL_CANDIDATES)
-            yield make()
+    active = [name for name in dict.fromkeys(sampling.samplers) if made.get(name, (False, None))[0]]
+    while greedy and active and active[-1] in _KEEPS_THE_BEST:
+        active.pop()
+    for name in active:
+        if name == "infill":  # it compares all candidates with each other
+            yield llama_cpp.llama_sampler_init_top_k(_INFILL_CANDIDATES)
+        yield made[name][1]()
     if greedy:
         yield llama_cpp.llama_sampler_init_greedy()
     elif "adaptive_p" in sampling.samplers:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from actors.devices.files import parts_of
 from actors.serving.model import Adapters
 from actors.serving.pieces import folded
 from actors.serving.protocol import LoadSpec
@@ -47,11 +48,11 @@ def states_folder() -> Path:
 
 
 def origin_of(spec: LoadSpec, adapters: Adapters = ()) -> str:
-    """A digest of the model's file, of its projector and the adapters that are used, and of all parameters that a state
-    depends on. Raises OSError."""
+    """A digest of the model's files, of its projector and the adapters that are used, and of all parameters that a
+    state depends on. Raises OSError."""
     context = spec.context
     parts = [
-        _file(spec.path), version("llama-cpp-python"),
+        [_file(str(part)) for part in parts_of(Path(spec.path))], version("llama-cpp-python"),
         context.type_k, context.type_v, context.flash_attn, context.swa_full,
         context.n_ctx_slot,  # by which LongRoPE chooses its factors
         context.n_seq_max, context.kv_unified,

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """Collects the pieces of one answer. After `stopped` turns true nothing more comes out."""
+    """Collects the pieces of one answer. After `stopped` turns true nothing more comes out. `stopped_by`: which of
+    `stops` it was; "" for one of `others`, of which the client knows nothing."""
 
-    def __init__(self, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str] = (), others: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stops = [_Stop(stop) for stop in stops if stop]
+        self._told = frozenset(stops)
+        self._stops = [_Stop(stop) for stop in (*stops, *others) if stop]
         self._held = ""
         self.stopped = False
+        self.stopped_by = ""
 
     @property
     def is_whole(self) -> bool:
@@ -47,7 +50,9 @@ class TextStream:
             ended = [stop for stop in self._stops if stop.follow(character)]
             if ended:
                 self.stopped = True
-                shown, self._held = self._held[: at + 1 - max(len(stop.text) for stop in ended)], ""
+                first = max((stop.text for stop in ended), key=len)
+                self.stopped_by = first if first in self._told else ""
+                shown, self._held = self._held[: at + 1 - len(first)], ""
                 return shown
         split = len(self._held) - max(stop.matched for stop in self._stops)
         shown, self._held = self._held[:split], self._held[split:]

@@ -47,6 +47,7 @@ def test_sizes_and_yaml_booleans() -> None:
         ("reserves: {host_bytes: -3}", "negative"),
         ("models: {a: {}}", "models.a.path: Field required"),
         ("models: {'a b': {path: x}}", "model name 'a b' may hold letters"),
+        ("models: {'a:latest': {path: x}}", "model name 'a:latest': leave out :latest, which Ollama's clients add"),
         ("[1, 2]", "a catalogue is a mapping with keys such as models and policy, not list"),
         ("policy: {max_active_models: 0}", "policy.max_active_models"),
         ("server: {api_key: short}", "server.api_key"),

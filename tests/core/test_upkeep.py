@@ -416,6 +416,15 @@ def test_who_pins_a_model_by_name_is_not_undone_by_a_client(by_catalogue: bool) 
     assert s.core.models.by_name["a"].pinned and len(s.core.replicas) == 1
 
 
+def test_who_pinned_a_model_as_a_client_may_unload_it_as_one() -> None:
+    s = machine({"a": MEDIUM}, "4GiB")
+    s.run("a")
+    s.send(ev.KeepAliveAsked("a", -1.0))
+    s.send(ev.UnloadAsked("a", unless_wanted=True))
+    s.wait(10)
+    assert not s.core.models.by_name["a"].pinned and not s.core.replicas
+
+
 def test_an_unload_unless_it_is_wanted_takes_nothing_from_anybody() -> None:
     s = machine({"a": MEDIUM}, "4GiB")
     asked = s.ask("a")

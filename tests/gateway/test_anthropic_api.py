@@ -47,6 +47,26 @@ def asked(backend: FakeBackend) -> GenerateRequest:
     return request
 
 
+def test_a_stop_sequence_is_told(client: anthropic.Anthropic, backend: FakeBackend) -> None:
+    backend.answers += [[Chunk("Hel"), Chunk("", "stop", 7, 0, 2, stopped_by="lo")]] * 2
+    whole = client.messages.create(model=MODEL, max_tokens=50, messages=HELLO, stop_sequences=["lo"])
+    with client.messages.stream(model=MODEL, max_tokens=50, messages=HELLO, stop_sequences=["lo"]) as stream:
+        final = stream.get_final_message()
+    for told in (whole, final):
+        assert (told.stop_reason, told.stop_sequence) == ("stop_sequence", "lo")
+
+
+def test_a_message_of_the_assistant_at_the_end_is_the_beginning_of_the_answer(
+    client: anthropic.Anthropic, backend: FakeBackend
+) -> None:
+    begun: list[Any] = [*HELLO, {"role": "assistant", "content": '{"a":'}]
+    client.messages.create(model=MODEL, max_tokens=50, messages=begun)
+    assert content(asked(backend)) == {"messages": begun, "continue_final_message": True}
+    used = {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]}
+    client.messages.create(model=MODEL, max_tokens=50, messages=[*HELLO, used])  # type: ignore[list-item]
+    assert "continue_final_message" not in content(asked(backend))
+
+
 def test_a_message_whole_and_streamed(client: anthropic.Anthropic, backend: FakeBackend) -> None:
     whole = client.messages.create(model=MODEL, max_tokens=50, messages=HELLO, system="Be kind", stop_sequences=["x"])
     (block,) = whole.content

@@ -16,7 +16,7 @@ from gateway_fakes import MODEL, FakeBackend, Gate, content, serve, web
 from actors.gateway.ollama_requests import seconds_of
 from actors.serving.message import Message
 from actors.serving.ollama_reply import OllamaReply
-from actors.serving.protocol import Chunk, Delta, EmbedResult, GenerateRequest, ReplyForm
+from actors.serving.protocol import Chunk, Delta, EmbedResult, GenerateRequest, ReplyForm, Timings
 from scheduler.errors import EngineFailed, Unavailable
 
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -109,12 +109,45 @@ def test_a_request_without_a_question_loads_and_keep_alive_ends_or_pins(
     assert orders == [("unload", MODEL)] * 2
 
 
+def test_who_leaves_has_the_model_kept_as_it_asked(
+    url: str, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unload(model: str, unless_wanted: bool) -> None:
+        backend.note("unload", model, unless_wanted)
+
+    monkeypatch.setattr(backend, "unload", unload)
+    backend.answers.append([Chunk("Hel"), Gate()])
+    body = {"model": MODEL, "messages": HELLO, "keep_alive": 0}
+    with httpx.Client(trust_env=False) as web_client, web_client.stream("POST", f"{url}/api/chat", json=body) as answer:
+        assert "Hel" in next(answer.iter_lines())
+    assert backend.wait_for("unload") == [(MODEL, True)]
+    assert backend.saw("release"), "before that"
+
+
+def test_null_is_what_is_not_there(url: str, backend: FakeBackend) -> None:
+    body = {"model": MODEL, "stream": None, "format": None, "options": None, "tools": None}
+    message = {"role": "assistant", "content": None, "tool_calls": None}
+    answer = httpx.post(f"{url}/api/chat", json={**body, "messages": [*HELLO, message]}, trust_env=False)
+    assert answer.status_code == 200 and answer.text.count("\n") == 3, "a stream"
+    assert content(asked(backend))["messages"][1] == {"role": "assistant", "content": ""}
+    assert httpx.head(f"{url}/api/ps", trust_env=False).status_code == 200
+
+
 def test_vectors(client: ollama.Client, backend: FakeBackend) -> None:
     backend.embeddings.append(EmbedResult(((0.5, 0.25), (1.0, 0.0)), 9))
     embedded = client.embed(MODEL, ["a", "b"])
     assert [list(vector) for vector in embedded.embeddings] == [[0.5, 0.25], [1.0, 0.0]]
     assert embedded.prompt_eval_count == 9
     assert list(client.embeddings(MODEL, "a").embedding) == pytest.approx([0.6, -0.8])
+
+
+def test_durations_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that came 0.9 s after the full second waits for nothing."""
+    monkeypatch.setattr("actors.serving.ollama_reply.time.time", lambda: 1000.95)
+    reply = OllamaReply(ReplyForm("ollama-chat", created=1000.9))
+    told = json.loads(reply.bytes_of(Chunk("Hi", "stop", 3, 0, 1, timings=Timings(0.01, 0.02))))
+    assert told["total_duration"] == pytest.approx(0.05e9, rel=1e-3)
+    assert told["load_duration"] == pytest.approx(0.02e9, rel=1e-3)
 
 
 def test_what_is_there(client: ollama.Client, url: str) -> None:

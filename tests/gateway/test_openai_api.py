@@ -216,6 +216,7 @@ def test_settings_left_out_are_llama_cpps(client: openai.OpenAI, backend: FakeBa
         ({"thinking_budget_tokens": -1}, {"thinking_budget_tokens": None}),
         ({"seed": 2**40 + 5}, {"sampling": Sampling(seed=5)}),
         ({"response_format": {"type": "json_object"}}, {"json_schema": {}}),
+        ({"response_format": {"type": "json_object", "schema": {"type": "array"}}}, {"json_schema": {"type": "array"}}),
         ({"response_format": {"type": "text"}, "n": 1, "tools": []}, {"json_schema": None}),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},

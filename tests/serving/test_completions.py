@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.serving import engine as engines
 from actors.serving.engine import Engine
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest, ReplyForm, Sampling, content_of
 from actors.serving.replies import reply_in
@@ -108,14 +109,23 @@ def test_several_answers_under_a_grammar(llama: Engine) -> None:
         list(llama.generate(GenerateRequest(content, "r", n=9)))
 
 
-def test_likelihoods_that_are_told_at_once_are_bounded(llama: Engine) -> None:
-    with pytest.raises(Rejected, match="at most 16000 are allowed in one piece"):
-        chunks_of(llama, prompt=TEXT, n_probs=100, n=2, max_tokens=300)
+def test_likelihoods_that_are_told_at_once_are_bounded(llama: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer ends where they are too many, however long it may be."""
+    monkeypatch.setattr(engines, "MOST_LIKELIHOODS", 100)
+    monkeypatch.setattr(engines, "MOST_IN_A_RESPONSE", 40)
+    monkeypatch.setattr(engines, "MOST_OF_A_PROMPT", 60)
+    asked: dict[str, Any] = {"prompt": TEXT, "n_probs": 4}
+    for n, n_tokens in ((1, 20), (2, 20)):
+        last = chunks_of(llama, n=n, sampling=Sampling(ignore_eos=True), **asked)[-1]
+        assert (last.completion_tokens, last.finish_reason) == (n_tokens, "length")
     for stream in (False, True):  # the last event of a streamed response tells all of them once more
-        with pytest.raises(Rejected, match="at most 4000 are allowed in one piece"):
-            chunks_of(llama, prompt=TEXT, n_probs=100, max_tokens=50, reply=ReplyForm("responses", stream))
-    streamed = ReplyForm(stream=True)
-    assert chunks_of(llama, prompt=TEXT, n_probs=100, max_tokens=2, n=2, reply=streamed)[-1].completion_tokens == 4
+        assert chunks_of(llama, reply=ReplyForm("responses", stream), **asked)[-1].completion_tokens <= 8
+    streamed = chunks_of(
+        llama, reply=ReplyForm(stream=True), max_tokens=30, sampling=Sampling(ignore_eos=True), **asked
+    )
+    assert streamed[-1].completion_tokens == 30
+    with pytest.raises(Rejected, match="log probabilities; at most 60 of one prompt and 99 of all are allowed"):
+        chunks_of(llama, echo=True, max_tokens=0, **asked)
 
 
 def test_closing_the_iterator_ends_every_answer(llama: Engine) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ def test_penalties_and_dry_see_the_prompt(words: Vocabulary) -> None:
     again = [10, 20, 21, 22, 10, 20, 21, 22]
     dry = Sampling(**greedy, dry_multiplier=5.0, dry_sequence_breakers=())
     assert picks(words, dry, logits, prompt=again) == [11]
+
+
+def test_without_a_temperature_a_sampler_sees_what_those_before_it_left(words: Vocabulary) -> None:
+    """As in llama.cpp: what seems to be of no use to the likeliest token is, to those that come after it."""
+    logits = {10: 1.0, 11: 0.9, 12: 0.8}
+    certain = Sampling(temperature=0.0, top_k=1, xtc_probability=1.0, xtc_threshold=0.1)
+    assert picks(words, certain, logits) == [10]
+    assert picks(words, replace(certain, top_k=0), logits) == [12]
+    order = ("top_k", "penalties", "temperature")
+    punished = Sampling(temperature=0.0, samplers=order, top_k=1, repeat_penalty=2.0)
+    assert picks(words, punished, logits, prompt=[10]) == [10]
+    assert picks(words, replace(punished, samplers=order[1:]), logits, prompt=[10]) == [11]
 
 
 def test_infill_does_not_compare_a_whole_vocabulary_with_itself(words: Vocabulary) -> None:

@@ -198,6 +198,12 @@ def test_the_origin_is_all_that_a_state_depends_on(tmp_path: Path, spec: Callabl
     ]
     file.write_bytes(b"contents")
     origins.append(origin_of(base))
+    first, second = (tmp_path / f"split-0000{number}-of-00002.gguf" for number in (1, 2))
+    for content in (b"content", b"new content"):
+        first.write_bytes(b"the first part")
+        os.utime(first, (1, 1))
+        second.write_bytes(content)
+        origins.append(origin_of(spec(first)))
     assert len(set(origins)) == len(origins)
     assert origin_of(base) == origin_of(spec(file, n_threads=1, n_ubatch=64))
 

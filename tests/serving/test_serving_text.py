@@ -53,3 +53,16 @@ def test_the_start_of_a_stop_string_is_held_back_until_it_is_none() -> None:
     assert stream.push(b" wool </end> more") == " wool "
     assert stream.stopped
     assert stream.push(b"nothing") == stream.finish() == ""
+
+
+def test_it_says_which_stop_string_it_was() -> None:
+    for pieces, stops, others, stopped_by in (
+        (["ab", "cd"], ["bc", "abc"], [], "abc"),
+        (["ab", "cd"], ["zz"], ["bc"], ""),
+        (["ab"], ["bc"], [], ""),
+    ):
+        stream = TextStream(stops, others)
+        for piece in pieces:
+            stream.push(piece.encode())
+        stream.finish()
+        assert stream.stopped_by == stopped_by
