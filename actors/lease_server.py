@@ -3,7 +3,7 @@
     gateway                          scheduler
     PROOF                         -> (nothing; a wrong one ends the connection)
     ACQUIRE number, request       -> GRANTED number, grant, or REFUSED number, error; some time later
-    RELEASE lease, failed, counts -> (nothing)
+    RELEASE lease, ending, counts -> (nothing)
     CANCEL request id             -> (nothing)
 
 Frames (`actors.frames`) with JSON. What comes on one connection takes effect in order: a cancel never overtakes its
@@ -24,6 +24,7 @@ from actors.endpoint import LONGEST_PROOF_BYTES, Endpoint, listen
 from actors.frames import BrokenFrame, FrameReader, packed
 from actors.leasing import Grant, TokenCounts
 from actors.road import keep_alive, packed_error, read_counts, read_error
+from scheduler.cluster.leases import Ending
 from scheduler.errors import ArrieroError, InvariantBroken
 from scheduler.events import RequestArrived
 from scheduler.units import LeaseId, NodeId, RequestId
@@ -50,7 +51,7 @@ class Office(Protocol):
     """What the scheduler actor does for a gateway. `acquire` returns its expected errors."""
 
     async def acquire(self, request: RequestArrived) -> Grant | ArrieroError: ...
-    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None: ...
+    async def release(self, lease_id: LeaseId, ending: Ending, usage: TokenCounts) -> None: ...
     async def cancel(self, request_id: RequestId) -> None: ...
 
 
@@ -120,8 +121,8 @@ class _Connection(asyncio.Protocol):
                 number, fields = json.loads(payload)
                 self._spawn(self._acquire(number, RequestArrived(*fields)))
             case Kind.RELEASE:
-                lease_id, failed, counts = json.loads(payload)
-                self._spawn(self._office.release(LeaseId(lease_id), failed, read_counts(counts.encode())))
+                lease_id, ending, counts = json.loads(payload)
+                self._spawn(self._office.release(LeaseId(lease_id), ending, read_counts(counts.encode())))
             case Kind.CANCEL:
                 self._spawn(self._office.cancel(RequestId(json.loads(payload))))
             case Kind.PROOF:

@@ -20,7 +20,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -43,6 +43,7 @@ from actors.survivors import Survivor, find_survivors
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.facts import DeviceReading, NodeReading
+from scheduler.cluster.leases import Ending
 from scheduler.config import Catalogue
 from scheduler.core import SchedulerCore
 from scheduler.errors import ArrieroError, EngineFailed, InvariantBroken, Unavailable
@@ -91,6 +92,7 @@ class SchedulerActor:
         self._leases = LeaseServer(self, node_id, ray.util.get_node_ip_address())
         self._lease_endpoint: asyncio.Future[Endpoint] | None = None
         self._survivors: dict[NodeId, list[Survivor]] = defaultdict(list)
+        self._ended_early: set[LeaseId] = set()  # before all runners of an earlier scheduler were taken over
         self._failures: dict[NodeId, str] = {}  # of nodes that cannot join
         self._closing = False
         self._loops: list[asyncio.Task[None]] = []
@@ -182,7 +184,8 @@ class SchedulerActor:
         # Before the first readings: until all are in, the core places nothing on the node.
         for survivor in self._survivors.pop(node_id, ()):
             self._effects.adopt(survivor.adopted.replica_id, survivor.runner)
-            self._post(survivor.adopted)
+            held = tuple(each for each in survivor.adopted.lease_ids if each not in self._ended_early)
+            self._post(replace(survivor.adopted, lease_ids=held))
         for reading in joined.device_readings:
             self._post(ev.DeviceSampled(reading))
         self._post(ev.NodeSampled(joined.node_reading))
@@ -216,8 +219,10 @@ class SchedulerActor:
     async def acquire(self, request: ev.RequestArrived) -> Grant | ArrieroError:
         return await self._answers.ask(request)
 
-    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
-        self._post(ev.LeaseReleased(lease_id, failed, usage.pace))
+    async def release(self, lease_id: LeaseId, ending: Ending, usage: TokenCounts) -> None:
+        if not self._answers.settled.is_set() or self._survivors:
+            self._ended_early.add(lease_id)
+        self._post(ev.LeaseReleased(lease_id, ending, usage.pace))
 
     async def renew(self, lease_ids: tuple[LeaseId, ...]) -> None:
         self._post(ev.LeasesRenewed(lease_ids))

@@ -29,6 +29,7 @@ from actors.serving.preparation import Errand
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest
 from benchmarks.http_load import ask_all, streamed
 from benchmarks.table import print_table
+from scheduler.cluster.leases import Ending
 from scheduler.events import RequestArrived
 from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
 
@@ -103,7 +104,7 @@ class Backend(RayBackend):
 
     async def renew(self, lease_ids: Sequence[LeaseId]) -> None: ...
 
-    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None: ...
+    async def release(self, lease_id: LeaseId, ending: Ending, usage: TokenCounts) -> None: ...
 
     async def cancel(self, request_id: RequestId) -> None: ...
 

@@ -243,10 +243,10 @@ class SchedulerCore:
 
     def _lease_released(self, event: ev.LeaseReleased) -> None:
         """Whoever holds a lease sees a replica fail before anybody else: its next request must not go there too."""
-        replica = self._release_lease(event.lease_id, "failed" if event.failed else "served")
+        replica = self._release_lease(event.lease_id, event.ending)
         if replica is not None and event.pace is not None:
             self._learn_speed(replica, event.pace)
-        if replica is not None and event.failed and not replica.doubted:
+        if replica is not None and event.ending == "failed" and not replica.doubted:
             replica.doubted = True
             self._out.post(cmd.CheckReplica(replica.replica_id))
 

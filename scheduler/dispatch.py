@@ -148,6 +148,8 @@ class Dispatch:
             self.reclaim(lease, now)
         self._reopened(self._draining.drain_who_is_due(now))
         self.refusals.refuse_late(now)
+        if self._fleet.suspects.age(now):
+            self.look_again()
         self._replication.keep_minimum(now)
         self._prefetch.fetch(now)
 
@@ -298,7 +300,7 @@ class Dispatch:
             replica.saw(waiting.prefix)
         replica.preloaded = False
         self._fleet.replicas.used(replica)
-        self._fleet.suspects.granted(replica.replica_id, waiting.model, waiting.fingerprint)
+        self._fleet.suspects.granted(replica.replica_id, waiting.model, waiting.fingerprint, now)
         lease = self._fleet.leases.grant(
             waiting.request_id,
             replica,
@@ -327,7 +329,7 @@ class Dispatch:
         replica = self._fleet.replicas[lease.replica_id]
         replica.leases.discard(lease_id)
         replica.last_used_at = now
-        self._fleet.suspects.released(replica.replica_id, replica.model, lease.fingerprint, ending)
+        self._fleet.suspects.released(replica.replica_id, replica.model, lease.fingerprint, ending, now)
         self._fleet.replicas.used(replica)
         self._touched.add(replica.model)
         self._freed.append(replica)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Union
 
 from scheduler.cluster.facts import DeviceReading, NodeFacts, NodeReading
+from scheduler.cluster.leases import Ending
 from scheduler.cluster.queue import RequestKind
 from scheduler.cluster.replica import Placement
 from scheduler.costs.paces import Pace
@@ -81,10 +82,8 @@ class RequestCancelled:
 
 @dataclass(frozen=True, slots=True)
 class LeaseReleased:
-    """`failed`: the replica did not serve it to the end (a client that left early is no failure)."""
-
     lease_id: LeaseId
-    failed: bool = False
+    ending: Ending = "served"
     pace: Pace | None = None  # how fast it was, if that was seen
 
 

@@ -14,6 +14,7 @@ from actors.gateway.shortcut import Shortcut
 from actors.leasing import Grant, TokenCounts
 from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
+from scheduler.cluster.leases import Ending
 from scheduler.events import RequestArrived
 from scheduler.units import LeaseId, ReplicaId, RequestId
 
@@ -25,8 +26,8 @@ class Backend(Protocol):
         """Wait for a slot, loading the model where needed. Asking twice with one `request_id` replaces the first."""
         ...
 
-    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
-        """Give a slot back; one way, so it returns before the scheduler has heard. `failed`: the replica broke."""
+    async def release(self, lease_id: LeaseId, ending: Ending, usage: TokenCounts) -> None:
+        """Give a slot back; one way, so it returns before the scheduler has heard."""
         ...
 
     async def renew(self, lease_ids: Sequence[LeaseId]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import astuple
 
@@ -15,9 +16,13 @@ from actors.gateway.roads import connect
 from actors.lease_server import GATEWAYS, LONGEST_BYTES, Kind, read_grant, read_refusal
 from actors.leasing import Grant, TokenCounts
 from actors.road import packed_counts
+from scheduler.cluster.leases import Ending
 from scheduler.errors import ArrieroError
 from scheduler.events import RequestArrived
 from scheduler.units import LeaseId, NodeId, RequestId
+
+MOST_UNTOLD = 10_000
+"""Leases and requests that ended while the scheduler was away. Beyond that they expire."""
 
 Waiting = dict[int, "asyncio.Future[Grant]"]
 
@@ -31,6 +36,7 @@ class LeaseClient:
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
         self._numbers = itertools.count()
+        self._untold: deque[bytes] = deque(maxlen=MOST_UNTOLD)
 
     async def acquire(self, request: RequestArrived) -> Grant:
         """The grant. Raises ArrieroError for a refusal, ConnectionError when the scheduler goes: ask again."""
@@ -39,14 +45,14 @@ class LeaseClient:
         answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
         connection.waiting[number] = answer
         try:
-            connection.write(Kind.ACQUIRE, json.dumps([number, astuple(request)]).encode())
+            connection.write(packed(Kind.ACQUIRE, json.dumps([number, astuple(request)]).encode()))
             return await answer
         finally:
             connection.waiting.pop(number, None)
 
-    def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
-        """One way. What a scheduler that is away does not hear expires there."""
-        self._tell(Kind.RELEASE, [lease_id, failed, packed_counts(usage).decode()])
+    def release(self, lease_id: LeaseId, ending: Ending, usage: TokenCounts) -> None:
+        """One way. A scheduler that is away hears it when it is there again; else the lease expires."""
+        self._tell(Kind.RELEASE, [lease_id, ending, packed_counts(usage).decode()])
 
     def cancel(self, request_id: RequestId) -> None:
         """One way, likewise."""
@@ -57,8 +63,11 @@ class LeaseClient:
             self._connection.close()
 
     def _tell(self, kind: Kind, what: object) -> None:
+        told = packed(kind, json.dumps(what).encode())
         if self._connection is not None and not self._connection.lost:
-            self._connection.write(kind, json.dumps(what).encode())
+            self._connection.write(told)
+        else:
+            self._untold.append(told)
 
     async def _connected(self) -> _Connection:
         if self._connection is not None and not self._connection.lost:
@@ -67,7 +76,9 @@ class LeaseClient:
             if self._connection is None or self._connection.lost:
                 endpoint = await self._find()
                 self._connection = await connect(endpoint, self._node_id, _Connection)
-                self._connection.write(Kind.PROOF, endpoint.proof(GATEWAYS))
+                self._connection.write(packed(Kind.PROOF, endpoint.proof(GATEWAYS)))
+                while self._untold:
+                    self._connection.write(self._untold.popleft())
             return self._connection
 
 
@@ -81,8 +92,8 @@ class _Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
-    def write(self, kind: Kind, payload: bytes) -> None:
-        self._transport.write(packed(kind, payload))
+    def write(self, frame: bytes) -> None:
+        self._transport.write(frame)
 
     def close(self) -> None:
         self._transport.abort()

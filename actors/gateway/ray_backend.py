@@ -25,6 +25,7 @@ from actors.leasing import Grant, TokenCounts
 from actors.records import Health, LoadResult, ModelInfo, Notice, PinResult, Plan, Status, UnloadResult
 from actors.road import Kind
 from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
+from scheduler.cluster.leases import Ending
 from scheduler.errors import ArrieroError, EngineFailed, InvariantBroken, Unavailable
 from scheduler.events import RequestArrived
 from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
@@ -55,8 +56,8 @@ class RayBackend:
                     raise _away() from error
                 await asyncio.sleep(pause_s)
 
-    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
-        self._leases.release(lease_id, failed, usage)
+    async def release(self, lease_id: LeaseId, ending: Ending, usage: TokenCounts) -> None:
+        self._leases.release(lease_id, ending, usage)
 
     async def renew(self, lease_ids: Sequence[LeaseId]) -> None:
         await self._ask("renew", tuple(lease_ids))

@@ -18,6 +18,7 @@ from actors.gateway.backend import Backend
 from actors.gateway.shortcut import Shortcut
 from actors.leasing import Grant, TokenCounts
 from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
+from scheduler.cluster.leases import Ending
 from scheduler.errors import ArrieroError, EngineFailed
 from scheduler.events import RequestArrived
 from scheduler.units import LeaseId
@@ -97,36 +98,37 @@ class Relay:
         lease = await self._acquire(need)
         answer = self._backend.generate(lease, request, shortcut)
         usage: TokenCounts | None = None
-        failed = False
+        ending: Ending = "left"
         try:
             async for piece in answer:
                 if isinstance(piece, TokenCounts):
-                    usage = piece
+                    usage, ending = piece, "served"
                 else:
                     yield piece
             if usage is None:
                 raise EngineFailed(f"replica {lease.replica_id} of {lease.model} ended its answer early")
-        except EngineFailed:
-            failed = True
+        except ArrieroError as error:  # what the replica refuses, it has answered
+            ending = "failed" if isinstance(error, EngineFailed) else "served"
             raise
         finally:
             await answer.aclose()
-            await self._release(lease, failed, TokenCounts() if usage is None else usage)
+            await self._release(lease, ending, TokenCounts() if usage is None else usage)
 
     async def _embed(self, need: RequestArrived, request: EmbedRequest) -> EmbedResult:
         """One attempt."""
         lease = await self._acquire(need)
-        failed = False
+        ending: Ending = "left"
         usage = TokenCounts()
         try:
             result = await self._backend.embed(lease, request)
+            ending = "served"
             usage = TokenCounts(prompt_tokens=result.prompt_tokens)
             return result
-        except EngineFailed:
-            failed = True
+        except ArrieroError as error:
+            ending = "failed" if isinstance(error, EngineFailed) else "served"
             raise
         finally:
-            await self._release(lease, failed, usage)
+            await self._release(lease, ending, usage)
 
     def close(self) -> None:
         """Stop renewing; leases that are still held expire."""
@@ -144,10 +146,10 @@ class Relay:
             self._renewals = asyncio.ensure_future(self._renew())
         return lease
 
-    async def _release(self, lease: Grant, failed: bool, usage: TokenCounts) -> None:
+    async def _release(self, lease: Grant, ending: Ending, usage: TokenCounts) -> None:
         del self._leases[lease.lease_id]
         try:
-            await self._backend.release(lease.lease_id, failed, usage)
+            await self._backend.release(lease.lease_id, ending, usage)
         except ArrieroError as error:
             log.warning("lease %s was not released and will expire: %s", lease.lease_id, error)
 

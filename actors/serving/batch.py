@@ -69,7 +69,8 @@ def next_batch(
     if any(counts) and _others_wait(slots, [job for job, _ in reading]):
         known = [len(slot.tokens) for slot, job in running if job.pending is None]
         wanted = zip(reading, known, counts, strict=True)
-        counts = pacing.limited([Reading(job.source, n_known, count) for (job, _), n_known, count in wanted])
+        pieces = [Reading(job.source, n_known, count) for (job, _), n_known, count in wanted]
+        counts = pacing.limited(pieces, beside_answers=bool(answering))
     share = {job: count for (job, _), count in zip(reading, counts, strict=True)}
     judgements = min(model.n_outputs - len(running), JUDGED_AT_ONCE)
     rows = batch.rows

@@ -94,7 +94,8 @@ class Parsing:
         self._usable = True
 
     def feed(self, text: str, *, last: FinishReason | None = None) -> tuple[Delta, ...]:
-        """What the next piece of text adds to the message. `last`: nothing follows, and why. Raises EngineFailed."""
+        """What the next piece of text adds to the message. `last`: nothing follows, and why. Raises EngineFailed, and
+        Unavailable where all answers under way hold too much."""
         kind = Kind.SAID if last is None else Kind.ENDS if last == "stop" else Kind.CUT
         try:
             send(self._connection, kind, text.encode())
@@ -107,7 +108,10 @@ class Parsing:
             if frame is None:
                 raise EngineFailed("its preparer has ended")
             raise Rejected(f"the answer cannot be parsed: {frame[1].decode()}")  # not the preparer's fault
-        return tuple(_delta(told) for told in json.loads(frame[1]))
+        self._usable = False  # if it has grown too large
+        self._held.resize(HELD.unpack_from(frame[1])[0])
+        self._usable = True
+        return tuple(_delta(told) for told in json.loads(frame[1][HELD.size :]))
 
     def close(self) -> None:
         """The answer has ended."""

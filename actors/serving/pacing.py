@@ -20,6 +20,10 @@ MANY = 64
 """Rows of a sequence from which on attention on a CPU takes tiles (`GGML_FA_TILE_Q`, ggml-cpu/common.h), and not row by
 row. Behind 20,000 tokens 63 rows took 4.9 s, and 64 rows 0.8 s."""
 
+ANSWERS_ALONE = 16
+"""Of so many turns with answers, one reads nothing: so it is known what the answers take. Else what longer answers take
+would count as the prompts', fewer rows would be read, and seem to take longer still."""
+
 _SHORT = 512  # tokens: behind fewer, a row takes about as long as behind none
 _WEIGHT = 0.5  # of the latest turn
 
@@ -37,14 +41,17 @@ class Pacing:
 
     def __init__(self) -> None:
         self._row_s: dict[tuple[int, bool], tuple[float, int]] = {}  # with the tokens that came before, then
-        self._answers_s = 0.0  # of a turn that reads nothing
+        self._answers_s = 0.0  # of the latest turn that read nothing
+        self._n_mixed = 0  # turns since then
 
     def took(self, read: Sequence[Reading], seconds: float) -> None:
         """A turn that read this. What it takes to go through the weights is not the rows'."""
         if not read:
-            self._answers_s += (seconds - self._answers_s) * (_WEIGHT if self._answers_s else 1)
+            self._n_mixed = 0
+            self._answers_s = seconds
             return
-        seconds = max(seconds - self._answers_s, 1e-6)
+        self._n_mixed += 1
+        seconds = max(seconds - self._answers_s, seconds / 8)  # the answers may have become shorter
         n_rows = sum(piece.n_tokens for piece in read)
         expected = [self._seconds(piece.known, piece.n_tokens) or seconds / n_rows for piece in read]
         ratio = seconds / sum(piece.n_tokens * row_s for piece, row_s in zip(read, expected, strict=True))
@@ -53,8 +60,11 @@ class Pacing:
             mean_s = row_s * (1 + (ratio - 1) * (_WEIGHT if key in self._row_s else 1))
             self._row_s[key] = mean_s, piece.known
 
-    def limited(self, wanted: Sequence[Reading]) -> list[int]:
-        """How many tokens of each are read in a turn that others wait for: at least one. Sources share the time."""
+    def limited(self, wanted: Sequence[Reading], *, beside_answers: bool) -> list[int]:
+        """How many tokens of each are read in a turn that others wait for: at least one, or nothing at all once in a
+        while. Sources share the time."""
+        if beside_answers and self._n_mixed >= ANSWERS_ALONE:
+            return [0] * len(wanted)
         row_s = [self._seconds(*piece[1:]) for piece in wanted]
         needs_us = [int(piece.n_tokens * each_s * 1e6) for piece, each_s in zip(wanted, row_s, strict=True)]
         limit_us = int(max(TURN_S, self._answers_s) * 1e6)

@@ -326,8 +326,8 @@ class Child:
         return tokens
 
     def _tokenized(self, text: str, n_ctx: int, *, begins: bool = True) -> list[int]:
-        """Tokens of `text`. A text that is longer than `n_ctx` tokens can be is refused at once. `begins`: with the
-        token that begins every text."""
+        """At most `n_ctx` tokens of `text`; raises Rejected for more, and at once where so much text cannot be fewer.
+        `begins`: with the token that begins every text."""
         self._step("the prompt's text")
         longest_bytes = n_ctx * self._vocabulary.longest_bytes
         if len(text) > longest_bytes:
@@ -336,7 +336,10 @@ class Child:
                 f"{format_bytes(longest_bytes)} of text. Shorten the prompt or load the model with a larger n_ctx",
                 n_ctx=n_ctx,
             )
-        return self._vocabulary.tokenize(text, add_special=begins)
+        tokens = self._vocabulary.tokenize(text, add_special=begins)
+        if len(tokens) > n_ctx:  # the runner would be busy for half a second with what it then refuses
+            raise prompt_too_long(len(tokens), n_ctx)
+        return tokens
 
     def _begin_parsing(self, payload: bytes) -> None:
         self._limit_memory(len(payload))
@@ -349,7 +352,7 @@ class Child:
         deltas = self._parser.feed(payload.decode(), is_partial=kind != Kind.ENDS)
         if deltas is None and kind == Kind.ENDS:  # it has not the expected form: take what can be read of it
             deltas = self._parser.feed("", is_partial=True)
-        send(self._connection, Kind.DELTAS, json.dumps(deltas or []).encode())
+        send(self._connection, Kind.DELTAS, HELD.pack(self._grown_bytes()) + json.dumps(deltas or []).encode())
 
     def _try(self, payload: bytes) -> None:
         assert self._grammar is not None

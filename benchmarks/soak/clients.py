@@ -54,7 +54,7 @@ class Clients:
             return
         runner = self._world.runners.get(client.replica_id)
         failed = runner is None or runner.state != "ready" or self._chance.random() < 0.002
-        yield ev.LeaseReleased(lease_id, failed, None if failed else self._pace())
+        yield ev.LeaseReleased(lease_id, "failed" if failed else "served", None if failed else self._pace())
 
     def cancelled(self, lease_id: LeaseId) -> None:
         if lease_id in self.held:

@@ -1,8 +1,9 @@
 """Requests during which runners ended: the suspected ones, and those that are refused because it happened again.
 
-When a runner ends, all its answers end. So at first every request on it is a suspect. A suspect is tried once more,
-alone: meanwhile, no other request gets a slot of that replica. If that runner ends, too, the request is *condemned*: it
-is refused, with the reason, for `REMEMBERED_S`. A suspect that is served to its end is cleared.
+When a runner ends, all its answers end. So at first every request on it is a suspect, also one whose client has just
+left: it may still be computed. A suspect is tried once more, alone: meanwhile, no other request gets a slot of that
+replica. If that runner ends, too, the request is *condemned*: it is refused, with the reason, for `REMEMBERED_S`. A
+suspect that is served to its end is cleared. After `ALONE_S`, others join it, and then nobody is condemned.
 
 Requests are identified by model and fingerprint. A request without a fingerprint is never suspected.
 """
@@ -18,6 +19,12 @@ from scheduler.units import ReplicaId
 
 REMEMBERED_S = 3600.0
 """After this time, a condemned request is tried again: the cause may have been another one, such as faulty memory."""
+ALONE_S = 30.0
+"""A suspect has a replica to itself for so long. A request that ends its runner does so when it is read, or soon after
+that. Other requests must not wait for the end of a long answer."""
+LEFT_S = 10.0
+"""After its client has left, a request may still be computed for so long: until the end of its batch. On a GPU a batch
+cannot be stopped. A guess, well above the time of a batch."""
 MOST_REMEMBERED = 4096
 """Beyond this number, the oldest suspects are forgotten first."""
 
@@ -30,13 +37,20 @@ class _Record:
     condemned: str = ""  # why, or empty while it is a suspect
 
 
+@dataclass(slots=True)
+class _Trial:
+    key: Key
+    until: float
+
+
 class Suspects:
     """Belongs to the fleet. Times are seconds of the core's clock."""
 
     def __init__(self) -> None:
         self._records: dict[Key, _Record] = {}
         self._accused: dict[ReplicaId, set[Key]] = {}
-        self._alone: dict[ReplicaId, Key] = {}
+        self._left: dict[ReplicaId, dict[Key, float]] = {}  # whose clients left, and when
+        self._trials: dict[ReplicaId, _Trial] = {}
 
     def knows(self, model: str, fingerprint: str) -> bool:
         """Whether a runner ended during the request, or may have ended."""
@@ -47,8 +61,8 @@ class Suspects:
         return any((model, fingerprint) in there for there in self._accused.values())
 
     def accuses(self, replica_id: ReplicaId) -> bool:
-        """Whether the replica failed a request and is being checked."""
-        return replica_id in self._accused
+        """Whether the replica failed a request and is being checked, or may still compute one whose client has left."""
+        return replica_id in self._accused or replica_id in self._left
 
     def verdict(self, model: str, fingerprint: str, now: float) -> Condemned | None:
         """The error with which the request is refused; None if it is not refused."""
@@ -66,41 +80,59 @@ class Suspects:
 
     # ------------------------------------------------------------------ what happens to a request
 
-    def granted(self, replica_id: ReplicaId, model: str, fingerprint: str) -> None:
+    def granted(self, replica_id: ReplicaId, model: str, fingerprint: str, now: float) -> None:
         """A slot was granted. From now on, a suspect is alone on the replica."""
         if self.knows(model, fingerprint):
-            self._alone[replica_id] = model, fingerprint
+            self._trials[replica_id] = _Trial((model, fingerprint), now + ALONE_S)
 
     def has_to_itself(self, replica_id: ReplicaId) -> bool:
         """Whether a suspect is being tried on the replica."""
-        return replica_id in self._alone
+        return replica_id in self._trials
 
-    def released(self, replica_id: ReplicaId, model: str, fingerprint: str, ending: Ending) -> None:
+    def released(self, replica_id: ReplicaId, model: str, fingerprint: str, ending: Ending, now: float) -> None:
         """The slot was given back. If the replica failed the request, it may have died because of it. Until this is
-        known, no other request gets the replica."""
-        if ending == "failed":
-            if fingerprint:
-                self._accused.setdefault(replica_id, set()).add((model, fingerprint))
+        known, no other request gets the replica. If a client has left, its request may still be computed."""
+        key, trial = (model, fingerprint), self._trials.get(replica_id)
+        if not fingerprint:
             return
-        if self._alone.get(replica_id) == (model, fingerprint):
-            del self._alone[replica_id]
-        if ending == "served":
-            self._records.pop((model, fingerprint), None)
+        if ending == "failed":
+            self._accused.setdefault(replica_id, set()).add(key)
+        elif ending == "left":
+            self._left.setdefault(replica_id, {})[key] = now
+            if trial is not None and trial.key == key:
+                trial.until = min(trial.until, now + LEFT_S)
+        else:
+            self._records.pop(key, None)
+            if trial is not None and trial.key == key:
+                del self._trials[replica_id]
+
+    def age(self, now: float) -> bool:
+        """Ends trials that have lasted too long. True if there were any: others may have their replicas now."""
+        for replica_id, left in list(self._left.items()):
+            self._left[replica_id] = {key: at for key, at in left.items() if now - at < LEFT_S}
+            if not self._left[replica_id]:
+                del self._left[replica_id]
+        over = [replica_id for replica_id, trial in self._trials.items() if now >= trial.until]
+        for replica_id in over:
+            del self._trials[replica_id]
+        return bool(over)
 
     # ------------------------------------------------------------------ what happened to the replica
 
     def forget(self, replica_id: ReplicaId) -> None:
         """The replica is alive, or was lost with its machine: the request did not cause the failure."""
-        self._accused.pop(replica_id, None)
-        self._alone.pop(replica_id, None)
+        for there in (self._accused, self._left, self._trials):
+            there.pop(replica_id, None)
 
     def died(self, replica_id: ReplicaId, model: str, answering: Iterable[str], reason: str, now: float) -> set[Key]:
         """The replica's process ended while it answered requests with these fingerprints. Requests that it failed just
-        before count, too. Returns the requests that are condemned by this."""
+        before count, too, and those whose clients have just left. Returns the requests that are condemned by this."""
         seen = {(model, fingerprint) for fingerprint in answering if fingerprint}
         seen |= self._accused.pop(replica_id, set())
-        alone = self._alone.pop(replica_id, None)
-        condemned = {alone} & seen & self._records.keys() if alone else set()
+        seen |= {key for key, at in self._left.pop(replica_id, {}).items() if now - at < LEFT_S}
+        trial = self._trials.pop(replica_id, None)
+        was_alone = trial is not None and seen == {trial.key}
+        condemned = seen & self._records.keys() if was_alone else set()
         for key in seen:
             self._records.setdefault(key, _Record(now)).seen_at = now
         for key in condemned:

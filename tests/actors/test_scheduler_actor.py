@@ -100,7 +100,7 @@ class Stage:
         return answer
 
     async def release(self, lease: Grant, *, failed: bool = False) -> None:
-        await self.scheduler.release.remote(lease.lease_id, failed, TokenCounts())
+        await self.scheduler.release.remote(lease.lease_id, "failed" if failed else "served", TokenCounts())
 
     async def status(self) -> Status:
         found: Status = await self.scheduler.status.remote()
@@ -305,6 +305,23 @@ def test_a_scheduler_that_starts_again_takes_back_what_serves_and_ends_what_does
         assert len(spares) == 1 and not spares & set(stage.ray.runners())
         assert len(stage.ray.runners()) == 2
         assert len(await stage.notices("scheduler_restarted")) == 1
+
+    perform(scene)
+
+
+def test_an_answer_that_ends_while_a_scheduler_starts_again_holds_no_slot() -> None:
+    """Its runner was asked before that, and said that it was answering."""
+
+    async def scene(stage: Stage) -> None:
+        lease = await stage.lease()
+        stage.runner(lease).answering = (lease.lease_id,)
+        stage.actor.end()
+        stage.begin(again=True)
+        await stage.release(lease)
+        await stage.settled()
+        waiting = stage.ask()
+        await asyncio.sleep(1.0)
+        assert waiting.done() and isinstance(await waiting, Grant)
 
     perform(scene)
 

@@ -366,7 +366,7 @@ class Scenario:
         return request_id
 
     def done(self, request_id: str, failed: bool = False) -> None:
-        self.send(ev.LeaseReleased(self.grants[request_id].lease_id, failed))
+        self.send(ev.LeaseReleased(self.grants[request_id].lease_id, "failed" if failed else "served"))
 
     def cancel(self, request_id: str) -> None:
         self.send(ev.RequestCancelled(RequestId(request_id)))

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scenario import SMALL, Scenario, gpu
 
 from scheduler import events as ev
+from scheduler.cluster.leases import Ending
 from scheduler.cluster.ledger import STATES
 from scheduler.cluster.replica import Replica, ReplicaState
 from scheduler.dispatch import Preview
@@ -132,10 +133,10 @@ class CoreMachine(RuleBasedStateMachine):
         self.requests += [self.scenario.ask(model) for model in models]
 
     @precondition(lambda self: self.scenario.core.fleet.leases)
-    @rule(data=st.data(), failed=st.booleans())
-    def finish(self, data: st.DataObject, failed: bool) -> None:
+    @rule(data=st.data(), ending=st.sampled_from(("served", "failed", "left")))
+    def finish(self, data: st.DataObject, ending: Ending) -> None:
         leases = [lease for replica in self.replicas() for lease in sorted(replica.leases)]
-        self.scenario.send(ev.LeaseReleased(data.draw(st.sampled_from(leases)), failed))
+        self.scenario.send(ev.LeaseReleased(data.draw(st.sampled_from(leases)), ending))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())

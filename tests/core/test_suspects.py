@@ -95,7 +95,72 @@ def test_a_suspect_waits_until_its_replica_is_idle() -> None:
     s.done(running)
     assert suspect in s.grants and s.waits(behind)
     s.cancel(suspect)
+    assert s.waits(behind), "it may still be computed"
+    s.wait(suspects.LEFT_S)
     assert behind in s.grants
+
+
+def leaves(s: Scenario, request: str) -> None:
+    """The client disconnects, in the middle of the answer."""
+    s.send(ev.LeaseReleased(s.grants[request].lease_id, "left"))
+
+
+def test_who_leaves_before_its_runner_ends_is_refused_as_who_stays() -> None:
+    s = box()
+    for _ in range(2):
+        poison = s.ask("a", fingerprint="poison")
+        replica_id = s.grants[poison].replica_id
+        leaves(s, poison)
+        s.runners.pop(replica_id)
+        s.send(ev.ReplicaDied(replica_id, "GGML_ASSERT(buffer) failed"))
+    assert isinstance(s.error(s.ask("a", fingerprint="poison")), Condemned)
+    assert s.ask("a", fingerprint="harmless") in s.grants
+
+
+def test_who_is_alone_with_what_another_left_behind_is_not_blamed_for_it() -> None:
+    s = box()
+    dies(s, *(s.ask("a", fingerprint=each) for each in ("poison", "innocent")), noticed_by_client=False)
+    poison = s.ask("a", fingerprint="poison")
+    replica_id = s.grants[poison].replica_id
+    innocent = s.ask("a", fingerprint="innocent")
+    leaves(s, poison)
+    assert s.waits(innocent)
+    s.runners.pop(replica_id)
+    s.send(ev.ReplicaDied(replica_id, "GGML_ASSERT(buffer) failed"))
+    assert innocent in s.grants and isinstance(s.error(s.ask("a", fingerprint="poison")), Condemned)
+    s.done(innocent)
+    assert s.ask("a", fingerprint="innocent") in s.grants
+
+
+def test_a_bystander_that_left_long_ago_is_no_suspect() -> None:
+    s = box()
+    leaves(s, s.ask("a", fingerprint="bystander"))
+    s.wait(suspects.LEFT_S)
+    dies(s, s.ask("a", fingerprint="other"))
+    first, second = (s.ask("a", fingerprint=each) for each in ("bystander", "new"))
+    assert first in s.grants and second in s.grants
+
+
+def test_a_long_answer_is_not_alone_to_its_end() -> None:
+    """It stays a suspect. But who is not alone is not condemned, and nobody who has joined it."""
+    s = box()
+    dies(s, s.ask("a", fingerprint="long"))
+    long, behind = (s.ask("a", fingerprint=each) for each in ("long", "behind"))
+    assert s.waits(behind)
+    s.wait(suspects.ALONE_S)
+    assert behind in s.grants
+    dies(s, long, behind, noticed_by_client=False)
+    again = s.ask("a", fingerprint="behind")
+    assert again in s.grants and not s.announced("request_condemned")
+
+
+def test_who_leaves_says_nothing_of_how_long_answers_take() -> None:
+    s = box()
+    s.done(s.ask("a"))
+    known = s.core.models.by_name["a"].service
+    before = repr(known)
+    leaves(s, s.ask("a"))
+    assert repr(known) == before
 
 
 def test_a_runner_that_lives_makes_nobody_a_suspect() -> None:

@@ -46,6 +46,7 @@ from actors.records import (
 )
 from actors.serving.protocol import Chunk, EmbedRequest, EmbedResult, GenerateRequest
 from actors.serving.replies import reply_in
+from scheduler.cluster.leases import Ending
 from scheduler.errors import ArrieroError, UnknownModel
 from scheduler.events import RequestArrived
 from scheduler.units import GIB, LeaseId, ReplicaId, RequestId
@@ -149,8 +150,8 @@ class FakeBackend:
         self.note("lease", f"l{number}")
         return posted(Grant(LeaseId(f"l{number}"), ReplicaId(f"r{number}"), None, MODEL, self.ttl_s, 4096))
 
-    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
-        self.note("release", lease_id, failed, usage)
+    async def release(self, lease_id: LeaseId, ending: Ending, usage: TokenCounts) -> None:
+        self.note("release", lease_id, ending, usage)
 
     async def renew(self, lease_ids: Sequence[LeaseId]) -> None:
         self.note("renew", lease_ids)

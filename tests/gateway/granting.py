@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from actors.endpoint import Endpoint
 from actors.gateway.ray_backend import RayBackend
 from actors.leasing import Grant, TokenCounts
+from scheduler.cluster.leases import Ending
 from scheduler.events import RequestArrived
 from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
 
@@ -29,7 +30,7 @@ class Granting(RayBackend):
 
     async def renew(self, lease_ids: Sequence[LeaseId]) -> None: ...
 
-    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None: ...
+    async def release(self, lease_id: LeaseId, ending: Ending, usage: TokenCounts) -> None: ...
 
     async def cancel(self, request_id: RequestId) -> None: ...
 

@@ -82,8 +82,8 @@ class ScriptedScheduler:
         self.granted += 1
         return Grant(LeaseId(f"l{self.granted}"), ReplicaId(replica), self.endpoints[replica], MODEL, 60.0, 4096)
 
-    async def release(self, lease_id: str, failed: bool, usage: Any) -> None:
-        await self.note("release", lease_id, failed, usage)
+    async def release(self, lease_id: str, ending: str, usage: Any) -> None:
+        await self.note("release", lease_id, ending, usage)
 
     async def renew(self, lease_ids: tuple[str, ...]) -> None:
         await self.note("renew", lease_ids)
@@ -215,7 +215,7 @@ def test_a_runner_that_dies_in_mid_answer_is_named(here: Service) -> None:
     os.kill(get(runner.pid.remote()), signal.SIGKILL)
     with pytest.raises(EngineFailed, match=f"{MODEL}.*ended while it answered.*died: killed"):
         list(pieces)
-    assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", True)
+    assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", "failed")
     assert here.client.complete(MODEL, "carry").text == "carry"
 
 
@@ -226,7 +226,7 @@ def test_a_runner_that_dies_before_its_first_token_is_replaced(here: Service) ->
     ray.kill(runner)
     until(lambda: not psutil.pid_exists(pid))
     assert here.client.complete(MODEL, "mules").text == "mules"
-    assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", True)
+    assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", "failed")
 
 
 def test_a_runner_with_a_bug_is_named(here: Service) -> None:
@@ -237,7 +237,7 @@ def test_a_runner_with_a_bug_is_named(here: Service) -> None:
 def test_leaving_ends_the_generation_in_the_runner(here: Service) -> None:
     with here.client.complete(MODEL, "mules wait", stream=True) as stream:
         assert next(iter(stream)) == "mules"
-    assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", False)
+    assert get(here.scheduler.wait_for.remote("release"))[1:3] == ("l1", "left")
     until(lambda: get(here.runner.has_ended.remote("l1")))  # a runner knows a request by its lease
 
 

@@ -45,7 +45,7 @@ def test_a_replica_that_dies_before_its_first_token_is_replaced(
     assert reply.status_code == 200
     assert "Hel" in reply.text
     releases = backend.wait_for("release", REPLAYS + 1)
-    assert [(lease, failed) for lease, failed, _ in releases] == [("l1", True), ("l2", True), ("l3", False)]
+    assert [each[:2] for each in releases] == [("l1", "failed"), ("l2", "failed"), ("l3", "served")]
 
 
 def test_replays_end(url: str, backend: FakeBackend) -> None:
@@ -53,7 +53,7 @@ def test_replays_end(url: str, backend: FakeBackend) -> None:
     reply = web.post(f"{url}/v1/chat/completions", json={**CHAT, "stream": True})
     assert reply.status_code == 502
     assert reply.json()["error"]["code"] == "engine_failed"
-    assert [failed for _, failed, _ in backend.wait_for("release", REPLAYS + 1)] == [True] * (REPLAYS + 1)
+    assert [ending for _, ending, _ in backend.wait_for("release", REPLAYS + 1)] == ["failed"] * (REPLAYS + 1)
 
 
 def test_a_stream_that_has_begun_is_not_replayed(url: str, backend: FakeBackend) -> None:
@@ -69,14 +69,14 @@ def test_an_answer_in_one_piece_is_made_again_whole(url: str, backend: FakeBacke
     backend.answers.append([Chunk("Lost and "), DIED])
     reply = web.post(f"{url}/v1/chat/completions", json=CHAT)
     assert (reply.status_code, reply.json()["choices"][0]["message"]["content"]) == (200, "Hello")
-    assert [failed for _, failed, _ in backend.wait_for("release", 2)] == [True, False]
+    assert [ending for _, ending, _ in backend.wait_for("release", 2)] == ["failed", "served"]
 
 
 def test_a_request_that_the_engine_refuses_is_not_replayed(url: str, backend: FakeBackend) -> None:
     backend.answers.append([Rejected("prompt is 5000 tokens; the slot holds 4096")])
     reply = web.post(f"{url}/v1/chat/completions", json={**CHAT, "stream": True})
     assert reply.status_code == 400
-    assert [failed for _, failed, _ in backend.wait_for("release")] == [False]
+    assert [ending for _, ending, _ in backend.wait_for("release")] == ["served"]
 
 
 def test_a_client_is_told_what_the_replica_ended_of(url: str, backend: FakeBackend) -> None:
@@ -101,7 +101,7 @@ def test_embeddings_are_replayed(url: str, backend: FakeBackend) -> None:
     backend.embeddings.append(DIED)
     reply = web.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "x"})
     assert reply.status_code == 200
-    assert [failed for _, failed, _ in backend.wait_for("release", 2)] == [True, False]
+    assert [ending for _, ending, _ in backend.wait_for("release", 2)] == ["failed", "served"]
     backend.embeddings.extend([DIED] * (REPLAYS + 1))
     assert web.post(f"{url}/v1/embeddings", json={"model": MODEL, "input": "x"}).status_code == 502
 
@@ -140,8 +140,8 @@ def test_a_client_that_leaves_its_stream_stops_the_generation(url: str, backend:
     with web.stream("POST", f"{url}/v1/chat/completions", json={**CHAT, "stream": True}) as reply:
         assert next(reply.iter_lines()).startswith("data: ")
     assert backend.wait_for("interrupted") == [("l1",)]
-    ((lease, failed, _),) = backend.wait_for("release")
-    assert (lease, failed) == ("l1", False)
+    ((lease, ending, _),) = backend.wait_for("release")
+    assert (lease, ending) == ("l1", "left")
 
 
 @pytest.mark.parametrize("route", ["chat/completions", "embeddings"])
@@ -151,8 +151,8 @@ def test_a_client_that_leaves_without_a_stream_frees_its_slot(url: str, backend:
     connection = ask_and_keep(url, route, {**CHAT, "input": "x"})
     backend.wait_for("embed" if route == "embeddings" else "generate")
     connection.close()
-    ((_, failed, _),) = backend.wait_for("release")
-    assert not failed
+    ((_, ending, _),) = backend.wait_for("release")
+    assert ending == "left"
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -17,6 +17,7 @@ from actors.frames import packed
 from actors.gateway.lease_client import LeaseClient
 from actors.lease_server import GATEWAYS, Kind, LeaseServer, packed_grant, read_grant
 from actors.leasing import Grant, TokenCounts
+from scheduler.cluster.leases import Ending
 from scheduler.costs.paces import Pace
 from scheduler.errors import (
     ArrieroError,
@@ -65,8 +66,8 @@ class ScriptedOffice:
             return REFUSALS[request.model]
         return Grant(LeaseId(f"of {request.request_id}"), ReplicaId("r"), ENDPOINT, request.model, 60.0, 4096)
 
-    async def release(self, lease_id: LeaseId, failed: bool, usage: TokenCounts) -> None:
-        self.note("release", lease_id, failed, usage)
+    async def release(self, lease_id: LeaseId, ending: Ending, usage: TokenCounts) -> None:
+        self.note("release", lease_id, ending, usage)
 
     async def cancel(self, request_id: RequestId) -> None:
         self.note("cancel", request_id)
@@ -116,10 +117,21 @@ def test_grants_and_refusals_come_back_as_they_are(node_id: NodeId) -> None:
         with pytest.raises(InvariantBroken, match="a bug"):
             await client.acquire(asked("x", "bug"))
         usage = TokenCounts(1, 2, 3, Pace(1, 0.5, 2, 0.25, 9))
-        client.release(LeaseId("l"), True, usage)
-        await office.wait_for(("release", "l", True, usage))
+        client.release(LeaseId("l"), "failed", usage)
+        await office.wait_for(("release", "l", "failed", usage))
 
     perform(scene, node_id)
+
+
+def test_what_ends_while_the_scheduler_is_away_is_told_when_it_is_back() -> None:
+    async def scene(client: LeaseClient, office: ScriptedOffice, _: Endpoint) -> None:
+        client.release(LeaseId("l"), "left", TokenCounts())
+        client.cancel(RequestId("q"))
+        await client.acquire(asked("first"))
+        await office.wait_for(("cancel", "q"))
+        assert [what for what, *_ in office.journal] == ["release", "cancel", "acquire"]
+
+    perform(scene)
 
 
 def test_a_cancel_comes_after_its_request() -> None:

@@ -39,8 +39,8 @@ def test_chat(client: openai.OpenAI, backend: FakeBackend) -> None:
     assert reply.id.startswith("chatcmpl-") and reply.model == MODEL
     assert backend.wait_for("acquire")[0][0].request_id == reply.id
     assert content(asked(backend)) == {"messages": [{"role": "user", "content": "Hi"}]}
-    ((_, failed, usage),) = backend.wait_for("release")
-    assert not failed and (usage.prompt_tokens, usage.completion_tokens) == (7, 2)
+    ((_, ending, usage),) = backend.wait_for("release")
+    assert ending == "served" and (usage.prompt_tokens, usage.completion_tokens) == (7, 2)
 
 
 def test_chat_stream(client: openai.OpenAI, backend: FakeBackend) -> None:
@@ -140,8 +140,8 @@ def test_an_error_in_mid_stream_is_an_event(client: openai.OpenAI, backend: Fake
         for event in client.chat.completions.create(model=MODEL, messages=HELLO, stream=True):  # type: ignore[arg-type]
             texts.append(event.choices[0].delta.content)
     assert texts == ["Hel"]
-    ((_, failed, _),) = backend.wait_for("release")
-    assert failed
+    ((_, ending, _),) = backend.wait_for("release")
+    assert ending == "failed"
 
 
 def test_with_a_key(backend: FakeBackend) -> None:

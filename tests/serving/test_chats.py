@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from actors.serving import parsing as parsing_module
 from actors.serving.conversation import Parsing
 from actors.serving.engine import Engine
 from actors.serving.generation import Generation, Wish
@@ -259,6 +260,23 @@ def test_a_parsed_answer_tells_everything_in_order_and_then_its_end() -> None:
     assert said == " ".join(map(str, range(200))) + " end"
     assert (chunks[-1].finish_reason, chunks[-1].completion_tokens) == ("stop", 7)
     assert fake.closed == 1
+
+
+def test_pieces_wait_while_parsing_rests_but_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longer the text, the longer each piece takes. Together they take as long as one."""
+    monkeypatch.setattr(parsing_module, "LONGEST_REST_S", 60.0)
+    monkeypatch.setattr(parsing_module, "REST", 1_000_000)
+    results: Results[Chunk] = Results()
+    fake = FakeParsing()
+    answer = ParsedAnswer(results, fake)  # type: ignore[arg-type]
+    answer.say(Chunk("0 "))
+    assert fake.fed.acquire(timeout=10)
+    for number in range(1, 50):
+        answer.say(Chunk(f"{number} "))
+    answer.say(Chunk("end", "stop", 5, 0, 7))
+    answer.end(None)
+    chunks = list(results)
+    assert [chunk.text for chunk in chunks] == ["0 ", " ".join(map(str, range(1, 50))) + " end"]
 
 
 def test_likelihoods_of_what_is_not_shown_do_not_pile_up() -> None:

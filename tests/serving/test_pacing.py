@@ -18,15 +18,20 @@ def turn_s(read: Sequence[Reading], row_s: Callable[[int, int], float]) -> float
     return sum(piece.n_tokens * row_s(piece.known, piece.n_tokens) for piece in read)
 
 
-def read_prompt(pacing: Pacing, row_s: Callable[[int, int], float], start: int, end: int) -> list[tuple[int, float]]:
+def read_prompt(
+    pacing: Pacing, row_s: Callable[[int, int], float], start: int, end: int, answers_s: float = 0.003
+) -> list[tuple[int, float]]:
     """The turns of one prompt, while another answers: how many tokens, and how many seconds they took."""
     turns = []
     while start < end:
         wanted = Reading("ann", start, min(UBATCH, end - start))
-        read = wanted._replace(n_tokens=pacing.limited([wanted])[0])
-        assert 1 <= read.n_tokens <= wanted.n_tokens
+        read = wanted._replace(n_tokens=pacing.limited([wanted], beside_answers=True)[0])
+        assert 0 <= read.n_tokens <= wanted.n_tokens
+        if not read.n_tokens:
+            pacing.took([], answers_s)
+            continue
         took_s = turn_s([read], row_s)
-        pacing.took([read], took_s + pacing._answers_s)
+        pacing.took([read], took_s + answers_s)
         turns.append((read.n_tokens, took_s))
         start += read.n_tokens
     return turns
@@ -60,7 +65,7 @@ def test_a_turn_may_read_for_as_long_as_its_answers_take() -> None:
     """A model whose every turn takes 2 s would else read one token in each."""
     pacing = Pacing()
     pacing.took([], 2.0)
-    turns = read_prompt(pacing, slow, 0, 4_000)
+    turns = read_prompt(pacing, slow, 0, 4_000, answers_s=2.0)
     assert all(0.9 < took_s < 2.4 for _, took_s in turns[1:-2])
 
 
@@ -98,8 +103,20 @@ def test_a_long_text_does_not_slow_down_the_short_prompt_of_another() -> None:
         for count in (35, MANY):
             pacing.took([Reading("ann", known, count)], turn_s([Reading("", known, count)], row_by_row))
     deep, short = Reading("ann", 20_000, 63), Reading("bob", 0, 63)
-    n_deep, n_short = pacing.limited([deep, short])
+    n_deep, n_short = pacing.limited([deep, short], beside_answers=False)
     assert n_short == 63 and 1 <= n_deep < 5
+
+
+@pytest.mark.parametrize("answers_s", [0.2, 1.0])
+def test_what_long_answers_take_is_not_the_prompts(answers_s: float) -> None:
+    """Answers become longer while prompts are read all the time."""
+    pacing = Pacing()
+    pacing.took([], 0.003)
+    read_prompt(pacing, slow, 0, 1_000)
+    turns = read_prompt(pacing, slow, 0, 4_000, answers_s=answers_s)
+    assert all(took_s > TURN_S / 2 for _, took_s in turns[40:-2])
+    shorter = read_prompt(pacing, slow, 0, 4_000)
+    assert all(took_s < 2 * TURN_S for _, took_s in shorter[40:])
 
 
 def test_a_stalled_turn_is_forgotten() -> None:

@@ -24,11 +24,11 @@ from patience import wait_until
 
 from actors import frames
 from actors.serving import child_memory, preparation
-from actors.serving.conversation import Constraint
+from actors.serving.conversation import Constraint, Parsing
 from actors.serving.dialogue import HELD, Kind
 from actors.serving.engine import Engine
 from actors.serving.preparation import Errand, Preparer
-from actors.serving.protocol import GenerateRequest, content_of
+from actors.serving.protocol import Delta, GenerateRequest, content_of
 from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import EngineFailed, Rejected, Unavailable
 from scheduler.units import MIB
@@ -326,6 +326,40 @@ def test_what_one_request_may_never_hold_is_refused_at_once(sample: Any, spec: A
         with pytest.raises(Rejected, match="ask for fewer answers"):
             list(engine.generate(request))
         assert not engine._preparer._memory.held_bytes
+
+
+def test_a_parser_that_grows_with_its_answer_is_counted() -> None:
+    memory, (ours, child) = child_memory.ChildMemory(), socket.socketpair()
+    given_back: list[int] = []
+    parsing = Parsing(ours, lambda _, held_bytes: given_back.append(held_bytes), memory.hold("ann", 0))
+    frames.send(child, Kind.DELTAS, HELD.pack(9 * MIB) + b'[{"content": "Hi"}]')
+    assert parsing.feed("Hi") == (Delta("Hi"),)
+    assert memory.held_bytes == 9 * MIB
+    frames.send(child, Kind.DELTAS, HELD.pack(child_memory.MOST_OF_ONE_BYTES + MIB) + b"[]")
+    with pytest.raises(Rejected, match=r"need 257\.0 MiB of memory"):
+        parsing.feed("more")
+    parsing.close()
+    assert memory.held_bytes == 0 and given_back == [], "such a child is not used again"
+    child.close()
+    ours.close()
+
+
+def test_a_prompt_of_too_many_tokens_does_not_reach_the_runner(preparer: Preparer, monkeypatch: Any) -> None:
+    """Not even its tokens, which are lists of Python's: 3.2 million stopped all its threads for half a second."""
+    received: list[int] = []
+    receive = preparation.receive
+
+    def noted(connection: socket.socket) -> Any:
+        frame = receive(connection)
+        received.append(len(frame[1]) if frame else 0)
+        return frame
+
+    monkeypatch.setattr(preparation, "receive", noted)
+    text = "1 " * 2000  # fewer bytes than so many tokens may have
+    for content in (content_of(prompt=text), content_of(messages=[{"role": "user", "content": text}])):
+        with pytest.raises(Rejected, match=r"prompt is \d+ tokens; the slot holds 512"):
+            preparer.prepare(content, N_CTX)
+    assert sum(received) < 2000
 
 
 def test_a_grammar_that_grows_while_it_is_followed_is_counted() -> None:
