@@ -39,6 +39,12 @@ class Forecast:
             message = f"{waiting.model}: {why} {least_s:.1f} s, but the request's deadline is in {left_s:.1f} s"
             raise DeadlineExceeded(message, retry_after_s=least_s, model=waiting.model)
 
+    def wait_s(self, waiting: Waiting, coming: Sequence[Replica], now: float) -> float:
+        """How long the next request like this one would wait, as far as anything is known: at the least, or else as
+        long as the queue takes for one request."""
+        least_s, _ = self._least_wait(waiting, coming, now)
+        return max(least_s, self._queue.seconds_per_place())
+
     def _least_wait(self, waiting: Waiting, coming: Sequence[Replica], now: float) -> tuple[float, str]:
         model = self._models.by_name.get(waiting.model)
         if model is None or model.shape is None:

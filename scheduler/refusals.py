@@ -30,7 +30,8 @@ class Refusals:
         """Requests whose deadline has passed, or cannot be met any more."""
         for waiting in self._queue.expired(now):
             waited = f"{waiting.model}: waited {now - waiting.arrived_at:.0f} s; {waiting.reason or 'no free slot'}"
-            self.refuse_as_late(waiting, DeadlineExceeded(waited, retry_after_s=10.0, model=waiting.model))
+            retry_s = self._forecast.wait_s(waiting, self._ladder.coming(waiting), now)
+            self.refuse_as_late(waiting, DeadlineExceeded(waited, retry_after_s=retry_s, model=waiting.model))
         for head in tuple(self._queue.heads()):
             self.refuse_if_late(head, now)
 

@@ -111,13 +111,13 @@ class RequestQueue:
 
     def full(self) -> QueueFull:
         """The error for a request for which the queue has no room."""
-        retry_s = self._seconds_per_place()
+        retry_s = self.seconds_per_place()
         return QueueFull(
             f"{self._limit} requests are waiting already; about every {retry_s:.0f} s, one of them leaves the queue",
             retry_after_s=retry_s,
         )
 
-    def _seconds_per_place(self) -> float:
+    def seconds_per_place(self) -> float:
         """The mean time between two requests that leave, from the last ones that left."""
         span_s = self._left_at[-1] - self._left_at[0] if self._left_at else 0.0
         return min(_LONGEST_RETRY_S, max(_SHORTEST_RETRY_S, span_s / max(1, len(self._left_at) - 1)))

@@ -165,6 +165,18 @@ def test_a_deadline_that_a_load_cannot_meet_is_refused_at_once() -> None:
     assert s.ask("a", deadline_s=2 * load_s) in s.grants
 
 
+def test_who_has_waited_too_long_hears_how_long_the_next_would_wait() -> None:
+    s = Scenario([gpu("4GiB")], {"a": SMALL})
+    for _ in range(4):
+        s.run("a")  # a second each
+    s.ask("a")
+    for _ in range(5):
+        s.ask("a")
+    late = s.ask("a", deadline_s=6.0)
+    s.wait(6.5)
+    assert "waited" in s.why(late) and s.error(late).retry_after_s == pytest.approx(5, rel=0.1)
+
+
 def test_a_deadline_that_the_line_before_it_cannot_meet_is_refused_at_once() -> None:
     s = Scenario([gpu("4GiB")], {"a": SMALL})
     for _ in range(4):
