@@ -13,8 +13,8 @@ Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in ano
 seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there. So it does while a
 picture of its prompt is encoded. The pieces of that share the room of prompts, in a batch of their own: they are no
 tokens. When a shared cache is full, the youngest answer waits until there is room.
-A failed decode fails the jobs in that batch and forgets their slots; two in a row, or any error of our own, break the
-batcher for good: everything fails from then on, with the reason.
+A failed decode fails the jobs in that batch and forgets their slots (an aborted one leaves them as they were); two in a
+row, or any error of our own, break the batcher for good: everything fails from then on, with the reason.
 Cost of a turn besides the decode: some microseconds per row.
 """
 
@@ -368,7 +368,8 @@ class Batcher:
         if code == _NO_ROOM and self._postpone_one():
             return
         for slot, job in parts:
-            self._slots.forget(slot)
+            if code != _ABORTED or not self._slots.undo(slot, job):
+                self._slots.forget(slot)
             self._release_locked(slot)
             if code == _NO_ROOM and isinstance(job, Generation) and job.pending is not None:
                 job.cut_short()

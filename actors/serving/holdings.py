@@ -165,6 +165,14 @@ class Holdings:
             job.begin_again(slot.tokens[:kept])
             self.forget(slot)
 
+    def undo(self, slot: Slot, job: Job[Any]) -> bool:
+        """Takes out what a batch has left that was aborted: the slot holds its tokens as before. False where it cannot
+        be: states of layers may have changed, and texts to embed are computed whole."""
+        if self._model.keeps_states or not isinstance(job, Generation):
+            return False
+        count = len(slot.tokens)
+        return self._model.cut(slot.sequence, job.media.position(count), count)
+
     def forget(self, slot: Slot) -> None:
         self._model.clear(slot.sequence)
         slot.tokens.clear()

@@ -246,6 +246,10 @@ class Scenario:
         kept: list[tuple[str, Any]] = [(str(replica_id), replica) for replica_id, replica in core.replicas.items()]
         kept += [(lease.lease_id, lease) for lease in core.fleet.leases.all()]
         kept += [(waiting.request_id, waiting) for waiting in core.queue]
+        kept += [(f"node {node_id}", node) for node_id, node in core.inventory.nodes.items()]
+        devices = (each for node in core.inventory.nodes.values() for each in node.devices.items())
+        kept += [(f"device {device_id}", device) for device_id, device in devices]
+        kept += [(f"suspect {key}", record) for key, record in core.fleet.suspects._records.items()]
         for name, model in core.models.by_name.items():
             kept += [(name, model), (f"{name}'s history", model.history), (f"{name}'s popularity", model.popularity)]
         return {f"{who}.{each.name}": getattr(what, each.name) for who, what in kept for each in times_of(type(what))}

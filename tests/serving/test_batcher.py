@@ -126,6 +126,27 @@ def test_cancelling_in_the_middle_of_a_decode_aborts_it_and_frees_the_slot(runni
     assert doomed.sampler.closed
 
 
+@pytest.mark.parametrize("can_cut", [True, False], ids=["cells", "states"])
+def test_who_leaves_in_the_middle_of_a_prompt_leaves_what_was_known(running: Any, can_cut: bool) -> None:
+    """Another client may have read it. A state that a batch may have changed is of no use."""
+    model = FakeModel(n_seq_max=1, can_cut=can_cut)
+    batcher = running(model)
+    known = [3] * 40
+    batcher.submit(first := job(known, 1))
+    list(first.hearer)
+    model.entered.clear()
+    model.pause = threading.Event()
+    batcher.submit(doomed := job([*known, *[1] * 30], 5))
+    assert model.entered.wait(10)
+    batcher.cancel(doomed)
+    assert list(doomed.hearer) == []
+    model.pause.set()
+    batcher.submit(again := job([*known, 2, 2], 3))
+    chunks = list(again.hearer)
+    assert heard(chunks) == expected([*known, 2, 2], 3)
+    assert chunks[-1].cached_tokens == (40 if can_cut else 0)
+
+
 def test_cancelling_one_does_not_abort_another_in_the_same_batch(running: Any) -> None:
     model = FakeModel(n_seq_max=2)
     model.pause = threading.Event()
