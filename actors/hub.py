@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, NamedTuple, cast
 
 from scheduler.costs.header import Header, header_of
 from scheduler.costs.shape import ModelShape, read_shape
@@ -53,6 +53,13 @@ class HubModel:
     missing: tuple[str, ...] = ()
 
 
+class HubFile(NamedTuple):
+    """`sha256`: of its content; "" where the hub does not say it, as of small files."""
+
+    size_bytes: int
+    sha256: str
+
+
 class Repository:
     """The repository that `reference` names. Its list of files is read when it is first asked for."""
 
@@ -66,7 +73,7 @@ class Repository:
             )
         self.reference = reference
         self.repo: str = found["repo"]
-        self._revision: str | None = found["revision"]
+        self.revision: str | None = found["revision"]
         self._quantization: str | None = found["quantization"]
         self._file: str | None = found["file"]
 
@@ -76,14 +83,28 @@ class Repository:
         return self._quantization is not None or self._file is not None
 
     @cached_property
-    def models(self) -> tuple[HubModel, ...]:
-        """The smallest first. Projectors are none. Raises Rejected and Unavailable."""
+    def files(self) -> dict[str, HubFile]:
+        """All GGUF files, by their paths. Raises Rejected and Unavailable."""
         from huggingface_hub import HfApi, RepoFile  # 0.4 s, which others need not wait for
 
-        with _hub_errors(self.reference):
-            listed = HfApi(endpoint=_endpoint()).list_repo_tree(self.repo, recursive=True, revision=self._revision)
-            files = {each.path: each.size for each in listed if isinstance(each, RepoFile)}
+        with hub_errors(self.reference):
+            listed = HfApi(endpoint=endpoint()).list_repo_tree(self.repo, recursive=True, revision=self.revision)
+            return {
+                each.path: HubFile(each.size, each.lfs.sha256 if each.lfs else "")
+                for each in listed
+                if isinstance(each, RepoFile) and each.path.endswith(".gguf")
+            }
+
+    @cached_property
+    def models(self) -> tuple[HubModel, ...]:
+        """The smallest first. Projectors are none. Raises as `files`."""
+        files = {path: file.size_bytes for path, file in self.files.items() if not _is_projector(path)}
         return tuple(sorted(_models_of(files), key=lambda model: (model.file_bytes, model.paths)))
+
+    def projector(self) -> str | None:
+        """The path of a projector that goes with the models: in 16 bits, if there is one of several."""
+        found = sorted(filter(_is_projector, self.files), key=lambda path: (quantization_of(path) != "F16", path))
+        return found[0] if found else None
 
     def chosen(self) -> HubModel:
         """The model that is named, or Q4_K_M, or the only one. Raises Rejected, with the names that there are."""
@@ -106,18 +127,18 @@ class Repository:
         """What its headers say. Raises InvalidGGUF, Rejected where a part is missing, and Unavailable."""
         if model.missing:
             raise Rejected(f"{self.reference}: the repository lacks {', '.join(model.missing)}")
-        with _hub_errors(self.reference):
+        with hub_errors(self.reference):
             return read_shape(Path(f"{PREFIX}{self._origin}", model.paths[0]), self._header)
 
     @property
     def _origin(self) -> str:
-        return self.repo if self._revision is None else f"{self.repo}@{self._revision}"
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
     def _header(self, path: Path) -> Header:
         from huggingface_hub import hf_hub_url
 
         inside = str(path).removeprefix(f"{PREFIX}{self._origin}/")
-        url = hf_hub_url(self.repo, inside, revision=self._revision, endpoint=_endpoint())
+        url = hf_hub_url(self.repo, inside, revision=self.revision, endpoint=endpoint())
         with FileFarAway(url) as file:
             return header_of(cast(BinaryIO, file), str(path), file.size_bytes)
 
@@ -168,7 +189,7 @@ class FileFarAway(RawIOBase):
 
 
 @contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
+def hub_errors(name: str) -> Iterator[None]:
     """What went wrong at the hub with what `name` says, in one line."""
     from huggingface_hub import errors
 
@@ -184,23 +205,26 @@ def _hub_errors(name: str) -> Iterator[None]:
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
             raise _not_shown(name) from error
         said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise Unavailable(f"{name} cannot be read from {_endpoint() or 'huggingface.co'}: {said}") from error
+        raise Unavailable(f"{name} cannot be read from {endpoint() or 'huggingface.co'}: {said}") from error
 
 
 def _not_shown(name: str) -> Rejected:
     return Rejected(f"{name}: no such repository, or it is private: check the name, or set HF_TOKEN")
 
 
-def _endpoint() -> str | None:
+def endpoint() -> str | None:
+    """The hub's address; None: huggingface.co."""
     return os.environ.get("HF_ENDPOINT") or None
+
+
+def _is_projector(path: str) -> bool:
+    return "mmproj" in Path(path).name.lower()
 
 
 def _models_of(files: dict[str, int]) -> Iterable[HubModel]:
     """The models among the files of a repository, by their paths and sizes."""
     parts: defaultdict[tuple[str, int], dict[int, str]] = defaultdict(dict)
     for path, size in files.items():
-        if not path.endswith(".gguf") or "mmproj" in Path(path).name.lower():
-            continue
         stem = path.removesuffix(".gguf")
         part = _PART.fullmatch(stem)
         if part is None:

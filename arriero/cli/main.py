@@ -8,7 +8,7 @@ from collections.abc import Callable
 import typer
 
 from arriero import __version__
-from arriero.cli import advise, cluster, files, observe, plan, simulate, use
+from arriero.cli import advise, cluster, files, observe, plan, pull, simulate, use
 from arriero.cli.printing import print_error
 from scheduler.errors import ArrieroError
 
@@ -25,7 +25,7 @@ VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Service": (cluster.up, cluster.down, cluster.demo),
     "Look": (observe.ps, observe.gpus, observe.models, plan.plan, observe.events, observe.why),
     "Use": (use.run, use.chat, use.load, use.unload, use.pin),
-    "Files (no service needed)": (files.inspect, files.footprint, advise.advise, simulate.simulate),
+    "Files (no service needed)": (files.inspect, files.footprint, advise.advise, pull.pull, simulate.simulate),
 }
 for panel, verbs in VERBS.items():
     for verb in verbs:

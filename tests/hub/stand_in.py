@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -12,10 +13,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+COMMIT = "c" * 40
+
 
 class Hub:
     """`repos`: the folder of each. `asked`: every path, and the range that was wanted of it. `ranges` False: it does
-    not know of ranges, and gives whole files. `codes`: what it answers for repositories that it does not show."""
+    not know of ranges, and gives whole files. `codes`: what it answers for repositories that it does not show.
+    `cuts_at`: it closes the connection after so many bytes of a longer answer (0: never). `wrong`: files whose checksum
+    it tells wrongly."""
 
     def __init__(self, repos: dict[str, Path]) -> None:
         self.repos = repos
@@ -25,6 +30,14 @@ class Hub:
         self.ranges = True
         self.codes: dict[str, tuple[int, str]] = {}
         self.tokens: list[str] = []
+        self.cuts_at = 0
+        self.wrong: set[str] = set()
+
+    def sha256(self, file: Path) -> str:
+        """Large files have no content: theirs is made up."""
+        if file.name in self.wrong or file.stat().st_size > 2**28:
+            return "0" * 64
+        return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -34,6 +47,9 @@ def serving(hub: Hub) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.asked.append((path, self.headers.get("Range", "")))
@@ -42,7 +58,11 @@ def serving(hub: Hub) -> Iterator[str]:
                 self._list(*listed.groups())
             elif wanted := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 repo, _, name = wanted.groups()
-                self._answer(302, b"", {"Location": f"/files/{repo}/{name}"})  # as to where large files lie
+                elsewhere = f"http://localhost:{self.server.server_address[1]}"  # where large files lie
+                told = {"Location": f"{elsewhere}/files/{repo}/{name}", "X-Repo-Commit": COMMIT}
+                if (file := hub.repos[repo] / name).is_file():
+                    told |= {"X-Linked-Size": str(file.stat().st_size), "X-Linked-Etag": f'"{hub.sha256(file)}"'}
+                self._answer(302, b"", told)
             elif wanted := re.fullmatch(r"/files/([^/]+/[^/]+)/(.+)", path):
                 self._give(hub.repos[wanted[1]] / wanted[2])
             else:
@@ -58,16 +78,20 @@ def serving(hub: Hub) -> Iterator[str]:
                 folder = hub.repos[repo]
                 files = sorted(path for path in folder.rglob("*") if path.is_file())
                 sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-                listed = [{"type": "file", "path": path, "size": size, "oid": "0"} for path, size in sizes.items()]
+                listed = [
+                    {"type": "file", "path": path, "size": size, "oid": "0"}
+                    | {"lfs": {"oid": hub.sha256(folder / path), "size": size, "pointerSize": 0}}
+                    for path, size in sizes.items()
+                ]
                 self._answer(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
 
         def _give(self, path: Path) -> None:
             size = path.stat().st_size
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             if wanted is None or not hub.ranges:
-                self._answer(200, path.read_bytes(), {})
+                self._answer(200, b"" if self.command == "HEAD" else path.read_bytes(), {})
                 return
-            first, last = int(wanted[1]), min(int(wanted[2]), size - 1)
+            first, last = int(wanted[1]), min(int(wanted[2] or size), size - 1)
             with path.open("rb") as file:
                 file.seek(first)
                 body = file.read(last - first + 1)
@@ -75,11 +99,16 @@ def serving(hub: Hub) -> Iterator[str]:
 
         def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             hub.sent_bytes += len(body)
+            cut_at = hub.cuts_at if status in (200, 206) and 0 < hub.cuts_at < len(body) else 0
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            if cut_at:
+                self.wfile.write(body[:cut_at])
+                self.close_connection = True
+            elif self.command != "HEAD":
+                self.wfile.write(body)
 
         def log_message(self, *given: Any) -> None:
             pass
