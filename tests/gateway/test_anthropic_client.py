@@ -55,7 +55,7 @@ def test_a_message_whole_and_streamed(client: anthropic.Anthropic) -> None:
 def test_a_system_of_blocks_is_part_of_the_prompt(client: anthropic.Anthropic) -> None:
     blocks: Any = [{"type": "text", "text": "Be short."}, {"type": "text", "text": "Be kind."}]
     counts = [
-        client.messages.count_tokens(model=SAMPLE, messages=HELLO, thinking=PLAIN, **more).input_tokens  # type: ignore[arg-type]
+        client.messages.count_tokens(model=SAMPLE, messages=HELLO, thinking=PLAIN, **more).input_tokens
         for more in ({}, {"system": "Be short."}, {"system": blocks}, {"system": "Be short.\nBe kind."})
     ]
     assert counts[0] < counts[1] < counts[2] == counts[3]

@@ -77,6 +77,27 @@ def test_a_tool_is_called_whole_and_streamed(client: openai.OpenAI, choice: Any)
     assert "".join(deltas) == call.function.arguments
 
 
+def test_several_calls_are_told_apart(client: openai.OpenAI) -> None:
+    """What is biased to go on with a comma calls again and again, until its tokens are used up."""
+    asked = {**CALLS, "tools": [WEATHER], "logit_bias": {",": 2}, "max_completion_tokens": 150}
+    ids, names, arguments = {}, {}, {}
+    parts = list(client.chat.completions.create(**asked, parallel_tool_calls=True, stream=True))
+    for part in parts:
+        for delta in part.choices[0].delta.tool_calls or ():
+            assert delta.function is not None
+            if delta.id:
+                assert delta.index not in ids and delta.type == "function"
+                ids[delta.index], names[delta.index] = delta.id, delta.function.name
+            arguments[delta.index] = arguments.get(delta.index, "") + (delta.function.arguments or "")
+    assert list(ids) == list(range(len(ids))) and len(set(ids.values())) == len(ids) > 1
+    assert set(names.values()) == {"weather"} and parts[-1].choices[0].finish_reason == "length"
+    assert all(json.loads(arguments[index])["city"] in CITIES for index in range(len(ids) - 1))
+    whole = client.chat.completions.create(**asked, parallel_tool_calls=True).choices[0].message
+    assert [call.function.arguments for call in whole.tool_calls or () if call.type == "function"] == [
+        *arguments.values()
+    ]
+
+
 def test_the_result_of_a_tool_is_taken(client: openai.OpenAI) -> None:
     called = client.chat.completions.create(**CALLS, tool_choice="required").choices[0].message
     assert called.tool_calls

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from gateway_fakes import ANSWER, FakeBackend, Gate, all_of, connect, head_of, running, serve, web
+from gateway_fakes import ANSWER, PATIENCE_S, FakeBackend, Gate, all_of, connect, head_of, running, serve, web
 from spoken import ROUTES, Route
 
 from actors.gateway import limits
@@ -60,7 +60,7 @@ def test_silence_while_the_model_loads_is_bridged(impatient: str, backend: FakeB
             connection.settimeout(0.1)  # ten times the pulse
             with pytest.raises(TimeoutError):
                 connection.recv(1)
-            connection.settimeout(None)
+            connection.settimeout(PATIENCE_S)
         while not route.lines and received.count(OPENAI.waiting) < 2:
             received += connection.recv(65536)
         loading.open()
@@ -93,8 +93,7 @@ def test_a_load_that_fails_late_is_told(impatient: str, backend: FakeBackend, ro
         told = route.told(json.loads(body))
     else:
         assert received.startswith(b"HTTP/1.1 200")
-        pieces = route.pieces(unchunked(received))
-        told = route.error(pieces) if route.path != "/v1/responses" else route.told(pieces[0])
+        told = route.error(route.pieces(unchunked(received)))
     kind = "invalid_request_error" if route.path == "/v1/messages" else route.kind("impossible")
     assert told == (kind, "needs 80 GiB, the cluster has 24 GiB")
 
