@@ -152,6 +152,7 @@ def test_a_client_that_stops_reading_loses_its_slot(
         assert backend.wait_for("interrupted") == [("l1",)]
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_slowly_gets_all(
     url: str, backend: FakeBackend, route: Route, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,7 @@ def test_an_open_stream_is_told_that_the_gateway_goes(backend: FakeBackend, rout
     assert backend.wait_for("interrupted") == [("l1",)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("waiting", ["acquire", "generate"])
 def test_a_request_without_an_answer_yet_is_refused_when_the_gateway_goes(
@@ -198,6 +200,7 @@ def test_a_request_without_an_answer_yet_is_refused_when_the_gateway_goes(
         assert len(backend.wait_for("cancel")) == 1
 
 
+@pytest.mark.slow
 def test_a_finished_stream_gets_nothing_more(backend: FakeBackend, route: Route) -> None:
     with running(make_app(backend)) as (url, server), ask_and_keep(url, route) as connection:
         received = b""
