@@ -18,7 +18,7 @@ from actors.serving.protocol import GenerateRequest
 
 def anthropic_routes(relay: Relay, reader: Reader, pulse_s: float) -> APIRouter:
     """`/v1/messages`. While a stream waits for its first token, a comment goes out every `pulse_s` seconds."""
-    router = APIRouter(prefix="/v1/messages", include_in_schema=False)
+    router = APIRouter(prefix="/v1/messages", tags=["Anthropic"])
 
     @router.post("")
     async def messages(request: Request) -> Response:

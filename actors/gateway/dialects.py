@@ -25,6 +25,8 @@ _KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permi
           503: "overloaded_error"}  # fmt: skip
 """Anthropic's names of errors, by HTTP status; all others are api_error."""
 
+ANTHROPIC_KINDS = sorted({*_KINDS.values(), "api_error"})
+
 
 @dataclass(frozen=True, slots=True)
 class Dialect:

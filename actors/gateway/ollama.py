@@ -39,22 +39,26 @@ NEVER = "2318-01-01T00:00:00Z"  # as Ollama says it of a model that stays
 
 def ollama_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float) -> APIRouter:
     """`/api/*` and `/`."""
-    router = APIRouter(include_in_schema=False)
+    router = APIRouter(tags=["Ollama"])
 
-    @router.api_route("/", methods=["GET", "HEAD"])
+    @router.head("/", include_in_schema=False)
+    @router.get("/")
     async def root() -> Response:
         return PlainTextResponse("Ollama is running")  # what clients look for
 
-    @router.api_route("/api/version", methods=["GET", "HEAD"])
+    @router.head("/api/version", include_in_schema=False)
+    @router.get("/api/version")
     async def version() -> Response:
         return JSONResponse({"version": VERSION})
 
-    @router.api_route("/api/tags", methods=["GET", "HEAD"])
+    @router.head("/api/tags", include_in_schema=False)
+    @router.get("/api/tags")
     async def tags() -> Response:
         models = [_described(model) for model in await backend.models() if model.state != "invalid"]
         return JSONResponse({"models": models})
 
-    @router.api_route("/api/ps", methods=["GET", "HEAD"])
+    @router.head("/api/ps", include_in_schema=False)
+    @router.get("/api/ps")
     async def ps() -> Response:
         models = {model.name: model for model in await backend.models()}
         replicas = [replica for replica in (await backend.status()).replicas if replica.state == "ready"]
@@ -87,7 +91,7 @@ def ollama_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
         _, result = await embedded("ollama-embedding", request)
         return JSONResponse({"embedding": list(result.vectors[0])})
 
-    @router.api_route("/api/{order}", methods=["POST", "DELETE"])
+    @router.api_route("/api/{order}", methods=["POST", "DELETE"], include_in_schema=False)  # refused
     async def other(order: str) -> Response:
         if order in ("create", "copy", "push", "pull", "delete"):
             raise Rejected(f"{order}: Arriero serves the files that its catalogue names; change them there")

@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from actors.gateway.dialects import ANTHROPIC, ANTHROPIC_KINDS, OLLAMA, OPENAI, Dialect, dialect_of
 from actors.gateway.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -19,6 +20,7 @@ from actors.gateway.errors import (
     Unauthorized,
 )
 from actors.gateway.forms import FORMS
+from actors.gateway.ollama_requests import ModelName
 from actors.records import LoadRequest, PinRequest, UnloadRequest
 from scheduler.errors import (
     ArrieroError,
@@ -56,6 +58,13 @@ BODIES: Mapping[str, type[BaseModel]] = {
     "/detokenize": FORMS["detokenize"],
     "/apply-template": FORMS["apply-template"],
     "/v1/responses": FORMS["responses"],
+    "/v1/messages": FORMS["anthropic"],
+    "/v1/messages/count_tokens": FORMS["anthropic-count"],
+    "/api/chat": FORMS["ollama-chat"],
+    "/api/generate": FORMS["ollama-generate"],
+    "/api/embed": FORMS["ollama-embed"],
+    "/api/embeddings": FORMS["ollama-embedding"],
+    "/api/show": ModelName,
     "/api/v1/load": LoadRequest,
     "/api/v1/unload": UnloadRequest,
     "/api/v1/pin": PinRequest,
@@ -72,6 +81,13 @@ ERRORS_OF: Mapping[str, Errors] = {
     "/detokenize": OF_SLOTS,
     "/apply-template": OF_SLOTS,
     "/v1/responses": OF_SLOTS,
+    "/v1/messages": OF_SLOTS,
+    "/v1/messages/count_tokens": OF_SLOTS,
+    "/api/chat": OF_SLOTS,
+    "/api/generate": OF_SLOTS,
+    "/api/embed": OF_SLOTS,
+    "/api/embeddings": OF_SLOTS,
+    "/api/show": (UnknownModel,),
     "/api/v1/plan": OF_MODELS,
     "/api/v1/load": OF_SLOTS,
     "/api/v1/unload": OF_MODELS,
@@ -80,23 +96,55 @@ ERRORS_OF: Mapping[str, Errors] = {
 CLIENT_CLOSED_REQUEST = 499  # what proxies log for a client that left
 
 _REF = "#/components/schemas/{model}"
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
+_ERROR_SCHEMAS: Mapping[Dialect, tuple[str, dict[str, Any]]] = {
+    OPENAI: (
+        "Error",
+        {
             "type": "object",
-            "required": ["message", "type", "param", "code", "details"],
+            "required": ["error"],
             "properties": {
-                "message": {"type": "string", "description": "the cause, the numbers and the way out"},
-                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
-                "param": {"type": ["string", "null"], "description": "the field that is wrong"},
-                "code": {"type": "string", "description": "names the error, for programs"},
-                "details": {"type": "object", "description": "the numbers, for programs"},
+                "error": {
+                    "type": "object",
+                    "required": ["message", "type", "param", "code", "details"],
+                    "properties": {
+                        "message": {"type": "string", "description": "the cause, the numbers and the way out"},
+                        "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
+                        "param": {"type": ["string", "null"], "description": "the field that is wrong"},
+                        "code": {"type": "string", "description": "names the error, for programs"},
+                        "details": {"type": "object", "description": "the numbers, for programs"},
+                    },
+                }
             },
-        }
-    },
+        },
+    ),
+    ANTHROPIC: (
+        "AnthropicError",
+        {
+            "type": "object",
+            "required": ["type", "error"],
+            "properties": {
+                "type": {"const": "error"},
+                "error": {
+                    "type": "object",
+                    "required": ["type", "message"],
+                    "properties": {
+                        "type": {"enum": ANTHROPIC_KINDS},
+                        "message": {"type": "string", "description": "the cause, the numbers and the way out"},
+                    },
+                },
+            },
+        },
+    ),
+    OLLAMA: (
+        "OllamaError",
+        {
+            "type": "object",
+            "required": ["error"],
+            "properties": {"error": {"type": "string", "description": "the cause, the numbers and the way out"}},
+        },
+    ),
 }
+"""How each dialect tells an error: the name of the schema, and the schema."""
 
 
 def errors_of(path: str) -> Errors:
@@ -121,7 +169,7 @@ def _complete(made: dict[str, Any]) -> None:
     models = sorted(set(BODIES.values()), key=lambda model: model.__name__)
     _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
     schemas = made.setdefault("components", {}).setdefault("schemas", {})
-    schemas.update(definitions["$defs"], Error=_ERROR_SCHEMA)
+    schemas.update(definitions["$defs"], **dict(_ERROR_SCHEMAS.values()))
     for leftover in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is never sent
         schemas.pop(leftover, None)
     for path, methods in made["paths"].items():
@@ -131,10 +179,11 @@ def _complete(made: dict[str, Any]) -> None:
                 operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
             responses = operation["responses"]
             responses.pop("422", None)
+            error, _ = _ERROR_SCHEMAS[dialect_of(path)]
             for status, codes in _codes(errors_of(path)).items():
                 responses[str(status)] = {
                     "description": " or ".join(codes),
-                    "content": {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}},
+                    "content": {"application/json": {"schema": {"$ref": _REF.format(model=error)}}},
                 }
             responses[str(CLIENT_CLOSED_REQUEST)] = {"description": "the client has disconnected"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from gateway_fakes import FakeBackend, Stage, serve
@@ -26,3 +27,12 @@ def backend() -> Iterator[FakeBackend]:
 def url(stage: Stage, backend: FakeBackend) -> str:
     stage.backend = backend
     return stage.url
+
+
+@pytest.fixture(scope="session")
+def real_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The URL of a gateway over real models, and its backend: `real_models.Served`."""
+    from real_models import serving_models  # only where it is used: it loads llama.cpp
+
+    with serving_models(tmp_path_factory.mktemp("models")) as served:
+        yield served
