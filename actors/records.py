@@ -340,11 +340,13 @@ class Notice(Record):
 
 
 class Usage(Record):
-    """Tokens of one request; `cached_tokens` of the prompt were found in the slot's KV cache."""
+    """Tokens of one request; `cached_tokens` of the prompt were found in the slot's KV cache, and `reasoning_tokens` of
+    the completion are thoughts."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class Answer(Record):

@@ -21,6 +21,7 @@ from actors.serving.adapter_choice import chosen_adapters
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beats
 from actors.serving.child_memory import refuse_too_large
+from actors.serving.counted_text import CountedText
 from actors.serving.dialogue import prompt_too_long
 from actors.serving.draft import Draft, Text
 from actors.serving.generation import Generation, Wish
@@ -209,15 +210,17 @@ class Engine:
             sampler = self._model.sampler(sampling, prompt)
             unless_made.callback(sampler.close)
             parsed: ParsedAnswer | None = None
+            text = TextStream(stops := request.stop + prepared.stops)
             if prepared.syntax is not None:
-                parsed = ParsedAnswer(hearer, self._preparer.parsing(prepared.syntax, request.source))
+                text = counted = CountedText(stops)
+                parsed = ParsedAnswer(hearer, self._preparer.parsing(prepared.syntax, request.source), counted)
                 unless_made.callback(parsed.close)
             job = Generation(
                 request.lease_id,
                 prompt,
                 parsed or hearer,
                 sampler,
-                TextStream(request.stop + prepared.stops),
+                text,
                 wish,
                 constraint=prepared.constraint,
                 budget=budget,

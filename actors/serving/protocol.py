@@ -234,6 +234,7 @@ class Chunk:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the slot's KV cache
     completion_tokens: int = 0
+    reasoning_tokens: int = 0  # of the completion's; 0 where thoughts are not told apart
     pace: Pace | None = None  # how fast it went while no other answer was in the batch
     deltas: tuple[Delta, ...] | None = None
     likelihoods: tuple[Likelihood, ...] = ()
