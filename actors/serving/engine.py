@@ -35,6 +35,7 @@ from actors.serving.preparation import Errand, Prepared, Preparer
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec, Sampling
 from actors.serving.states import SavedState
 from actors.serving.text import TextStream
+from actors.serving.vector_sizes import refuse_cut
 from scheduler.errors import EngineFailed, Rejected
 
 Result = TypeVar("Result")
@@ -267,10 +268,8 @@ class Engine:
         if self._model.is_reranker != request.rerank:
             what = "has scores, not embeddings; use /v1/rerank" if self._model.is_reranker else "is no reranker"
             raise Rejected(f"{self._spec.model} {what}")
-        if request.dimensions is not None and request.dimensions > self._model.n_embd:
-            raise Rejected(
-                f"dimensions is {request.dimensions}; vectors of {self._spec.model} have {self._model.n_embd}"
-            )
+        if request.dimensions is not None:
+            refuse_cut(self._spec, self._model.n_embd, request.dimensions)
         if not self._spec.context.embeddings:  # its context has no room for them
             raise Rejected(f"{self._spec.model} is not loaded for embeddings; set embeddings: true for it")
         texts = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand).prompts

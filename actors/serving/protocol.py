@@ -12,6 +12,7 @@ from actors.endpoint import Endpoint
 from scheduler.cluster.replica import Placement
 from scheduler.costs.paces import Pace
 from scheduler.costs.params import MOST_DRAFTED, ContextParams, DeviceBytes, DeviceKind, HostBytes
+from scheduler.entry_parts import VectorSizes
 from scheduler.events import FailureKind
 
 FinishReason = Literal["stop", "length"]
@@ -74,6 +75,7 @@ class LoadSpec:
     mmproj: str = ""  # the projector's path; empty: none
     mmproj_on_device: bool = False  # whether it lies on the first of the devices; else in host RAM
     draft: LoadDraft = NO_DRAFT
+    matryoshka_dimensions: VectorSizes = ()  # that its embeddings may be cut to
 
 
 @dataclass(frozen=True, slots=True)

@@ -299,11 +299,26 @@ def test_a_projector_is_no_overhead_of_the_card() -> None:
         ({"adapters": {"a": {"scale": 1}}}, "models.ant.adapters.a.path: Field required"),
         ({"adapters": {"a": ""}}, "at least 1 character"),
         ({"mmproj": ""}, "at least 1 character"),
+        ({"matryoshka_dimensions": []}, "at least 1 item"),
+        ({"matryoshka_dimensions": [64, 0]}, "greater than or equal to 1"),
+        ({"matryoshka_dimensions": 64}, "should be 'any'"),
     ],
 )
 def test_wrong_companions_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(Rejected, match=words):
         parse_catalogue(entry(**given))
+
+
+@pytest.mark.parametrize(("given", "told"), [([64, 32], (64, 32)), ("any", "any"), (None, ())])
+def test_the_runner_is_told_what_the_catalogue_says_of_the_model(given: Any, told: Any) -> None:
+    said = {"chat_template": "{{ messages }}", "matryoshka_dimensions": given}
+    s = Scenario([gpu("8GiB")], {"ant": SMALL}, catalogue=entry(**said))
+    s.ask("ant")
+    (start,) = s.started
+    assert (start.chat_template, start.matryoshka_dimensions) == ("{{ messages }}", told)
+    unnamed = Scenario([gpu("8GiB")], {"ant": SMALL})
+    unnamed.ask("ant")
+    assert (unnamed.started[0].chat_template, unnamed.started[0].matryoshka_dimensions) == ("", ())
 
 
 def test_a_catalogue_that_was_parsed_can_be_parsed_again() -> None:
