@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from actors.devices.cores import Cores
 from actors.serving.adapter_choice import chosen_adapters
+from actors.serving.batch import longest_text
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beats
 from actors.serving.child_memory import refuse_too_large
@@ -273,7 +274,7 @@ class Engine:
         if not self._spec.context.embeddings:  # its context has no room for them
             raise Rejected(f"{self._spec.model} is not loaded for embeddings; set embeddings: true for it")
         texts = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand).prompts
-        limit = self._model.n_ubatch if self._model.is_pooled else self.n_ctx_per_slot
+        limit = longest_text(self._model, self.n_ctx_per_slot)
         for index, text in enumerate(texts):
             if len(text) > limit:
                 raise Rejected(f"input {index} is {len(text)} tokens; at most {limit} can be embedded at once")
