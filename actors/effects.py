@@ -219,8 +219,7 @@ class Effects:
             raise Unavailable(f"its node left the cluster before {command.model} was loaded")
         devices = []
         for device_id, need in zip(placement.device_ids, placement.device_bytes, strict=True):
-            device = self._inventory.device(device_id)
-            if device is None:
+            if (device := self._inventory.device(device_id)) is None:
                 raise Unavailable(f"device {device_id} left the cluster before {command.model} was loaded")
             facts = device.facts
             devices.append(LoadDevice(device_id, facts.kind, need, facts.state_path, facts.total_bytes))
@@ -243,6 +242,7 @@ class Effects:
             adapters=tuple(LoadAdapter(*adapter) for adapter in command.adapters),
             mmproj=command.mmproj,
             mmproj_on_device=placement.mmproj_on_device,
+            matryoshka_dimensions=command.matryoshka_dimensions,
             draft=LoadDraft(*command.draft, on_device=is_on_device(placement.layout)),
         )
 

@@ -73,6 +73,15 @@ class LayoutShare(Record):
     bytes: int
 
 
+class ProjectorShare(Record):
+    """Where the projector of a model is, and the bytes it takes there, which are a part of that device's share.
+    `device`: a label, "host" for host RAM. `path`: on that machine."""
+
+    path: str
+    device: str
+    bytes: int
+
+
 class ReplicaStatus(Record):
     """One loaded (or loading) copy of a model. `n_ctx` is per slot; `loading` is 0..1 while it loads.
 
@@ -85,6 +94,7 @@ class ReplicaStatus(Record):
     state: str
     node: str
     layout: list[LayoutShare] = Field(default_factory=list)
+    projector: ProjectorShare | None = None
     n_gpu_layers: int
     experts_on_host: bool = False
     n_ctx: int
@@ -264,6 +274,7 @@ class Plan(Record):
     node: str | None = None
     shares: list[PlanShare] = Field(default_factory=list)
     draft: PlanDraft | None = None
+    projector: ProjectorShare | None = None
     victims: list[PlanVictim] = Field(default_factory=list)
     n_ctx: int | None = None
     n_threads: int | None = None
@@ -340,11 +351,13 @@ class Notice(Record):
 
 
 class Usage(Record):
-    """Tokens of one request; `cached_tokens` of the prompt were found in the slot's KV cache."""
+    """Tokens of one request; `cached_tokens` of the prompt were found in the slot's KV cache, and `reasoning_tokens` of
+    the completion are thoughts."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class Answer(Record):

@@ -98,6 +98,7 @@ def plan(core: SchedulerCore, model: str, found: Preview, now: float) -> records
             node=_hostname(core, replica.placement),
             n_ctx=replica.n_ctx,
             n_threads=_threads(core, replica.placement),
+            projector=_projector(core, model, replica.placement),
             speed=_speed(core, model, replica.placement),
             reasons=[
                 f"{replica.replica_id} is {replica.state.value}, "
@@ -190,6 +191,7 @@ def _choice_plan(core: SchedulerCore, model: str, found: Preview, choice: Choice
         node=_hostname(core, placement) if placement else None,
         shares=shares,
         draft=_draft(core, model, placement) if placement else None,
+        projector=_projector(core, model, placement) if placement else None,
         victims=[
             records.PlanVictim(
                 replica_id=victim.replica_id,
@@ -222,6 +224,19 @@ def _draft(core: SchedulerCore, name: str, placement: Placement) -> records.Plan
     labels = [_label(core, device_id) for device_id in placement.device_ids]
     found = dict(zip(labels, (device.total_bytes for device in taken.devices), strict=True))
     return records.PlanDraft(path=copy.companions.draft_path, bytes=found | {HOST: taken.host.total_bytes})
+
+
+def _projector(core: SchedulerCore, name: str, placement: Placement) -> records.ProjectorShare | None:
+    """Where the model's projector is, or would be. No path: the file has left since."""
+    if not placement.mmproj_bytes:
+        return None
+    model = core.models.by_name.get(name)
+    copy = model.copies.get(placement.node_id) if model else None
+    return records.ProjectorShare(
+        path=copy.companions.mmproj_path if copy else "",
+        device=_label(core, placement.device_ids[0]) if placement.mmproj_on_device else HOST,
+        bytes=placement.mmproj_bytes,
+    )
 
 
 def _threads(core: SchedulerCore, placement: Placement) -> int:
@@ -282,6 +297,7 @@ def _replica(
         state="draining" if ready and not replica.open else replica.state.value,
         node=_hostname(core, replica.placement),
         layout=_layout(core, replica.placement),
+        projector=_projector(core, replica.model, replica.placement),
         n_gpu_layers=replica.placement.layout.n_gpu_layers,
         experts_on_host=replica.placement.layout.spills_experts,
         n_ctx=replica.n_ctx,

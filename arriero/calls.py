@@ -230,6 +230,7 @@ def _usage(wire: Mapping[str, Any]) -> Usage:
         prompt_tokens=wire["prompt_tokens"],
         cached_tokens=(wire.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
         completion_tokens=wire.get("completion_tokens", 0),
+        reasoning_tokens=(wire.get("completion_tokens_details") or {}).get("reasoning_tokens", 0),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Union
 from scheduler.cluster.replica import Placement
 from scheduler.costs.measurements import Record
 from scheduler.costs.params import MOST_DRAFTED
+from scheduler.entry_parts import VectorSizes
 from scheduler.errors import ArrieroError
 from scheduler.units import LeaseId, NodeId, ReplicaId, RequestId
 
@@ -31,6 +32,7 @@ class StartReplica:
     chat_template: str = ""  # in place of the file's
     adapters: tuple[tuple[str, str, float], ...] = ()  # name, path and scale of each
     mmproj: str = ""
+    matryoshka_dimensions: VectorSizes = ()  # that its embeddings may be cut to
     draft: tuple[str, int, float] = ("", MOST_DRAFTED, 0.0)  # path, tokens at once, and how likely they must be
 
 

@@ -12,37 +12,22 @@ import re
 from math import isqrt
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from scheduler.entry_parts import AdapterEntry, Alternative, CacheType, Strict, VectorSizes
 from scheduler.errors import Rejected
 from scheduler.server import Server
 from scheduler.units import GIB, MIB, parse_bytes
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0, json_schema_extra={"type": ["integer", "string"]})]
-CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 Slots = Annotated[int, Field(ge=1, le=64)] | Literal["auto"]
 Context = Annotated[int, Field(ge=256)] | Literal["auto"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}")
 NO_MMPROJ = "none"
-MOST_SCALE = 16.0
-"""Of an adapter, either sign. At 16 two small models still wrote sentences, at 64 no word. And a number that overflows
-would stay in the cache and spoil the answers of others."""
 MOST_IMAGE_TOKENS = 2**14
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Alternative(_Strict):
-    """Other parameters to load a model with. Missing keys are as in the model's entry."""
-
-    n_ctx: int | None = Field(None, ge=256, description="context of all slots together")
-    type_k: CacheType | None = Field(None, description="type of the K cache")
-    type_v: CacheType | None = Field(None, description="type of the V cache")
-
-
-class ModelParams(_Strict):
+class ModelParams(Strict):
     """How models are loaded; llama.cpp's names and meanings. Given under `defaults` and, to override, per model."""
 
     n_ctx: Context | None = Field(
@@ -125,22 +110,6 @@ class ModelParams(_Strict):
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-class AdapterEntry(_Strict):
-    """A LoRA adapter of a model; a text is its path."""
-
-    model_config = ConfigDict(json_schema_extra={"type": ["object", "string"]})
-
-    path: str = Field(min_length=1, description="GGUF file or glob on the nodes")
-    scale: float = Field(
-        1.0, ge=-MOST_SCALE, le=MOST_SCALE, description="strength of the adapter if a request names no adapters"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, value: object) -> object:
-        return {"path": value} if isinstance(value, str) else value
-
-
 class ModelEntry(ModelParams):
     """One model of the catalogue."""
 
@@ -164,6 +133,11 @@ class ModelEntry(ModelParams):
         le=MOST_IMAGE_TOKENS,
         description="maximum number of tokens of a picture, rounded down to a square number: larger ones are made "
         "smaller; none: those of the projector's warm-up image",
+    )
+    matryoshka_dimensions: VectorSizes | None = Field(
+        None,
+        description="numbers of dimensions that embeddings may be cut to, for a model trained for it (Matryoshka): a "
+        "list, or any; none: they are not cut",
     )
     model_draft: str | None = Field(
         None, min_length=1, description="draft model for speculative decoding: GGUF file or glob on the nodes"
@@ -207,7 +181,7 @@ class ModelEntry(ModelParams):
         return (*(adapter.path for adapter in self.adapters.values()), *named, *draft)
 
 
-class Policy(_Strict):
+class Policy(Strict):
     """How the scheduler decides."""
 
     max_active_models: int | None = Field(
@@ -281,7 +255,7 @@ class Policy(_Strict):
     gpu_claim: float = Field(1.0, ge=0, le=1, description="share of Ray's num_gpus that each GPU actor claims")
 
 
-class Reserves(_Strict):
+class Reserves(Strict):
     """Memory that is never given to models."""
 
     host_bytes: Bytes = Field(2 * GIB, description="host RAM kept free on each node, beyond what other programs use")
@@ -300,7 +274,7 @@ class Reserves(_Strict):
     )
 
 
-class Catalogue(_Strict):
+class Catalogue(Strict):
     """The whole file."""
 
     model_paths: tuple[str, ...] = Field((), description="directories, files or globs of GGUF models on the nodes")

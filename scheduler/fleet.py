@@ -140,7 +140,7 @@ class Fleet:
         model = self._models.by_name.get(replica.model)
         params = self._models.params(model) if model else self._catalogue.defaults
         copy = model.copies.get(replica.placement.node_id) if model else None
-        named = model.entry.adapters if model and model.entry else {}
+        entry = model.entry if model else None
         files = copy.files if copy else Files(replica.path)
         self._out.post(
             cmd.StartReplica(
@@ -154,9 +154,12 @@ class Fleet:
                 chat_template=params.chat_template or "",
                 adapters=tuple(
                     (name, path, adapter.scale)
-                    for (name, adapter), path in zip(named.items(), files.adapters, strict=False)
+                    for (name, adapter), path in zip(
+                        entry.adapters.items() if entry else (), files.adapters, strict=False
+                    )
                 ),
                 mmproj=files.mmproj if replica.placement.mmproj_bytes else "",
+                matryoshka_dimensions=(entry.matryoshka_dimensions if entry else None) or (),
                 draft=(
                     files.draft if replica.placement.context.spec_type == "draft-simple" else "",
                     most_drafted(

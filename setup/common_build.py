@@ -34,6 +34,12 @@ def install(python: Path, requirements: Path, log: Path) -> None:
         raise SetupFailed(f"llama_cpp cannot be imported: {where.stderr.strip()[-400:]}")
     libraries = Path(where.stdout.strip())
     environment = build_environment(python, CPU)
+    for tool in ("cmake", "ninja"):
+        if shutil.which(tool, path=environment["PATH"]) is None:
+            raise SetupFailed(
+                f"There is no {tool} in {python.parent}, where the pinned packages put it, or on PATH. Make the "
+                "environment anew: make clean, and then make setup"
+            )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = _unpacked(python, requirements, folder, log, environment)

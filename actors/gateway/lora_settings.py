@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.records import MAX_NAME_LENGTH
-from scheduler.config import MOST_SCALE
+from scheduler.entry_parts import MOST_SCALE
 
 MAX_ADAPTERS = 256  # named in a request
 _LARGEST_ID = 2**31 - 1

@@ -211,3 +211,10 @@ def take_vectors(parts: Sequence[TextPart], vectors: Any, slots: Slots, *, poole
 def embed_step(model: Model) -> int:
     """Tokens per embedding turn."""
     return embedding_rows(4 * (model.n_vocab + model.n_embd), model.n_ubatch)
+
+
+def longest_text(model: Model, n_ctx: int) -> int:
+    """Tokens of a text that can be embedded, in a slot of `n_ctx`."""
+    if model.is_pooled:
+        return model.n_ubatch
+    return embed_step(model) if model.reads_whole else n_ctx

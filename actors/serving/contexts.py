@@ -33,6 +33,15 @@ def context_params(context: ContextParams, n_threads: int) -> Any:
     return params
 
 
+def looks_ahead(model: Any) -> bool:
+    """Whether the model's file says that tokens know later ones. Then a text must be in one batch."""
+    value = ctypes.create_string_buffer(16)
+    for key in (b"general.architecture", b"%s.attention.causal"):
+        if llama_cpp.llama_model_meta_val_str(model, key.replace(b"%s", value.value), value, len(value)) < 0:
+            return False
+    return value.value == b"false"
+
+
 def stop_at(context: Any, flag: Any) -> None:
     """Decodes of this context on the CPU stop while `flag` is no empty text.
 

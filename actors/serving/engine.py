@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 
 from actors.devices.cores import Cores
 from actors.serving.adapter_choice import chosen_adapters
+from actors.serving.batch import longest_text
 from actors.serving.batcher import Batcher
 from actors.serving.beat import Beats
 from actors.serving.child_memory import refuse_too_large
+from actors.serving.counted_text import CountedText
 from actors.serving.dialogue import prompt_too_long
 from actors.serving.draft import Draft, Text
 from actors.serving.generation import Generation, Wish
@@ -34,6 +36,7 @@ from actors.serving.preparation import Errand, Prepared, Preparer
 from actors.serving.protocol import BufferSizes, Chunk, EmbedRequest, GenerateRequest, LoadSpec, Sampling
 from actors.serving.states import SavedState
 from actors.serving.text import TextStream
+from actors.serving.vector_sizes import refuse_cut
 from scheduler.errors import EngineFailed, Rejected
 
 Result = TypeVar("Result")
@@ -212,15 +215,17 @@ class Engine:
             sampler = self._model.sampler(sampling, prompt)
             unless_made.callback(sampler.close)
             parsed: ParsedAnswer | None = None
+            text = TextStream(request.stop, prepared.stops)
             if prepared.syntax is not None:
-                parsed = ParsedAnswer(hearer, self._preparer.parsing(prepared.syntax, request.source))
+                text = counted = CountedText(request.stop, prepared.stops)
+                parsed = ParsedAnswer(hearer, self._preparer.parsing(prepared.syntax, request.source), counted)
                 unless_made.callback(parsed.close)
             job = Generation(
                 request.lease_id,
                 prompt,
                 parsed or hearer,
                 sampler,
-                TextStream(request.stop, prepared.stops),
+                text,
                 wish,
                 constraint=prepared.constraint,
                 budget=budget,
@@ -267,14 +272,12 @@ class Engine:
         if self._model.is_reranker != request.rerank:
             what = "has scores, not embeddings; use /v1/rerank" if self._model.is_reranker else "is no reranker"
             raise Rejected(f"{self._spec.model} {what}")
-        if request.dimensions is not None and request.dimensions > self._model.n_embd:
-            raise Rejected(
-                f"dimensions is {request.dimensions}; vectors of {self._spec.model} have {self._model.n_embd}"
-            )
+        if request.dimensions is not None:
+            refuse_cut(self._spec, self._model.n_embd, request.dimensions)
         if not self._spec.context.embeddings:  # its context has no room for them
             raise Rejected(f"{self._spec.model} is not loaded for embeddings; set embeddings: true for it")
         texts = self._preparer.prepare(request.content, self.n_ctx_per_slot, errand).prompts
-        limit = self._model.n_ubatch if self._model.is_pooled else self.n_ctx_per_slot
+        limit = longest_text(self._model, self.n_ctx_per_slot)
         for index, text in enumerate(texts):
             if len(text) > limit:
                 raise Rejected(f"input {index} is {len(text)} tokens; at most {limit} can be embedded at once")

@@ -164,7 +164,7 @@ class Together:
         self._per_prompt = per_prompt
         self._lock = Lock()  # parsed answers speak in threads of their own
         self._left = self._open = count
-        self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._completion_tokens = self._reasoning_tokens = 0
         self._error: BaseException | None = None
         self.give_up: Callable[[], object] = lambda: None
 
@@ -184,11 +184,13 @@ class Together:
                     self._prompt_tokens += chunk.prompt_tokens
                     self._cached_tokens += chunk.cached_tokens
                 self._completion_tokens += chunk.completion_tokens
+                self._reasoning_tokens += chunk.reasoning_tokens
                 chunk = replace(
                     chunk,
                     prompt_tokens=self._prompt_tokens,
                     cached_tokens=self._cached_tokens,
                     completion_tokens=self._completion_tokens,
+                    reasoning_tokens=self._reasoning_tokens,
                     pace=None,
                     timings=None,
                 )

@@ -34,6 +34,7 @@ class Model(Protocol):
     bos: int  # the token that begins every text; -1 where there is none
     n_outputs: int  # rows of a batch that may want logits
     is_pooled: bool
+    reads_whole: bool  # a text must be in one batch: a token knows those behind it, or there is no memory
     keeps_states: bool  # a sequence cannot be cut everywhere (`cut`), but it can be set back (`load_state`)
     copies_states: (
         bool  # what cannot be cut can be taken back after a batch that is computed in one piece (`in_pieces`)

@@ -21,7 +21,7 @@ from llama_cpp._internals import LlamaBatch
 
 from actors.serving.breakdown import checked_breakdown, without_weights
 from actors.serving.buffers import footprint_of, parse_buffers, reserved_anew
-from actors.serving.contexts import context_params, stop_at
+from actors.serving.contexts import context_params, looks_ahead, stop_at
 from actors.serving.ggml import BufferOverride, find_devices, ggml_function
 from actors.serving.journal import LogLine, llama_log
 from actors.serving.load_errors import load_failed
@@ -188,6 +188,7 @@ class NativeModel(Sequences):
         self.shares_cells: bool = self._unified and bool(self._memory) and not self._window and not has_states
         pooling = llama_cpp.llama_pooling_type(self._context)
         self.is_pooled: bool = pooling != llama_cpp.LLAMA_POOLING_TYPE_NONE
+        self.reads_whole: bool = not self._memory or looks_ahead(self._model)
         self.is_reranker: bool = pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK
         if self.is_reranker:
             self.n_embd = llama_cpp.llama_model_n_cls_out(self._model)

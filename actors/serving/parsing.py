@@ -15,8 +15,9 @@ from threading import Thread
 from typing import Literal
 
 from actors.serving.conversation import Parsing
+from actors.serving.counted_text import CountedText
 from actors.serving.jobs import Hearer
-from actors.serving.protocol import Chunk, Likelihood
+from actors.serving.protocol import Chunk, Delta, Likelihood
 from scheduler.errors import ArrieroError, EngineFailed
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,13 @@ class ParsedAnswer:
     `give_up`: called when the text cannot be parsed any more, to end the generation.
     """
 
-    def __init__(self, hearer: Hearer[Chunk], parsing: Parsing) -> None:
+    def __init__(self, hearer: Hearer[Chunk], parsing: Parsing, text: CountedText) -> None:
+        """`text`: what the answer's tokens are pushed into, to count those of thoughts."""
         self._hearer = hearer
         self._parsing = parsing
+        self._text = text
+        self._thoughts: list[list[str]] = []  # parts of the answer, each in pieces
+        self._thinks = False
         self._heard: SimpleQueue[Chunk | End] = SimpleQueue()
         self._likelihoods: list[Likelihood] = []  # of text that has not been told
         self._begun = self._closed = False
@@ -116,7 +121,20 @@ class ParsedAnswer:
         self._likelihoods += (each for chunk in chunks for each in chunk.likelihoods)
         last = chunks[-1]
         deltas = self._parsing.feed(text, last=last.finish_reason)
+        self._note_thoughts(deltas)
+        if last.finish_reason is not None:
+            last = replace(last, reasoning_tokens=self._text.tokens_of(map("".join, self._thoughts)))
         if deltas or last.finish_reason is not None or len(self._likelihoods) >= MOST_HELD:
             self._hearer.say(replace(last, text=text, deltas=deltas, likelihoods=tuple(self._likelihoods)))
             self._hearer.flush()
             self._likelihoods.clear()
+
+    def _note_thoughts(self, deltas: tuple[Delta, ...]) -> None:
+        for delta in deltas:
+            if delta.reasoning:
+                if not self._thinks:
+                    self._thoughts.append([])
+                self._thoughts[-1].append(delta.reasoning)
+                self._thinks = True
+            if delta.content or delta.tool is not None:
+                self._thinks = False

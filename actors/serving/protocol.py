@@ -12,6 +12,7 @@ from actors.endpoint import Endpoint
 from scheduler.cluster.replica import Placement
 from scheduler.costs.paces import Pace
 from scheduler.costs.params import MOST_DRAFTED, ContextParams, DeviceBytes, DeviceKind, HostBytes
+from scheduler.entry_parts import VectorSizes
 from scheduler.events import FailureKind
 
 FinishReason = Literal["stop", "length"]
@@ -74,6 +75,7 @@ class LoadSpec:
     mmproj: str = ""  # the projector's path; empty: none
     mmproj_on_device: bool = False  # whether it lies on the first of the devices; else in host RAM
     draft: LoadDraft = NO_DRAFT
+    matryoshka_dimensions: VectorSizes = ()  # that its embeddings may be cut to
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +236,7 @@ class Chunk:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the slot's KV cache
     completion_tokens: int = 0
+    reasoning_tokens: int = 0  # of the completion's; 0 where thoughts are not told apart
     pace: Pace | None = None  # how fast it went while no other answer was in the batch
     deltas: tuple[Delta, ...] | None = None
     likelihoods: tuple[Likelihood, ...] = ()

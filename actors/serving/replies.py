@@ -264,4 +264,5 @@ def _usage(last: Chunk) -> dict[str, Any]:
         "completion_tokens": last.completion_tokens,
         "total_tokens": last.prompt_tokens + last.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": last.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": last.reasoning_tokens},
     }

@@ -215,11 +215,11 @@ def _response(
 
 
 def _usage(last: Chunk) -> dict[str, Any]:
-    """Tokens of thoughts are among the others; nobody counts them apart."""
+    """Tokens of thoughts are among the others, too."""
     return {
         "input_tokens": last.prompt_tokens,
         "input_tokens_details": {"cached_tokens": last.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": last.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": last.reasoning_tokens},
         "total_tokens": last.prompt_tokens + last.completion_tokens,
     }

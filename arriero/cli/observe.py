@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from arriero.api import GpuStatus, Notice, ReplicaStatus
+from arriero.api import GpuStatus, Notice, ProjectorShare, ReplicaStatus
 from arriero.cli.printing import AsJson, console, print_json, styled
 from arriero.cli.service import Url, client
 from scheduler.errors import UnknownModel
@@ -152,13 +152,22 @@ def print_notice(notice: Notice) -> None:
 
 
 def where(replica: ReplicaStatus) -> str:
-    """ "7 layers on gpu0, 3 in host RAM" """
+    """ "7 layers on gpu0, 3 in host RAM, projector on gpu0" """
     shares = [
         f"{share.layers} in host RAM" if share.device == "host" else f"{share.layers} layers on {share.device}"
         for share in replica.layout
         if share.layers
     ]
-    return ", ".join(shares) + (", experts in host RAM" if replica.experts_on_host else "")
+    if replica.experts_on_host:
+        shares.append("experts in host RAM")
+    if replica.projector:
+        shares.append(f"projector {place_of(replica.projector)}")
+    return ", ".join(shares)
+
+
+def place_of(projector: ProjectorShare) -> str:
+    """ "on gpu0" or "in host RAM" """
+    return "in host RAM" if projector.device == "host" else f"on {projector.device}"
 
 
 def _gpu_figures(gpu: GpuStatus) -> dict[str, str]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from actors.hub import is_on_a_hub
 from arriero.api import Plan, PlanOption, PlanSpeed
 from arriero.cli.files import Draft, Lora, Mmproj, Mtp
+from arriero.cli.observe import place_of
 from arriero.cli.price_table import PricedRow, price_table
 from arriero.cli.printing import AsJson, console, print_json, styled
 from arriero.cli.service import Url, client
@@ -136,6 +137,10 @@ def print_plan(found: Plan) -> None:
     if found.draft:
         parts = [f"{format_bytes(count)} on {device}" for device, count in found.draft.bytes.items() if count]
         console.print(styled("of that, the draft {} takes {}", found.draft.path, ", ".join(parts)), soft_wrap=True)
+    if found.projector:
+        file, count = found.projector.path, format_bytes(found.projector.bytes)
+        head = "of that, the projector" if found.shares else "its projector"
+        console.print(styled("{} {} takes {} {}", head, file, count, place_of(found.projector)), soft_wrap=True)
     if found.speed:
         print_speed(found.speed)
     for victim in found.victims:

@@ -12,6 +12,7 @@ import pickle
 import random
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -524,6 +525,23 @@ def test_a_load_that_takes_too_long_has_failed() -> None:
 
     [failed] = [event for event in perform(start_without_a_spare, late).told if isinstance(event, ev.ReplicaFailed)]
     assert failed.kind == "failed" and "60 s" in failed.message
+
+
+def test_what_the_catalogue_says_of_a_model_reaches_its_runner() -> None:
+    order = replace(START, chat_template="{{ messages }}", mmproj="/m/eyes.gguf", matryoshka_dimensions=(64, 32))
+
+    specs = []
+
+    def look(stage: Stage, step: int, actor: Actor | None) -> Outcome:
+        if stage.ray.steps[step] == "runner.load answers" and actor is not None:
+            specs.append(actor.inside.describe().spec)
+        return None
+
+    perform(lambda stage: stage.carry_out(order), look)
+    (spec,) = specs
+    assert (spec.chat_template, spec.mmproj, spec.matryoshka_dimensions) == (
+        order.chat_template, order.mmproj, order.matryoshka_dimensions,
+    )  # fmt: skip
 
 
 def test_conversations_are_saved_before_the_end_and_only_where_that_is_asked() -> None:

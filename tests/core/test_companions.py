@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 from scenario import MEDIUM, SMALL, Scenario, gpu, shape
 
+from actors.records import ProjectorShare
+from actors.views import plan, status
+from arriero.cli.observe import where
+from arriero.cli.plan import print_plan
 from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.cluster.companion_files import NodeFiles, companions_of
@@ -222,6 +226,34 @@ def test_without_a_card_the_projector_lies_in_host_ram() -> None:
     assert booked - plain.core.ledger.amount(plain.started[0].replica_id, account) == 500 * MIB
 
 
+@pytest.mark.parametrize(("cards", "place"), [(["2GiB"], "gpu0"), ([], "host")])
+def test_plans_and_the_status_say_where_the_projector_is(
+    cards: list[str], place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s, plain = (
+        Scenario([gpu(size) for size in cards], {"ant": SMALL}, companions=companions)
+        for companions in ({EYES: projector()}, {})
+    )
+    expected = ProjectorShare(path=EYES, device=place, bytes=500 * MIB)
+    said = "in host RAM" if place == "host" else "on gpu0"
+    before = plan(s.core, "ant", s.core.plan("ant", None, s.now), s.now)
+    assert (before.verdict, before.projector) == ("free", expected)
+    (share,) = [each for each in before.shares if each.device == place]
+    assert share.bytes > expected.bytes
+    print_plan(before)
+    assert f"of that, the projector {EYES} takes 500.0 MiB {said}" in capsys.readouterr().out
+    for each in (s, plain):
+        each.ask("ant")
+    after = plan(s.core, "ant", s.core.plan("ant", None, s.now), s.now)
+    assert (after.verdict, after.projector) == ("ready", expected)
+    print_plan(after)
+    assert f"its projector {EYES} takes 500.0 MiB {said}" in capsys.readouterr().out
+    replicas = [status(each.core, "1", each.now, 0.0, 0, lambda _: None).replicas[0] for each in (s, plain)]
+    assert [replica.projector for replica in replicas] == [expected, None]
+    assert where(replicas[0]).endswith(f", projector {said}") and "projector" not in where(replicas[1])
+    assert plan(plain.core, "ant", plain.core.plan("ant", None, plain.now), plain.now).projector is None
+
+
 def test_what_was_measured_is_not_that_of_another_company() -> None:
     plain = shape(*SMALL)
     shapes = [
@@ -267,11 +299,26 @@ def test_a_projector_is_no_overhead_of_the_card() -> None:
         ({"adapters": {"a": {"scale": 1}}}, "models.ant.adapters.a.path: Field required"),
         ({"adapters": {"a": ""}}, "at least 1 character"),
         ({"mmproj": ""}, "at least 1 character"),
+        ({"matryoshka_dimensions": []}, "at least 1 item"),
+        ({"matryoshka_dimensions": [64, 0]}, "greater than or equal to 1"),
+        ({"matryoshka_dimensions": 64}, "should be 'any'"),
     ],
 )
 def test_wrong_companions_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(Rejected, match=words):
         parse_catalogue(entry(**given))
+
+
+@pytest.mark.parametrize(("given", "told"), [([64, 32], (64, 32)), ("any", "any"), (None, ())])
+def test_the_runner_is_told_what_the_catalogue_says_of_the_model(given: Any, told: Any) -> None:
+    said = {"chat_template": "{{ messages }}", "matryoshka_dimensions": given}
+    s = Scenario([gpu("8GiB")], {"ant": SMALL}, catalogue=entry(**said))
+    s.ask("ant")
+    (start,) = s.started
+    assert (start.chat_template, start.matryoshka_dimensions) == ("{{ messages }}", told)
+    unnamed = Scenario([gpu("8GiB")], {"ant": SMALL})
+    unnamed.ask("ant")
+    assert (unnamed.started[0].chat_template, unnamed.started[0].matryoshka_dimensions) == ("", ())
 
 
 def test_a_catalogue_that_was_parsed_can_be_parsed_again() -> None:

@@ -59,14 +59,16 @@ def test_chat_with_messages(client: Client, backend: FakeBackend) -> None:
 
 def test_thoughts_and_calls_are_apart_from_the_text(client: Client, backend: FakeBackend) -> None:
     deltas = (Delta(reasoning="Hm. "), Delta(reasoning="Yes."), Delta(content="Hello"))
-    answer = (*(Chunk("", deltas=(delta,)) for delta in deltas), Chunk("", "stop", 1, 0, 3, deltas=()))
+    answer = (*(Chunk("", deltas=(delta,)) for delta in deltas), Chunk("", "stop", 1, 0, 3, 2, deltas=()))
     call = (Chunk("", deltas=(Delta(tool=0, name="weather", arguments="{}"),)), Chunk("", "stop", 1, 0, 3, deltas=()))
     backend.answers += [answer, answer, call]
     whole = client.chat(MODEL, "Hi")
     assert (whole.text, whole.reasoning, whole.tool_calls) == ("Hello", "Hm. Yes.", [])
+    assert (whole.usage.completion_tokens, whole.usage.reasoning_tokens) == (3, 2)
     with client.chat(MODEL, "Hi", stream=True) as stream:
         assert [piece for piece in stream if piece] == ["Hello"]
     assert (stream.text, stream.reasoning) == ("Hello", "Hm. Yes.")
+    assert stream.usage is not None and stream.usage.reasoning_tokens == 2
     tool = {"type": "function", "function": {"name": "weather"}}
     called = client.chat(MODEL, "Hi", tools=[tool], tool_choice="required")
     assert (called.text, called.finish_reason) == ("", "tool_calls")

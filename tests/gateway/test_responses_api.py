@@ -32,7 +32,7 @@ SETTINGS = read_ask("responses", b'{"model": "m", "input": ""}', "resp_1", "").r
 
 
 def parsed(*deltas: Delta, finish_reason: Any = "stop") -> tuple[Chunk, ...]:
-    return (*(Chunk("", deltas=(delta,)) for delta in deltas), Chunk("", finish_reason, 9, 2, 30, deltas=()))
+    return (*(Chunk("", deltas=(delta,)) for delta in deltas), Chunk("", finish_reason, 9, 2, 30, 4, deltas=()))
 
 
 @pytest.fixture
@@ -91,6 +91,7 @@ def test_thoughts_and_tools_whole_and_streamed(client: openai.OpenAI, backend: F
     whole = client.responses.create(model=MODEL, input="Hi", tools=[WEATHER, TIME])
     assert items(whole) == expected and whole.status == "completed" and whole.usage is not None
     assert (whole.usage.input_tokens, whole.usage.input_tokens_details.cached_tokens) == (9, 2)
+    assert (whole.usage.output_tokens, whole.usage.output_tokens_details.reasoning_tokens) == (30, 4)
     assert [tool["function"]["name"] for tool in content(asked(backend))["tools"]] == ["weather", "time"]
     with client.responses.stream(model=MODEL, input="Hi", tools=[WEATHER, TIME]) as stream:
         snapshots = [event.snapshot for event in stream if event.type == "response.function_call_arguments.delta"]

@@ -19,8 +19,8 @@ COMMIT = "c" * 40
 class Hub:
     """`repos`: the folder of each. `asked`: every path, and the range that was wanted of it. `ranges` False: it does
     not know of ranges, and gives whole files. `codes`: what it answers for repositories that it does not show.
-    `cuts_at`: it closes the connection after so many bytes of a longer answer (0: never). `wrong`: files whose checksum
-    it tells wrongly."""
+    `cuts_at`: it closes the connection after so many bytes of a longer answer, and then gives no more of any file (0:
+    never). `wrong`: files whose checksum it tells wrongly."""
 
     def __init__(self, repos: dict[str, Path]) -> None:
         self.repos = repos
@@ -31,6 +31,7 @@ class Hub:
         self.codes: dict[str, tuple[int, str]] = {}
         self.tokens: list[str] = []
         self.cuts_at = 0
+        self.was_cut = False
         self.wrong: set[str] = set()
 
     def sha256(self, file: Path) -> str:
@@ -64,7 +65,10 @@ def serving(hub: Hub) -> Iterator[str]:
                     told |= {"X-Linked-Size": str(file.stat().st_size), "X-Linked-Etag": f'"{hub.sha256(file)}"'}
                 self._answer(302, b"", told)
             elif wanted := re.fullmatch(r"/files/([^/]+/[^/]+)/(.+)", path):
-                self._give(hub.repos[wanted[1]] / wanted[2])
+                if hub.cuts_at and hub.was_cut:
+                    self._answer(400, b"", {})
+                else:
+                    self._give(hub.repos[wanted[1]] / wanted[2])
             else:
                 self._answer(404, b"", {})
 
@@ -106,6 +110,7 @@ def serving(hub: Hub) -> Iterator[str]:
             self.end_headers()
             if cut_at:
                 self.wfile.write(body[:cut_at])
+                hub.was_cut = True
                 self.close_connection = True
             elif self.command != "HEAD":
                 self.wfile.write(body)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import common_build
 import environment
 import llama_build
 import progress
@@ -159,6 +161,90 @@ def test_no_compiler_is_noticed_before_any_download(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(environment.shutil, "which", lambda name: None)
     with pytest.raises(progress.SetupFailed, match="build-essential"):
         environment.require_compiler()
+
+
+# ---------------------------------------------------------------------- the chat library
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands in for llama.cpp's source: its files are there, and empty, so that nothing is compiled for long."""
+    folder = tmp_path / "llama.cpp"
+    common = folder / "common"
+    common.mkdir(parents=True)
+    listed = (ROOT / "setup" / "llama_common" / "CMakeLists.txt").read_text()
+    for name in re.findall(r"\$\{COMMON\}/([a-z-]+\.cpp)", listed):
+        (common / name).touch()
+    monkeypatch.setattr(common_build, "_unpacked", lambda *given: folder)
+    return folder
+
+
+def build_chat_library(folder: Path) -> progress.SetupFailed:
+    """Tries it for a llama_cpp in `folder`."""
+    package = folder / "llama_cpp"
+    (package / "lib").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={folder} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with pytest.raises(progress.SetupFailed) as failure:
+        common_build.install(python, folder / "llama.txt", folder / "common.log")
+    assert list((package / "lib").iterdir()) == [], "no half library"
+    return failure.value
+
+
+def compiler(path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+
+
+@pytest.mark.parametrize("missing", ["cmake", "ninja"])
+def test_a_tool_that_the_chat_library_needs_is_named(
+    missing: str, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    for tool in {"cmake", "ninja"} - {missing}:
+        compiler(tmp_path / "bin" / tool, monkeypatch, "exit 1")
+    said = str(build_chat_library(tmp_path))
+    assert f"There is no {missing}" in said and "make clean, and then make setup" in said
+
+
+def test_a_compiler_that_is_not_there_is_named(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    assert str(tmp_path / "common.log") in str(build_chat_library(tmp_path))
+    assert "no-such-compiler" in capsys.readouterr().err
+
+
+def test_a_compiler_that_compiles_nothing_shows_its_words(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler(tmp_path / "c++", monkeypatch, "echo 'the licence has run out' >&2; exit 1")
+    assert str(tmp_path / "common.log") in str(build_chat_library(tmp_path))
+    assert "the licence has run out" in capsys.readouterr().err
+
+
+def test_an_error_in_the_chat_library_is_shown_with_its_file(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stand-in compiles what cmake tries out."""
+    real = shutil.which("c++")
+    script = f'case "$*" in *cmTC*|*CMakeCXXCompilerId*) exec {real} "$@";; esac; for last; do :; done; '
+    compiler(tmp_path / "c++", monkeypatch, script + 'echo "$last:1: error: chat.h was not found" >&2; exit 1')
+    failure = build_chat_library(tmp_path)
+    assert "exit status" in str(failure) and str(tmp_path / "common.log") in str(failure)
+    assert ".cpp:1: error: chat.h was not found" in capsys.readouterr().err
+
+
+def test_a_llama_cpp_that_is_not_there_is_said(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'No module named llama_cpp' >&2\nexit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(progress.SetupFailed, match="llama_cpp cannot be imported: No module named llama_cpp"):
+        common_build.install(python, tmp_path / "llama.txt", tmp_path / "common.log")
 
 
 def test_a_failed_step_is_repeated_and_a_finished_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

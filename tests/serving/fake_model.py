@@ -48,7 +48,7 @@ class FakeSampler:
 
 
 class FakeModel:
-    n_vocab, n_embd, bos, is_pooled, most_drafted = 1000, 4, -1, False, 15
+    n_vocab, n_embd, bos, is_pooled, reads_whole, most_drafted = 1000, 4, -1, False, False, 15
 
     def __init__(self, n_seq_max: int = 2, n_ubatch: int = 8, can_cut: bool = True, room: int = 10_000) -> None:
         self.n_seq_max, self.n_ubatch, self.can_cut, self.room = n_seq_max, n_ubatch, can_cut, room

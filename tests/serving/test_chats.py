@@ -15,6 +15,7 @@ import pytest
 
 from actors.serving import parsing as parsing_module
 from actors.serving.conversation import Parsing
+from actors.serving.counted_text import CountedText
 from actors.serving.engine import Engine
 from actors.serving.generation import Generation, Wish
 from actors.serving.jobs import Results
@@ -102,6 +103,30 @@ def test_thoughts_and_calls_are_read_from_the_text_wherever_it_is_cut(preparer: 
     assert {number: (name, json.loads(arguments)) for number, (name, arguments) in calls.items()} == {
         0: ("weather", {"city": "Lima"})
     }
+
+
+@pytest.mark.parametrize("together", [1, 5])
+@pytest.mark.parametrize("ends", [None, 7], ids=["whole", "cut"])
+def test_tokens_of_thoughts_are_counted(preparer: Preparer, together: int, ends: int | None) -> None:
+    """Tokens of a byte each, but for the tags; `together`: so many are parsed at once."""
+    text = f"I think. ☂ {CALL}"
+    pieces = [b"<think>", *(bytes([byte]) for byte in "\nSo ☂ ☂\n".encode()), b"</think>"]
+    pieces = [*pieces, *(letter.encode() for letter in text)][:ends]
+    results: Results[Chunk] = Results()
+    counted = CountedText()
+    answer = ParsedAnswer(results, parsing(preparer, tools=[WEATHER]), counted)
+    shown = ""
+    for number, piece in enumerate(pieces, 1):
+        shown += counted.push(piece)
+        if number % together == 0:
+            answer.say(Chunk(shown))
+            shown = ""
+    answer.say(Chunk(shown + counted.finish(), "length" if ends else "stop", completion_tokens=len(pieces)))
+    answer.end(None)
+    chunks = list(results)
+    thoughts = "".join(delta.reasoning for chunk in chunks for delta in chunk.deltas or ())
+    assert (thoughts, chunks[-1].reasoning_tokens) == (("So �", 5) if ends else ("So ☂ ☂\n", 11))
+    assert [chunk.reasoning_tokens for chunk in chunks[:-1]] == [0] * (len(chunks) - 1)
 
 
 def test_an_answer_that_is_cut_off_says_what_can_be_read(preparer: Preparer) -> None:
@@ -204,15 +229,17 @@ def test_thoughts_end_after_their_budget(budget: int, tools: Any, sample: Any, s
     """The sample model would think for ever."""
     with closing(Engine(replace(spec(sample("llama"), n_ctx=N_CTX), chat_template=THINKER))) as engine:
 
-        def answer(**content: Any) -> tuple[str, str, Any]:
+        def answer(**content: Any) -> tuple[str, str, Any, int]:
             asked = content_of(messages=HELLO, tools=tools, **content)
             request = GenerateRequest(asked, "r", max_tokens=40, sampling=Sampling(temperature=0))
-            return message([delta for chunk in engine.generate(request) for delta in chunk.deltas or ()])
+            chunks = list(engine.generate(request))
+            return *message([delta for chunk in chunks for delta in chunk.deltas or ()]), chunks[-1].reasoning_tokens
 
-        thought, said, _ = answer()
-        assert thought and not said
-        thought, said, _ = answer(thinking_budget_tokens=budget)
+        thought, said, _, n_thoughts = answer()
+        assert thought and not said and 38 <= n_thoughts <= 40  # some may be blank, which is no part of the thought
+        thought, said, _, n_thoughts = answer(thinking_budget_tokens=budget)
         assert said and bool(thought.strip()) == bool(budget)
+        assert n_thoughts <= budget and bool(n_thoughts) == bool(thought)
 
 
 @pytest.mark.parametrize("asked", [{"messages": HELLO}, {"prompt": "Say:"}], ids=["chat", "prompt"])
@@ -250,7 +277,7 @@ class FakeParsing:
 def test_a_parsed_answer_tells_everything_in_order_and_then_its_end() -> None:
     results: Results[Chunk] = Results()
     fake = FakeParsing()
-    answer = ParsedAnswer(results, fake)  # type: ignore[arg-type]
+    answer = ParsedAnswer(results, fake, CountedText())  # type: ignore[arg-type]
     for number in range(200):
         answer.say(Chunk(f"{number} "))
     answer.say(Chunk("end", "stop", 5, 0, 7))
@@ -283,7 +310,7 @@ def test_likelihoods_of_what_is_not_shown_do_not_pile_up() -> None:
     """Here what is parsed adds nothing to the message for long."""
     results: Results[Chunk] = Results()
     fake = FakeParsing()
-    answer = ParsedAnswer(results, fake)  # type: ignore[arg-type]
+    answer = ParsedAnswer(results, fake, CountedText())  # type: ignore[arg-type]
     for _ in range(10):
         answer.say(Chunk("", likelihoods=(Likelihood(1, b"", -1.0),) * MOST_HELD))
         assert fake.fed.acquire(timeout=10)
@@ -297,7 +324,7 @@ def test_likelihoods_of_what_is_not_shown_do_not_pile_up() -> None:
 def test_an_answer_that_cannot_be_parsed_ends_with_the_reason_and_its_generation_too() -> None:
     results: Results[Chunk] = Results()
     fake, given_up = FakeParsing(), []
-    answer = ParsedAnswer(results, fake)  # type: ignore[arg-type]
+    answer = ParsedAnswer(results, fake, CountedText())  # type: ignore[arg-type]
     answer.give_up = lambda: (given_up.append(1), answer.end(None))
     answer.say(Chunk("good "))
     answer.say(Chunk("bad"))
@@ -316,7 +343,7 @@ class Tripping(Results[Chunk]):
 def test_an_answer_that_cannot_be_told_ends_all_the_same() -> None:
     results = Tripping()
     fake = FakeParsing()
-    answer = ParsedAnswer(results, fake)  # type: ignore[arg-type]
+    answer = ParsedAnswer(results, fake, CountedText())  # type: ignore[arg-type]
     answer.give_up = lambda: answer.end(None)
     answer.say(Chunk("good "))
     with pytest.raises(EngineFailed, match="RecursionError"):
@@ -326,7 +353,7 @@ def test_an_answer_that_cannot_be_told_ends_all_the_same() -> None:
 
 def test_a_job_that_is_closed_before_it_began_gives_its_parser_back() -> None:
     fake = FakeParsing()
-    answer = ParsedAnswer(Results(), fake)  # type: ignore[arg-type]
+    answer = ParsedAnswer(Results(), fake, CountedText())  # type: ignore[arg-type]
     job = Generation("r", [1], answer, SimpleNamespace(close=lambda: None), TextStream(), Wish(5))
     job.close()
     job.end()
@@ -347,7 +374,7 @@ def test_a_piece_may_hold_any_character(preparer: Preparer) -> None:
 def test_an_answer_that_never_began_ends_at_once() -> None:
     results: Results[Chunk] = Results()
     fake = FakeParsing()
-    ParsedAnswer(results, fake).end(Rejected("no"))  # type: ignore[arg-type]
+    ParsedAnswer(results, fake, CountedText()).end(Rejected("no"))  # type: ignore[arg-type]
     with pytest.raises(Rejected):
         list(results)
     assert fake.closed == 1
@@ -360,7 +387,7 @@ DELTAS = (
     Delta(tool=0, name="wea"), Delta(tool=0, name="weather"), Delta(tool=0, name="weather", arguments='{"city"'),
     Delta(tool=0, arguments=': "Lima"}'), Delta(tool=1, name="time"),
 )  # fmt: skip
-LAST = Chunk("", "stop", 9, 2, 30, deltas=())
+LAST = Chunk("", "stop", 9, 2, 30, 4, deltas=())
 
 
 def events(form: ReplyForm) -> list[dict[str, Any]]:
@@ -383,13 +410,15 @@ def test_a_stream_tells_thoughts_content_and_calls_as_openai_does() -> None:
     assert third == {"index": 1, "type": "function", "function": {"name": "time", "arguments": ""}}
     assert deltas[6] == {} and told[-2]["choices"][0]["finish_reason"] == "tool_calls"
     assert told[-1]["usage"]["completion_tokens"] == 30
+    assert told[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
 
 
 def test_a_whole_answer_has_them_in_its_message() -> None:
     reply = Reply(ReplyForm("chat"))
     for delta in DELTAS:
         assert reply.bytes_of(Chunk("", deltas=(delta,))) == b""
-    (choice,) = json.loads(reply.bytes_of(LAST))["choices"]
+    told = json.loads(reply.bytes_of(LAST))
+    (choice,) = told["choices"]
     said = choice["message"]
     assert (said["reasoning_content"], said["content"], choice["finish_reason"]) == (
         "Let me see.", "I look.", "tool_calls",
@@ -398,6 +427,7 @@ def test_a_whole_answer_has_them_in_its_message() -> None:
         {"name": "weather", "arguments": '{"city": "Lima"}'},
         {"name": "time", "arguments": ""},
     ]
+    assert told["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
 
 
 def test_functions_of_old_are_answered_as_such() -> None:

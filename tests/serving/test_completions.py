@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from actors.serving import engine as engines
 from actors.serving.engine import Engine
 from actors.serving.protocol import Chunk, EmbedRequest, GenerateRequest, ReplyForm, Sampling, content_of
 from actors.serving.replies import reply_in
+from actors.serving.vector_sizes import refuse_cut
 from scheduler.errors import Rejected
 
 pytestmark = pytest.mark.llama
@@ -245,13 +247,24 @@ def test_a_reranker_scores_each_document(reranker: Path, spec: Any) -> None:
             engine.embed(EmbedRequest(content, "r", rerank=True))
 
 
+def test_vectors_are_cut_only_where_the_catalogue_says_so(spec: Any) -> None:
+    plain = spec(Path("model.gguf"))
+    refuse_cut(plain, 128, 128)
+    refuse_cut(replace(plain, matryoshka_dimensions="any"), 128, 1)
+    with pytest.raises(Rejected, match=r"have 128, and the catalogue does not say .*set matryoshka_dimensions"):
+        refuse_cut(plain, 128, 64)
+    with pytest.raises(Rejected, match="dimensions is 129"):
+        refuse_cut(replace(plain, matryoshka_dimensions="any"), 128, 129)
+
+
 def test_vectors_are_cut_and_scaled(sample: Any, spec: Any) -> None:
-    with closing(Engine(spec(sample("llama", n_layer=2), n_ctx=512, embeddings=True))) as engine:
+    trained = replace(spec(sample("llama", n_layer=2), n_ctx=512, embeddings=True), matryoshka_dimensions=(16, 64))
+    with closing(Engine(trained)) as engine:
         (whole,) = engine.embed(EmbedRequest(content_of(inputs=[TEXT]), "r"))
         (cut,) = engine.embed(EmbedRequest(content_of(inputs=[TEXT]), "r", dimensions=16))
         expected = np.array(whole.vector[:16])
         np.testing.assert_allclose(cut.vector, expected / np.linalg.norm(expected), rtol=1e-3)
-        with pytest.raises(Rejected, match="dimensions is 129"):
-            engine.embed(EmbedRequest(content_of(inputs=[TEXT]), "r", dimensions=129))
+        with pytest.raises(Rejected, match=r"can have 16, 64, 128. Ask for one of these"):
+            engine.embed(EmbedRequest(content_of(inputs=[TEXT]), "r", dimensions=32))
         with pytest.raises(Rejected, match="is no reranker"):
             engine.embed(EmbedRequest(content_of(rerank={"query": "a", "documents": ["b"]}), "r", rerank=True))

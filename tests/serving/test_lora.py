@@ -17,12 +17,12 @@ from actors.measurements import llama_build
 from actors.serving.engine import Engine
 from actors.serving.protocol import GenerateRequest, LoadAdapter, LoadDevice, LoadFailed, content_of
 from arriero.sample_adapters import write_sample_adapter
-from scheduler.config import MOST_SCALE
 from scheduler.costs.adapter import adapted, read_adapter
 from scheduler.costs.footprint import footprint
 from scheduler.costs.measurements import ROUNDING_BYTES
 from scheduler.costs.params import DeviceSpec, Layout
 from scheduler.costs.shape import read_shape
+from scheduler.entry_parts import MOST_SCALE
 from scheduler.errors import Rejected
 
 pytestmark = pytest.mark.llama

@@ -125,7 +125,7 @@ def test_every_answer_is_that_of_a_clean_run(
 
 
 def last(prompt_tokens: int, completion_tokens: int) -> Chunk:
-    return Chunk("", "stop", prompt_tokens, 0, completion_tokens, timings=Timings(1.0, 1.0))
+    return Chunk("", "stop", prompt_tokens, 0, completion_tokens, reasoning_tokens=2, timings=Timings(1.0, 1.0))
 
 
 def test_prompts_count_once_and_the_last_answer_tells_it() -> None:
@@ -137,7 +137,7 @@ def test_prompts_count_once_and_the_last_answer_tells_it() -> None:
         hearers[index].end(None)
     chunks = list(results)
     assert [(chunk.index, chunk.left) for chunk in chunks] == [(3, 3), (0, 2), (2, 1), (1, 0)]
-    assert (chunks[-1].prompt_tokens, chunks[-1].completion_tokens) == (30, 20)
+    assert (chunks[-1].prompt_tokens, chunks[-1].completion_tokens, chunks[-1].reasoning_tokens) == (30, 20, 8)
     assert chunks[-1].timings is None
 
 
