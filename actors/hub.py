@@ -201,7 +201,7 @@ def hub_errors(name: str) -> Iterator[None]:
         raise _not_shown(name) from error
     except (errors.RevisionNotFoundError, errors.EntryNotFoundError, errors.HFValidationError) as error:
         raise Rejected(f"{name}: the repository has no such revision or file") from error
-    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+    except (errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
             raise _not_shown(name) from error
         said = " ".join(str(error).split())[:300] or type(error).__name__

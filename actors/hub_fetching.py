@@ -1,8 +1,8 @@
 """Fetching a model from a hub into a folder: its parts, and the projector that goes with it.
 
-huggingface_hub does the work. A file that is not whole lies in a hidden folder beside the others, so nobody takes it
-for a model. What was cut off goes on where it stopped. Two who fetch the same file wait for each other, and fetch it
-once. What arrived is compared with the hub's checksum.
+A file that is not whole lies in a hidden folder beside the others, so nobody takes it for a model. It is continued
+where it stopped. Two who fetch the same file wait for each other, and fetch it once. It gets its name when its checksum
+is that of the hub.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from scheduler.units import GIB, MIB, format_bytes
 LEFT_BYTES = 1 * GIB
 """Of the disk that stay free."""
 
-_UNFINISHED = Path(".cache", "huggingface", "download")  # in `local_dir`, by huggingface_hub
+UNFINISHED = ".unfinished"
+"""The hidden folder."""
 
 
 def folder_of(repository: Repository, models: Path) -> Path:
@@ -39,39 +39,55 @@ def files_of(repository: Repository, model: HubModel, *, projector: bool = True)
 
 
 def fetch(repository: Repository, paths: tuple[str, ...], models: Path, told: Callable[[int], object]) -> list[Path]:
-    """The files at `paths`, in `folder_of`. `told`: how many bytes of them have come, again and again.
+    """The files at `paths`, in `folder_of`. `told`: how many bytes of them are there, again and again.
 
     Raises Rejected for a disk without room or a folder that cannot be written, Unavailable where the hub does not
-    answer or what came is damaged. What came is kept then, and the next call goes on from there.
+    answer or what came is damaged. What came is kept, unless it is damaged, and the next call goes on from there.
     """
-    from huggingface_hub import hf_hub_download
-
     folder = folder_of(repository, models)
     _check_room(repository, paths, folder)
-    found, done_bytes = [], 0
+    done_bytes = 0
     for path in paths:
-        file = repository.files[path]
-        with hub_errors(repository.reference), _counted(told, done_bytes) as bar:
-            got = hf_hub_download(
-                repository.repo,
-                path,
-                revision=repository.revision,
-                local_dir=folder,
-                endpoint=endpoint(),
-                tqdm_class=bar,
-            )
-        _check(Path(got), file.sha256, file.size_bytes)
-        done_bytes += file.size_bytes
+        _fetch_file(repository, path, folder, lambda count, before=done_bytes: told(before + count))  # type: ignore[misc]
+        done_bytes += repository.files[path].size_bytes
         told(done_bytes)
-        found.append(Path(got))
-    return found
+    return [folder / path for path in paths]
+
+
+def _fetch_file(repository: Repository, path: str, folder: Path, told: Callable[[int], object]) -> None:
+    from filelock import FileLock  # huggingface_hub brings it
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    file, target = repository.files[path], folder / path
+    part = folder / UNFINISHED / f"{hashlib.sha256(f'{path} {file}'.encode()).hexdigest()[:16]}.part"
+    url = hf_hub_url(repository.repo, path, revision=repository.revision, endpoint=endpoint())
+    with hub_errors(repository.reference):
+        for parent in (part.parent, target.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{part}.lock"):
+            if target.is_file() and target.stat().st_size == file.size_bytes:
+                return
+            with part.open("ab") as opened:
+                if opened.tell() < file.size_bytes:
+                    http_get(
+                        url,
+                        opened,
+                        resume_size=opened.tell(),
+                        headers=build_hf_headers(),
+                        expected_size=file.size_bytes,
+                        tqdm_class=_counting(told),
+                    )
+            _check(part, path, file.sha256, file.size_bytes)
+            part.replace(target)
 
 
 def _check_room(repository: Repository, paths: tuple[str, ...], folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = 0
-        for part in (folder / _UNFINISHED).rglob("*.incomplete"):
+        for part in (folder / UNFINISHED).glob("*.part"):
             with contextlib.suppress(FileNotFoundError):  # somebody else has just finished it
                 unfinished += part.stat().st_size
         free_bytes = shutil.disk_usage(folder).free
@@ -86,30 +102,29 @@ def _check_room(repository: Repository, paths: tuple[str, ...], folder: Path) ->
         )
 
 
-@contextmanager
-def _counted(told: Callable[[int], object], before_bytes: int) -> Iterator[Any]:
-    """What huggingface_hub takes for a progress bar, and tells how many bytes there are, with those before."""
+def _counting(told: Callable[[int], object]) -> Any:
+    """What huggingface_hub takes for a progress bar, and tells how many bytes there are."""
     from tqdm import tqdm
 
     class Told(tqdm):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **{**named, "disable": True})
-            self._bytes = before_bytes + int(named.get("initial") or 0)
+            self._bytes = int(named.get("initial") or 0)
 
         def update(self, n: float | None = 1) -> None:
             self._bytes += int(n or 0)
             told(self._bytes)
 
-    yield Told
+    return Told
 
 
-def _check(file: Path, sha256: str, size_bytes: int) -> None:
-    """Raises Unavailable, and has deleted the file, where it is not what the hub says."""
+def _check(part: Path, path: str, sha256: str, size_bytes: int) -> None:
+    """Raises Unavailable, and has deleted what came, where it is not what the hub says."""
     digest = hashlib.sha256()
-    with file.open("rb") as opened:
+    with part.open("rb") as opened:
         while block := opened.read(4 * MIB):
             digest.update(block)
-    if file.stat().st_size == size_bytes and sha256 in ("", digest.hexdigest()):
+    if part.stat().st_size == size_bytes and sha256 in ("", digest.hexdigest()):
         return
-    file.unlink()
-    raise Unavailable(f"{file.name} arrived damaged (its checksum is wrong), and was deleted; fetch it again")
+    part.unlink()
+    raise Unavailable(f"{path} arrived damaged (its checksum is wrong), and was deleted; fetch it again")

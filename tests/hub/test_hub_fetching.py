@@ -83,7 +83,7 @@ def test_a_half_file_is_no_model_and_is_continued(hub: Hub, models: Path, monkey
     with pytest.raises(Unavailable):
         fetched("hf:herd/cria", models)
     assert find_models([str(models)]) == ()
-    half = sum(part.stat().st_size for part in models.rglob("*.incomplete"))
+    half = sum(part.stat().st_size for part in models.rglob("*.part"))
     assert 0 < half < SIZE
     hub.cuts_at, before = 0, hub.sent_bytes
     assert same(hub, fetched("hf:herd/cria", models), models)
