@@ -148,7 +148,8 @@ class Dispatch:
             self.reclaim(lease, now)
         self._reopened(self._draining.drain_who_is_due(now))
         self.refusals.refuse_late(now)
-        if self._fleet.suspects.age(now):
+        for model, fingerprint in self._fleet.suspects.age(now):
+            self.refusals.refuse_condemned(model, fingerprint, now)
             self.look_again()
         self._replication.keep_minimum(now)
         self._prefetch.fetch(now)

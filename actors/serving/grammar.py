@@ -9,11 +9,13 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
+from actors.serving.llama_common import library
 from actors.serving.vocabulary import Vocabulary
 from scheduler.errors import Rejected
 
@@ -31,19 +33,10 @@ class Grammar:
         triggers: Sequence[Mapping[str, Any]] | None = None,
         begun: Iterable[int] = (),
     ) -> None:
-        root = text.encode(), b"root"
-        if triggers is None:
-            self._sampler = llama_cpp.llama_sampler_init_grammar(vocabulary.pointer, *root)
-        else:
-            patterns = [_pattern(trigger) for trigger in triggers if trigger["type"] != TOKEN]
-            tokens = [trigger["token"] for trigger in triggers if trigger["type"] == TOKEN]
-            self._sampler = llama_cpp.llama_sampler_init_grammar_lazy_patterns(
-                vocabulary.pointer, *root,
-                (ctypes.c_char_p * len(patterns))(*patterns), len(patterns),
-                (llama_cpp.llama_token * len(tokens))(*tokens), len(tokens),
-            )  # fmt: skip
-        if not self._sampler:
-            raise Rejected("the schema or the tools give a grammar that llama.cpp cannot use; simplify them")
+        self._make = partial(_sampler_of, vocabulary, text, triggers)
+        self._sampler = self._make()
+        self._taken: list[int] = []
+        self._impossible: set[int] = set()  # next, although the sampler does not say so
         self._tokens = (llama_cpp.llama_token_data * vocabulary.n_tokens)()
         self._view = np.ctypeslib.as_array(self._tokens)
         self._numbers = np.arange(vocabulary.n_tokens)
@@ -55,15 +48,27 @@ class Grammar:
         """Go on with `token` if it may come next; False, and nothing changed, if it may not."""
         self._view[0] = token, 0.0, 0.0
         self._apply(1)
-        if self._view[0]["logit"] < 0:
+        if self._view[0]["logit"] < 0 or token in self._impossible:
             return False
-        llama_cpp.llama_sampler_accept(self._sampler, token)
+        if not library().arriero_take(self._sampler, token):
+            self._begin_again()
+            self._impossible.add(token)
+            return False
+        self._taken.append(token)
+        self._impossible.clear()
         return True
+
+    def _begin_again(self) -> None:
+        self.close()
+        self._sampler = self._make()
+        for token in self._taken:
+            library().arriero_take(self._sampler, token)
 
     def allowed(self) -> bytes:
         """Every token that may come next, as bits: token 0 is the highest bit of the first byte."""
         self._view["id"], self._view["logit"] = self._numbers, 0.0
         self._apply(len(self._view))
+        self._view["logit"][[*self._impossible]] = -1.0
         return np.packbits(self._view["logit"] >= 0).tobytes()
 
     def _apply(self, count: int) -> None:
@@ -72,6 +77,23 @@ class Grammar:
 
     def close(self) -> None:
         llama_cpp.llama_sampler_free(self._sampler)
+
+
+def _sampler_of(vocabulary: Vocabulary, text: str, triggers: Sequence[Mapping[str, Any]] | None) -> Any:
+    root = text.encode(), b"root"
+    if triggers is None:
+        sampler = llama_cpp.llama_sampler_init_grammar(vocabulary.pointer, *root)
+    else:
+        patterns = [_pattern(trigger) for trigger in triggers if trigger["type"] != TOKEN]
+        tokens = [trigger["token"] for trigger in triggers if trigger["type"] == TOKEN]
+        sampler = llama_cpp.llama_sampler_init_grammar_lazy_patterns(
+            vocabulary.pointer, *root,
+            (ctypes.c_char_p * len(patterns))(*patterns), len(patterns),
+            (llama_cpp.llama_token * len(tokens))(*tokens), len(tokens),
+        )  # fmt: skip
+    if not sampler:
+        raise Rejected("the schema or the tools give a grammar that llama.cpp cannot use; simplify them")
+    return sampler
 
 
 def _pattern(trigger: Mapping[str, Any]) -> bytes:

@@ -188,6 +188,17 @@ EXPORT char * arriero_parse(void * made, const char * text, size_t length, bool 
     });
 }
 
+// A token that a grammar's sampler goes on with. False where it cannot: a token may complete the trigger of a lazy grammar
+// and go on with text that the grammar does not allow. Then the sampler is of no use any more.
+EXPORT bool arriero_take(llama_sampler * sampler, llama_token token) {
+    try {
+        llama_sampler_accept(sampler, token);
+        return true;
+    } catch (...) {
+        return false;
+    }
+}
+
 // The grammar (GBNF) of a JSON schema.
 EXPORT char * arriero_grammar(const char * schema) {
     return attempt([&]() {

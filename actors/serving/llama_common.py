@@ -39,6 +39,7 @@ def library() -> ctypes.CDLL:
         ("arriero_parser_free", None, [pointer]),
         ("arriero_parse", text, [pointer, ctypes.c_char_p, size, ctypes.c_bool]),
         ("arriero_grammar", text, [ctypes.c_char_p]),
+        ("arriero_take", ctypes.c_bool, [pointer, ctypes.c_int32]),
         ("arriero_sound", ctypes.c_int64, [ctypes.c_char_p, size, ctypes.c_bool, ctypes.c_uint32, pointer, size]),
     ):
         try:

@@ -3,7 +3,9 @@
 When a runner ends, all its answers end. So at first every request on it is a suspect, also one whose client has just
 left: it may still be computed. A suspect is tried once more, alone: meanwhile, no other request gets a slot of that
 replica. If that runner ends, too, the request is *condemned*: it is refused, with the reason, for `REMEMBERED_S`. A
-suspect that is served to its end is cleared. After `ALONE_S`, others join it, and then nobody is condemned.
+suspect that is served to its end is cleared. After `ALONE_S`, others join it, and then nobody is condemned. A suspect
+that was alone for so long, or whose client left meanwhile, is not tried again for `REST_S`, and each time for twice as
+long. Else one client could have a replica to itself for ever.
 
 Requests are identified by model and fingerprint. A request without a fingerprint is never suspected.
 """
@@ -14,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from scheduler.cluster.leases import Ending
-from scheduler.errors import Condemned
+from scheduler.errors import Condemned, Unavailable
 from scheduler.units import ReplicaId
 
 REMEMBERED_S = 3600.0
@@ -25,6 +27,8 @@ that. Other requests must not wait for the end of a long answer."""
 LEFT_S = 10.0
 """After its client has left, a request may still be computed for so long: until the end of its batch. On a GPU a batch
 cannot be stopped. A guess, well above the time of a batch."""
+REST_S = 60.0
+"""After its first trial without an end. A guess: several times as long as others have waited for it."""
 MOST_REMEMBERED = 4096
 """Beyond this number, the oldest suspects are forgotten first."""
 
@@ -35,6 +39,8 @@ Key = tuple[str, str]
 class _Record:
     seen_at: float
     condemned: str = ""  # why, or empty while it is a suspect
+    n_trials: int = 0  # without an end
+    rests_until: float = 0.0
 
 
 @dataclass(slots=True)
@@ -64,9 +70,17 @@ class Suspects:
         """Whether the replica failed a request and is being checked, or may still compute one whose client has left."""
         return replica_id in self._accused or replica_id in self._left
 
-    def verdict(self, model: str, fingerprint: str, now: float) -> Condemned | None:
+    def verdict(self, model: str, fingerprint: str, now: float) -> Condemned | Unavailable | None:
         """The error with which the request is refused; None if it is not refused."""
         record = self._records.get((model, fingerprint))
+        if record is not None and now < record.rests_until:
+            left_s = record.rests_until - now
+            return Unavailable(
+                f"a process of {model} ended while it answered this request. It was tried again alone, and not to its "
+                f"end; next try in {left_s:.0f} s",
+                retry_after_s=left_s,
+                model=model,
+            )
         if record is None or not record.condemned:
             return None
         if now - record.seen_at >= REMEMBERED_S:
@@ -106,16 +120,20 @@ class Suspects:
             if trial is not None and trial.key == key:
                 del self._trials[replica_id]
 
-    def age(self, now: float) -> bool:
-        """Ends trials that have lasted too long. True if there were any: others may have their replicas now."""
+    def age(self, now: float) -> list[Key]:
+        """Ends the trials that have lasted too long. Returns whose: others may have their replicas now."""
         for replica_id, left in list(self._left.items()):
             self._left[replica_id] = {key: at for key, at in left.items() if now - at < LEFT_S}
             if not self._left[replica_id]:
                 del self._left[replica_id]
         over = [replica_id for replica_id, trial in self._trials.items() if now >= trial.until]
-        for replica_id in over:
-            del self._trials[replica_id]
-        return bool(over)
+        ended = [self._trials.pop(replica_id).key for replica_id in over]
+        for key in ended:
+            record = self._records.get(key)
+            if record is not None:
+                record.rests_until = now + REST_S * 2.0 ** min(record.n_trials, 10)
+                record.n_trials += 1
+        return ended
 
     # ------------------------------------------------------------------ what happened to the replica
 

@@ -154,6 +154,26 @@ def test_a_long_answer_is_not_alone_to_its_end() -> None:
     assert again in s.grants and not s.announced("request_condemned")
 
 
+def test_a_suspect_that_leaves_again_and_again_does_not_have_the_replica_to_itself() -> None:
+    s = box()
+    dies(s, s.ask("a", fingerprint="suspect"))
+    leaves(s, s.ask("a", fingerprint="suspect"))
+    waiting, other = s.ask("a", fingerprint="suspect"), s.ask("a", fingerprint="other")
+    s.wait(suspects.LEFT_S)
+    assert other in s.grants and isinstance(s.error(waiting), Unavailable)
+    refused = s.error(s.ask("a", fingerprint="suspect"))
+    assert isinstance(refused, Unavailable) and "next try in 60 s" in refused.message
+    assert refused.retry_after_s == pytest.approx(suspects.REST_S)
+    s.done(other)
+    s.wait(suspects.REST_S)
+    leaves(s, s.ask("a", fingerprint="suspect"))
+    s.wait(suspects.LEFT_S)
+    assert "next try in 120 s" in s.why(s.ask("a", fingerprint="suspect"))
+    s.wait(2 * suspects.REST_S)
+    s.done(s.ask("a", fingerprint="suspect"))
+    assert s.ask("a", fingerprint="suspect") in s.grants and s.ask("a", fingerprint="other") in s.grants
+
+
 def test_who_leaves_says_nothing_of_how_long_answers_take() -> None:
     s = box()
     s.done(s.ask("a"))

@@ -27,6 +27,7 @@ from actors.serving import child_memory, preparation
 from actors.serving.conversation import Constraint, Parsing
 from actors.serving.dialogue import HELD, Kind
 from actors.serving.engine import Engine
+from actors.serving.grammar import WORD, Grammar
 from actors.serving.preparation import Errand, Preparer
 from actors.serving.protocol import Delta, GenerateRequest, content_of
 from actors.serving.vocabulary import Vocabulary
@@ -360,6 +361,20 @@ def test_a_prompt_of_too_many_tokens_does_not_reach_the_runner(preparer: Prepare
         with pytest.raises(Rejected, match=r"prompt is \d+ tokens; the slot holds 512"):
             preparer.prepare(content, N_CTX)
     assert sum(received) < 2000
+
+
+def test_a_token_that_begins_a_call_and_goes_on_wrongly_may_not_come(words: Vocabulary) -> None:
+    """llama.cpp throws an exception over it. Every other token may come, and the same text in other tokens."""
+    piece = {token: words.piece(token) for token in range(words.n_tokens)}
+    begin = next(token for token, text in piece.items() if len(text) > 3 and text.isalpha())
+    start = piece[begin][:-1].decode()  # the trigger is a part of the token, and its last letter is not allowed
+    trigger = {"type": WORD, "value": start}
+    with closing(Grammar(words, f'root ::= "{start}" [0-9]+', [trigger])) as grammar:
+        assert grammar.take(5)
+        assert not grammar.take(begin) and not grammar.take(begin)
+        flags = np.unpackbits(np.frombuffer(grammar.allowed(), np.uint8))[: words.n_tokens]
+        assert not flags[begin] and flags.sum() == words.n_tokens - 1
+        assert grammar.take(6), "it still waits for the beginning of a call"
 
 
 def test_a_grammar_that_grows_while_it_is_followed_is_counted() -> None:
