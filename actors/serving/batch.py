@@ -11,8 +11,8 @@ from actors.serving.fairness import Rotation, shares
 from actors.serving.generation import Generation
 from actors.serving.jobs import Embedding
 from actors.serving.model import Model, Row
-from actors.serving.pacing import Pacing, Reading
 from actors.serving.pieces import Piece, Placed
+from actors.serving.row_times import Reading
 from actors.serving.slot import Slot
 from actors.serving.slots import Slots
 from scheduler.costs.host import embedding_rows
@@ -53,24 +53,17 @@ def next_batch(
     running: Sequence[tuple[Slot, Generation]],
     slots: Slots,
     model: Model,
-    pacing: Pacing,
     guesses: Mapping[Generation, list[int]] | None = None,
 ) -> Batch:
     """One micro-batch at the most, for `running`: those that answer come first, then the shortest prompts. Those share
-    the room that is left, by source, and if others wait for them, the time that they may take (`pacing`). No more rows
-    want logits than the context keeps. `guesses`: what may follow the next tokens of answers, where there is room. What
-    must be read at once is not in it (`next_whole`)."""
+    the room that is left, by source. No more rows want logits than the context keeps. `guesses`: what may follow the
+    next tokens of answers, where there is room. What must be read at once is not in it (`next_whole`)."""
     batch = Batch([], [], [])
     guesses = guesses or {}
     answering = [job for _, job in running if job.pending is not None]
     room = max(model.n_ubatch, model.n_seq_max) - sum(1 + len(guesses.get(job, ())) for job in answering)
     reading = [(job, _unread(slot, job, slots)) for slot, job in running if job.pending is None]
     counts = shares([(job.source, count) for job, count in reading], room)
-    if any(counts) and _others_wait(slots, [job for job, _ in reading]):
-        known = [len(slot.tokens) for slot, job in running if job.pending is None]
-        wanted = zip(reading, known, counts, strict=True)
-        pieces = [Reading(job.source, n_known, count) for (job, _), n_known, count in wanted]
-        counts = pacing.limited(pieces, beside_answers=bool(answering))
     share = {job: count for (job, _), count in zip(reading, counts, strict=True)}
     judgements = min(model.n_outputs - len(running), JUDGED_AT_ONCE)
     rows = batch.rows
@@ -108,13 +101,7 @@ def next_batch(
 def read_by(parts: Sequence[Part]) -> list[Reading]:
     """What a batch reads of prompts, before their slots hold it."""
     reading = [part for part in parts if part.job.pending is None]
-    return [Reading(part.job.source, len(part.slot.tokens), len(part.tokens)) for part in reading]
-
-
-def _others_wait(slots: Slots, reading: Sequence[Generation]) -> bool:
-    """Whether somebody waits for what these read, besides the source that wants it read."""
-    there = [slot.job for slot in slots if slot.job is not None]
-    return any(job not in reading for job in there) or len({job.source for job in there}) > 1
+    return [Reading(len(part.slot.tokens), len(part.tokens)) for part in reading]
 
 
 def next_whole(running: Sequence[tuple[Slot, Generation]], sources: Rotation[str]) -> list[MediumPart]:

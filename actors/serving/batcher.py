@@ -3,11 +3,11 @@
 The very first decode runs in that thread too. OpenMP keeps a team of threads for every thread that has computed. With a
 second team there are more threads than cores, and they sleep at every barrier instead of spinning.
 Each turn decodes one batch: the next token of every answer under way, plus prompt tokens of slots still reading, up to
-one micro-batch (`n_ubatch`) in all, and up to a quarter of a second (`pacing`). Prompts share both by source
-(`fairness`). So a long prompt delays the others by one turn at a time, and a cancelled job is gone after one. Jobs that
-find no free slot wait in order. Embeddings take their own turns, because they make every token an output. Tokens that
-are guessed to follow an answer's next one share its turn, where that is faster (`drafting`). Jobs with the same LoRA
-adapters share batches; those with other ones take turns with them (`turns`).
+one micro-batch (`n_ubatch`) in all. Prompts share that room by source (`fairness`). So a long prompt delays the others,
+their first tokens too, by one micro-batch at a time, and a cancelled job is gone after one. Jobs that find no free slot
+wait in order. Embeddings take their own turns, because they make every token an output. Tokens that are guessed to
+follow an answer's next one share its turn, where that is faster (`drafting`). Jobs with the same LoRA adapters share
+batches; those with other ones take turns with them (`turns`).
 An answer that its reader does not take waits: no token is computed that nobody reads.
 Tokens under a grammar, and tokens whose likelihood is wanted, are chosen in another thread, because a grammar may take
 seconds for one. Other answers do not wait for it. Its slot skips turns until the token is there. So it does while a
@@ -38,7 +38,7 @@ from actors.serving.generation import Choice, Generation
 from actors.serving.jobs import Embedding, Job
 from actors.serving.keeping import Keeper
 from actors.serving.model import Adapters, Model
-from actors.serving.pacing import Pacing
+from actors.serving.row_times import RowTimes
 from actors.serving.slot import Slot
 from actors.serving.slots import Slots
 from actors.serving.turns import Turns
@@ -65,8 +65,8 @@ class Batcher:
         self._beats = beats or Beats()
         self._cores = cores or Cores.alone(1)
         self._last_words = last_words
-        self._pacing = Pacing()
-        self._slots = Slots(model, keeper, self._pacing)
+        self._row_times = RowTimes()
+        self._slots = Slots(model, keeper, self._row_times)
         self._keeper = keeper
         self._drafting = Drafting(self._slots, model, self._computing)
         self._turns = Turns()
@@ -197,7 +197,7 @@ class Batcher:
         running = next_answers(self._slots, self._turns.adapters)
         guesses = self._drafting.guesses(running)
         for alike, is_last in self._drafting.in_pieces(running, guesses):
-            batch = next_batch(alike, self._slots, self._model, self._pacing, guesses)
+            batch = next_batch(alike, self._slots, self._model, guesses)
             if batch.rows and not self._decode_text(batch, guesses, is_last=is_last):
                 return
         if batch.pieces and not self._decode_media(batch.pieces):
@@ -216,7 +216,7 @@ class Batcher:
         if len(parts) == 1 and not guesses:  # how fast an answer comes with guesses says little of the next one
             parts[0].job.took(len(rows), took_s)
         read = read_by(parts)
-        self._pacing.took(read, took_s)
+        self._row_times.took(read, took_s)
         if self._keeper is not None:
             self._keeper.was_read(sum(piece.n_tokens for piece in read), took_s)
         for part in parts:

@@ -18,8 +18,8 @@ from actors.serving.generation import Generation
 from actors.serving.jobs import Job
 from actors.serving.keeping import Keeper
 from actors.serving.model import Adapters, Model
-from actors.serving.pacing import Pacing
 from actors.serving.pieces import NO_PLACES, Places
+from actors.serving.row_times import RowTimes
 from actors.serving.slot import Slot, common_prefix, held_by
 from actors.serving.states import Checkpoint, SavedState, drop
 from scheduler.costs.host import CHECKPOINTS_PER_SLOT, MOST_CHECKPOINT_BYTES
@@ -39,9 +39,9 @@ LEAST_BETWEEN = 64
 class Holdings:
     """Of all slots of a context."""
 
-    def __init__(self, model: Model, slots: list[Slot], keeper: Keeper | None, pacing: Pacing) -> None:
+    def __init__(self, model: Model, slots: list[Slot], keeper: Keeper | None, times: RowTimes) -> None:
         self._model = model
-        self._pacing = pacing
+        self._row_times = times
         self._all = slots
         self._keeper = keeper
         self.waiting: deque[Job[Any]] = deque()
@@ -100,7 +100,7 @@ class Holdings:
         """Of the tokens of its prompt that are known. The last of them are read again where the rest is faster so."""
         if self._model.keeps_states or job.media:
             return known
-        return known - min(known, self._pacing.better_read_again(known, len(job.prompt) - known))
+        return known - min(known, self._row_times.better_read_again(known, len(job.prompt) - known))
 
     def _restored(self, slot: Slot, job: Generation, saved: SavedState, known: int) -> int | None:
         """How much of its prompt `slot` holds after `saved` was loaded; None: it was not, and nothing has changed.

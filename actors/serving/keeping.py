@@ -17,7 +17,6 @@ from threading import Thread
 from actors.devices.host import memory_available_bytes
 from actors.serving.generation import TELLING_TOKENS
 from actors.serving.model import Adapters
-from actors.serving.pacing import TURN_S
 from actors.serving.protocol import LoadSpec
 from actors.serving.saved_states import SavedStates, origin_of, states_folder
 from actors.serving.slot import Slot
@@ -37,6 +36,9 @@ REST = 9
 MOST_LOADS_S = 0.5
 """That answers under way wait for the states of one source that are loaded, one after the other. Then it is a tenth of
 the time. Four chats of 4,000 tokens that come back together take 0.04 to 0.07 s (decision 031)."""
+
+SHORT_LOAD_S = 0.25
+"""Of a load that is always worth it: else its tokens are read, and others wait for that much longer in all."""
 
 LEFT_BYTES = 1 * GIB
 """Of the machine's RAM that stay free while a state is in it: for about as long as a disk takes to write it."""
@@ -117,11 +119,10 @@ class Keeper:
     def may_load(self, source: str, state_bytes: int) -> bool:
         """Whether to load a state of so many bytes for `source`, although answers under way wait for it.
 
-        A load that takes no longer than a turn may read is always worth it, because else its tokens are read, for many
-        turns. But such loads take half of the time at the most.
+        A short load is always worth it. But such loads take half of the time at the most.
         """
         now_s, load_s = time.perf_counter(), self._speeds.loading.seconds(state_bytes)
-        if load_s <= min(TURN_S, now_s - self._loaded_at_s):
+        if load_s <= min(SHORT_LOAD_S, now_s - self._loaded_at_s):
             return True
         owed_s = max(0.0, self._loads_paid_s.get(source, now_s) - now_s)
         return owed_s + (1 + REST) * load_s <= (1 + REST) * MOST_LOADS_S

@@ -11,7 +11,7 @@ from actors.serving.holdings import Holdings
 from actors.serving.jobs import Job
 from actors.serving.keeping import Keeper
 from actors.serving.model import Model
-from actors.serving.pacing import Pacing
+from actors.serving.row_times import RowTimes
 from actors.serving.slot import Slot, best_slot, held_by
 
 MOST_PASSED = 8
@@ -22,9 +22,9 @@ free slots (TTFT 2.9 s instead of 0.01 s for a model of 2 MB). If all could, it 
 class Slots(Holdings):
     """The caller ensures that one thread at a time changes it."""
 
-    def __init__(self, model: Model, keeper: Keeper | None = None, pacing: Pacing | None = None) -> None:
+    def __init__(self, model: Model, keeper: Keeper | None = None, times: RowTimes | None = None) -> None:
         """`keeper`: of states on disk; None: nothing is saved."""
-        super().__init__(model, [Slot(sequence) for sequence in range(model.n_seq_max)], keeper, pacing or Pacing())
+        super().__init__(model, [Slot(sequence) for sequence in range(model.n_seq_max)], keeper, times or RowTimes())
         self._ticks = 0
         self._releases = 0  # how often a job has left its slot
 

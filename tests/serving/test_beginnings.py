@@ -235,7 +235,7 @@ def test_loads_of_one_source_take_a_tenth_of_the_time_of_others(
     assert not one.may_load("ann", 10 * MIB), "short loads take half of the time"
     now[0] += 0.1
     assert one.may_load("ann", 10 * MIB), "reading would take longer than this load"
-    assert not one.may_load("ann", 15 * MIB), "0.3 s: longer than a turn"
+    assert not one.may_load("ann", 15 * MIB), "0.3 s: it is not short"
     now[0] += 10.0
     assert one.may_load("ann", 15 * MIB)
     one.load(slow, "ben", 10 * MIB, others_run=True)
@@ -254,7 +254,7 @@ def test_a_prompt_is_read_where_others_would_wait_long_for_its_state(
     replica.ask([6] * len(SYSTEM))
     replica.keeper.close()
     monkeypatch.setattr(keeping, "MOST_LOADS_S", 0.0)
-    monkeypatch.setattr(keeping, "TURN_S", -1.0)
+    monkeypatch.setattr(keeping, "SHORT_LOAD_S", -1.0)
     model.entered.clear()
     model.pause = threading.Event()
     running = replica.begin([7] * 5, 40)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from actors.serving.batch import next_batch
 from actors.serving.fairness import Rotation, shares
-from actors.serving.pacing import Pacing
 from actors.serving.slots import Slots
 
 WANTED = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40)), max_size=12)
@@ -70,7 +69,7 @@ def test_long_prompts_of_one_source_take_half_of_a_batch() -> None:
     slots.waiting += [*(job([1] * 90, source="ann") for _ in range(4)), job([2] * 70, source="bob")]
     slots.assign()
     running = [(slot, slot.job) for slot in slots if slot.job is not None]
-    batch = next_batch(running, slots, model, Pacing())  # type: ignore[arg-type]
+    batch = next_batch(running, slots, model)  # type: ignore[arg-type]
     assert sorted(len(part.tokens) for part in batch.parts) == [5, 5, 5, 5, 20]
     assert [len(part.tokens) for part in batch.parts if part.job.source == "bob"] == [20]
 

@@ -16,7 +16,6 @@ from actors.serving.beat import Beat, Beats
 from actors.serving.fairness import Rotation
 from actors.serving.generation import Generation
 from actors.serving.model import Row
-from actors.serving.pacing import Pacing
 from actors.serving.pieces import Media, Medium, Piece, Placed
 from actors.serving.slots import Slot, Slots
 from scheduler.errors import EngineFailed
@@ -201,11 +200,11 @@ def test_pictures_and_texts_share_the_room_by_source() -> None:
     slots.waiting += [one for one, _ in asked]
     slots.assign()
     running = [(slot, slot.job) for slot in slots if isinstance(slot.job, Generation)]
-    assert not next_batch(running, slots, model, Pacing()).pieces, "nothing is encoded"
+    assert not next_batch(running, slots, model).pieces, "nothing is encoded"
     for _, one in running:
         if (placed := one.media.at(0)) is not None:
             placed.medium.embedding = "seen"
-    batch = next_batch(running, slots, model, Pacing())
+    batch = next_batch(running, slots, model)
     assert [len(part.tokens) for part in batch.parts] == [12]
     assert [part.piece.end for part in batch.pieces] == [6, 6]
 

@@ -366,7 +366,7 @@ def test_a_prompt_of_too_many_tokens_does_not_reach_the_runner(preparer: Prepare
 def test_a_token_that_begins_a_call_and_goes_on_wrongly_may_not_come(words: Vocabulary) -> None:
     """llama.cpp throws an exception over it. Every other token may come, and the same text in other tokens."""
     piece = {token: words.piece(token) for token in range(words.n_tokens)}
-    begin = next(token for token, text in piece.items() if len(text) > 3 and text.isalpha())
+    begin = next(token for token, text in piece.items() if len(text) > 3 and text[1:].isalpha())
     start = piece[begin][:-1].decode()  # the trigger is a part of the token, and its last letter is not allowed
     trigger = {"type": WORD, "value": start}
     with closing(Grammar(words, f'root ::= "{start}" [0-9]+', [trigger])) as grammar:
