@@ -94,7 +94,7 @@ class CountTokensRequest(LoraSettings):
             tool_choice=choice,
             parallel_tool_calls=parallel,
             chat_template_kwargs=thinking,
-            continue_final_message=_is_begun(messages[-1]) or None,
+            continue_final_message=_is_begun(messages) or None,
             thinking_budget_tokens=self.thinking.budget_tokens if self.thinking else None,
         )
         request = GenerateRequest(
@@ -157,8 +157,9 @@ class MessagesRequest(CountTokensRequest):
         return self.asked(request_id, key, self.max_tokens, stop, Sampling(**given), stream=self.stream)
 
 
-def _is_begun(last: dict[str, Any]) -> bool:
+def _is_begun(messages: list[dict[str, Any]]) -> bool:
     """Whether the last message is the beginning of the answer."""
+    last = messages[-1] if messages else {"role": "user"}  # blocks may say nothing
     return last["role"] == "assistant" and bool(last["content"]) and "tool_calls" not in last
 
 

@@ -142,5 +142,5 @@ def _spec(name: str, path: Path) -> LoadSpec:
     context = ContextParams(n_ctx=2 * N_CTX_SLOT, n_seq_max=2, n_batch=N_CTX_SLOT, n_ubatch=256, embeddings=True)
     return LoadSpec(
         name, str(path), devices=(), n_gpu_layers=0, tensor_split=(), experts_pattern="", context=context, n_threads=1,
-        host_required_bytes=0, chat_template=TEMPLATE,
+        host_required_bytes=0, chat_template=TEMPLATE, matryoshka_dimensions=(16,),
     )  # fmt: skip

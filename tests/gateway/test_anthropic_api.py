@@ -65,6 +65,8 @@ def test_a_message_of_the_assistant_at_the_end_is_the_beginning_of_the_answer(
     used = {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]}
     client.messages.create(model=MODEL, max_tokens=50, messages=[*HELLO, used])  # type: ignore[list-item]
     assert "continue_final_message" not in content(asked(backend))
+    client.messages.count_tokens(model=MODEL, messages=[{"role": "user", "content": []}])
+    assert content(asked(backend))["messages"] == []
 
 
 def test_a_message_whole_and_streamed(client: anthropic.Anthropic, backend: FakeBackend) -> None:
