@@ -92,7 +92,7 @@ class Repository:
             return {
                 each.path: HubFile(each.size, each.lfs.sha256 if each.lfs else "")
                 for each in listed
-                if isinstance(each, RepoFile) and each.path.endswith(".gguf")
+                if isinstance(each, RepoFile) and _is_harmless(each.path)
             }
 
     @cached_property
@@ -215,6 +215,12 @@ def _not_shown(name: str) -> Rejected:
 def endpoint() -> str | None:
     """The hub's address; None: huggingface.co."""
     return os.environ.get("HF_ENDPOINT") or None
+
+
+def _is_harmless(path: str) -> bool:
+    """Whether it is a GGUF file inside the repository. A hub could tell anything."""
+    parts = path.split("/")
+    return path.endswith(".gguf") and not any(part in ("", ".", "..") for part in parts)
 
 
 def _is_projector(path: str) -> bool:

@@ -12,10 +12,10 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from actors.hub import HubModel, Repository, endpoint, hub_errors
-from scheduler.errors import Rejected, Unavailable
+from actors.hub import BLOCK_BYTES, FileFarAway, HubModel, Repository, endpoint, hub_errors
+from scheduler.errors import ArrieroError, Rejected, Unavailable
 from scheduler.units import GIB, MIB, format_bytes
 
 LEFT_BYTES = 1 * GIB
@@ -56,46 +56,93 @@ def fetch(repository: Repository, paths: tuple[str, ...], models: Path, told: Ca
 
 def _fetch_file(repository: Repository, path: str, folder: Path, told: Callable[[int], object]) -> None:
     from filelock import FileLock  # huggingface_hub brings it
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    file, target = repository.files[path], folder / path
-    part = folder / UNFINISHED / f"{hashlib.sha256(f'{path} {file}'.encode()).hexdigest()[:16]}.part"
-    url = hf_hub_url(repository.repo, path, revision=repository.revision, endpoint=endpoint())
-    with hub_errors(repository.reference):
+    file, target, part = repository.files[path], folder / path, _part_of(repository, path, folder)
+    try:
         for parent in (part.parent, target.parent):
             parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{part}.lock"):
-            if target.is_file() and target.stat().st_size == file.size_bytes:
+            if _is_there(target, file.size_bytes):
                 return
             with part.open("ab") as opened:
-                if opened.tell() < file.size_bytes:
-                    http_get(
-                        url,
-                        opened,
-                        resume_size=opened.tell(),
-                        headers=build_hf_headers(),
-                        expected_size=file.size_bytes,
-                        tqdm_class=_counting(told),
-                    )
+                _continue(repository, path, opened, told)
             _check(part, path, file.sha256, file.size_bytes)
             part.replace(target)
+    except OSError as error:
+        raise Rejected(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def _continue(repository: Repository, path: str, opened: BinaryIO, told: Callable[[int], object]) -> None:
+    """Adds what is missing. Raises OSError for what the disk refuses, else as `hub_errors` does."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    size_bytes = repository.files[path].size_bytes
+    url = hf_hub_url(repository.repo, path, revision=repository.revision, endpoint=endpoint())
+    writing = _Written(opened)
+    try:
+        with hub_errors(repository.reference):
+            if not opened.tell() and size_bytes > constants.MAX_HTTP_DOWNLOAD_SIZE:  # it begins no such file
+                with FileFarAway(url) as far:
+                    writing.write(far.read(BLOCK_BYTES))
+            if opened.tell() < size_bytes:
+                http_get(
+                    url,
+                    writing,  # type: ignore[arg-type]
+                    resume_size=opened.tell(),
+                    headers=build_hf_headers(),
+                    expected_size=size_bytes,
+                    tqdm_class=_counting(told),
+                )
+    except ArrieroError:
+        if writing.error is not None:
+            raise writing.error from None
+        raise
+
+
+class _Written:
+    """A file that remembers what went wrong with it. Else a full disk would look like a fault of the hub."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _part_of(repository: Repository, path: str, folder: Path) -> Path:
+    """Where a file lies until it is whole."""
+    name = hashlib.sha256(f"{path} {repository.files[path]}".encode()).hexdigest()[:16]
+    return folder / UNFINISHED / f"{name}.part"
+
+
+def _is_there(target: Path, size_bytes: int) -> bool:
+    return target.is_file() and target.stat().st_size == size_bytes
 
 
 def _check_room(repository: Repository, paths: tuple[str, ...], folder: Path) -> None:
+    need_bytes = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = 0
-        for part in (folder / UNFINISHED).glob("*.part"):
-            with contextlib.suppress(FileNotFoundError):  # somebody else has just finished it
-                unfinished += part.stat().st_size
+        for path in paths:
+            size_bytes, part = repository.files[path].size_bytes, _part_of(repository, path, folder)
+            if not _is_there(folder / path, size_bytes):
+                need_bytes += size_bytes
+                with contextlib.suppress(FileNotFoundError):  # nothing came yet, or somebody else has just finished it
+                    need_bytes -= min(size_bytes, part.stat().st_size)
         free_bytes = shutil.disk_usage(folder).free
     except OSError as error:
         raise Rejected(f"{folder} cannot be written: {error.strerror or error}") from error
-    missing = [repository.files[path].size_bytes for path in paths if not (folder / path).is_file()]
-    need_bytes = max(0, sum(missing) - unfinished)
-    if missing and need_bytes + LEFT_BYTES > free_bytes:
+    if need_bytes and need_bytes + LEFT_BYTES > free_bytes:
         raise Rejected(
             f"{repository.reference} needs {format_bytes(need_bytes)} on the disk of {folder}, where "
             f"{format_bytes(free_bytes)} are free and {format_bytes(LEFT_BYTES)} must stay free"

@@ -139,7 +139,7 @@ class SchedulerActor:
         endpoint = self._effects.endpoint(grant.replica_id)
         lease = Grant(grant.lease_id, grant.replica_id, endpoint, grant.model, grant.ttl_s, grant.n_ctx)
         if not self._answers.give(grant.request_id, lease):  # whoever asked has left
-            asyncio.get_running_loop().call_soon(self._post, ev.LeaseReleased(grant.lease_id))
+            asyncio.get_running_loop().call_soon(self._post, ev.LeaseReleased(grant.lease_id, "left"))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a loop that ends with the actor only."""
@@ -220,7 +220,7 @@ class SchedulerActor:
         return await self._answers.ask(request)
 
     async def release(self, lease_id: LeaseId, ending: Ending, usage: TokenCounts) -> None:
-        if not self._answers.settled.is_set() or self._survivors:
+        if lease_id not in self._core.fleet.leases and (not self._answers.settled.is_set() or self._survivors):
             self._ended_early.add(lease_id)
         self._post(ev.LeaseReleased(lease_id, ending, usage.pace))
 

@@ -29,7 +29,7 @@ from actors.gateway.shortcut import Shortcut
 from actors.gateway.stream import EventStream, while_connected
 from actors.records import ModelInfo, ReplicaStatus
 from actors.serving.protocol import EmbedRequest, EmbedResult, GenerateRequest
-from scheduler.errors import Rejected, UnknownModel
+from scheduler.errors import ArrieroError, Rejected, UnknownModel
 
 VERSION = "0.12.0"
 """Of Ollama's API, whose words these are: clients ask for it, and some refuse an older one."""
@@ -133,8 +133,12 @@ def ollama_routes(backend: Backend, relay: Relay, reader: Reader, pulse_s: float
             async with aclosing(answer):
                 async for piece in answer:
                     yield piece
-        finally:  # also when the client has left
+        except ArrieroError:
+            raise
+        except BaseException:  # the client has left
             await keep(ask)
+            raise
+        await keep(ask)
 
     async def keep(ask: Ask) -> None:
         """What `keep_alive` asks for after the answer."""

@@ -23,6 +23,10 @@ Pick = Callable[[npt.NDArray[np.bool_] | None], int]
 GiveBack = Callable[[socket.socket, int], None]  # a connection, and how many bytes its child holds
 
 
+MOST_TRIED = 8
+"""Tokens that seem to be allowed and are not, one after the other: they spoil the beginning of a call. A guess."""
+
+
 class Constraint:
     """What the tokens of one answer must follow. One thread chooses; any thread may `interrupt`."""
 
@@ -37,13 +41,13 @@ class Constraint:
         """The next token: what `pick(None)` picks, or, where that may not come next, what it picks among those that
         may (one flag per token). Raises Rejected when there is none, or llama.cpp cannot tell."""
         allowed = self._try(token := pick(None))
-        if allowed is None:
-            return token
-        if not allowed.any():
-            raise Rejected("the JSON schema requires text that this model's tokens cannot form")
-        if self._try(token := pick(allowed)) is not None:
-            raise EngineFailed("the sampler picked a token that the grammar does not allow")
-        return token
+        for _ in range(MOST_TRIED):
+            if allowed is None:
+                return token
+            if not allowed.any():
+                break
+            allowed = self._try(token := pick(allowed))  # one that begins a call wrongly shows it only now
+        raise Rejected("the JSON schema requires text that this model's tokens cannot form")
 
     def _try(self, token: int) -> npt.NDArray[np.bool_] | None:
         """None when the answer goes on with `token`, else which tokens may come next."""

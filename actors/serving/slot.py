@@ -54,13 +54,15 @@ def best_slot(slots: Sequence[Slot], prompt: Sequence[int], adapters: Adapters =
     """The free slot for `prompt`; None when all are busy.
 
     The one that shares most with it, if that is more than half of what the slot holds: then it is the same text that
-    goes on. Else the one that was idle longest. A beginning that all prompts have, if only one token, must not cost
-    another's long conversation.
+    goes on. Else an empty one, or the one that was idle longest. A beginning that all prompts have, if only one token,
+    must not cost another's long conversation.
     """
     free = [slot for slot in slots if slot.job is None]
     shared = {slot.sequence: slot.shares(prompt, adapters) for slot in free}
     own = [slot for slot in free if 2 * shared[slot.sequence] > len(slot.tokens)]
-    return max(own or free, key=lambda slot: (bool(own) and shared[slot.sequence], -slot.last_used), default=None)
+    if own:
+        return max(own, key=lambda slot: (shared[slot.sequence], -slot.last_used))
+    return min(free, key=lambda slot: (bool(slot.tokens), slot.last_used), default=None)
 
 
 def held_by(slots: Iterable[Slot]) -> int:

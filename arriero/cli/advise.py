@@ -33,7 +33,7 @@ def advise(
 ) -> None:
     """List which quantisations of a repository fit the cluster, where, and how fast. Reads headers only."""
     from actors.hub import Repository
-    from arriero.cli.described import as_json, planned
+    from arriero.cli.described import as_json, name_of, planned
     from scheduler.costs.companions import Companions
 
     there = Repository(repository)
@@ -50,7 +50,8 @@ def advise(
             errors.print(f"reading the header of {model.paths[0]} …", style="dim")
         try:
             shape = there.read_shape(model)
-            answers.append((model, *planned(described, "model", shape, tokens, params, Companions()), ""))
+            name = name_of(Path(model.paths[0]), described.files)
+            answers.append((model, *planned(described, name, shape, tokens, params, Companions()), ""))
         except Unavailable:
             raise
         except ArrieroError as error:  # of this file alone

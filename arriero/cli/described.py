@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,7 @@ def cluster_of(status: Status) -> Described:
     """The cluster of a service, without the models that it has loaded: they could be evicted. What others use is not
     free. What it does not tell (the speed of disks, labels) is as in a description that leaves it out."""
     nodes = []
+    hosts = Counter(node.hostname for node in status.nodes)
     for node in status.nodes:
         gpus = [
             GpuDescription(
@@ -55,7 +57,7 @@ def cluster_of(status: Status) -> Described:
         free = min(node.memory_total_bytes, node.memory_available_bytes + node.memory_reserved_bytes)
         nodes.append(
             NodeDescription(
-                name=node.hostname,
+                name=node.hostname if hosts[node.hostname] == 1 else f"{node.hostname} {node.node_id[:8]}",
                 ram=node.memory_total_bytes,
                 ram_free=free,
                 cores=node.physical_cores,
@@ -72,7 +74,7 @@ def plan_for(
 ) -> None:
     """Print where the model in `file`, with these parameters of a catalogue and what comes with it, would go."""
     path, files = Path(file), described.files
-    name = _name(path, files)
+    name = name_of(path, files)
     if companions == Companions():  # with something, it is another one than the replica
         name = next((name for name, where in files.items() if where.resolve() == path.resolve()), name)
     shape = None if name in files else accompanied(read_model(path), companions)
@@ -125,7 +127,8 @@ def resident_files(description: ClusterDescription, folder: Path) -> dict[str, P
     return files
 
 
-def _name(path: Path, taken: Mapping[str, Path]) -> str:
+def name_of(path: Path, taken: Mapping[str, Path]) -> str:
+    """A name for the model in `path`, other than those `taken`."""
     stem = re.sub(r"[^A-Za-z0-9._:@+-]+", "-", path.name.removesuffix(".gguf")).strip("-._:@+")[:100] or "model"
     return stem if stem not in taken else f"{stem}@{len(taken)}"
 

@@ -37,6 +37,9 @@ class Leases:
     def __len__(self) -> int:
         return len(self._leases)
 
+    def __contains__(self, lease_id: LeaseId) -> bool:
+        return lease_id in self._leases
+
     def grant(
         self,
         request_id: RequestId,

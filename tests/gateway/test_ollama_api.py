@@ -124,6 +124,13 @@ def test_who_leaves_has_the_model_kept_as_it_asked(
     assert backend.saw("release"), "before that"
 
 
+def test_a_model_that_did_not_answer_is_not_pinned(url: str, backend: FakeBackend) -> None:
+    backend.answers.append([Unavailable("no room", retry_after_s=1.0)])
+    body = {"model": MODEL, "messages": HELLO, "keep_alive": -1}
+    assert httpx.post(f"{url}/api/chat", json=body, trust_env=False).status_code == 503
+    assert not backend.saw("keep_alive")
+
+
 def test_null_is_what_is_not_there(url: str, backend: FakeBackend) -> None:
     body = {"model": MODEL, "stream": None, "format": None, "options": None, "tools": None}
     message = {"role": "assistant", "content": None, "tool_calls": None}

@@ -32,6 +32,7 @@ class Hub:
         self.tokens: list[str] = []
         self.cuts_at = 0
         self.was_cut = False
+        self.also: tuple[str, ...] = ()  # paths that it lists besides
         self.wrong: set[str] = set()
 
     def sha256(self, file: Path) -> str:
@@ -87,6 +88,7 @@ def serving(hub: Hub) -> Iterator[str]:
                     | {"lfs": {"oid": hub.sha256(folder / path), "size": size, "pointerSize": 0}}
                     for path, size in sizes.items()
                 ]
+                listed += [{"type": "file", "path": path, "size": 1, "oid": "0"} for path in hub.also]
                 self._answer(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
 
         def _give(self, path: Path) -> None:

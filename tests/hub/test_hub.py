@@ -209,5 +209,8 @@ def test_the_cluster_of_a_service_is_what_others_leave_of_it() -> None:
     (found,) = described.cluster.nodes
     assert (found.name, found.cores, found.ram, found.ram_free) == ("box", 4, 64 * GIB, 48 * GIB)
     assert [(each.name, each.total_bytes, each.free) for each in found.gpus] == [("RTX 3090", 24 * GIB, 22 * GIB)]
+    twins = [each.model_copy(update={"node_id": name * 12}) for name, each in zip("ab", status.nodes * 2, strict=True)]
+    named = cluster_of(status.model_copy(update={"nodes": twins})).cluster.nodes
+    assert [each.name for each in named] == ["box aaaaaaaa", "box bbbbbbbb"]
     with pytest.raises(Unavailable):
         cluster_of(status.model_copy(update={"nodes": []}))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from stand_in import Hub, serving
 from typer.testing import CliRunner
 
+from actors import hub as hub_module
 from actors import hub_fetching
 from actors.devices.files import find_models
 from actors.hub import Repository
@@ -90,6 +94,14 @@ def test_a_half_file_is_no_model_and_is_continued(hub: Hub, models: Path, monkey
     assert hub.sent_bytes - before < 2 * SIZE - half + MIB
 
 
+def test_a_file_that_huggingface_hub_would_not_begin(hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes none above 50 GB over plain HTTP, but it continues them."""
+    monkeypatch.setattr("huggingface_hub.constants.MAX_HTTP_DOWNLOAD_SIZE", MIB)
+    for module in (hub_module, hub_fetching):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 65536)
+    assert same(hub, fetched("hf:herd/cria", models), models)
+
+
 def test_two_who_fetch_the_same_model_fetch_it_once(hub: Hub, models: Path) -> None:
     with ThreadPoolExecutor() as threads:
         both = [threads.submit(fetched, "hf:herd/cria", models) for _ in range(2)]
@@ -114,6 +126,24 @@ def test_a_folder_that_cannot_be_is_refused(hub: Hub, models: Path) -> None:
     models.write_bytes(b"")
     with pytest.raises(Rejected, match="cannot be written: Not a directory"):
         fetched("hf:herd/cria", models)
+
+
+def test_what_the_disk_refuses_is_not_the_hub_s_fault(hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: object, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Full(hub_fetching._Written):
+        def __init__(self, file: object) -> None:
+            super().__init__(SimpleNamespace(write=partial(full, file), tell=lambda: 0))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hub_fetching, "_Written", Full)
+    with pytest.raises(Rejected, match="cannot be written: No space left on device"):
+        fetched("hf:herd/cria", models)
+
+
+def test_a_hub_that_names_files_outside_of_the_repository_is_not_followed(hub: Hub, models: Path) -> None:
+    hub.also = ("../outside-Q2_K.gguf", "/abs-Q2_K.gguf", "a//b-Q2_K.gguf")
+    assert {model.quantization for model in Repository("hf:herd/cria").models} == {"Q4_K_M", "Q8_0"}
 
 
 def test_pull_says_where_the_files_are(hub: Hub, models: Path) -> None:

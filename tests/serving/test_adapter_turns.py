@@ -197,6 +197,8 @@ def test_a_new_chat_does_not_take_the_slot_of_a_long_one() -> None:
     assert best_slot([long, new], [1, 2, 3]) is new
     assert best_slot([long, new], [*long.tokens, 7]) is long
     assert best_slot([long, new], [*long.tokens[:-30], 7]) is long, "its last answer is left out"
+    emptied = Slot(1, last_used=9)
+    assert best_slot([long, emptied], [1, 2, 3]) is emptied
     used = Slot(1, [1, 2, 8, 9, 9, 9], last_used=7)
     assert best_slot([long, used], [1, 2, 3]) is long, "it was idle longest"
     assert best_slot([long, used], [1, 2, 8, 9, 3]) is used

@@ -363,6 +363,23 @@ def test_a_prompt_of_too_many_tokens_does_not_reach_the_runner(preparer: Prepare
     assert sum(received) < 2000
 
 
+def test_several_tokens_that_seem_to_be_allowed_are_tried() -> None:
+    ours, child = socket.socketpair()
+    constraint = Constraint(ours, lambda _, held_bytes: None, child_memory.ChildMemory().hold("ann", 0))
+    for _ in range(3):
+        frames.send(child, Kind.ALLOWED, HELD.pack(0) + b"\xff")
+    frames.send(child, Kind.TAKEN, HELD.pack(0))
+    picked = iter(range(10))
+    assert constraint.choose(lambda allowed: next(picked)) == 3
+    for _ in range(20):
+        frames.send(child, Kind.ALLOWED, HELD.pack(0) + b"\xff")
+    with pytest.raises(Rejected, match="cannot form"):
+        constraint.choose(lambda allowed: 1)
+    constraint.close()
+    child.close()
+    ours.close()
+
+
 def test_a_token_that_begins_a_call_and_goes_on_wrongly_may_not_come(words: Vocabulary) -> None:
     """llama.cpp throws an exception over it. Every other token may come, and the same text in other tokens."""
     piece = {token: words.piece(token) for token in range(words.n_tokens)}
