@@ -34,13 +34,15 @@ BUILT := setup/environment.py setup/llama_build.py setup/common_build.py setup/p
 demo: .venv/ready
 	@$(BIN)/python -m arriero demo
 
-# Two processes for two cores: those that start a Ray wait a lot. What they say is shown when the others have ended. Ray's
-# processes have a niceness of 15. The others have it, too, or Ray's would get next to no time beside them.
+# Two processes for two cores, each for about half of the time: those that start a Ray, which wait a lot, and the gateway's;
+# and all others. What the first one says is shown when the other has ended. Ray's processes have a niceness of 15. The others
+# have it, too, or Ray's would get next to no time beside them.
 TEST := $(BIN)/python -m pytest --durations=15
-RAY_LOG := .venv/tests-with-ray.log
+FIRST_LOG := .venv/first-tests.log
 test: .venv/ready
-	@$(TEST) -m ray > $(RAY_LOG) 2>&1 & with_ray=$$!; trap "kill $$with_ray" INT TERM; \
-	nice -n 15 $(TEST) -m "not ray"; without=$$?; wait $$with_ray; with=$$?; cat $(RAY_LOG); exit $$((without | with))
+	@( $(TEST) -m ray; with_ray=$$?; nice -n 15 $(TEST) -m "not ray" tests/gateway; exit $$((with_ray | $$?)) ) > $(FIRST_LOG) 2>&1 & \
+	first=$$!; trap "kill $$first" INT TERM; \
+	nice -n 15 $(TEST) -m "not ray" --ignore=tests/gateway; second=$$?; wait $$first; first=$$?; cat $(FIRST_LOG); exit $$((first | second))
 
 # Two processes for two cores; HALF takes about as long as all the rest. Tests that take a second or more are left out.
 QUICK := $(BIN)/python -m pytest -q -m "not ray and not llama and not slow"

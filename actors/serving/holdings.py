@@ -89,7 +89,8 @@ class Holdings:
         saved, job.saved = job.saved, None
         if saved is not None and (kept := self._restored(slot, job, saved, max(most, shared))) is not None:
             return kept
-        if most >= shared + LEAST_SHARED:
+        spares_pictures = bool(job.media) and any(job.media.at(at) is not None for at in range(shared, most))
+        if most >= shared + LEAST_SHARED or spares_pictures:
             self.forget(slot)
             self._model.copy_prefix(donor.sequence, slot.sequence, job.media.position(most))
             slot.tokens += job.prompt[:most]

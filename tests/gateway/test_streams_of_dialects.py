@@ -181,8 +181,7 @@ def test_an_open_stream_is_told_that_the_gateway_goes(backend: FakeBackend, rout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("waiting", ["acquire", "generate"])
+@pytest.mark.parametrize(("waiting", "streaming"), [("acquire", False), ("generate", True)])
 def test_a_request_without_an_answer_yet_is_refused_when_the_gateway_goes(
     backend: FakeBackend, route: Route, streaming: bool, waiting: str
 ) -> None:

@@ -295,7 +295,7 @@ def test_pieces_wait_while_parsing_rests_but_not_the_last(monkeypatch: pytest.Mo
     monkeypatch.setattr(parsing_module, "REST", 1_000_000)
     results: Results[Chunk] = Results()
     fake = FakeParsing()
-    answer = ParsedAnswer(results, fake)  # type: ignore[arg-type]
+    answer = ParsedAnswer(results, fake, CountedText())  # type: ignore[arg-type]
     answer.say(Chunk("0 "))
     assert fake.fed.acquire(timeout=10)
     for number in range(1, 50):

@@ -276,7 +276,7 @@ def test_embeddings_are_of_length_one_and_of_the_text(sample: Any, engine: Any, 
         assert len(one) == 128
         assert sum(each.prompt_tokens for each in embedded) > 50
         assert text(loaded, ask()) == before
-        with pytest.raises(Rejected, match="at most 512"):
+        with pytest.raises(Rejected, match="the slot holds 512"):
             loaded.embed(EmbedRequest(content_of(inputs=("x" * 600,))))
 
 
