@@ -34,15 +34,19 @@ BUILT := setup/environment.py setup/llama_build.py setup/common_build.py setup/p
 demo: .venv/ready
 	@$(BIN)/python -m arriero demo
 
-# Two processes for two cores, each for about half of the time: those that start a Ray, which wait a lot, and the gateway's;
-# and all others. What the first one says is shown when the other has ended. Ray's processes have a niceness of 15. The others
-# have it, too, or Ray's would get next to no time beside them.
+# Three processes for two cores: those that start a Ray wait a lot, so two share what these leave. What the first two say is
+# shown when the third has ended. Ray's processes have a niceness of 15. The others have it, too, or Ray's would get next to no
+# time beside them.
 TEST := $(BIN)/python -m pytest --durations=15
-FIRST_LOG := .venv/first-tests.log
+MODELS := tests/serving tests/costs tests/demo tests/docs tests/repository
+OTHERS := tests/actors tests/cli tests/cluster tests/core tests/devices tests/fuzz tests/gateway tests/hub
 test: .venv/ready
-	@( $(TEST) -m ray; with_ray=$$?; nice -n 15 $(TEST) -m "not ray" tests/gateway; exit $$((with_ray | $$?)) ) > $(FIRST_LOG) 2>&1 & \
-	first=$$!; trap "kill $$first" INT TERM; \
-	nice -n 15 $(TEST) -m "not ray" --ignore=tests/gateway; second=$$?; wait $$first; first=$$?; cat $(FIRST_LOG); exit $$((first | second))
+	@$(TEST) -m ray > .venv/tests-with-ray.log 2>&1 & with_ray=$$!; \
+	nice -n 15 $(TEST) -m "not ray" $(MODELS:%=--ignore=%) > .venv/other-tests.log 2>&1 & others=$$!; \
+	trap "kill $$with_ray $$others" INT TERM; \
+	nice -n 15 $(TEST) -m "not ray" $(OTHERS:%=--ignore=%); status=$$?; \
+	wait $$others; status=$$((status | $$?)); wait $$with_ray; status=$$((status | $$?)); \
+	cat .venv/other-tests.log .venv/tests-with-ray.log; exit $$status
 
 # Two processes for two cores; HALF takes about as long as all the rest. Tests that take a second or more are left out.
 QUICK := $(BIN)/python -m pytest -q -m "not ray and not llama and not slow"

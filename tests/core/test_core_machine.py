@@ -307,7 +307,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 CoreMachine.TestCase.settings = settings(
-    max_examples=40,
+    max_examples=30,
     phases=[Phase.generate],  # a failure is shown as it was found: shrinking would take minutes
     stateful_step_count=80,
     deadline=None,

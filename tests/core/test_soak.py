@@ -1,4 +1,4 @@
-"""A soak of 50,000 random events: every policy for a while, with every invariant checked after each event.
+"""A soak of 35,000 random events: every policy for a while, with every invariant checked after each event.
 
 The same as `python -m benchmarks.soak`, shorter and from one seed. A violation ends it: `run_phase` prints what came
 before, and how to repeat it.
@@ -19,7 +19,7 @@ from scheduler import commands as cmd
 from scheduler import events as ev
 from scheduler.core import SchedulerCore
 
-EVENTS = 50_000
+EVENTS = 35_000
 SLOW = {2, 3, 5, 8, 9}
 """Phases that take longer than the others together."""
 SEED = 7

@@ -53,7 +53,7 @@ def test_no_request_makes_the_gateway_fail(url: str, operation: Any) -> None:
 
     told = DOCUMENT["paths"][operation.path][operation.method]["responses"]
 
-    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy())
     def ask(case: Any) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str) and len(case.body["model"]) % 2:
