@@ -26,7 +26,7 @@ from scheduler.units import MIB
 PREFIX = "hf:"
 DEFAULT_QUANTIZATION = "Q4_K_M"  # as in llama.cpp's `-hf`
 BLOCK_BYTES = 4 * MIB
-"""That are asked for at once. Headers with large vocabularies have 5 to 12 MiB, those with small ones less than one."""
+"""That are asked for at once. A guess: a vocabulary of 150,000 tokens and its merges take some MiB."""
 TIMEOUT_S = 30.0  # without a byte
 
 _REFERENCE = re.compile(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from arriero.cli.plan import described_cluster
+from arriero.cli.plan import described_cluster, tokens_of
 from arriero.cli.printing import AsJson, console, errors, print_json
 from arriero.cli.service import Url
 from scheduler.errors import ArrieroError, Rejected, Unavailable
@@ -39,11 +39,9 @@ def advise(
     there = Repository(repository)
     if there.names_one:
         raise Rejected(f"advise is about a whole repository: hf:{there.repo}; for one model there is arriero plan")
-    if n_ctx != "auto" and not (n_ctx.isascii() and n_ctx.isdigit() and int(n_ctx) > 0):
-        raise Rejected(f"--n-ctx must be a number of tokens, or auto, not {n_ctx!r}")
+    tokens = None if n_ctx == "auto" else tokens_of(n_ctx)
     described = described_cluster(cluster, url)
     params: dict[str, Any] = {"n_ctx": "auto"} if n_ctx == "auto" else {}
-    tokens = None if n_ctx == "auto" else int(n_ctx)
     answers: list[tuple[HubModel, DescribedPlan | None, Kept | None, str]] = []
     for model in there.models:
         if errors.is_terminal:

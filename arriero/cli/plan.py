@@ -60,14 +60,16 @@ def plan(
         if n_ctx == "auto":
             given["n_ctx"], n_ctx = n_ctx, None
         companions = read_companions(lora or [], mmproj, draft, mtp)
-        plan_for(model, described_cluster(cluster, url), _tokens(n_ctx), _params(params or [], given), companions, json)
+        plan_for(
+            model, described_cluster(cluster, url), tokens_of(n_ctx), _params(params or [], given), companions, json
+        )
         return
     if given or params or lora or mmproj or draft or mtp:
         raise Rejected(
             "parameters and companion files work only with --cluster; otherwise the service uses its catalogue"
         )
     with client(url) as api:
-        found = api.plan(model, n_ctx=_tokens(n_ctx))
+        found = api.plan(model, n_ctx=tokens_of(n_ctx))
     if json:
         print_json(found)
     else:
@@ -84,7 +86,8 @@ def described_cluster(spec: Path | None, url: str | None) -> Described:
         return cluster_of(api.status())
 
 
-def _tokens(n_ctx: str | None) -> int | None:
+def tokens_of(n_ctx: str | None) -> int | None:
+    """The number that an option says. Raises Rejected."""
     if n_ctx is None:
         return None
     if not n_ctx.isascii() or not n_ctx.isdigit() or int(n_ctx) < 1:
